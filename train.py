@@ -1,0 +1,638 @@
+"""Trains a model: batches, optimizer, loop, checkpoints.
+
+    python train.py                                  the default model on the default dataset
+    python train.py config/softar_shakespeare.py     a preset
+    python train.py config/nanogpt_cpu.py --seed=2   a preset, one setting changed
+    torchrun --nproc_per_node=8 train.py             the same run on eight processes
+
+A row of a batch is a function of (seed, step, row) and of nothing that was drawn before, so a run that was stopped goes on
+exactly as if it had not been, and any number of processes computes the same thing.
+"""
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import config  # before torch: it sets an allocator switch that torch reads when imported
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import prepare
+from config import UserError
+from model import GPT, GPTConfig, settings
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = "out/gpt"  # checkpoints and log.csv go here
+    dataset: str = "shakespeare"  # folder under data_dir, made by prepare.py
+    data_dir: str = "data"  # where datasets are kept
+    init_from: str = "scratch"  # scratch | resume | auto (resume if there is something to resume) | PATH of a checkpoint
+    max_iters: int = 750  # optimizer steps
+    batch_size: int = 16  # rows a micro-step, over all processes
+    gradient_accumulation_steps: int = 1  # micro-steps a step, over all processes
+    eval_interval: int = 250  # steps between validations on the whole split (and checkpoints)
+    eval_only: bool = False  # validate once and stop
+    log_interval: int = 10  # steps between log lines
+    always_save_checkpoint: bool = True  # False: save only when the validation loss improved
+    optimizer: str = "muon"  # muon (matrices inside blocks; AdamW for the rest) | adamw
+    learning_rate: float = 4e-3  # of AdamW
+    muon_lr: float = 0.02  # of Muon
+    momentum: float = 0.95  # of Muon
+    ns_steps: int = 5  # Newton-Schulz iterations of Muon
+    weight_decay: float = 0.0  # decoupled, on everything with two dimensions
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    grad_clip: float = 1.0  # clip the gradient to this norm; 0: do not
+    schedule: str = "wsd"  # wsd (constant, then linear cool-down) | cosine | triangle (linear down from the warm-up on)
+    decay_lr: bool = True  # False: constant after the warm-up
+    warmup_iters: int = 0  # linear warm-up
+    lr_decay_iters: int = 0  # step at which min_lr is reached; 0: max_iters
+    min_lr: float = 0.0  # AdamW's rate at the end; Muon's falls by the same factor
+    cooldown: float = 0.8  # share of the run that wsd cools down over
+    history_drop: float = 0.1  # share of training rows whose history is cut short at a random place
+    score_last: int = 0  # score only the last n tokens of a row, in training and validation; 0: all
+    seed: int = 1337  # of the weights, the batches and dropout
+    device: str = "auto"  # auto | cpu | cuda | mps
+    dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
+    compile: bool = True  # torch.compile (where there is a compiler)
+    malloc: bool = True  # on Linux: let the allocator keep freed memory, a tenth of a step faster on CPU
+    tensorboard_log: bool = False  # also log to tensorboard
+    wandb_log: bool = False  # also log to Weights & Biases
+    wandb_project: str = "nanoconcept"  # its project
+    wandb_run_name: str = ""  # its run; default: out_dir
+
+    def __post_init__(self):
+        for name, options in (("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine", "triangle")),
+                              ("dtype", ("auto", "float32", "bfloat16"))):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "max_iters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not (0 <= self.history_drop <= 1 and 0 <= self.cooldown <= 1):
+            raise ValueError("history_drop and cooldown are shares between 0 and 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where it runs
+
+
+@dataclass
+class Place:
+    """This process among all, and the hardware it has."""
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, *values):
+        """Each number summed over all processes."""
+        if self.world == 1:
+            return list(values)
+        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(t)
+        return t.tolist()
+
+    def same(self, do):
+        """do() on rank 0; its UserError, if it raises one, on every rank."""
+        error = None
+        if self.rank == 0:
+            try:
+                do()
+            except UserError as e:
+                error = str(e)
+        if self.world > 1:
+            box = [error]
+            dist.broadcast_object_list(box, src=0)
+            error = box[0]
+        if error:
+            raise UserError(error)
+
+
+def find_place(tcfg):
+    """The device and type of the settings, and the process group when torchrun started us."""
+    name = tcfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device {name!r} is not to be had here ({str(e).splitlines()[0][:100]}); use auto or cpu") from None
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cpu" and world > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
+             "auto": torch.bfloat16 if bf16 else torch.float32}[tcfg.dtype]
+    if tcfg.malloc and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a libc without mallopt
+            libc = ctypes.CDLL(None)
+            # no mmap per large buffer (M_MMAP_MAX = -4), never trim (M_TRIM_THRESHOLD = -1): glibc would return every
+            # buffer to the kernel, and each step would fault all of its pages in again
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)
+    return Place(device, dtype, rank, world)
+
+
+def matmul_peak(place, runs=5):
+    """Floating-point operations a second that a plain matrix product reaches here, the median of a few: MFU's 100%."""
+    n = 1024 if place.device.type == "cpu" else 4096
+    a = torch.randn(n, n, device=place.device, dtype=place.dtype)
+    times = []
+    for _ in range(runs + 1):
+        t = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - t)
+    return 2 * n ** 3 / sorted(times[1:])[runs // 2]
+
+
+def can_compile(place, tcfg, say):
+    if not tcfg.compile or place.device.type == "mps":
+        return False
+    if place.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
+        say("no C++ compiler was found: training goes on uncompiled, at about half the speed")
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+class Data:
+    """One split of a dataset as rows of T tokens with their targets and the `history` tokens before them."""
+
+    def __init__(self, tcfg, mcfg, split):
+        meta = prepare.open_dataset(tcfg.dataset, tcfg.data_dir)
+        path = os.path.join(tcfg.data_dir, tcfg.dataset, f"{split}.bin")
+        self.tokens, self.mask, self.n_vocab, tok_hash = prepare.open_bin(path)
+        if tok_hash != meta["tokenizer_sha256"] or self.n_vocab != meta["n_vocab"]:
+            raise UserError(f"{path} was made with another tokenizer than meta.json says; make the dataset again")
+        self.T, self.H, self.last = mcfg.block_size, mcfg.history, tcfg.score_last or mcfg.block_size
+        self.n, self.eot, self.drop, self.seed = len(self.tokens), eot_of(meta), tcfg.history_drop, tcfg.seed
+        if self.last > self.T:
+            raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T})")
+        if self.n < self.T + 1:
+            raise UserError(f"{path} has {self.n} tokens, fewer than block_size + 1 = {self.T + 1}; give a longer text or "
+                            f"a smaller block_size")
+        biggest = max(int(self.tokens[i:i + 2 ** 24].max()) for i in range(0, self.n, 2 ** 24))
+        if biggest >= self.n_vocab:
+            raise UserError(f"{path} holds token {biggest}, beyond its vocabulary of {self.n_vocab}; make it again")
+        self.bytes, self.meta = meta["bytes"][split], meta
+        self.ends = None if self.mask is None else np.flatnonzero(self.mask)  # places that may be a row's last target
+        if self.ends is not None:
+            self.ends = self.ends[self.ends >= self.T]
+            if not len(self.ends):
+                raise UserError(f"{path} scores no token that has block_size = {self.T} tokens before it")
+
+    def rows(self, first, last, keep=None):
+        """Rows whose scored targets are the tokens first..last (B,) of the split, `last` at the row's end where there is
+        room before it. -> x (B, T), y (B, T) with -1 where not scored, history (B, H) with -1 where missing: before the
+        start, before an end of text, and older than `keep` (B,) tokens."""
+        start = np.maximum(last - self.T, 0)
+        at = start[:, None] + np.arange(-self.H, self.T + 1)
+        inside = (at >= 0) & (at < self.n)
+        tok = np.where(inside, self.tokens[np.clip(at, 0, self.n - 1)].astype(np.int64), -1)
+        scored = inside & (at >= first[:, None]) & (at <= last[:, None])
+        if self.mask is not None:
+            scored &= self.mask[np.clip(at, 0, self.n - 1)] > 0
+        history = forget(tok[:, :self.H], self.eot)
+        if keep is not None:
+            history = np.where(np.arange(self.H, 0, -1) > keep[:, None], -1, history)
+        x, y = np.maximum(tok[:, self.H:-1], 0), np.where(scored, tok, -1)[:, self.H + 1:]
+        return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (x, y, history))
+
+    def batch(self, step, rows, n_rows):
+        """Rows `rows` (a slice) of the n_rows of this step: row r depends on (seed, step, r) alone."""
+        u = np.random.Generator(np.random.Philox(key=[self.seed, step])).random((n_rows, 3))[rows]
+        if self.ends is None:
+            last = self.T + (u[:, 0] * (self.n - self.T)).astype(np.int64)
+        else:
+            last = self.ends[(u[:, 0] * len(self.ends)).astype(np.int64)]
+        keep = np.where(u[:, 1] < self.drop, (u[:, 2] * self.H).astype(np.int64), self.H)
+        return self.rows(last - self.last + 1, last, keep)
+
+    def whole(self, place, size):
+        """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process."""
+        first = np.arange(1, self.n, self.last)
+        last = np.minimum(first + self.last - 1, self.n - 1)
+        if self.mask is not None:
+            has = np.add.reduceat(np.asarray(self.mask[1:], dtype=np.int64), first - 1) > 0
+            first, last = first[has], last[has]
+        first, last = first[place.rank::place.world], last[place.rank::place.world]
+        for i in range(0, len(first), size):
+            x, y, h = self.rows(first[i:i + size], last[i:i + size])
+            n = size - len(x)  # padded, so that there is one shape to compile
+            yield [torch.nn.functional.pad(t, (0, 0, 0, n), value=v) for t, v in ((x, 0), (y, -1), (h, -1))]
+
+
+def eot_of(meta):
+    """The end-of-text token of a dataset, None where it has none (not asking for a tokenizer's ranks)."""
+    spec = meta["tokenizer"]
+    return len(spec["chars"]) if spec.get("eot") else 256 if spec["kind"] == "byte" else \
+        prepare.Tokenizer(spec).eot if spec["kind"] == "tiktoken" else None
+
+
+def forget(history, eot):
+    """history (B, H) with -1 for everything up to the last end-of-text token: another document is no context."""
+    if eot is None or not history.size:
+        return history
+    ended = np.maximum.accumulate((history == eot)[:, ::-1], axis=1)[:, ::-1]
+    return np.where(ended, -1, history)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimizer
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum, made orthogonal by Newton-Schulz iterations, as the update of a matrix. The rule
+    of torch.optim.Muon, but matrices of one shape go through the iterations together, the parts of a fused matrix (its
+    `parts`, row counts) each on its own, and a matrix that stands upright lies down first."""
+    QUINTIC = (3.4445, -4.7750, 2.0315)
+
+    def __init__(self, params, lr, momentum, weight_decay, ns_steps):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
+
+    @classmethod
+    def orthogonalize(cls, x, steps):
+        """(n, a, b) with a <= b -> each matrix with its singular values near 1, in bf16."""
+        a, b, c = cls.QUINTIC
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov; the gradient is not needed any more
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            by_shape = {}
+            for p, g in zip(params, grads):
+                parts = getattr(p, "parts", (p.size(0),))
+                for target, update in zip(p.split(parts), g.split(parts)):
+                    shape = min(update.shape), max(update.shape)
+                    by_shape.setdefault(shape, []).append((target, update))
+            for pairs in by_shape.values():
+                flat = torch.stack([u if u.size(0) <= u.size(1) else u.T for _, u in pairs]).bfloat16()
+                for (target, u), o in zip(pairs, self.orthogonalize(flat, group["ns_steps"])):
+                    o = o if u.size(0) <= u.size(1) else o.T
+                    target.add_(o, alpha=-group["lr"] * max(1, u.size(0) / u.size(1)) ** 0.5)
+
+
+def param_groups(model, tcfg):
+    """{"muon": [...], "adamw": [...], "plain": [...]}: linear layers inside blocks; everything else with two dimensions;
+    gains and biases, which never decay. With optimizer = adamw the first is part of the second."""
+    out = {"muon": [], "adamw": [], "plain": []}
+    for name, p in model.named_parameters():
+        inside = name.startswith("blocks.") and p.dim() == 2 and not name.endswith("embed.weight")
+        out["plain" if p.dim() < 2 else "muon" if inside and tcfg.optimizer == "muon" else "adamw"].append(p)
+    return out
+
+
+def make_optimizers(model, tcfg):
+    groups = param_groups(model, tcfg)
+    adam = [{"params": groups["adamw"], "weight_decay": tcfg.weight_decay}, {"params": groups["plain"], "weight_decay": 0.0}]
+    out = [torch.optim.AdamW([g for g in adam if g["params"]], lr=tcfg.learning_rate, betas=(tcfg.beta1, tcfg.beta2),
+                             fused=next(model.parameters()).device.type in ("cpu", "cuda"))]
+    if groups["muon"]:
+        out.append(Muon(groups["muon"], tcfg.muon_lr, tcfg.momentum, tcfg.weight_decay, tcfg.ns_steps))
+    for o in out:
+        for g in o.param_groups:
+            g["peak_lr"] = g["lr"]
+    return out
+
+
+def lr_factor(step, tcfg):
+    """The learning rate of a step as a share of its peak."""
+    if step < tcfg.warmup_iters:
+        return (step + 1) / (tcfg.warmup_iters + 1)
+    if not tcfg.decay_lr:
+        return 1.0
+    end, floor = tcfg.lr_decay_iters or tcfg.max_iters, tcfg.min_lr / tcfg.learning_rate
+    if step >= end:
+        return floor
+    if tcfg.schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * (step - tcfg.warmup_iters) / (end - tcfg.warmup_iters)))
+    elif tcfg.schedule == "triangle":
+        share = (end - step) / (end - tcfg.warmup_iters)
+    else:
+        share = min(1.0, (end - step) / max(tcfg.cooldown * end, 1))
+    return floor + (1 - floor) * share
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# logs, locks, checkpoints
+
+
+class Log:
+    """log.csv in out_dir, and tensorboard and wandb when they are asked for. Rank 0 only."""
+    FIELDS = ("step", "train_loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "mfu", "step_seconds")
+
+    def __init__(self, tcfg, step):
+        self.path, self.tb, self.wandb = os.path.join(tcfg.out_dir, "log.csv"), None, None
+        rows = []
+        if step and os.path.exists(self.path):  # a resumed run goes on where its checkpoint was
+            with open(self.path, newline="") as f:
+                rows = [r for r in csv.DictReader(f) if r["step"].isdigit() and int(r["step"]) <= step]
+        self.file = open(self.path, "w", newline="", buffering=1)
+        self.csv = csv.DictWriter(self.file, self.FIELDS)
+        self.csv.writeheader()
+        self.csv.writerows(rows)
+        if tcfg.tensorboard_log:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tb = SummaryWriter(tcfg.out_dir)
+        if tcfg.wandb_log:
+            import wandb
+            self.wandb = wandb
+            wandb.init(project=tcfg.wandb_project, name=tcfg.wandb_run_name or tcfg.out_dir)
+
+    def __call__(self, step, **values):
+        self.csv.writerow({"step": step, **{k: f"{v:.6g}" for k, v in values.items()}})
+        for k, v in values.items() if self.tb else ():
+            self.tb.add_scalar(k, v, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def close(self):
+        self.file.close()
+        if self.tb:
+            self.tb.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def lock(out_dir):
+    """A lock on out_dir that lasts as long as the returned file is open; UserError when another run holds it."""
+    prepare.make_dir(out_dir)
+    path = os.path.join(out_dir, "lock")
+    try:
+        f = open(path, "a")
+    except OSError as e:
+        raise UserError(f"out_dir {out_dir} cannot be written ({e.strerror}); choose another with --out_dir") from None
+    try:
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except OSError:
+        raise UserError(f"another run is writing to {out_dir}; wait for it or choose another --out_dir") from None
+    return f
+
+
+def check_optional(tcfg):
+    """Refuse at once, not after the first step, what needs a package that is not there."""
+    for wanted, module in ((tcfg.tensorboard_log, "tensorboard"), (tcfg.wandb_log, "wandb")):
+        if wanted:
+            try:
+                __import__(module)
+            except ImportError:
+                raise UserError(f"{module}_log needs the package {module}; pip install {module}") from None
+
+
+def differences(saved, now):
+    """What differs between two flat dicts, as `key: saved -> now` strings."""
+    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved.keys() | now.keys())
+            if saved.get(k) != now.get(k)]
+
+
+def identity(data):
+    """What a resumed run must find again: the dataset's contents and tokenizer."""
+    return {"train.bin": data.meta["sha256"]["train"][:16], "tokenizer": data.meta["tokenizer_sha256"][:16]}
+
+
+class Flag:
+    """Set by SIGINT and SIGTERM, asked once a step; a second signal ends the process at once."""
+
+    def __init__(self):
+        self.up, self.before = False, {}
+        for s in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread
+                self.before[s] = signal.signal(s, self.handle)
+
+    def handle(self, number, frame):
+        if self.up:
+            os._exit(130)
+        self.up = True
+
+    def restore(self):
+        for s, h in self.before.items():
+            signal.signal(s, h)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+@torch.no_grad()
+def evaluate(model, data, place, size, forward=None):
+    """(nats a scored token, bits a byte) over the whole split: plain cross-entropy, the same for every variant. `model` is
+    put into eval mode for it; `forward` is its compiled form."""
+    model.eval()
+    total = count = 0.0
+    for x, y, h in data.whole(place, size):
+        x, y, h = x.to(place.device), y.to(place.device), h.to(place.device) if data.H else None
+        total += (model if forward is None else forward)(x, y, h, denom=torch.ones((), device=x.device)).losses["ce"].item()
+        count += int((y >= 0).sum())
+    total, count = place.sum(total, count)
+    model.train()
+    return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def train(mcfg, tcfg, say=print):
+    """Train as the settings say. -> dict with val_loss, best_val_loss, step, step_seconds (the sum of the steps alone,
+    without the first, which compiles), compile_seconds, params, curve [(step, step_seconds, val_loss)]. `say` prints."""
+    t_start = time.perf_counter()
+    check_optional(tcfg)
+    place = find_place(tcfg)
+    say = say if place.rank == 0 else lambda *a, **k: None
+    train_data = Data(tcfg, mcfg, "train")
+    mcfg = config.build(GPTConfig, **{**settings(mcfg), "vocab_size": train_data.n_vocab})
+    val_data = Data(tcfg, mcfg, "val")
+    n_rows = tcfg.batch_size * tcfg.gradient_accumulation_steps
+    if n_rows % place.world:
+        raise UserError(f"batch_size * gradient_accumulation_steps ({n_rows}) rows cannot be dealt evenly to "
+                        f"{place.world} processes; choose a multiple")
+    my_rows = n_rows // place.world
+    micro = min(tcfg.batch_size, my_rows)
+    if my_rows % micro:
+        raise UserError(f"{my_rows} rows a process are no multiple of batch_size {tcfg.batch_size}; choose others")
+    held = []
+    place.same(lambda: held.append(lock(tcfg.out_dir)))
+
+    # the model, or the model of a checkpoint
+    path, saved = os.path.join(tcfg.out_dir, "ckpt.pt"), None
+    if tcfg.init_from == "resume" or (tcfg.init_from == "auto" and os.path.exists(path)):
+        saved = prepare.load_checkpoint(path)
+        wrong = differences(saved["model_config"], settings(mcfg)) + differences(saved["data"], identity(train_data))
+        if wrong:
+            raise UserError(f"{path} cannot be resumed with other settings ({'; '.join(wrong)}); give the same, or start "
+                            f"another run with --init_from={path} --out_dir=...")
+    elif tcfg.init_from not in ("scratch", "auto"):
+        saved = prepare.load_checkpoint(tcfg.init_from)
+        if saved["data"]["tokenizer"] != identity(train_data)["tokenizer"]:
+            raise UserError(f"{tcfg.init_from} was trained with another tokenizer than dataset {tcfg.dataset!r} has")
+    model = GPT(mcfg, tcfg.seed).to(place.device)
+    model.dtype = place.dtype
+    optimizers = make_optimizers(model, tcfg)
+    step, best, step_seconds, curve = 0, float("inf"), 0.0, []
+    if saved is not None:
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError as e:
+            raise UserError(f"{tcfg.init_from} is of another shape: {str(e).splitlines()[1].strip()[:200]}") from None
+        if tcfg.init_from in ("resume", "auto"):
+            for o, state in zip(optimizers, saved["optimizers"]):
+                o.load_state_dict(state)
+            step, best, step_seconds = saved["step"], saved["best_val_loss"], saved["step_seconds"]
+    del saved
+    compiled = can_compile(place, tcfg, say)
+    forward = inner = torch.compile(model, dynamic=False) if compiled else model
+    if place.world > 1:
+        forward = DDP(inner, forward_sync_buffers=False)
+    peak = matmul_peak(place)
+    flops = model.flops_per_token() * mcfg.block_size * n_rows  # of a step
+    say(f"{mcfg.layers}, {mcfg.n_embd} wide, {mcfg.n_slot} slots: {model.num_params() / 1e6:.2f}M parameters on "
+        f"{place.device} x {place.world}, {str(place.dtype)[6:]}, matmul peak {peak / 1e12:.2f} TFLOP/s; "
+        f"{n_rows} x {mcfg.block_size} tokens a step" + (", compiling at the first" if compiled else ""))
+
+    def checkpoint():
+        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
+                 "best_val_loss": best, "step_seconds": step_seconds, "model_config": settings(mcfg),
+                 "train_config": dataclasses.asdict(tcfg), "tokenizer": train_data.meta["tokenizer"],
+                 "data": identity(train_data), "dataset": tcfg.dataset}
+        place.same(lambda: prepare.save_checkpoint(path, state))
+
+    log = Log(tcfg, step) if place.rank == 0 else None
+    flag, result = Flag(), {}
+    compile_seconds, block_t, block_n, block_loss = 0.0, 0.0, 0, 0.0
+    first_step = step
+    try:
+        while True:
+            done = step >= tcfg.max_iters
+            if (step % tcfg.eval_interval == 0 and (step > first_step or tcfg.eval_only)) or done or tcfg.eval_only:
+                val, bpb = evaluate(model, val_data, place, micro, inner)
+                curve.append((step, step_seconds, val))
+                say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte")
+                if log:
+                    log(step, val_loss=val, bits_per_byte=bpb, step_seconds=step_seconds)
+                better, best = val < best, min(best, val)
+                if (better or tcfg.always_save_checkpoint) and not tcfg.eval_only and step > first_step:
+                    checkpoint()
+                if done or tcfg.eval_only:
+                    break
+
+            t0 = time.perf_counter()
+            for o in optimizers:
+                for g in o.param_groups:
+                    g["lr"] = g["peak_lr"] * lr_factor(step, tcfg)
+            x, y, h = train_data.batch(step, slice(place.rank * my_rows, (place.rank + 1) * my_rows), n_rows)
+            scored = int((y >= 0).sum())
+            n_scored, stop = place.sum(scored, flag.up)
+            if stop:
+                checkpoint()
+                say(f"stopped by a signal; step {step} is saved in {path}; go on with --init_from=resume")
+                break
+            denom = torch.tensor(n_scored / place.world, dtype=torch.float32, device=place.device)  # DDP takes the mean
+            losses = []
+            for m in range(0, my_rows, micro):
+                torch.manual_seed(hash((tcfg.seed, step, m // micro, place.rank)))  # dropout
+                mx, my, mh = (t[m:m + micro].to(place.device, non_blocking=True) for t in (x, y, h))
+                last = m + micro == my_rows
+                with contextlib.nullcontext() if place.world == 1 or last else forward.no_sync():
+                    out = forward(mx, my, mh if mcfg.n_slot else None, denom=denom)
+                    out.loss.backward()
+                losses.append(out.losses["ce"].detach())
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), tcfg.grad_clip or float("inf"))
+            loss, norm = torch.stack([torch.stack(losses).sum() / place.world, norm]).tolist()
+            loss = place.sum(loss)[0]
+            if not (math.isfinite(loss) and math.isfinite(norm)):  # the same on all ranks: nobody updates
+                good = f"the last good checkpoint is {path}" if os.path.exists(path) else "there is no checkpoint yet"
+                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: training stopped before the update; "
+                                f"{good}; lower the learning rates or check the data")
+            for o in optimizers:
+                o.step()
+                o.zero_grad(set_to_none=True)
+            if place.device.type == "cuda":
+                torch.cuda.synchronize()
+            dt = time.perf_counter() - t0
+            step += 1
+            if step == first_step + 1:
+                compile_seconds = dt
+                say(f"first step {dt:.1f} s" + (" with compiling" if compiled else ""))
+            else:
+                step_seconds, block_t, block_n = step_seconds + dt, block_t + dt, block_n + 1
+            block_loss += loss
+            if step % tcfg.log_interval == 0 and block_n:
+                speed = n_rows * mcfg.block_size * block_n / block_t
+                mfu = flops * block_n / block_t / peak / place.world
+                say(f"step {step}/{tcfg.max_iters}: loss {block_loss / tcfg.log_interval:.4f}, {speed:,.0f} tokens/s, "
+                    f"mfu {mfu:.0%}, {clock(time.perf_counter() - t_start)} elapsed, "
+                    f"{clock((tcfg.max_iters - step) * block_t / block_n)} to go")
+                if log:
+                    log(step, train_loss=block_loss / tcfg.log_interval, lr=optimizers[0].param_groups[0]["lr"],
+                        tokens_per_s=speed, mfu=mfu, step_seconds=step_seconds)
+            if step % tcfg.log_interval == 0:
+                block_t, block_n, block_loss = 0.0, 0, 0.0
+    finally:
+        flag.restore()
+        if log:
+            log.close()
+        held and held[0].close()
+    result = {"val_loss": curve[-1][2] if curve else None, "best_val_loss": best, "step": step, "curve": curve,
+              "step_seconds": step_seconds, "compile_seconds": compile_seconds, "params": model.num_params(),
+              "seconds": time.perf_counter() - t_start, "stopped": flag.up, "path": path}
+    return result
+
+
+def main(argv):
+    m, t, _ = config.parse(argv, GPTConfig, TrainConfig, doc=__doc__)
+    mcfg, tcfg = config.build(GPTConfig, **m), config.build(TrainConfig, **t)
+    try:
+        r = train(mcfg, tcfg)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if int(os.environ.get("RANK", 0)) == 0 and r["val_loss"] is not None and not r["stopped"]:
+        print(f"done: val loss {r['val_loss']:.4f} after {r['step']} steps in {clock(r['seconds'])} "
+              f"({r['step_seconds']:.0f} s of steps, {r['compile_seconds']:.0f} s compiling)\n"
+              f"checkpoint: {r['path']}\nsample from it: python sample.py --out_dir={tcfg.out_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main)
