@@ -73,10 +73,14 @@ class GPTConfig:
                 raise ValueError(f"n_head ({h}) must be a positive multiple of n_kv_head ({kv}) in layer {i}")
             if d * h != self.n_embd and not self.head_dim:
                 raise ValueError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({h}); set head_dim to choose one")
-            if self.pos == "rope" and d % 2:
-                raise ValueError(f"head_dim ({d}) must be even for pos = rope")
+            if d < 1 or (self.pos == "rope" and (d % 2 or d != self.heads(0)[2])):
+                raise ValueError(f"head_dim must be positive, and for pos = rope even and the same in all layers, not {d}; "
+                                 f"with a different n_head per layer set head_dim")
         if not 0 <= self.n_value_embed <= self.n_layer:
             raise ValueError(f"n_value_embed ({self.n_value_embed}) must lie between 0 and the number of layers")
+        if self.tie and self.init == "fan_in" and not self.embed_norm:
+            raise ValueError("tie = True with init = fan_in needs embed_norm = True: one table cannot be small for the head "
+                             "and large for the input")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
         if min(self.history, self.n_segment, self.n_span, self.span) < 0 or self.aggregate not in (0, 1):
@@ -126,8 +130,23 @@ class Linear(nn.Linear):
     """nn.Linear that computes in its input's type. The weights stay fp32 for the optimizer and are cast where they are
     used; compiled, that is one cast a step, which costs less than autocast's bookkeeping."""
 
+    def reset_parameters(self):
+        """Nothing: GPT.init_weights gives every parameter its value, and building draws no random number."""
+
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if x.numel() == x.size(-1) and torch.compiler.is_compiling() and x.device.type == "cpu":
+            # one token: the fused sum reads weights at memory speed, BLAS's matrix-vector product at a third of it
+            y = (weight.float() * x.float().view(-1)).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+            return y if bias is None else y + bias
+        return F.linear(x, weight, bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that leaves its values to GPT.init_weights."""
+
+    def reset_parameters(self):
+        """Nothing, as in Linear."""
 
 
 def rms_norm(x):
@@ -185,6 +204,10 @@ def attend(q, k, v, mask, dropout):
     runs about ten times slower in bf16 than in fp32 there.
     """
     B, H, T, D = q.shape
+    if T == 1 and mask is not None and q.device.type == "cpu":  # one query: sums, which the compiler fuses
+        q = (q * D ** -0.5).reshape(B, k.size(1), -1, 1, D)
+        att = (q.float() * k.float().unsqueeze(2)).sum(-1).masked_fill(~mask, float("-inf")).softmax(-1)  # (B, Hkv, G, L)
+        return (att[..., None] * v.float().unsqueeze(2)).sum(-2).to(q.dtype).view(B, H, T, D)
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, enable_gqa=H != k.size(1))
     if mask is None:  # in pieces: no query meets the keys of later pieces, and the scores stay in the cache
@@ -212,12 +235,12 @@ class KVCache:
     def __init__(self, k, v):
         self.k, self.v = k, v
 
-    def append(self, k, v, pos, length):
-        """Write k, v (B, Hkv, T, D) at positions pos (B, T); -> all of the first `length` keys and values."""
+    def append(self, k, v, pos):
+        """Write k, v (B, Hkv, T, D) at positions pos (B, T); -> all keys and values, (B, Hkv, L, D) each."""
         rows = torch.arange(pos.size(0), device=pos.device)[:, None]
         self.k[rows, pos] = k.transpose(1, 2)
         self.v[rows, pos] = v.transpose(1, 2)
-        return self.k[:, :length].transpose(1, 2), self.v[:, :length].transpose(1, 2)
+        return self.k.transpose(1, 2), self.v.transpose(1, 2)
 
     def select(self, rows):
         return KVCache(self.k[rows], self.v[rows])
@@ -225,29 +248,26 @@ class KVCache:
 
 class State:
     """What decoding carries from one forward to the next: `pos` (B,), the positions each row has filled, and one part
-    per block. Passed to GPT.forward and updated by it; made by GPT.init_state."""
+    per block. Passed to GPT.forward and updated by it; made by GPT.init_state. Every shape stays as it is, so that a
+    decoding step compiles once; that no row outgrows `capacity` is for the caller to see to."""
 
-    def __init__(self, pos, parts, capacity, length=0):
+    def __init__(self, pos, parts, capacity, begun=False):
         self.pos, self.parts, self.capacity = pos, parts, capacity
-        self.length = length  # a bound on pos that is known without asking the device
+        self.begun = begun  # the slots are in
 
     def advance(self, T):
         """Positions (B, T) of the next T inputs."""
         pos = self.pos[:, None] + torch.arange(T, device=self.pos.device)
-        self.length += T
-        if self.length > self.capacity:
-            raise ValueError(f"{self.length} positions do not fit into a state of {self.capacity}")
-        self.pos = self.pos + T
+        self.pos, self.begun = self.pos + T, True
         return pos
 
     def rollback(self, n):
-        """Forget the last n positions: a number, or one per row (B,). The bound falls to the longest row."""
+        """Forget the last n positions: a number, or one per row (B,)."""
         self.pos = self.pos - n
-        self.length = int(self.pos.max())
 
     def select(self, rows):
         """The state of these rows (a LongTensor; a row may be taken several times)."""
-        return State(self.pos[rows], [p.select(rows) for p in self.parts], self.capacity, self.length)
+        return State(self.pos[rows], [p.select(rows) for p in self.parts], self.capacity, self.begun)
 
 
 @dataclass
@@ -257,7 +277,6 @@ class Context:
     rope: tuple | None = None  # cos and sin, (T, D/2) or (B, 1, T, D/2)
     idx: torch.Tensor | None = None  # (B, T) token ids, for value embeddings; slots in front have none
     pos: torch.Tensor | None = None  # (B, T) places in the state
-    length: int = 0
 
 
 class Attention(nn.Module):
@@ -274,7 +293,7 @@ class Attention(nn.Module):
         self.c_attn.weight.parts = self.sizes  # three matrices in one: an optimizer of matrices takes them apart
         self.c_proj = Linear(self.sizes[0], cfg.n_embd, bias=cfg.bias)
         has_table = i >= cfg.n_layer - cfg.n_value_embed
-        self.value_embed = nn.Embedding(cfg.vocab_size, kv_dim) if has_table else None
+        self.value_embed = Embedding(cfg.vocab_size, kv_dim) if has_table else None
 
     def init_state(self, B, L, device, dtype):
         shape = (B, L, self.n_kv_head, self.head_dim)
@@ -293,7 +312,7 @@ class Attention(nn.Module):
             qk = rotate(qk, *ctx.rope)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
         if cache is not None:
-            k, v = cache.append(k, v, ctx.pos, ctx.length)
+            k, v = cache.append(k, v, ctx.pos)
         y = attend(q, k, v, ctx.mask, self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -350,9 +369,10 @@ class Slots(nn.Module):
     """Context slots (softAR): the tokens before the window as [aggregate | segments | spans], oldest first.
 
     history (B, history) token ids, oldest first, -1 where there is none -> (B, S, C). The aggregate is a decayed mean of
-    the whole history, its weight falling to e^-4 over the history; a segment is the mean of an equal part; a span is the
-    sum of its tokens, each turned by its place (a rotary binding after Plate 1995, so order survives the sum). Then a
-    norm, one shared projection and a learned embedding per slot. A slot with nothing in it is the learned vector `empty`.
+    the whole history; a token's weight has fallen to e^-4 when it leaves, so that slots are a function of the ids kept and
+    of nothing else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned by its place (a
+    rotary binding in the manner of Plate 1995, so order survives the sum). Then a norm, one shared projection and a learned
+    embedding per slot. A slot with nothing in it is the learned vector `empty`.
     """
 
     def __init__(self, cfg):
@@ -413,8 +433,8 @@ class GPT(nn.Module):
         if cfg.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, not {cfg.vocab_size}")
         self.cfg = cfg
-        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.pos == "learned" else None
+        self.wte = Embedding(cfg.vocab_size, cfg.n_embd)
+        self.wpe = Embedding(cfg.block_size, cfg.n_embd) if cfg.pos == "learned" else None
         self.slots = Slots(cfg) if cfg.n_slot else None
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, c, i) for i, c in enumerate(parse_layers(cfg.layers)))
@@ -423,10 +443,7 @@ class GPT(nn.Module):
         if cfg.tie:
             self.lm_head.weight = self.wte.weight
         if cfg.pos == "rope":
-            dims = {cfg.heads(i)[2] for i in range(cfg.n_layer)}
-            if len(dims) > 1:
-                raise ValueError("layers with different n_head need a head_dim that they share when pos = rope")
-            angle = 10000.0 ** (-torch.arange(0, 1, 2 / dims.pop()))
+            angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(0)[2]))
             angle = torch.outer(torch.arange(cfg.n_slot + cfg.block_size, dtype=torch.float32), angle)
             self.register_buffer("cos", angle.cos(), persistent=False)
             self.register_buffer("sin", angle.sin(), persistent=False)
@@ -449,8 +466,8 @@ class GPT(nn.Module):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.cfg.n_layer) if out else 0.02, generator=g)
             elif name.endswith(("c_proj.weight", "value_embed.weight")) or name == "lm_head.weight":
                 p.zero_()
-            elif name in ("wte.weight", "slots.empty"):
-                p.normal_(0.0, 1.0, generator=g)
+            elif name in ("wte.weight", "slots.empty"):  # as the output head too, ones would shout the current token
+                p.normal_(0.0, 1 / self.cfg.n_embd if self.cfg.tie else 1.0, generator=g)
             elif name in ("wpe.weight", "slots.slot_embed"):
                 p.normal_(0.0, 0.1, generator=g)
             else:  # matrices
@@ -479,10 +496,12 @@ class GPT(nn.Module):
         """Token ids (B, T) and the history behind them -> x (B, S + T, C), S. Slots come first, once: with a state that
         already holds positions there are none to add."""
         x = self.wte(idx)
-        begins = state is None or state.length == 0
+        begins = state is None or not state.begun
         if self.wpe is not None:
             place = torch.arange(idx.size(1), device=idx.device)
-            x = x + self.wpe(place if begins else place + state.pos[:, None] - self.cfg.n_slot)
+            if not begins:
+                place = (place + state.pos[:, None] - self.cfg.n_slot).clamp(max=self.cfg.block_size - 1)
+            x = x + self.wpe(place)
         S = 0
         if self.slots is not None and begins:
             if history is None:
@@ -498,10 +517,10 @@ class GPT(nn.Module):
             rope = None if self.cfg.pos != "rope" else (self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype))
             return Context(None, rope, idx)
         pos = state.advance(T)  # (B, T)
-        mask = (torch.arange(state.length, device=idx.device) <= pos[..., None])[:, None]
+        mask = (torch.arange(state.capacity, device=idx.device) <= pos[..., None])[:, None]
         at = pos.clamp(max=state.capacity - 1)[:, None]
         rope = None if self.cfg.pos != "rope" else (self.cos[at].to(self.dtype), self.sin[at].to(self.dtype))
-        return Context(mask, rope, idx, pos, state.length)
+        return Context(mask, rope, idx, pos)
 
     def forward(self, idx, targets=None, history=None, state=None, denom=None):
         """idx (B, T) token ids -> Output.

@@ -7,14 +7,12 @@
 
 Each makes data/NAME/ with train.bin, val.bin (the last 10%) and meta.json.
 """
-import base64
 import contextlib
 import dataclasses
 import glob
 import hashlib
 import io
 import json
-import math
 import os
 import struct
 import subprocess
@@ -45,8 +43,9 @@ class PrepareConfig:
     def __post_init__(self):
         if self.source not in ("auto", "tiny", "works"):
             raise ValueError(f"source is one of auto, tiny, works, not {self.source!r}")
-        if self.n_docs < 10 or self.doc_len < 16:
-            raise ValueError("a task needs n_docs of at least 10 and doc_len of at least 16")
+        config.within(self, 10, None, "n_docs")
+        config.within(self, 16, None, "doc_len")
+        config.within(self, 0, 2 ** 63, "seed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,10 +53,10 @@ class PrepareConfig:
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, previous=None):
     """A binary file that takes the place of `path` only when it is complete and on the disk: written beside, flushed,
-    fsynced, renamed over, the directory fsynced. On any failure `path` stays as it was; UserError for a full disk or a
-    directory that cannot be written."""
+    fsynced, renamed over, the directory fsynced. The old file goes on under the name `previous`, if one is given. On any
+    failure all stays as it was; UserError for a full disk or a directory that cannot be written."""
     beside = f"{path}.{os.getpid()}.tmp"
     try:
         try:
@@ -65,13 +64,18 @@ def replacing(path):
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
+            if previous and os.path.exists(path):
+                with contextlib.suppress(OSError):  # where there are no links only the newest is kept
+                    os.link(path, beside + ".old")  # a second name, so that at no moment there is no file
+                    os.replace(beside + ".old", previous)
             os.replace(beside, path)
         except OSError as e:
             raise UserError(f"{path} could not be written ({e.strerror or e}); what was there before is untouched, "
                             f"free space or choose another directory") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
+        for left in (beside, beside + ".old"):
+            with contextlib.suppress(OSError):
+                os.unlink(left)
     with contextlib.suppress(OSError):  # a file system without directories to sync
         fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(fd)
@@ -85,12 +89,13 @@ def make_dir(path):
         raise UserError(f"directory {path} cannot be made ({e.strerror}); choose another") from None
 
 
-BIN = struct.Struct("<8sIIIIQ32s")  # magic, version, bytes a token, vocabulary, 1 if masked, tokens, tokenizer's SHA-256
+# magic, version, bytes a token, vocabulary, 1 if masked, tokens, SHA-256 of the tokenizer and of what follows the header
+BIN = struct.Struct("<8sIIIIQ32s32s")
 BIN_MAGIC, BIN_VERSION = b"ncTOKENS", 1
 
 
 class BinWriter:
-    """Appends tokens to a .bin file: a 64-byte header, the tokens, then, for a task, a byte a token that is 1 where the
+    """Appends tokens to a .bin file: a 96-byte header, the tokens, then, for a task, a byte a token that is 1 where the
     token is to be predicted. Use inside `replacing`."""
 
     def __init__(self, f, n_vocab, tokenizer_hash, masked=False):
@@ -114,12 +119,12 @@ class BinWriter:
             self.sha.update(raw)
         self.f.seek(0)
         self.f.write(BIN.pack(BIN_MAGIC, BIN_VERSION, self.dtype.itemsize, self.n_vocab, int(self.masks is not None),
-                              self.n, bytes.fromhex(self.tok_hash)))
+                              self.n, bytes.fromhex(self.tok_hash), self.sha.digest()))
         self.f.seek(0, os.SEEK_END)
 
 
 def open_bin(path):
-    """(tokens, mask, n_vocab, tokenizer hash) of a .bin file: tokens memory-mapped, mask a memory map or None."""
+    """(tokens, mask, n_vocab, tokenizer hash, content hash) of a .bin file; tokens memory-mapped, mask too, or None."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as f:
@@ -128,7 +133,7 @@ def open_bin(path):
         raise UserError(f"{path} cannot be read ({e.strerror}); make it with python prepare.py") from None
     if len(head) < BIN.size or head[:8] != BIN_MAGIC:
         raise UserError(f"{path} is not a token file of this project; make it again with python prepare.py")
-    _, version, width, n_vocab, masked, n, tok = BIN.unpack(head)
+    _, version, width, n_vocab, masked, n, tok, sha = BIN.unpack(head)
     if version != BIN_VERSION or width not in (2, 4):
         raise UserError(f"{path} has format {version} with {width}-byte tokens, this reads format {BIN_VERSION}; "
                         f"make it again with python prepare.py")
@@ -139,7 +144,7 @@ def open_bin(path):
         raise UserError(f"{path} holds no tokens; make it again from a longer text")
     tokens = np.memmap(path, dtype=f"<u{width}", mode="r", offset=BIN.size, shape=(n,))
     mask = np.memmap(path, dtype=np.uint8, mode="r", offset=BIN.size + n * width, shape=(n,)) if masked else None
-    return tokens, mask, n_vocab, tok.hex()
+    return tokens, mask, n_vocab, tok.hex(), sha.hex()
 
 
 def open_dataset(name, data_dir="data"):
@@ -150,7 +155,8 @@ def open_dataset(name, data_dir="data"):
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
-        meta["tokenizer"]["kind"], meta["sha256"]["train"], meta["bytes"]["val"]
+        meta["tokenizer"]["kind"], meta["tokenizer_sha256"], meta["n_vocab"], meta["eot"]
+        [meta[k][split] for k in ("sha256", "bytes", "tokens") for split in ("train", "val")]
     except OSError:
         raise UserError(f"dataset {name!r} is not in {folder}; make it with: {make}") from None
     except (ValueError, KeyError, TypeError):
@@ -161,31 +167,32 @@ def open_dataset(name, data_dir="data"):
 CKPT_MAGIC = b"ncCKPT01"
 
 
+def previous(path):
+    """The name under which the checkpoint before the one at `path` is kept."""
+    return str(path).removesuffix(".pt") + "_prev.pt"
+
+
 def save_checkpoint(path, state):
     """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. The checkpoint that was
     there becomes *_prev.pt, so two are kept. On failure both stay as they were, and UserError says why."""
     import torch
-    buffer = io.BytesIO()
+    path, buffer = str(path), io.BytesIO()
     torch.save(state, buffer)
-    with replacing(path) as f:
+    with replacing(path, previous=previous(path)) as f:
         f.write(CKPT_MAGIC + hashlib.sha256(buffer.getbuffer()).digest())
         f.write(buffer.getbuffer())
-        if os.path.exists(path):  # a second name for the old file: at no moment is there none
-            with contextlib.suppress(OSError):
-                os.link(path, f.name + ".old")
-                os.replace(f.name + ".old", path.replace(".pt", "_prev.pt"))
 
 
 def load_checkpoint(path, map_location="cpu"):
     """The data of a checkpoint. The SHA-256 is verified before a byte is parsed, and what is parsed is weights only."""
     import torch
+    path = str(path)
     try:
         with open(path, "rb") as f:
             magic, digest, payload = f.read(8), f.read(32), f.read()
     except OSError as e:
         raise UserError(f"checkpoint {path} cannot be read ({e.strerror}); train one with python train.py") from None
-    other = path.replace(".pt", "_prev.pt")
-    hint = f"use {other}" if other != path and os.path.exists(other) else "use another checkpoint"
+    hint = f"the one before it is {previous(path)}" if os.path.exists(previous(path)) else "use another checkpoint"
     if magic != CKPT_MAGIC:
         raise UserError(f"{path} is not a checkpoint of this project; {hint}")
     if hashlib.sha256(payload).digest() != digest:
@@ -236,10 +243,17 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """UTF-8 bytes of token ids; the end of a text is a blank line."""
-        end = b"\n\n"
+        return b"".join(map(self.token_bytes, ids))
+
+    def token_bytes(self, i):
+        if i == self.eot:
+            return b"\n\n"
         if self.enc is None:
-            return b"".join(end if i == self.eot else self.chars[i].encode() for i in ids)
-        return b"".join(end if i == self.eot else self.enc.decode_single_token_bytes(i) for i in ids)
+            return self.chars[i].encode()
+        try:
+            return self.enc.decode_single_token_bytes(i)
+        except KeyError:  # some encodings have ids that stand for nothing
+            return b""
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -354,7 +368,7 @@ def pieces(path, size=1 << 20):
         if rest:
             yield rest
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (at byte {e.start}: {e.reason}); convert it first") from None
+        raise UserError(f"{path} is not UTF-8 text ({e.reason}: {e.object[e.start:e.start + 1]!r}); convert it first") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror})") from None
 
@@ -403,7 +417,7 @@ def prepare_text(paths, cfg, folder, source):
 def dataset_writer(folder, tok, masked=False):
     """({split: BinWriter}, meta): when the block ends well, both .bin files and then meta.json are put in place."""
     make_dir(folder)
-    meta = {"tokenizer": tok.spec, "tokenizer_sha256": tok.hash, "n_vocab": tok.n_vocab}
+    meta = {"tokenizer": tok.spec, "tokenizer_sha256": tok.hash, "n_vocab": tok.n_vocab, "eot": tok.eot}
     with contextlib.ExitStack() as stack:
         write = {s: BinWriter(stack.enter_context(replacing(os.path.join(folder, f"{s}.bin"))), tok.n_vocab, tok.hash,
                               masked) for s in ("train", "val")}
@@ -461,8 +475,10 @@ def main(argv):
     values, words = config.parse(argv, PrepareConfig, doc=__doc__, words=["shakespeare", *TASKS])
     cfg = config.build(PrepareConfig, **values)
     if len(words) > 1 or (words and cfg.input):
-        raise UserError(f"one dataset at a time: {' '.join([*words, *cfg.input])}")
+        raise UserError(f"one dataset at a time, not {' and '.join([*words, *cfg.input])}")
     what = words[0] if words else "shakespeare"
+    if what in TASKS and cfg.tokenizer != "char":
+        raise UserError(f"task {what} has symbols of its own; leave out --tokenizer")
     default = os.path.splitext(os.path.basename(cfg.input[0]))[0] if cfg.input else what
     folder = os.path.join(cfg.data_dir, cfg.name or default)
     if what in TASKS:

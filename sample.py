@@ -41,15 +41,13 @@ class SampleConfig:
     seed: int = 1337  # of the choices
     device: str = "cpu"  # cpu | cuda | mps
     dtype: str = "float32"  # float32 | bfloat16
+    compile: bool = False  # compile the decoding step: half a minute once, then several times as fast on a CPU
 
     def __post_init__(self):
-        if self.n < 1 or self.max_new_tokens < 0:
-            raise ValueError("n must be at least 1 and max_new_tokens at least 0")
-        if self.temperature < 0 or self.repetition_penalty <= 0 or self.top_k < 0 or self.beta < 0:
-            raise ValueError("temperature, top_k and beta cannot be negative, and repetition_penalty must be positive")
-        for name in ("top_p", "min_p", "alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        config.within(self, 1, None, "n")
+        config.within(self, 0, None, "max_new_tokens", "temperature", "top_k", "beta", "seed")
+        config.within(self, 0, 1, "top_p", "min_p", "alpha")
+        config.within(self, 0.01, 100, "repetition_penalty")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is float32 or bfloat16, not {self.dtype!r}")
 
@@ -93,7 +91,7 @@ def choose(logits, cfg, generator):
     """A token per row (B,), by the temperature and filters of the settings."""
     if cfg.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / cfg.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / cfg.temperature
     if cfg.top_k:
         logits = keep_top_k(logits, cfg.top_k)
     if cfg.top_p < 1:
@@ -114,8 +112,9 @@ class Decoder:
     window is full, the oldest quarter leaves for the ring at once, and slots and window are computed anew in one pass.
     """
 
-    def __init__(self, model, rows, eot=None):
+    def __init__(self, model, rows, eot=None, compile=False):
         self.model, self.eot = model, eot
+        self.step = torch.compile(model, dynamic=False) if compile else model
         self.T, self.H = model.cfg.block_size, model.cfg.history
         self.rows = []  # (history, window) per row, lists of ids, oldest first
         for ids in rows:
@@ -159,7 +158,7 @@ class Decoder:
             self.fill()
         else:
             idx = torch.tensor(tokens, device=self.model.wte.weight.device)[:, None]
-            self.logits = self.model(idx, state=self.state).logits[:, -1]
+            self.logits = self.step(idx, state=self.state).logits[:, -1]
         return self.logits
 
     def select(self, rows):
@@ -293,12 +292,12 @@ def main(argv):
     prompt = read_prompt(cfg.prompt)
     ids = tok.encode(prompt)
     generator = torch.Generator(device=cfg.device).manual_seed(cfg.seed)
-    expert, amateur = Decoder(model, [ids], tok.eot).select([0] * cfg.n), None
+    expert, amateur = Decoder(model, [ids], tok.eot, cfg.compile).select([0] * cfg.n), None
     if cfg.amateur:
         weak, weak_ckpt = load(cfg.amateur, cfg.device, cfg.dtype)
         if weak_ckpt["tokenizer"] != ckpt["tokenizer"]:
             raise UserError(f"amateur {cfg.amateur} has another tokenizer than {path}; it must be the same")
-        amateur = Decoder(weak, [ids], tok.eot).select([0] * cfg.n)
+        amateur = Decoder(weak, [ids], tok.eot, cfg.compile).select([0] * cfg.n)
     texts = [Text(tok, cfg.stop) for _ in range(cfg.n)]
     print(f"[{path}, step {ckpt['step']}]", file=sys.stderr)
     print(prompt, end="", flush=True)

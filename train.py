@@ -10,14 +10,15 @@ exactly as if it had not been, and any number of processes computes the same thi
 """
 import contextlib
 import csv
-import ctypes
 import dataclasses
-import json
+import glob
+import io
 import math
 import os
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._triton import has_triton
 
 import prepare
 from config import UserError
@@ -66,7 +68,6 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
     compile: bool = True  # torch.compile (where there is a compiler)
-    malloc: bool = True  # on Linux: let the allocator keep freed memory, a tenth of a step faster on CPU
     tensorboard_log: bool = False  # also log to tensorboard
     wandb_log: bool = False  # also log to Weights & Biases
     wandb_project: str = "nanoconcept"  # its project
@@ -77,11 +78,13 @@ class TrainConfig:
                               ("dtype", ("auto", "float32", "bfloat16"))):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "max_iters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not (0 <= self.history_drop <= 1 and 0 <= self.cooldown <= 1):
-            raise ValueError("history_drop and cooldown are shares between 0 and 1")
+        config.within(self, 1, None, "batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "max_iters",
+                      "ns_steps")
+        config.within(self, 0, None, "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "score_last",
+                      "muon_lr", "seed")
+        config.within(self, 0, 1, "history_drop", "cooldown")
+        config.within(self, 0, 0.99999, "momentum", "beta1", "beta2")
+        config.within(self, 1e-12, None, "learning_rate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,22 +125,25 @@ class Place:
 
 def find_place(tcfg):
     """The device and type of the settings, and the process group when torchrun started us."""
+    rank, world, local, here = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0),
+                                                                      ("LOCAL_WORLD_SIZE", 1)))
     name = tcfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":  # several processes want a GPU each, or none
+        name = "cuda" if torch.cuda.device_count() >= here else \
+            "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+    if world > 1 and (name == "mps" or (name == "cuda" and torch.cuda.device_count() < here)):
+        raise UserError(f"{here} processes cannot each have a {name} device here; start fewer, or use --device=cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device {name!r} is not to be had here ({str(e).splitlines()[0][:100]}); use auto or cpu") from None
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cpu" and world > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -145,34 +151,33 @@ def find_place(tcfg):
         bf16 = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
              "auto": torch.bfloat16 if bf16 else torch.float32}[tcfg.dtype]
-    if tcfg.malloc and sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a libc without mallopt
-            libc = ctypes.CDLL(None)
-            # no mmap per large buffer (M_MMAP_MAX = -4), never trim (M_TRIM_THRESHOLD = -1): glibc would return every
-            # buffer to the kernel, and each step would fault all of its pages in again
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)
     return Place(device, dtype, rank, world)
 
 
-def matmul_peak(place, runs=5):
-    """Floating-point operations a second that a plain matrix product reaches here, the median of a few: MFU's 100%."""
+def matmul_peak(place, runs=20):
+    """Floating-point operations a second that a plain matrix product reaches here, the best of a few: MFU's 100%."""
     n = 1024 if place.device.type == "cpu" else 4096
-    a = torch.randn(n, n, device=place.device, dtype=place.dtype)
-    times = []
-    for _ in range(runs + 1):
+    a, times = torch.randn(n, n, device=place.device, dtype=place.dtype), []
+    for _ in range(runs):
         t = time.perf_counter()
         (a @ a)[0, 0].item()
         times.append(time.perf_counter() - t)
-    return 2 * n ** 3 / sorted(times[1:])[runs // 2]
+    return 2 * n ** 3 / min(times)
 
 
 def can_compile(place, tcfg, say):
     if not tcfg.compile or place.device.type == "mps":
         return False
-    if place.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
-        say("no C++ compiler was found: training goes on uncompiled, at about half the speed")
-        return False
-    return True
+    missing = ""
+    if place.device.type == "cuda":
+        missing = "" if has_triton() else "Triton for this GPU"
+    elif sys.platform == "linux" and not shutil.which(os.environ.get("CXX", "g++")):
+        missing = "a C++ compiler (g++)"
+    elif not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        missing = "Python.h (package python3-dev)"
+    if missing:
+        say(f"{missing} was not found: training goes on uncompiled, at about half the speed")
+    return not missing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,11 +190,15 @@ class Data:
     def __init__(self, tcfg, mcfg, split):
         meta = prepare.open_dataset(tcfg.dataset, tcfg.data_dir)
         path = os.path.join(tcfg.data_dir, tcfg.dataset, f"{split}.bin")
-        self.tokens, self.mask, self.n_vocab, tok_hash = prepare.open_bin(path)
-        if tok_hash != meta["tokenizer_sha256"] or self.n_vocab != meta["n_vocab"]:
-            raise UserError(f"{path} was made with another tokenizer than meta.json says; make the dataset again")
+        self.tokens, self.mask, self.n_vocab, tok_hash, self.sha = prepare.open_bin(path)
+        if (tok_hash, self.n_vocab, self.sha) != (meta["tokenizer_sha256"], meta["n_vocab"], meta["sha256"][split]):
+            raise UserError(f"{path} was made from another text or with another tokenizer than the meta.json beside it says; "
+                            f"make the dataset again with python prepare.py")
+        if mcfg.vocab_size not in (0, self.n_vocab):
+            raise UserError(f"vocab_size is {mcfg.vocab_size}, but dataset {tcfg.dataset!r} has {self.n_vocab} tokens; leave "
+                            f"it out")
         self.T, self.H, self.last = mcfg.block_size, mcfg.history, tcfg.score_last or mcfg.block_size
-        self.n, self.eot, self.drop, self.seed = len(self.tokens), eot_of(meta), tcfg.history_drop, tcfg.seed
+        self.n, self.eot, self.drop, self.seed = len(self.tokens), meta["eot"], tcfg.history_drop, tcfg.seed
         if self.last > self.T:
             raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T})")
         if self.n < self.T + 1:
@@ -246,13 +255,6 @@ class Data:
             yield [torch.nn.functional.pad(t, (0, 0, 0, n), value=v) for t, v in ((x, 0), (y, -1), (h, -1))]
 
 
-def eot_of(meta):
-    """The end-of-text token of a dataset, None where it has none (not asking for a tokenizer's ranks)."""
-    spec = meta["tokenizer"]
-    return len(spec["chars"]) if spec.get("eot") else 256 if spec["kind"] == "byte" else \
-        prepare.Tokenizer(spec).eot if spec["kind"] == "tiktoken" else None
-
-
 def forget(history, eot):
     """history (B, H) with -1 for everything up to the last end-of-text token: another document is no context."""
     if eot is None or not history.size:
@@ -271,12 +273,13 @@ class Muon(torch.optim.Optimizer):
     `parts`, row counts) each on its own, and a matrix that stands upright lies down first."""
     QUINTIC = (3.4445, -4.7750, 2.0315)
 
-    def __init__(self, params, lr, momentum, weight_decay, ns_steps):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
+        self.dtype = dtype  # of the iterations: bf16 is enough, fp32 lets runs of several shapes agree closely
 
     @classmethod
     def orthogonalize(cls, x, steps):
-        """(n, a, b) with a <= b -> each matrix with its singular values near 1, in bf16."""
+        """(n, a, b) with a <= b -> each matrix with its singular values near 1."""
         a, b, c = cls.QUINTIC
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
         for _ in range(steps):
@@ -304,7 +307,7 @@ class Muon(torch.optim.Optimizer):
                     shape = min(update.shape), max(update.shape)
                     by_shape.setdefault(shape, []).append((target, update))
             for pairs in by_shape.values():
-                flat = torch.stack([u if u.size(0) <= u.size(1) else u.T for _, u in pairs]).bfloat16()
+                flat = torch.stack([u if u.size(0) <= u.size(1) else u.T for _, u in pairs]).to(self.dtype)
                 for (target, u), o in zip(pairs, self.orthogonalize(flat, group["ns_steps"])):
                     o = o if u.size(0) <= u.size(1) else o.T
                     target.add_(o, alpha=-group["lr"] * max(1, u.size(0) / u.size(1)) ** 0.5)
@@ -326,7 +329,8 @@ def make_optimizers(model, tcfg):
     out = [torch.optim.AdamW([g for g in adam if g["params"]], lr=tcfg.learning_rate, betas=(tcfg.beta1, tcfg.beta2),
                              fused=next(model.parameters()).device.type in ("cpu", "cuda"))]
     if groups["muon"]:
-        out.append(Muon(groups["muon"], tcfg.muon_lr, tcfg.momentum, tcfg.weight_decay, tcfg.ns_steps))
+        out.append(Muon(groups["muon"], tcfg.muon_lr, tcfg.momentum, tcfg.weight_decay, tcfg.ns_steps,
+                        model.dtype))
     for o in out:
         for g in o.param_groups:
             g["peak_lr"] = g["lr"]
@@ -362,13 +366,20 @@ class Log:
     def __init__(self, tcfg, step):
         self.path, self.tb, self.wandb = os.path.join(tcfg.out_dir, "log.csv"), None, None
         rows = []
-        if step and os.path.exists(self.path):  # a resumed run goes on where its checkpoint was
-            with open(self.path, newline="") as f:
-                rows = [r for r in csv.DictReader(f) if r["step"].isdigit() and int(r["step"]) <= step]
-        self.file = open(self.path, "w", newline="", buffering=1)
+        try:
+            if step and os.path.exists(self.path):  # a resumed run goes on where its checkpoint was
+                with open(self.path, newline="") as f:
+                    rows = [r for r in csv.DictReader(f, self.FIELDS) if r["step"].isdigit() and int(r["step"]) <= step]
+            text = io.StringIO(newline="")
+            self.csv = csv.DictWriter(text, self.FIELDS, extrasaction="ignore")
+            self.csv.writeheader()
+            self.csv.writerows(rows)
+            with prepare.replacing(self.path) as f:
+                f.write(text.getvalue().encode())
+            self.file = open(self.path, "a", newline="", buffering=1)
+        except OSError as e:
+            raise UserError(f"{self.path} cannot be written ({e.strerror}); choose another --out_dir") from None
         self.csv = csv.DictWriter(self.file, self.FIELDS)
-        self.csv.writeheader()
-        self.csv.writerows(rows)
         if tcfg.tensorboard_log:
             from torch.utils.tensorboard import SummaryWriter
             self.tb = SummaryWriter(tcfg.out_dir)
@@ -378,14 +389,20 @@ class Log:
             wandb.init(project=tcfg.wandb_project, name=tcfg.wandb_run_name or tcfg.out_dir)
 
     def __call__(self, step, **values):
-        self.csv.writerow({"step": step, **{k: f"{v:.6g}" for k, v in values.items()}})
+        try:
+            if self.csv:
+                self.csv.writerow({"step": step, **{k: f"{v:.8g}" for k, v in values.items()}})
+        except OSError as e:  # a full disk is no reason to lose the run
+            print(f"{self.path} cannot be written any more ({e.strerror}); training goes on without it", file=sys.stderr)
+            self.csv = None
         for k, v in values.items() if self.tb else ():
             self.tb.add_scalar(k, v, step)
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def close(self):
-        self.file.close()
+        with contextlib.suppress(OSError):
+            self.file.close()
         if self.tb:
             self.tb.close()
         if self.wandb:
@@ -405,8 +422,12 @@ def lock(out_dir):
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
         pass
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"another run is writing to {out_dir}; wait for it or choose another --out_dir") from None
+    except OSError:  # a file system without locks
+        pass
+    for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp*")):  # of a run that was killed while writing
+        os.unlink(left)
     return f
 
 
@@ -426,9 +447,10 @@ def differences(saved, now):
             if saved.get(k) != now.get(k)]
 
 
-def identity(data):
+def identity(train_data, val_data):
     """What a resumed run must find again: the dataset's contents and tokenizer."""
-    return {"train.bin": data.meta["sha256"]["train"][:16], "tokenizer": data.meta["tokenizer_sha256"][:16]}
+    return {"train.bin": train_data.sha[:16], "val.bin": val_data.sha[:16],
+            "tokenizer": train_data.meta["tokenizer_sha256"][:16]}
 
 
 class Flag:
@@ -454,19 +476,104 @@ class Flag:
 # the loop
 
 
-@torch.no_grad()
-def evaluate(model, data, place, size, forward=None):
-    """(nats a scored token, bits a byte) over the whole split: plain cross-entropy, the same for every variant. `model` is
-    put into eval mode for it; `forward` is its compiled form."""
-    model.eval()
-    total = count = 0.0
-    for x, y, h in data.whole(place, size):
-        x, y, h = x.to(place.device), y.to(place.device), h.to(place.device) if data.H else None
-        total += (model if forward is None else forward)(x, y, h, denom=torch.ones((), device=x.device)).losses["ce"].item()
-        count += int((y >= 0).sum())
-    total, count = place.sum(total, count)
-    model.train()
-    return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count
+class Runner:
+    """A model with its optimizers on a Place: what a step and a validation need, and nothing of files."""
+
+    def __init__(self, mcfg, tcfg, place, say=print):
+        self.mcfg, self.tcfg, self.place = mcfg, tcfg, place
+        self.n_rows = tcfg.batch_size * tcfg.gradient_accumulation_steps
+        self.my_rows = self.n_rows // place.world
+        self.micro = min(tcfg.batch_size, self.my_rows)
+        if self.n_rows % place.world or self.my_rows % self.micro:
+            raise UserError(f"batch_size * gradient_accumulation_steps ({tcfg.batch_size} * "
+                            f"{tcfg.gradient_accumulation_steps}) rows cannot be dealt evenly to {place.world} processes in "
+                            f"whole micro-steps; choose multiples")
+        self.model = GPT(mcfg, tcfg.seed).to(place.device)
+        self.model.dtype = place.dtype
+        self.optimizers = make_optimizers(self.model, tcfg)
+        self.compiled = can_compile(place, tcfg, say)
+        self.inner = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        self.forward = DDP(self.inner, forward_sync_buffers=False) if place.world > 1 else self.inner
+        self.peak = matmul_peak(place)
+        self.tokens = self.n_rows * mcfg.block_size  # of a step
+        self.slice = slice(place.rank * self.my_rows, (place.rank + 1) * self.my_rows)
+
+    def mfu(self, seconds):
+        """Share of the matmul peak that a step of so many seconds reaches."""
+        return self.model.flops_per_token() * self.tokens / seconds / self.peak / self.place.world
+
+    def step(self, step, x, y, h, n_scored):
+        """One optimizer step on this process's rows. -> (loss, gradient norm); where either is not finite, on any process,
+        nothing was updated. n_scored: scored tokens of the step over all processes."""
+        for o in self.optimizers:
+            for g in o.param_groups:
+                g["lr"] = g["peak_lr"] * lr_factor(step, self.tcfg)
+        place, losses = self.place, []
+        denom = torch.tensor(n_scored / place.world, dtype=torch.float32, device=place.device)  # DDP takes the mean
+        for m in range(0, self.my_rows, self.micro):
+            torch.manual_seed(hash((self.tcfg.seed, step, m // self.micro, place.rank)))  # dropout
+            mx, my, mh = (t[m:m + self.micro].to(place.device, non_blocking=True) for t in (x, y, h))
+            last = m + self.micro == self.my_rows
+            with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
+                out = self.forward(mx, my, mh if self.mcfg.n_slot else None, denom=denom)
+                out.loss.backward()
+            losses.append(out.losses["ce"].detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.tcfg.grad_clip or float("inf"))
+        loss, norm = torch.stack([torch.stack(losses).sum() / place.world, norm]).tolist()
+        loss = place.sum(loss)[0]
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        for o in self.optimizers:
+            if finite:
+                o.step()
+            o.zero_grad(set_to_none=True)
+        if place.device.type == "cuda":
+            torch.cuda.synchronize()
+        return loss, norm
+
+    @torch.no_grad()
+    def evaluate(self, data):
+        """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for every variant."""
+        self.model.eval()
+        total, count, one = 0.0, 0, torch.ones((), device=self.place.device)
+        for x, y, h in data.whole(self.place, self.micro):
+            x, y, h = (t.to(self.place.device) for t in (x, y, h))
+            total += self.inner(x, y, h if self.mcfg.n_slot else None, denom=one).losses["ce"].item()
+            count += int((y >= 0).sum())
+        self.model.train()
+        total, count = self.place.sum(total, count)
+        return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count
+
+
+def find_start(tcfg, mcfg, data, say):
+    """(checkpoint or None, its path, whether it is resumed) by init_from. A damaged ckpt.pt of a run to be resumed is passed
+    over for the one before it; UserError where what is found does not fit."""
+    path = os.path.join(tcfg.out_dir, "ckpt.pt")
+    resume = tcfg.init_from == "resume" or (tcfg.init_from == "auto" and os.path.exists(path))
+    if not resume and tcfg.init_from in ("scratch", "auto"):
+        return None, path, False
+    path = path if resume else tcfg.init_from
+    try:
+        saved = prepare.load_checkpoint(path)
+    except UserError as e:
+        if not (resume and os.path.exists(path) and os.path.exists(prepare.previous(path))):
+            raise
+        saved = prepare.load_checkpoint(prepare.previous(path))
+        say(f"{e}; going on from that")
+    try:
+        model, now = saved["model_config"], settings(mcfg)
+        if resume:
+            wrong = differences(model, now) + differences(saved["data"], data) + differences(
+                {"optimizer": saved["train_config"]["optimizer"]}, {"optimizer": tcfg.optimizer})
+            saved["step"], saved["optimizers"], saved["block_loss"]
+        else:
+            wrong = differences({"tokenizer": saved["data"]["tokenizer"]}, {"tokenizer": data["tokenizer"]})
+            saved["model"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is not a checkpoint of train.py; name another") from None
+    if wrong:
+        raise UserError(f"{path} does not fit this run ({'; '.join(wrong)}); give the same settings" + (
+            f", or start another run with --init_from={path} --out_dir=..." if resume else ""))
+    return saved, path, resume
 
 
 def clock(seconds):
@@ -475,163 +582,129 @@ def clock(seconds):
 
 def train(mcfg, tcfg, say=print):
     """Train as the settings say. -> dict with val_loss, best_val_loss, step, step_seconds (the sum of the steps alone,
-    without the first, which compiles), compile_seconds, params, curve [(step, step_seconds, val_loss)]. `say` prints."""
+    without the first, which compiles), compile_seconds, params, path (of the checkpoint, None if there is none),
+    saved_val_loss, curve [(step, step_seconds, val_loss)]. `say` prints."""
     t_start = time.perf_counter()
     check_optional(tcfg)
     place = find_place(tcfg)
-    say = say if place.rank == 0 else lambda *a, **k: None
+    if place.rank:
+        say = lambda *a, **k: None
     train_data = Data(tcfg, mcfg, "train")
     mcfg = config.build(GPTConfig, **{**settings(mcfg), "vocab_size": train_data.n_vocab})
     val_data = Data(tcfg, mcfg, "val")
-    n_rows = tcfg.batch_size * tcfg.gradient_accumulation_steps
-    if n_rows % place.world:
-        raise UserError(f"batch_size * gradient_accumulation_steps ({n_rows}) rows cannot be dealt evenly to "
-                        f"{place.world} processes; choose a multiple")
-    my_rows = n_rows // place.world
-    micro = min(tcfg.batch_size, my_rows)
-    if my_rows % micro:
-        raise UserError(f"{my_rows} rows a process are no multiple of batch_size {tcfg.batch_size}; choose others")
-    held = []
+    held, path, data = [], os.path.join(tcfg.out_dir, "ckpt.pt"), identity(train_data, val_data)
     place.same(lambda: held.append(lock(tcfg.out_dir)))
-
-    # the model, or the model of a checkpoint
-    path, saved = os.path.join(tcfg.out_dir, "ckpt.pt"), None
-    if tcfg.init_from == "resume" or (tcfg.init_from == "auto" and os.path.exists(path)):
-        saved = prepare.load_checkpoint(path)
-        wrong = differences(saved["model_config"], settings(mcfg)) + differences(saved["data"], identity(train_data))
-        if wrong:
-            raise UserError(f"{path} cannot be resumed with other settings ({'; '.join(wrong)}); give the same, or start "
-                            f"another run with --init_from={path} --out_dir=...")
-    elif tcfg.init_from not in ("scratch", "auto"):
-        saved = prepare.load_checkpoint(tcfg.init_from)
-        if saved["data"]["tokenizer"] != identity(train_data)["tokenizer"]:
-            raise UserError(f"{tcfg.init_from} was trained with another tokenizer than dataset {tcfg.dataset!r} has")
-    model = GPT(mcfg, tcfg.seed).to(place.device)
-    model.dtype = place.dtype
-    optimizers = make_optimizers(model, tcfg)
-    step, best, step_seconds, curve = 0, float("inf"), 0.0, []
+    saved, start, resumed = find_start(tcfg, mcfg, data, say)
+    run = Runner(mcfg, tcfg, place, say)
+    step, best, saved_val, step_seconds, curve, block_loss = 0, float("inf"), None, 0.0, [], []
     if saved is not None:
         try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as e:
-            raise UserError(f"{tcfg.init_from} is of another shape: {str(e).splitlines()[1].strip()[:200]}") from None
-        if tcfg.init_from in ("resume", "auto"):
-            for o, state in zip(optimizers, saved["optimizers"]):
-                o.load_state_dict(state)
-            step, best, step_seconds = saved["step"], saved["best_val_loss"], saved["step_seconds"]
+            run.model.load_state_dict(saved["model"])
+            for o, s in zip(run.optimizers, saved["optimizers"] if resumed else ()):  # its rates are those of the settings
+                o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"{start} is of another shape: {str(e).splitlines()[-1].strip()[:200]}") from None
+    if resumed:
+        step, best, saved_val = saved["step"], saved["best_val_loss"], saved["val_loss"]
+        step_seconds, block_loss = saved["step_seconds"], saved["block_loss"]
     del saved
-    compiled = can_compile(place, tcfg, say)
-    forward = inner = torch.compile(model, dynamic=False) if compiled else model
-    if place.world > 1:
-        forward = DDP(inner, forward_sync_buffers=False)
-    peak = matmul_peak(place)
-    flops = model.flops_per_token() * mcfg.block_size * n_rows  # of a step
-    say(f"{mcfg.layers}, {mcfg.n_embd} wide, {mcfg.n_slot} slots: {model.num_params() / 1e6:.2f}M parameters on "
-        f"{place.device} x {place.world}, {str(place.dtype)[6:]}, matmul peak {peak / 1e12:.2f} TFLOP/s; "
-        f"{n_rows} x {mcfg.block_size} tokens a step" + (", compiling at the first" if compiled else ""))
+    say(f"{mcfg.layers}, {mcfg.n_embd} wide, {mcfg.n_slot} slots: {run.model.num_params() / 1e6:.2f}M parameters on "
+        f"{place.device} x {place.world}, {str(place.dtype)[6:]}, matmul peak {run.peak / 1e12:.2f} TFLOP/s; "
+        f"{run.n_rows} x {mcfg.block_size} tokens a step" + (", compiling at the first" if run.compiled else ""))
 
-    def checkpoint():
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-                 "best_val_loss": best, "step_seconds": step_seconds, "model_config": settings(mcfg),
-                 "train_config": dataclasses.asdict(tcfg), "tokenizer": train_data.meta["tokenizer"],
-                 "data": identity(train_data), "dataset": tcfg.dataset}
+    def checkpoint(val):
+        nonlocal saved_val
+        state = {"model": run.model.state_dict(), "optimizers": [o.state_dict() for o in run.optimizers], "step": step,
+                 "val_loss": val, "best_val_loss": best, "step_seconds": step_seconds, "block_loss": block_loss,
+                 "model_config": settings(mcfg), "train_config": dataclasses.asdict(tcfg),
+                 "tokenizer": train_data.meta["tokenizer"], "data": data, "dataset": tcfg.dataset}
         place.same(lambda: prepare.save_checkpoint(path, state))
+        saved_val = val
 
-    log = Log(tcfg, step) if place.rank == 0 else None
-    flag, result = Flag(), {}
-    compile_seconds, block_t, block_n, block_loss = 0.0, 0.0, 0, 0.0
-    first_step = step
+    logs = []
+    place.same(lambda: logs.append(Log(tcfg, step)) if not tcfg.eval_only else None)
+    log = logs[0] if logs else lambda *a, **k: None
+    flag, first_step, compile_seconds, stopped = Flag(), step, 0.0, False
+    have_saved, block_t, block_n = resumed, 0.0, 0
+
+    def stop_for(what):
+        good = f"the last good checkpoint is {path}" if have_saved else "there is no checkpoint of this run yet"
+        raise UserError(f"step {step}: {what}: training stopped before the update; {good}; lower the learning rates or "
+                        f"check the data")
+
     try:
         while True:
-            done = step >= tcfg.max_iters
-            if (step % tcfg.eval_interval == 0 and (step > first_step or tcfg.eval_only)) or done or tcfg.eval_only:
-                val, bpb = evaluate(model, val_data, place, micro, inner)
-                curve.append((step, step_seconds, val))
-                say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte")
-                if log:
-                    log(step, val_loss=val, bits_per_byte=bpb, step_seconds=step_seconds)
-                better, best = val < best, min(best, val)
-                if (better or tcfg.always_save_checkpoint) and not tcfg.eval_only and step > first_step:
-                    checkpoint()
-                if done or tcfg.eval_only:
-                    break
-
-            t0 = time.perf_counter()
-            for o in optimizers:
-                for g in o.param_groups:
-                    g["lr"] = g["peak_lr"] * lr_factor(step, tcfg)
-            x, y, h = train_data.batch(step, slice(place.rank * my_rows, (place.rank + 1) * my_rows), n_rows)
-            scored = int((y >= 0).sum())
-            n_scored, stop = place.sum(scored, flag.up)
-            if stop:
-                checkpoint()
+            done = step >= tcfg.max_iters or tcfg.eval_only
+            stopped = not done and place.sum(int(flag.up))[0] > 0
+            if stopped:
+                checkpoint(saved_val)
                 say(f"stopped by a signal; step {step} is saved in {path}; go on with --init_from=resume")
                 break
-            denom = torch.tensor(n_scored / place.world, dtype=torch.float32, device=place.device)  # DDP takes the mean
-            losses = []
-            for m in range(0, my_rows, micro):
-                torch.manual_seed(hash((tcfg.seed, step, m // micro, place.rank)))  # dropout
-                mx, my, mh = (t[m:m + micro].to(place.device, non_blocking=True) for t in (x, y, h))
-                last = m + micro == my_rows
-                with contextlib.nullcontext() if place.world == 1 or last else forward.no_sync():
-                    out = forward(mx, my, mh if mcfg.n_slot else None, denom=denom)
-                    out.loss.backward()
-                losses.append(out.losses["ce"].detach())
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), tcfg.grad_clip or float("inf"))
-            loss, norm = torch.stack([torch.stack(losses).sum() / place.world, norm]).tolist()
-            loss = place.sum(loss)[0]
-            if not (math.isfinite(loss) and math.isfinite(norm)):  # the same on all ranks: nobody updates
-                good = f"the last good checkpoint is {path}" if os.path.exists(path) else "there is no checkpoint yet"
-                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: training stopped before the update; "
-                                f"{good}; lower the learning rates or check the data")
-            for o in optimizers:
-                o.step()
-                o.zero_grad(set_to_none=True)
-            if place.device.type == "cuda":
-                torch.cuda.synchronize()
+            if done or (step % tcfg.eval_interval == 0 and step > first_step):
+                val, bpb = run.evaluate(val_data)
+                if not math.isfinite(val):
+                    stop_for(f"validation loss {val}")
+                curve.append((step, step_seconds, val))
+                say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte")
+                log(step, val_loss=val, bits_per_byte=bpb, step_seconds=step_seconds)
+                better, best = val < best, min(best, val)
+                if (better or tcfg.always_save_checkpoint) and not tcfg.eval_only and step > first_step:
+                    checkpoint(val)
+                    have_saved = True
+                if done:
+                    break
+            t0 = time.perf_counter()
+            x, y, h = train_data.batch(step, run.slice, run.n_rows)
+            loss, norm = run.step(step, x, y, h, place.sum(int((y >= 0).sum()))[0])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                stop_for(f"loss {loss}, gradient norm {norm}")
             dt = time.perf_counter() - t0
             step += 1
+            block_loss.append(loss)
             if step == first_step + 1:
                 compile_seconds = dt
-                say(f"first step {dt:.1f} s" + (" with compiling" if compiled else ""))
+                say(f"first step {dt:.1f} s" + (" with compiling" if run.compiled else ""))
             else:
                 step_seconds, block_t, block_n = step_seconds + dt, block_t + dt, block_n + 1
-            block_loss += loss
-            if step % tcfg.log_interval == 0 and block_n:
-                speed = n_rows * mcfg.block_size * block_n / block_t
-                mfu = flops * block_n / block_t / peak / place.world
-                say(f"step {step}/{tcfg.max_iters}: loss {block_loss / tcfg.log_interval:.4f}, {speed:,.0f} tokens/s, "
-                    f"mfu {mfu:.0%}, {clock(time.perf_counter() - t_start)} elapsed, "
-                    f"{clock((tcfg.max_iters - step) * block_t / block_n)} to go")
-                if log:
-                    log(step, train_loss=block_loss / tcfg.log_interval, lr=optimizers[0].param_groups[0]["lr"],
-                        tokens_per_s=speed, mfu=mfu, step_seconds=step_seconds)
             if step % tcfg.log_interval == 0:
-                block_t, block_n, block_loss = 0.0, 0, 0.0
+                loss, each = sum(block_loss) / len(block_loss), block_t / block_n if block_n else dt
+                say(f"step {step}/{tcfg.max_iters}: loss {loss:.4f}, {run.tokens / each:,.0f} tokens/s, "
+                    f"mfu {run.mfu(each):.0%}, {clock(time.perf_counter() - t_start)} elapsed, "
+                    f"{clock((tcfg.max_iters - step) * each)} to go")
+                log(step, train_loss=loss, lr=run.optimizers[0].param_groups[0]["lr"], tokens_per_s=run.tokens / each,
+                    mfu=run.mfu(each), step_seconds=step_seconds)
+                block_t, block_n, block_loss = 0.0, 0, []
     finally:
         flag.restore()
-        if log:
-            log.close()
-        held and held[0].close()
-    result = {"val_loss": curve[-1][2] if curve else None, "best_val_loss": best, "step": step, "curve": curve,
-              "step_seconds": step_seconds, "compile_seconds": compile_seconds, "params": model.num_params(),
-              "seconds": time.perf_counter() - t_start, "stopped": flag.up, "path": path}
-    return result
+        for closing in logs + held:
+            closing.close()
+    return {"val_loss": curve[-1][2] if curve else None, "best_val_loss": best, "step": step, "curve": curve,
+            "step_seconds": step_seconds, "compile_seconds": compile_seconds, "params": run.model.num_params(),
+            "seconds": time.perf_counter() - t_start, "stopped": stopped, "path": path if have_saved else None,
+            "saved_val_loss": saved_val}
 
 
 def main(argv):
     m, t, _ = config.parse(argv, GPTConfig, TrainConfig, doc=__doc__)
     mcfg, tcfg = config.build(GPTConfig, **m), config.build(TrainConfig, **t)
     try:
-        r = train(mcfg, tcfg)
+        r = train(mcfg, tcfg, say)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) == 0 and r["val_loss"] is not None and not r["stopped"]:
-        print(f"done: val loss {r['val_loss']:.4f} after {r['step']} steps in {clock(r['seconds'])} "
-              f"({r['step_seconds']:.0f} s of steps, {r['compile_seconds']:.0f} s compiling)\n"
-              f"checkpoint: {r['path']}\nsample from it: python sample.py --out_dir={tcfg.out_dir}")
+    if int(os.environ.get("RANK", 0)) == 0 and not r["stopped"]:
+        say(f"done: val loss {r['val_loss']:.4f} after {r['step']} steps in {clock(r['seconds'])} "
+            f"({r['step_seconds']:.0f} s of steps, {r['compile_seconds']:.0f} s for the first)")
+        if r["path"] and not tcfg.eval_only:
+            say(f"checkpoint: {r['path']} (val loss {r['saved_val_loss']:.4f})\n"
+                f"sample from it: python sample.py --out_dir={tcfg.out_dir}")
     return 0
+
+
+def say(text):
+    """Print a line now; a reader that has gone away (| head) is no reason to lose a run."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

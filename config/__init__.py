@@ -163,14 +163,25 @@ def build(cls, **values):
         raise UserError(str(e)) from None
 
 
+def within(cfg, low=None, high=None, *names):
+    """ValueError unless each named setting of cfg lies in [low, high]; None: no bound."""
+    for name in names:
+        value = getattr(cfg, name)
+        if not ((low is None or value >= low) and (high is None or value <= high)):  # not: NaN is outside too
+            raise ValueError(f"{name} must be at least {low}, not {value}" if high is None else
+                             f"{name} must lie between {low} and {high}, not {value}")
+
+
 def run(main):
     """main(argv) as a program: exit code 2 and one sentence for a UserError, 130 when interrupted."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as e:
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every process has the same to say
+            print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -26,4 +26,3 @@ eval_interval = 250
 always_save_checkpoint = False
 dtype = "float32"
 compile = False
-malloc = False
