@@ -102,7 +102,8 @@ def serve():
     m, t = ({k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (first["m"], first["t"]))
     if first.get("train"):
         r = train.train(GPTConfig(**m), TrainConfig(**t), say=lambda s: print(s, flush=True))
-        print(json.dumps({**r, "peak_mb": peak_mb()}), flush=True)
+        r.update(altered(m, t, first["ablate"]) if first["ablate"] else {}, peak_mb=peak_mb())
+        print(json.dumps(r), flush=True)
         return
     mcfg, tcfg = GPTConfig(**{"vocab_size": 65, **m}), TrainConfig(**t)
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
@@ -130,6 +131,26 @@ def serve():
         elif what["do"] == "profile":
             out = profile(step)
         print(json.dumps(out), flush=True)
+
+
+def shuffle_history(h):
+    """Each row's history in another order (the same at every call)."""
+    order = torch.rand(h.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+    return h.gather(1, order)
+
+
+ABLATIONS = {"history shuffled": shuffle_history, "slots empty": lambda h: torch.full_like(h, -1)}
+
+
+def altered(m, t, names):
+    """{ablation: validation loss} of the checkpoint that was just trained, its histories altered at evaluation."""
+    tcfg = TrainConfig(**{**t, "compile": False})
+    ckpt = prepare.load_checkpoint(os.path.join(tcfg.out_dir, "ckpt.pt"))
+    mcfg = GPTConfig(**ckpt["model_config"])
+    run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
+    run.model.load_state_dict(ckpt["model"])
+    data = train.Data(tcfg, mcfg, "val")
+    return {name: run.evaluate(data, ABLATIONS[name])[0] for name in names}
 
 
 def peak_mb():
@@ -173,21 +194,39 @@ def show(cfg, title, rows):
     return rows
 
 
-def fit(cfg, preset=None, seed=1, **overrides):
-    """Train one arm in a process of its own; -> what train.train returns."""
+def fit(cfg, preset=None, seed=1, ablate=(), cold=False, **overrides):
+    """Train one arm in a process of its own; -> what train.train returns, `wall` seconds of the whole process, and the
+    losses under ablations. cold: with an empty compiler cache."""
     m, t = read_arm(preset, **overrides)
     t.update(dataset=cfg.dataset, data_dir=cfg.data_dir, seed=seed)
     keep = cfg.out_dir or tempfile.mkdtemp(prefix="bench-")
     t["out_dir"] = os.path.join(keep, overrides.get("out_dir") or f"{preset or 'arm'}-{os.getpid()}-{time.time_ns()}")
     arm = object.__new__(Arm)
     arm.p = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_arm"], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True)
+                             stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, **({"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp()} if cold else {})})
     start = time.perf_counter()
     try:
-        out = arm.ask(m=m, t=t, train=True)
+        out = arm.ask(m=m, t=t, train=True, ablate=list(ablate))
     finally:
         arm.close()
     return {**out, "wall": time.perf_counter() - start}
+
+
+def over_seeds(cfg, *args, **kw):
+    """fit for each seed -> {figure: mean over seeds}, and "spread", the largest minus the smallest validation loss."""
+    runs = [fit(cfg, *args, seed=s, **kw) for s in range(1, cfg.seeds + 1)]
+    out = {k: mean(r[k] for r in runs) for k, v in runs[0].items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {**out, "spread": max(r["val_loss"] for r in runs) - min(r["val_loss"] for r in runs), "runs": runs}
+
+
+def step_times(cfg, arms):
+    """{name: [seconds a step per round]} of arms given as (model settings, training settings), in turns."""
+    live = {k: Arm(*a) for k, a in arms.items()}
+    times = turns(live, cfg.rounds, lambda a, n: a.ask(do="steps", n=n)["seconds"])
+    for a in live.values():
+        a.close()
+    return times
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,10 +360,7 @@ def main_job(cfg):
     on = fit(cfg, "softar_shakespeare")
     off_settings = dict(history=0, aggregate=0, n_segment=0, n_span=0, span=0)
     m, t = read_arm("softar_shakespeare")
-    arms = {"on": Arm(m, t), "off": Arm(*read_arm("softar_shakespeare", **off_settings))}
-    times = turns(arms, cfg.rounds, lambda a, n: a.ask(do="steps", n=n)["seconds"])
-    for a in arms.values():
-        a.close()
+    times = step_times(cfg, {"on": (m, t), "off": read_arm("softar_shakespeare", **off_settings)})
     steps = round(t["max_iters"] * compare(times["on"], times["off"]))
     off = fit(cfg, "softar_shakespeare", **off_settings, max_iters=steps)
     rows = [{"arm": k, "steps": r["step"], "seconds of steps": r["step_seconds"], "seconds in all": r["wall"],
@@ -332,7 +368,143 @@ def main_job(cfg):
     return show(cfg, f"main job on {cfg.dataset}, seed 1", rows)
 
 
-CLAIMS = {"speed": speed, "decode": decode, "main": main_job}
+def time_to_loss(cfg):
+    """seconds to val 1.88: config/shakespeare_cpu.py beside nanoGPT's CPU recipe, in turns, cold compiler caches"""
+    rows = []
+    for seed in range(1, cfg.seeds + 1):
+        for preset in ("shakespeare_cpu", "nanogpt_cpu"):
+            r = fit(cfg, preset, seed=seed, cold=True, eval_interval=50 if preset == "shakespeare_cpu" else 100)
+            hit = next(((step, s) for step, s, v in r["curve"] if v <= 1.88), (None, None))
+            plain = fit(cfg, preset, seed=seed, cold=True, eval_interval=10 ** 9)
+            rows.append({"preset": preset, "seed": seed, "val loss": r["val_loss"], "steps to 1.88": hit[0],
+                         "seconds of steps to 1.88": hit[1], "steps": r["step"], "seconds of all steps": plain["step_seconds"],
+                         "process, seconds": plain["wall"]})
+    return show(cfg, f"time to val 1.88 on {cfg.dataset}", rows)
+
+
+def a100(cfg):
+    """val 1.4697 (nanoGPT's A100 recipe) with config/shakespeare.py, in how many of that recipe's steps"""
+    times = step_times(dataclasses.replace(cfg, rounds=2), {"ours": read_arm("shakespeare"), "nanogpt": read_arm("nanogpt")})
+    rows = []
+    for seed in range(1, cfg.seeds + 1):
+        r = fit(cfg, "shakespeare", seed=seed)
+        rows.append({"seed": seed, "val loss": r["val_loss"], "steps": r["step"], "seconds of steps": r["step_seconds"],
+                     "as nanoGPT steps": r["step"] * median(times["ours"]) / median(times["nanogpt"]),
+                     "a nanoGPT step, s": median(times["nanogpt"])})
+    return show(cfg, f"config/shakespeare.py on {cfg.dataset} (the bar: 1.4697 in 18 steps of config/nanogpt.py)", rows)
+
+
+def best(cfg):
+    """the best validation loss within 15 minutes: config/shakespeare_best.py"""
+    rows = [{"seed": s, "val loss": r["val_loss"], "steps": r["step"], "minutes of steps": r["step_seconds"] / 60,
+             "minutes in all": r["wall"] / 60} for s in range(1, cfg.seeds + 1) for r in [fit(cfg, "shakespeare_best", seed=s)]]
+    return show(cfg, f"config/shakespeare_best.py on {cfg.dataset}", rows)
+
+
+SLOT_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=16, batch_size=64, max_iters=1500, eval_interval=10 ** 9,
+                  history_drop=0.0, log_interval=500)
+
+
+def slot_arms(H, span, rows=64):
+    """The arms of the slot claims for a history of H tokens: none, slots, uncompressed, and an ordinary window. All are
+    scored on the same tokens: the last 16 of a row."""
+    slots = dict(SLOT_MODEL, history=H, aggregate=1, n_segment=2, n_span=H // span, span=span)
+    window = dict(SLOT_MODEL, block_size=H + 16, score_last=16)
+    return {"a no history": SLOT_MODEL, "b slots": slots, "c uncompressed": window,
+            "d ordinary window": dict(window, train_on_all=True, batch_size=max(2, rows * 80 // (H + 16)))}
+
+
+def slots(cfg):
+    """what 64 tokens of history are worth as slots, with ablations, beside an ordinary window at equal seconds"""
+    arms = slot_arms(64, 4)
+    times = step_times(cfg, {k: read_arm(**a) for k, a in arms.items()})
+    t_b = times["b slots"]
+    arms["d ordinary window"]["max_iters"] = round(SLOT_MODEL["max_iters"] * compare(t_b, times["d ordinary window"]))
+    arms["b, binding off"] = dict(arms["b slots"], span_binding=False)
+    got = {k: over_seeds(cfg, **a, ablate=list(ABLATIONS) if k == "b slots" else ()) for k, a in arms.items()}
+    a, c = got["a no history"]["val_loss"], got["c uncompressed"]["val_loss"]
+    rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "steps": int(g["step"]),
+             "gap closed": (a - g["val_loss"]) / (a - c), "step time / c": compare(times[k], times["c uncompressed"])
+             if k in times else compare(t_b, times["c uncompressed"])} for k, g in got.items()]
+    rows += [{"arm": f"b, {k} at evaluation", "val loss": got["b slots"][k], "gap closed": (a - got["b slots"][k]) / (a - c)}
+             for k in ABLATIONS]
+    return show(cfg, f"64 tokens of history on {cfg.dataset}, mean of {cfg.seeds} seeds, {SLOT_MODEL['max_iters']} steps", rows)
+
+
+def spans(cfg):
+    """spans of 2 to 16 over histories of 64 to 1,024 tokens, beside an ordinary window of that length at equal seconds"""
+    rows = []
+    for H in (64, 256, 1024):
+        for span in (2, 4, 8, 16):
+            arm = slot_arms(H, span)["b slots"]
+            t = step_times(dataclasses.replace(cfg, rounds=2), {"b": read_arm(**arm)})["b"]
+            r = fit(cfg, **arm)
+            rows.append({"history": H, "arm": f"spans of {span}", "slots": H // span + 3, "val loss": r["val_loss"],
+                         "steps": r["step"], "ms a step": 1000 * median(t)})
+            if span == 4:
+                arm = slot_arms(H, span)["d ordinary window"]
+                d = step_times(dataclasses.replace(cfg, rounds=2), {"d": read_arm(**arm)})["d"]
+                r = fit(cfg, **{**arm, "max_iters": round(arm["max_iters"] * median(t) / median(d))})
+                rows.append({"history": H, "arm": f"window of {H + 16}, equal seconds to spans of 4", "val loss": r["val_loss"],
+                             "steps": r["step"], "ms a step": 1000 * median(d)})
+    return show(cfg, f"spans and histories on {cfg.dataset}, seed 1", rows)
+
+
+def cipher(cfg):
+    """the cipher task: no history, slots, and the history uncompressed, above the source's entropy rate"""
+    cfg = dataclasses.replace(cfg, dataset="cipher")
+    floor = prepare.open_dataset("cipher", cfg.data_dir)["entropy_rate"]
+    off = dict(history=0, aggregate=0, n_segment=0, n_span=0, span=0)
+    arms = {"no history": off, "slots": {}, "uncompressed": dict(off, block_size=272, score_last=16)}
+    got = {k: over_seeds(cfg, "cipher", **a, eval_interval=10 ** 9) for k, a in arms.items()}
+    top, low = got["no history"]["val_loss"], got["uncompressed"]["val_loss"]
+    rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "above the floor": g["val_loss"] - floor,
+             "gap closed": (top - g["val_loss"]) / (top - low), "ms a step": 1000 * g["step_seconds"] / g["step"]}
+            for k, g in got.items()]
+    return show(cfg, f"cipher, mean of {cfg.seeds} seeds, entropy rate {floor:.4f}", rows)
+
+
+def stream(cfg, total=100_000, block=10_000):
+    """100,000 characters from one prompt with slots: memory and time a token"""
+    m, _ = read_arm("softar_shakespeare", n_layer=4, n_embd=128)
+    d = sample.Decoder(GPT(GPTConfig(**{"vocab_size": 65, **m})).eval(), [[1]])
+    generator, scfg, rows = torch.Generator().manual_seed(1), sample.SampleConfig(max_new_tokens=total), []
+
+    def rss():
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+
+    t0 = time.perf_counter()
+    for i, _ in enumerate(sample.generate(d, scfg, generator=generator), 1):
+        if i == 1000 or i % block == 0:
+            t1 = time.perf_counter()
+            rows.append({"tokens": i, "memory MB": rss(), "ms a token": 1000 * (t1 - t0) / (i if i == 1000 else block),
+                         "ids kept": sum(map(len, d.rows[0]))})
+            t0 = time.perf_counter()
+    return show(cfg, "one stream, 4 layers, 128 wide, window 256, history 256", rows)
+
+
+def variants(cfg):
+    """each flag of the plain model switched, one at a time: loss and time of a step at nanoGPT's CPU shape, 600 steps"""
+    shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=600, eval_interval=10 ** 9,
+                 log_interval=600)
+    arms = {"defaults": {}, "norm = layer": dict(norm="layer"), "norm = scale": dict(norm="scale"), "mlp = gelu": dict(mlp="gelu"),
+            "mlp = swiglu": dict(mlp="swiglu"), "pos = learned": dict(pos="learned"), "pos = none": dict(pos="none"),
+            "bias = True": dict(bias=True), "tie = True": dict(tie=True), "qk_norm = False": dict(qk_norm=False),
+            "n_kv_head = 1": dict(n_kv_head=1), "n_kv_head = 4,2,2,1": dict(n_kv_head=(4, 2, 2, 1)),
+            "n_mlp = -1,-1,-1,2048 (one wide FFN)": dict(n_mlp=(-1, -1, -1, 2048)), "n_value_embed = 2": dict(n_value_embed=2),
+            "n_value_embed = 4": dict(n_value_embed=4), "dropout = 0.1": dict(dropout=0.1), "optimizer = adamw":
+            dict(optimizer="adamw"), "slots (64 tokens as 16 spans)": dict(history=64, aggregate=1, n_segment=2, n_span=16, span=4)}
+    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**shape, **a) for k, a in arms.items()})
+    got = {k: over_seeds(cfg, **shape, **a) for k, a in arms.items()}
+    rows = [{"flag": k, "val loss": g["val_loss"], "against defaults": g["val_loss"] - got["defaults"]["val_loss"],
+             "spread": g["spread"], "params M": g["params"] / 1e6, "step time": compare(times[k], times["defaults"])}
+            for k, g in got.items()]
+    return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 600 steps, mean of {cfg.seeds} seeds", rows)
+
+
+CLAIMS = {"speed": speed, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
+          "variants": variants, "spans": spans, "cipher": cipher, "stream": stream}
 
 
 def main(argv):

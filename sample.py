@@ -39,7 +39,7 @@ class SampleConfig:
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the expert's first
     beta: float = 0.5  # contrastive: strength
     seed: int = 1337  # of the choices
-    device: str = "cpu"  # cpu | cuda | mps
+    device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | mps
     dtype: str = "float32"  # float32 | bfloat16
     compile: bool = False  # compile the decoding step: half a minute once, then several times as fast on a CPU
 
@@ -286,6 +286,11 @@ def read_prompt(prompt):
 def main(argv):
     values, _ = config.parse(argv, SampleConfig, doc=__doc__)
     cfg = config.build(SampleConfig, **values)
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    missing = config.compiler_missing(cfg.device) if cfg.compile else ""
+    if missing:
+        raise UserError(f"compile needs {missing}, which was not found; install it or leave --compile out")
     path = cfg.out_dir or newest()
     model, ckpt = load(path, cfg.device, cfg.dtype)
     tok = prepare.Tokenizer(ckpt["tokenizer"])

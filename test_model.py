@@ -347,11 +347,11 @@ TINY = dict(block_size=16, n_layer=2, n_head=2, n_embd=32)
 TINY_ARGS = [f"--{k}={v}" for k, v in TINY.items()]
 
 
-def run(data_dir, out, model=None, **t):
+def run(data_dir, out, model=None, say=lambda *a, **k: None, **t):
     """train.train on the small text, without printing; -> (its result, the checkpoint it wrote)."""
     t = {**dict(dataset="text", data_dir=data_dir, out_dir=str(out), compile=False, batch_size=4, max_iters=6,
                 lr_decay_iters=6, eval_interval=3, dtype="float32", log_interval=2), **t}
-    r = train.train(GPTConfig(**{**TINY, **(model or {})}), TrainConfig(**t), say=lambda *a, **k: None)
+    r = train.train(GPTConfig(**{**TINY, **(model or {})}), TrainConfig(**t), say=say)
     path = os.path.join(out, "ckpt.pt")
     return r, prepare.load_checkpoint(path) if os.path.exists(path) else None
 
@@ -447,6 +447,8 @@ def test_only_the_best_is_saved_when_asked(data_dir, tmp_path):
 def test_score_last_and_grad_clip(data_dir, tmp_path):
     """score_last scores the end of each row only; clipping changes a run exactly when the norm is over the limit."""
     d = Data(TrainConfig(dataset="text", data_dir=data_dir, score_last=5), GPTConfig(**TINY), "train")
+    both = Data(TrainConfig(dataset="text", data_dir=data_dir, score_last=5, train_on_all=True), GPTConfig(**TINY), "train")
+    assert (both.batch(0, slice(0, 4), 4)[1] >= 0).all() and both.last == 16
     x, y, _ = d.batch(0, slice(0, 4), 4)
     assert (y[:, :-5] == -1).all() and (y[:, -5:] >= 0).all() and (y[:, -6:-1][y[:, -6:-1] >= 0] == x[:, -4:].flatten()).all()
     adam = dict(optimizer="adamw", max_iters=2)
@@ -859,6 +861,26 @@ def trained(data_dir, tmp_path_factory):
     run(data_dir, out / "weak", max_iters=8, lr_decay_iters=8)
     os.utime(out / "strong" / "ckpt.pt")
     return out
+
+
+def test_without_a_compiler(trained, data_dir, tmp_path, monkeypatch):
+    """No C++ compiler: training says so and goes on uncompiled, sample --compile says what to install."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    said = []
+    run(data_dir, tmp_path, compile=True, max_iters=1, say=said.append)
+    assert any("C++ compiler" in s and "uncompiled" in s for s in said) and not any("compiling" in s for s in said)
+    refused(sample.main, [f"--out_dir={trained}/strong", "--compile"], "C++ compiler")
+
+
+def test_compiled_decoding_is_decoding(trained):
+    """The compiled step, one row and three, across folds: the logits of the plain one, and no recompiling on the way."""
+    model, ckpt = sample.load(str(trained / "strong"))
+    for B in (1, 3):
+        torch._dynamo.reset()
+        a, b = (sample.Decoder(model, [[1, 2, 3]], compile=c).select([0] * B) for c in (False, True))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for t in range(30):
+                torch.testing.assert_close(a.push([t % 7] * B), b.push([t % 7] * B), atol=2e-5, rtol=0)
 
 
 def test_sample_main(trained, capsys, tmp_path, monkeypatch):

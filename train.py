@@ -15,10 +15,8 @@ import glob
 import io
 import math
 import os
-import shutil
 import signal
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 
@@ -27,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils._triton import has_triton
 
 import prepare
 from config import UserError
@@ -63,7 +60,8 @@ class TrainConfig:
     min_lr: float = 0.0  # AdamW's rate at the end; Muon's falls by the same factor
     cooldown: float = 0.8  # share of the run that wsd cools down over
     history_drop: float = 0.1  # share of training rows whose history is cut short at a random place
-    score_last: int = 0  # score only the last n tokens of a row, in training and validation; 0: all
+    score_last: int = 0  # score only the last n tokens of a row; 0: all
+    train_on_all: bool = False  # with score_last: train on all tokens of a row, and score its last in validation only
     seed: int = 1337  # of the weights, the batches and dropout
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
@@ -154,27 +152,20 @@ def find_place(tcfg):
     return Place(device, dtype, rank, world)
 
 
-def matmul_peak(place, runs=20):
-    """Floating-point operations a second that a plain matrix product reaches here, the best of a few: MFU's 100%."""
+def matmul_peak(place, seconds=0.3):
+    """Floating-point operations a second that a plain matrix product reaches here, the best within some time: MFU's 100%."""
     n = 1024 if place.device.type == "cpu" else 4096
-    a, times = torch.randn(n, n, device=place.device, dtype=place.dtype), []
-    for _ in range(runs):
-        t = time.perf_counter()
+    a, best, start = torch.randn(n, n, device=place.device, dtype=place.dtype), float("inf"), time.perf_counter()
+    while (t := time.perf_counter()) < start + seconds or best == float("inf"):
         (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - t)
-    return 2 * n ** 3 / min(times)
+        best = min(best, time.perf_counter() - t)
+    return 2 * n ** 3 / best
 
 
 def can_compile(place, tcfg, say):
     if not tcfg.compile or place.device.type == "mps":
         return False
-    missing = ""
-    if place.device.type == "cuda":
-        missing = "" if has_triton() else "Triton for this GPU"
-    elif sys.platform == "linux" and not shutil.which(os.environ.get("CXX", "g++")):
-        missing = "a C++ compiler (g++)"
-    elif not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
-        missing = "Python.h (package python3-dev)"
+    missing = config.compiler_missing(place.device.type)
     if missing:
         say(f"{missing} was not found: training goes on uncompiled, at about half the speed")
     return not missing
@@ -197,7 +188,8 @@ class Data:
         if mcfg.vocab_size not in (0, self.n_vocab):
             raise UserError(f"vocab_size is {mcfg.vocab_size}, but dataset {tcfg.dataset!r} has {self.n_vocab} tokens; leave "
                             f"it out")
-        self.T, self.H, self.last = mcfg.block_size, mcfg.history, tcfg.score_last or mcfg.block_size
+        everything = not tcfg.score_last or (split == "train" and tcfg.train_on_all)
+        self.T, self.H, self.last = mcfg.block_size, mcfg.history, mcfg.block_size if everything else tcfg.score_last
         self.n, self.eot, self.drop, self.seed = len(self.tokens), meta["eot"], tcfg.history_drop, tcfg.seed
         if self.last > self.T:
             raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T})")
@@ -531,12 +523,14 @@ class Runner:
         return loss, norm
 
     @torch.no_grad()
-    def evaluate(self, data):
-        """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for every variant."""
+    def evaluate(self, data, alter=None):
+        """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for every variant. For
+        ablations, alter(history) stands in for each history."""
         self.model.eval()
         total, count, one = 0.0, 0, torch.ones((), device=self.place.device)
         for x, y, h in data.whole(self.place, self.micro):
             x, y, h = (t.to(self.place.device) for t in (x, y, h))
+            h = alter(h) if alter else h
             total += self.inner(x, y, h if self.mcfg.n_slot else None, denom=one).losses["ce"].item()
             count += int((y >= 0).sum())
         self.model.train()

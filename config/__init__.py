@@ -11,7 +11,9 @@ import inspect
 import operator
 import os
 import re
+import shutil
 import sys
+import sysconfig
 import types
 import typing
 
@@ -170,6 +172,18 @@ def within(cfg, low=None, high=None, *names):
         if not ((low is None or value >= low) and (high is None or value <= high)):  # not: NaN is outside too
             raise ValueError(f"{name} must be at least {low}, not {value}" if high is None else
                              f"{name} must lie between {low} and {high}, not {value}")
+
+
+def compiler_missing(device):
+    """What torch.compile needs on this device ("cpu" or "cuda") and does not find; "" where nothing is missing."""
+    if device == "cuda":
+        from torch.utils._triton import has_triton
+        return "" if has_triton() else "Triton for this GPU"
+    if sys.platform == "linux" and not shutil.which(os.environ.get("CXX", "g++")):
+        return "a C++ compiler (package g++)"
+    if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        return "Python.h (package python3-dev)"
+    return ""
 
 
 def run(main):
