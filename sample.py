@@ -161,6 +161,7 @@ class Decoder:
             self.logits = self.step(idx, state=self.state).logits[:, -1]
         return self.logits
 
+    @torch.inference_mode()
     def select(self, rows):
         """A Decoder over these rows of this one; a row may be taken several times, and what it holds is computed once."""
         new = object.__new__(Decoder)

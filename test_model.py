@@ -1250,6 +1250,18 @@ def test_bench_tables(capsys, data_dir):
     assert capsys.readouterr().out.split("\n")[1:4:2] == ["a title", "-----  ------  -"]
     r = bench.fit(cfg, None, seed=2, **TINY, max_iters=3, batch_size=4, compile=False)
     assert r["step"] == 3 and math.isfinite(r["val_loss"]) and r["wall"] > r["step_seconds"]
+    one = dataclasses.replace(cfg, seeds=2)
+    r = bench.over_seeds(one, **TINY, **SLOTS, max_iters=60, batch_size=8, compile=False, eval_interval=100, ablate=list(bench.ABLATIONS))
+    assert r["val_loss"] == pytest.approx(sum(x["val_loss"] for x in r["runs"]) / 2) and r["spread"] > 0
+    assert all(r[k] != r["val_loss"] for k in bench.ABLATIONS)  # the model does read its slots
+    h = torch.arange(24).view(2, 12)
+    assert torch.equal(bench.shuffle_history(h).sort(1).values, h) and not torch.equal(bench.shuffle_history(h), h)
+    for name in bench.CLAIMS:
+        assert bench.CLAIMS[name].__doc__
+    assert all(k in bench.slot_arms(64, 4) for k in ("a no history", "b slots", "c uncompressed", "d ordinary window"))
+    for arm in bench.slot_arms(256, 8).values():
+        m, t = bench.read_arm(**arm)
+        GPTConfig(**m), TrainConfig(**t)
     arm = bench.Arm(m, t)
     assert sum(x["share"] for x in arm.ask(do="profile")["rows"]) <= 1.001
     arm.close()
