@@ -220,10 +220,10 @@ def over_seeds(cfg, *args, **kw):
     return {**out, "spread": max(r["val_loss"] for r in runs) - min(r["val_loss"] for r in runs), "runs": runs}
 
 
-def step_times(cfg, arms):
+def step_times(cfg, arms, seconds=1.0):
     """{name: [seconds a step per round]} of arms given as (model settings, training settings), in turns."""
     live = {k: Arm(*a) for k, a in arms.items()}
-    times = turns(live, cfg.rounds, lambda a, n: a.ask(do="steps", n=n)["seconds"])
+    times = turns(live, cfg.rounds, lambda a, n: a.ask(do="steps", n=n)["seconds"], seconds)
     for a in live.values():
         a.close()
     return times
@@ -360,7 +360,7 @@ def main_job(cfg):
     on = fit(cfg, "softar_shakespeare")
     off_settings = dict(history=0, aggregate=0, n_segment=0, n_span=0, span=0)
     m, t = read_arm("softar_shakespeare")
-    times = step_times(cfg, {"on": (m, t), "off": read_arm("softar_shakespeare", **off_settings)})
+    times = step_times(cfg, {"on": (m, t), "off": read_arm("softar_shakespeare", **off_settings)}, seconds=4.0)
     steps = round(t["max_iters"] * compare(times["on"], times["off"]))
     off = fit(cfg, "softar_shakespeare", **off_settings, max_iters=steps)
     rows = [{"arm": k, "steps": r["step"], "seconds of steps": r["step_seconds"], "seconds in all": r["wall"],

@@ -82,6 +82,11 @@ def replacing(path, previous=None):
         os.close(fd)
 
 
+def bar(things=None, **k):
+    """A progress bar for what may take over a second; none where nobody watches."""
+    return tqdm(things, leave=False, delay=1, disable=None, **k)
+
+
 def make_dir(path):
     try:
         os.makedirs(path, exist_ok=True)
@@ -297,7 +302,7 @@ def fetch_tiny(folder, url=TINY_URL, sha=TINY_SHA):
         with requests.get(url, timeout=(5, 30), stream=True) as r:
             r.raise_for_status()
             body = io.BytesIO()
-            for piece in tqdm(r.iter_content(1 << 16), desc="download", unit="piece", leave=False, delay=1):
+            for piece in bar(r.iter_content(1 << 16), desc="download", unit="piece"):
                 body.write(piece)
         check_hash(url, body.getvalue(), sha)
         with replacing(path) as f:
@@ -378,20 +383,20 @@ def prepare_text(paths, cfg, folder, source):
     first 90% of the characters are train, the rest val; with several files an end-of-text token closes each."""
     n_chars, chars = 0, set()
     size = sum(os.path.getsize(p) for p in paths if os.path.exists(p))
-    with tqdm(total=size, desc="read", unit="B", unit_scale=True, leave=False, delay=1) as bar:
+    with bar(total=size, desc="read", unit="B", unit_scale=True) as shown:
         for path in paths:
             start = n_chars
             for text in pieces(path):
                 n_chars += len(text)
                 chars.update(text if cfg.tokenizer == "char" else ())
-                bar.update(len(text))
+                shown.update(len(text))
             if n_chars == start:
                 raise UserError(f"{path} is empty; give a text")
     tok = Tokenizer(tokenizer_spec(cfg.tokenizer, chars, eot=len(paths) > 1))
     n_train, at = int(n_chars * 0.9), 0
     stats = {s: {"chars": 0, "bytes": 0} for s in ("train", "val")}
     with dataset_writer(folder, tok) as (write, meta), \
-            tqdm(total=n_chars, desc="encode", unit="char", unit_scale=True, leave=False, delay=1) as bar:
+            bar(total=n_chars, desc="encode", unit="char", unit_scale=True) as shown:
         for path in paths:
             for text in pieces(path):
                 cut = min(max(n_train - at, 0), len(text))
@@ -401,7 +406,7 @@ def prepare_text(paths, cfg, folder, source):
                         stats[split]["chars"] += len(part)
                         stats[split]["bytes"] += len(part.encode())
                 at += len(text)
-                bar.update(len(text))
+                shown.update(len(text))
             if len(paths) > 1:
                 write["train" if at <= n_train else "val"].add([tok.eot])
         for split in write:
@@ -461,7 +466,7 @@ def prepare_task(task, cfg, folder):
     chars, notes, document = TASKS[task](cfg, np.random.default_rng(cfg.seed))
     tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
     with dataset_writer(folder, tok, masked=True) as (write, meta):
-        for i in tqdm(range(cfg.n_docs), desc=task, unit="doc", leave=False, delay=1):
+        for i in bar(range(cfg.n_docs), desc=task, unit="doc"):
             ids, mask = document()
             write["train" if i < cfg.n_docs * 0.9 else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
         meta.update(source=f"task {task}, seed {cfg.seed}", task=task, **notes, bytes={s: w.n for s, w in write.items()})

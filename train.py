@@ -528,7 +528,8 @@ class Runner:
         ablations, alter(history) stands in for each history."""
         self.model.eval()
         total, count, one = 0.0, 0, torch.ones((), device=self.place.device)
-        for x, y, h in data.whole(self.place, self.micro):
+        batches = data.whole(self.place, self.micro)
+        for x, y, h in prepare.bar(batches, desc="validate") if self.place.rank == 0 else batches:
             x, y, h = (t.to(self.place.device) for t in (x, y, h))
             h = alter(h) if alter else h
             total += self.inner(x, y, h if self.mcfg.n_slot else None, denom=one).losses["ce"].item()
