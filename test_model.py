@@ -1195,17 +1195,17 @@ def torchrun(n, *argv):
 
 
 def test_a_signal_to_ranks_that_compile(data_dir, tmp_path):
-    """Two processes, compiled, with dropout and accumulation: SIGTERM to torchrun saves, and what is resumed ends as the run
+    """Two processes, compiled, with dropout and accumulation: Ctrl-C in torchrun saves, and what is resumed ends as the run
     that never stopped, bit for bit. (Both share a compiler cache.)"""
     n = ["--max_iters=300", "--compile=True", "--dropout=0.1", "--batch_size=1", "--gradient_accumulation_steps=4",
          "--eval_interval=1000"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     p = subprocess.Popen([*command, *small_run(data_dir, tmp_path / "b", *n)], stdout=subprocess.PIPE, text=True, cwd=HERE,
-                         env=env, stderr=subprocess.DEVNULL)
+                         env=env, stderr=subprocess.DEVNULL, start_new_session=True)
     for line in p.stdout:
         if line.startswith("step 20/"):
-            p.send_signal(signal.SIGTERM)
+            os.killpg(p.pid, signal.SIGINT)  # Ctrl-C: all processes get it, and torchrun then sends each a SIGTERM
             break
     assert "stopped by a signal" in p.stdout.read()
     p.wait(60)

@@ -446,7 +446,8 @@ def identity(train_data, val_data):
 
 
 class Flag:
-    """Set by SIGINT and SIGTERM, asked once a step; a second signal ends the process at once."""
+    """Set by SIGINT and SIGTERM, asked once a step. A second signal ends the process at once; not under torchrun, which
+    sends a SIGTERM of its own behind the Ctrl-C that every process has already seen."""
 
     def __init__(self):
         self.up, self.before = False, {}
@@ -455,7 +456,7 @@ class Flag:
                 self.before[s] = signal.signal(s, self.handle)
 
     def handle(self, number, frame):
-        if self.up:
+        if self.up and "RANK" not in os.environ:
             os._exit(130)
         self.up = True
 
