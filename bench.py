@@ -247,57 +247,57 @@ def train_speed(m, t, rounds):
             "nanoGPT MB": ends["nanogpt"]["peak_mb"], "nanoGPT / ours": compare(times["nanogpt"], times["ours"])}
 
 
-def decode_arms(m, tokens=64):
-    """{name: function(n) -> seconds a token} for one shape with random weights: with the cache, recomputing the window,
-    and a KV-cached transformers GPT-2 of the same shape, where that package is installed. All in fp32, one row, positions
-    half way into the window."""
+def decode_arms(m, more=False):
+    """{name: function(n) -> seconds a token} for one shape with random weights, one row, positions half way into the window:
+    with the cache and recomputing the window, in fp32; with `more` also the compiled step in fp32 and bf16, and a KV-cached
+    transformers GPT-2 of the same shape, where that package is installed."""
     cfg = GPTConfig(**{"vocab_size": 65, **m})
-    model = GPT(cfg).eval()
-    half = list(np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2))
-    d = sample.Decoder(model, [list(map(int, half))])
+    half = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
+    room = cfg.block_size - len(half) - 1
+    window = torch.randint(cfg.vocab_size, (1, cfg.block_size))
 
-    def timed(f, n):
+    def timed(push, n):
         t0 = time.perf_counter()
         for _ in range(n):
-            f()
+            push()
         return (time.perf_counter() - t0) / n
 
-    def cached(n):
-        d.rows, n = [([], list(map(int, half)))], min(n, cfg.block_size // 2 - 1)
-        d.fill()
-        return timed(lambda: d.push([1]), n)
+    def ours(dtype=torch.float32, compile=False):
+        model = GPT(cfg).eval().to(dtype)
+        model.dtype = dtype
+        d = sample.Decoder(model, [half], compile=compile)
 
-    window = torch.randint(cfg.vocab_size, (1, cfg.block_size))
-    arms = {"cache": cached}
-    with torch.inference_mode():
-        arms["recomputing"] = lambda n: timed(torch.inference_mode()(lambda: model(window)), n)
-    if importlib.util.find_spec("transformers"):
+        def run(n):
+            d.rows = [([], list(half))]
+            d.fill()
+            return timed(lambda: d.push([1]), min(n, room))
+        return run
+
+    model = GPT(cfg).eval()
+    arms = {"cache": ours(), "recomputing": lambda n: timed(torch.inference_mode()(lambda: model(window)), n)}
+    if more:
+        arms.update({"cache, compiled": ours(compile=True), "cache, compiled, bf16": ours(torch.bfloat16, True)})
+    if more and importlib.util.find_spec("transformers"):
         from transformers import GPT2Config, GPT2LMHeadModel
-        h, _, _ = cfg.heads(0)
         other = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
-                                           n_layer=cfg.n_layer, n_head=h)).eval()
+                                           n_layer=cfg.n_layer, n_head=cfg.heads(0)[0], bos_token_id=0, eos_token_id=0)).eval()
 
+        @torch.inference_mode()
         def theirs(n):
-            n = min(n, cfg.block_size // 2 - 1)
-            with torch.inference_mode():
-                cache = other(window[:, :cfg.block_size // 2], use_cache=True).past_key_values
-                box = [cache]
+            box = [other(window[:, :len(half)], use_cache=True).past_key_values]
 
-                def push():
-                    box[0] = other(window[:, :1], past_key_values=box[0], use_cache=True).past_key_values
-                return timed(push, n)
+            def push():
+                box[0] = other(window[:, :1], past_key_values=box[0], use_cache=True).past_key_values
+            return timed(push, min(n, room))
         arms["transformers GPT-2"] = theirs
     return arms
 
 
-def decode_row(m, rounds):
-    times = turns(decode_arms(m), rounds, lambda f, n: f(n), seconds=0.5)
-    row = {"cached tokens/s": 1 / median(times["cache"]), "recomputed tokens/s": 1 / median(times["recomputing"]),
-           "cache / recomputing": compare(times["recomputing"], times["cache"])}
-    if "transformers GPT-2" in times:
-        row.update({"transformers tokens/s": 1 / median(times["transformers GPT-2"]),
-                    "cache / transformers": compare(times["transformers GPT-2"], times["cache"])})
-    return row
+def decode_times(m, rounds, more=False):
+    arms = decode_arms(m, more)
+    for f in arms.values():
+        f(1)  # compile
+    return turns(arms, rounds, lambda f, n: f(n), seconds=0.5)
 
 
 def all_presets(cfg):
@@ -309,8 +309,8 @@ def all_presets(cfg):
         m, t = read_arm(name)
         print(f"measuring {name} ...", file=sys.stderr)
         row = {"preset": name, **train_speed(m, t, cfg.rounds)}
-        d = decode_row(m, cfg.rounds)
-        rows.append({**row, "decode/s": d["cached tokens/s"], "uncached/s": d["recomputed tokens/s"]})
+        d = decode_times(m, cfg.rounds)
+        rows.append({**row, "decode/s": 1 / median(d["cache"]), "uncached/s": 1 / median(d["recomputing"])})
     return show(cfg, "every preset beside nanoGPT's settings at the same shape and batch (no dropout there)", rows)
 
 
@@ -328,9 +328,13 @@ def speed(cfg):
 
 
 def decode(cfg):
-    """tokens/s of decoding with a cache, without, and transformers' GPT-2 (pip install transformers)"""
+    """tokens/s of decoding: cached, compiled, recomputing, and transformers' GPT-2 (pip install transformers)"""
     m, _ = read_arm(**next(iter(SIZES.values())))
-    return show(cfg, "decoding, 6 layers, 384 wide, window 256, fp32, one row", [decode_row(m, cfg.rounds)])
+    times = decode_times(m, cfg.rounds, more=True)
+    rows = [{"decoding": k, "tokens/s": 1 / median(v), "/ recomputing": compare(times["recomputing"], v),
+             **({"/ transformers": compare(times["transformers GPT-2"], v)} if "transformers GPT-2" in times else {})}
+            for k, v in times.items()]
+    return show(cfg, "decoding, 6 layers, 384 wide, window 256, one row (fp32 where not said)", rows)
 
 
 def profile(step):
