@@ -1,5 +1,5 @@
 """The main job: a GPT whose context is slots (an aggregate, segments, spans) and 256 hard tokens, on Shakespeare, by character.
-About four minutes on two cores."""
+Three to five minutes on two cores."""
 out_dir = "out/softar_shakespeare"
 n_layer = 6
 n_head = 4
@@ -10,6 +10,6 @@ aggregate = 1
 n_segment = 2
 n_span = 16
 span = 4
-max_iters = 500
+max_iters = 400
 batch_size = 16
-eval_interval = 250
+eval_interval = 400
