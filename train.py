@@ -481,13 +481,13 @@ class Runner:
             raise UserError(f"batch_size * gradient_accumulation_steps ({tcfg.batch_size} * "
                             f"{tcfg.gradient_accumulation_steps}) rows cannot be dealt evenly to {place.world} processes in "
                             f"whole micro-steps; choose multiples")
+        self.peak = matmul_peak(place)  # before torch.compile, whose workers take the cores while they start
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
         self.model.dtype = place.dtype
         self.optimizers = make_optimizers(self.model, tcfg)
         self.compiled = can_compile(place, tcfg, say)
         self.inner = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         self.forward = DDP(self.inner, forward_sync_buffers=False) if place.world > 1 else self.inner
-        self.peak = matmul_peak(place)
         self.tokens = self.n_rows * mcfg.block_size  # of a step
         self.slice = slice(place.rank * self.my_rows, (place.rank + 1) * self.my_rows)
 
