@@ -398,13 +398,6 @@ def a100(cfg):
     return show(cfg, f"config/shakespeare.py on {cfg.dataset} (the bar: 1.4697 in 18 steps of config/nanogpt.py)", rows)
 
 
-def best(cfg):
-    """the best validation loss within 15 minutes: config/shakespeare_best.py"""
-    rows = [{"seed": s, "val loss": r["val_loss"], "steps": r["step"], "minutes of steps": r["step_seconds"] / 60,
-             "minutes in all": r["wall"] / 60} for s in range(1, cfg.seeds + 1) for r in [fit(cfg, "shakespeare_best", seed=s)]]
-    return show(cfg, f"config/shakespeare_best.py on {cfg.dataset}", rows)
-
-
 SLOT_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=16, batch_size=64, max_iters=1500, eval_interval=10 ** 9,
                   history_drop=0.0, log_interval=500)
 
@@ -506,7 +499,7 @@ def variants(cfg):
     return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 500 steps, mean of {cfg.seeds} seeds", rows)
 
 
-CLAIMS = {"speed": speed, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
+CLAIMS = {"speed": speed, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream}
 
 
