@@ -74,10 +74,10 @@ def like_nanogpt(m, t):
 class Arm:
     """A child process that holds one Runner and does what it is told: {"do": ...} a line in, a result a line out."""
 
-    def __init__(self, m, t):
+    def __init__(self, m, t, env=None, **first):
         self.p = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_arm"], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, text=True, cwd=os.getcwd())
-        self.info = self.ask(m=m, t=t)
+                                  stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
+        self.info = self.ask(m=m, t=t, **first)  # of a training arm, its result
 
     def ask(self, **what):
         with contextlib.suppress(BrokenPipeError):  # what it said before it ended comes below
@@ -201,16 +201,10 @@ def fit(cfg, preset=None, seed=1, ablate=(), cold=False, **overrides):
     t.update(dataset=cfg.dataset, data_dir=cfg.data_dir, seed=seed)
     keep = cfg.out_dir or tempfile.mkdtemp(prefix="bench-")
     t["out_dir"] = os.path.join(keep, overrides.get("out_dir") or f"{preset or 'arm'}-{os.getpid()}-{time.time_ns()}")
-    arm = object.__new__(Arm)
-    arm.p = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_arm"], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True,
-                             env={**os.environ, **({"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp()} if cold else {})})
     start = time.perf_counter()
-    try:
-        out = arm.ask(m=m, t=t, train=True, ablate=list(ablate))
-    finally:
-        arm.close()
-    return {**out, "wall": time.perf_counter() - start}
+    arm = Arm(m, t, {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp()} if cold else None, train=True, ablate=list(ablate))
+    arm.close()
+    return {**arm.info, "wall": time.perf_counter() - start}
 
 
 def over_seeds(cfg, *args, **kw):
@@ -368,7 +362,7 @@ def main_job(cfg):
     steps = round(t["max_iters"] * compare(times["on"], times["off"]))
     off = fit(cfg, "softar_shakespeare", **off_settings, max_iters=steps)
     rows = [{"arm": k, "steps": r["step"], "seconds of steps": r["step_seconds"], "seconds in all": r["wall"],
-             "val loss": r["val_loss"]} for k, r in (("slots", on), ("no slots, equal seconds", off))]
+             "val loss": r["val_loss"]} for k, r in (("slots", on), ("no slots, steps timed for equal seconds", off))]
     return show(cfg, f"main job on {cfg.dataset}, seed 1", rows)
 
 
