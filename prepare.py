@@ -169,6 +169,14 @@ def open_dataset(name, data_dir="data"):
     return meta
 
 
+def forget(history, eot):
+    """history (B, H) with -1 for everything up to the last end-of-text token: another document is no context."""
+    if eot is None or not history.size:
+        return history
+    ended = np.maximum.accumulate((history == eot)[:, ::-1], axis=1)[:, ::-1]
+    return np.where(ended, -1, history)
+
+
 CKPT_MAGIC = b"ncCKPT01"
 
 

@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 
 import config  # before torch: it sets an allocator switch that torch reads when imported
+import numpy as np
 import torch
 
 import prepare
@@ -143,7 +144,8 @@ class Decoder:
         idx = torch.tensor([w + [0] * (width - len(w)) for _, w in self.rows], device=device)
         history = None
         if self.H:
-            history = torch.tensor([[-1] * (self.H - len(r)) + recent(r, self.eot) for r, _ in self.rows], device=device)
+            ring = np.array([[-1] * (self.H - len(r)) + r for r, _ in self.rows])
+            history = torch.from_numpy(prepare.forget(ring, self.eot)).to(device)
         self.state = self.model.init_state(len(self.rows))
         logits = self.model(idx, history=history, state=self.state).logits
         short = torch.tensor([width - len(w) for _, w in self.rows], device=device)
@@ -177,14 +179,6 @@ class Decoder:
         for b, (_, window) in enumerate(self.rows):
             out[b, window] = True
         return out
-
-
-def recent(ring, eot):
-    """The ring with -1 for everything up to its last end of text."""
-    if eot is None or eot not in ring:
-        return list(ring)
-    last = len(ring) - 1 - ring[::-1].index(eot)
-    return [-1] * (last + 1) + ring[last + 1:]
 
 
 def generate(expert, cfg, amateur=None, generator=None):

@@ -541,8 +541,15 @@ def test_history_ends_at_a_document(data_dir):
     scored = y[y >= 0]
     assert len(scored) and not (scored == d.eot).any()
     ring = [1, 2, d.eot, 3, 4]
-    assert sample.recent(ring, d.eot) == train.forget(np.array([ring]), d.eot)[0].tolist() == [-1, -1, -1, 3, 4]
-    assert sample.recent(ring, None) == ring
+    assert prepare.forget(np.array([ring]), d.eot)[0].tolist() == [-1, -1, -1, 3, 4]
+    assert prepare.forget(np.array([ring]), None)[0].tolist() == ring
+    m = make("slots", vocab_size=17).eval()  # and the decoder forgets as the batches do
+    stream = ([1, 2, 3, d.eot] * 2 + [4] * 7) * 2
+    dec = sample.Decoder(m, [stream], d.eot)
+    old, window = dec.rows[0]
+    h = prepare.forget(np.array([[-1] * (m.cfg.history - len(old)) + old]), d.eot)
+    assert d.eot in old and (h[0] == -1).sum() > m.cfg.history - len(old)
+    torch.testing.assert_close(dec.logits[0], m(torch.tensor([window]), history=torch.from_numpy(h)).logits[0, -1], atol=2e-5, rtol=0)
 
 
 def test_cipher_entropy_rate(tmp_path):

@@ -217,7 +217,7 @@ class Data:
         scored = inside & (at >= first[:, None]) & (at <= last[:, None])
         if self.mask is not None:
             scored &= self.mask[np.clip(at, 0, self.n - 1)] > 0
-        history = forget(tok[:, :self.H], self.eot)
+        history = prepare.forget(tok[:, :self.H], self.eot)
         if keep is not None:
             history = np.where(np.arange(self.H, 0, -1) > keep[:, None], -1, history)
         x, y = np.maximum(tok[:, self.H:-1], 0), np.where(scored, tok, -1)[:, self.H + 1:]
@@ -245,14 +245,6 @@ class Data:
             x, y, h = self.rows(first[i:i + size], last[i:i + size])
             n = size - len(x)  # padded, so that there is one shape to compile
             yield [torch.nn.functional.pad(t, (0, 0, 0, n), value=v) for t, v in ((x, 0), (y, -1), (h, -1))]
-
-
-def forget(history, eot):
-    """history (B, H) with -1 for everything up to the last end-of-text token: another document is no context."""
-    if eot is None or not history.size:
-        return history
-    ended = np.maximum.accumulate((history == eot)[:, ::-1], axis=1)[:, ::-1]
-    return np.where(ended, -1, history)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
