@@ -8,8 +8,6 @@
 Each makes data/NAME/ with train.bin, val.bin (the last 10%) and meta.json.
 """
 import contextlib
-import dataclasses
-import glob
 import hashlib
 import io
 import json

@@ -18,12 +18,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import config  # before torch: it sets an allocator switch that torch reads when imported
 import numpy as np
 import pytest
-import requests
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
