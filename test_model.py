@@ -1134,16 +1134,16 @@ def test_out_dir_refused(data_dir, tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_update(data_dir, tmp_path, monkeypatch):
     run(data_dir, tmp_path / "a", max_iters=3)
     before = (tmp_path / "a" / "ckpt.pt").read_bytes()
-    backward, calls = torch.Tensor.backward, []
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
 
-    def poisoned(self, *a, **k):
-        backward(self, *a, **k)
+    def poisoned(params, *a):
+        params = list(params)
         calls.append(1)
         if len(calls) == 2:
-            next(p for g in __import__("gc").get_objects() if isinstance(g, GPT) for p in g.parameters()
-                 if p.grad is not None).grad.fill_(float("nan"))
+            params[0].grad.fill_(float("nan"))
+        return clip(params, *a)
 
-    monkeypatch.setattr(torch.Tensor, "backward", poisoned)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     with pytest.raises(UserError, match="gradient norm nan.*before the update.*ckpt.pt"):
         run(data_dir, tmp_path / "a", init_from="resume", max_iters=9)
     assert len(calls) == 2 and (tmp_path / "a" / "ckpt.pt").read_bytes() == before
