@@ -106,17 +106,19 @@ def serve():
         print(json.dumps(r), flush=True)
         return
     mcfg, tcfg = GPTConfig(**{"vocab_size": 65, **m}), TrainConfig(**t)
+    torch._inductor.config.cpp.enable_kernel_profile = bool(first.get("profiled"))  # the compiler's kernels by name
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(mcfg.vocab_size, (2, run.n_rows, mcfg.block_size), generator=g)
     h = torch.randint(mcfg.vocab_size, (run.n_rows, mcfg.history), generator=g)
     if tcfg.score_last:
         y[:, :-tcfg.score_last] = -1
+    n_scored = int((y >= 0).sum())
     tcfg.max_iters = 10 ** 9  # constant learning rate
 
     def step():
         t0 = time.perf_counter()
-        run.step(0, x, y, h, int((y >= 0).sum()))
+        run.step(0, x, y, h, n_scored)
         return time.perf_counter() - t0
 
     compile_seconds = step()
@@ -332,21 +334,53 @@ def decode(cfg):
 
 
 def profile(step):
-    """Time of one step by operator, of the compiled graph's own kernels too, from the torch profiler."""
+    """One step under the torch profiler -> {"rows": time by operator, the compiler's own kernels by name, "parts": seconds
+    by what they are for}. Attention is the batched products and the kernels with a softmax; inside an optimizer's step
+    everything is the optimizer's."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
         step()
     events = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in events)
+    parts = dict.fromkeys(("attention", "matrix products", "elementwise", "optimizer", "rest"), 0.0)
+    for e in p.events():
+        up, name = e, e.name
+        while up is not None and not up.name.startswith("Optimizer.step"):
+            up = up.cpu_parent
+        kind = "optimizer" if up is not None else "attention" if "bmm" in name or "softmax" in name else \
+            "matrix products" if name in ("aten::mm", "aten::addmm") else "elementwise" if "cpp_fused" in name else "rest"
+        parts[kind] += e.self_cpu_time_total / 1e6
     return {"rows": [{"operator": e.key[:70], "ms": e.self_cpu_time_total / 1000, "share": e.self_cpu_time_total / total,
-                      "calls": e.count} for e in events[:15]]}
+                      "calls": e.count} for e in events[:15]], "parts": parts}
 
 
 def profile_presets(cfg):
     for name in cfg.presets or ["softar_shakespeare"]:
-        arm = Arm(*read_arm(name))
+        arm = Arm(*read_arm(name), profiled=True)
         arm.ask(do="steps", n=2)
         show(cfg, f"one step of {name}", arm.ask(do="profile")["rows"])
         arm.close()
+
+
+def parts(cfg):
+    """where a training step's time goes at three sizes: attention, matrix products, elementwise, optimizer, data"""
+    rows = []
+    for size, shape in {**SIZES, "6 layers, 256 wide, 16 x 256": dict(n_layer=6, n_head=4, n_embd=256, block_size=256,
+                                                                      batch_size=16)}.items():
+        m, t = read_arm(**shape)
+        arm = Arm(m, t, profiled=True)
+        seconds = arm.ask(do="steps", n=10)["seconds"]
+        profiles = [arm.ask(do="profile")["parts"] for _ in range(cfg.rounds)]
+        mfu = arm.ask(do="end", seconds=seconds)["mfu"]
+        arm.close()
+        data = train.Data(TrainConfig(**t, dataset=cfg.dataset, data_dir=cfg.data_dir), GPTConfig(**m), "train")
+        t0 = time.perf_counter()
+        for i in range(20):
+            data.batch(i, slice(None), t["batch_size"])
+        row = {k: median(p[k] for p in profiles) for k in profiles[0]}
+        row["data"] = (time.perf_counter() - t0) / 20
+        rows.append({"size": size, "ms a step": 1000 * seconds, **{k: f"{v / sum(row.values()):.1%}" for k, v in row.items()},
+                     "share of matmul peak": mfu})
+    return show(cfg, "where a step's time goes (torch profiler; medians)", rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,7 +527,7 @@ def variants(cfg):
     return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 500 steps, mean of {cfg.seeds} seeds", rows)
 
 
-CLAIMS = {"speed": speed, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "slots": slots,
+CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream}
 
 
