@@ -42,12 +42,21 @@ class GPTConfig:
     embed_norm: bool = True  # RMSNorm on the embeddings
     n_value_embed: int = 0  # the last n blocks that add a token embedding of their own to their attention values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
+    head: str = "softmax"  # softmax | nearest (logits fall with the distance of a regressed point to each embedding)
+    ce_weight: float = 1.0  # weight of cross-entropy in training; 0: the semantic loss alone
+    semantic: str = "cos"  # cos | mse (a point regressed onto the target's embedding) | soft_ce (softened targets)
+    semantic_weight: float = 0.0  # weight of that loss; 0: off
+    semantic_temp: float = 0.1  # soft_ce: temperature of the similarity of two embeddings (a cosine)
+    soft_rate: float = 0.0  # share of training inputs that are the model's own expected embedding in place of the token's
+    n_think: int = 0  # soft steps: so many think tokens in a row read what the model put out one step before
+    think_token: int = -1  # id of the think token; -1: that of the dataset
     history: int = 0  # tokens before the window that are compressed into context slots
     aggregate: int = 0  # 1: a slot with the decayed mean of the whole history
     n_segment: int = 0  # slots with the means of as many equal parts of the history
     n_span: int = 0  # slots that each bind `span` consecutive tokens, the last n_span * span before the window
     span: int = 0  # tokens in a span
     span_binding: bool = True  # turn each token of a span by its place before summing (False: a bag of tokens)
+    enrich: bool = False  # make slots from the model's own output vectors over the history, not from its embeddings
 
     def __post_init__(self):
         def choice(name, *options):
@@ -58,6 +67,8 @@ class GPTConfig:
         choice("norm", "rms", "layer", "scale")
         choice("pos", "rope", "learned", "none")
         choice("init", "fan_in", "gpt2")
+        choice("head", "softmax", "nearest")
+        choice("semantic", "cos", "mse", "soft_ce")
         self.layers = self.layers or "A" * self.n_layer
         self.n_layer = len(parse_layers(self.layers))
         for name in ("block_size", "n_embd", "n_layer"):
@@ -83,6 +94,20 @@ class GPTConfig:
                              "and large for the input")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if min(self.ce_weight, self.semantic_weight, self.n_think) < 0 or self.semantic_temp <= 0:
+            raise ValueError("ce_weight, semantic_weight and n_think cannot be negative, and semantic_temp is positive")
+        if not 0 <= self.soft_rate <= 1:
+            raise ValueError(f"soft_rate must lie in [0, 1], not {self.soft_rate}")
+        if not self.ce_weight and not self.semantic_weight:
+            raise ValueError("ce_weight = 0 and semantic_weight = 0 leave nothing to learn; set one of them")
+        if not self.ce_weight and self.head == "softmax" and self.semantic != "soft_ce":
+            raise ValueError("ce_weight = 0 leaves the softmax head untrained; add --head=nearest or --semantic=soft_ce")
+        if self.head == "nearest" and self.tie:
+            raise ValueError("head = nearest has no table to tie: it already reads the token embedding; leave tie out")
+        if self.enrich and not self.n_slot:
+            raise ValueError("enrich needs context slots to make; set history and its slots")
+        if self.enrich and self.pos == "learned" and self.history > self.block_size:
+            raise ValueError(f"enrich with pos = learned needs history ({self.history}) <= block_size ({self.block_size})")
         if min(self.history, self.n_segment, self.n_span, self.span) < 0 or self.aggregate not in (0, 1):
             raise ValueError("history, n_segment, n_span and span cannot be negative, and aggregate is 0 or 1")
         if bool(self.history) != bool(self.n_slot):
@@ -143,10 +168,16 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that leaves its values to GPT.init_weights."""
+    """nn.Embedding of tokens that may be soft: ids (...) -> rows, or distributions p (..., V) -> expected rows p @ E.
+    Values are left to GPT.init_weights."""
 
     def reset_parameters(self):
         """Nothing, as in Linear."""
+
+    def forward(self, tokens):
+        if tokens.is_floating_point():
+            return tokens.to(self.weight.dtype) @ self.weight
+        return F.embedding(tokens, self.weight)
 
 
 def rms_norm(x):
@@ -275,7 +306,7 @@ class Context:
     """What a block may know of its inputs beside x: rotary angles, which keys may be seen, where the state stands."""
     mask: torch.Tensor | None  # (B, 1, T, L), True where a query may look; None: causal
     rope: tuple | None = None  # cos and sin, (T, D/2) or (B, 1, T, D/2)
-    idx: torch.Tensor | None = None  # (B, T) token ids, for value embeddings; slots in front have none
+    tokens: torch.Tensor | None = None  # (B, T) ids or (B, T, V) distributions, for value embeddings; slots have none
     pos: torch.Tensor | None = None  # (B, T) places in the state
 
 
@@ -303,7 +334,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qk, v = self.c_attn(x).split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=-1)
         if self.value_embed is not None:
-            ve = self.value_embed(ctx.idx).to(v.dtype)
+            ve = self.value_embed(ctx.tokens).to(v.dtype)
             v = v + F.pad(ve, (0, 0, T - ve.size(1), 0))  # slots have no token
         qk, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (qk, v))  # (B, H + Hkv, T, D), (B, Hkv, T, D)
         if self.qk_norm:
@@ -368,7 +399,8 @@ class Block(nn.Module):
 class Slots(nn.Module):
     """Context slots (softAR): the tokens before the window as [aggregate | segments | spans], oldest first.
 
-    history (B, history) token ids, oldest first, -1 where there is none -> (B, S, C). The aggregate is a decayed mean of
+    history (B, history) token ids, oldest first, -1 where there is none, and a vector for each, (B, history, C)
+    -> (B, S, C). The vectors are embeddings, or with `enrich` what the model put out over the history. The aggregate is a decayed mean of
     the whole history; a token's weight has fallen to e^-4 when it leaves, so that slots are a function of the ids kept and
     of nothing else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned by its place (a
     rotary binding in the manner of Plate 1995, so order survives the sum). Then a norm, one shared projection and a learned
@@ -389,10 +421,10 @@ class Slots(nn.Module):
         self.register_buffer("cos", turn.cos(), persistent=False)
         self.register_buffer("sin", turn.sin(), persistent=False)
 
-    def forward(self, history, embed):
+    def forward(self, history, vectors):
         B, cfg = history.size(0), self.cfg
-        have = (history >= 0).to(embed.weight.dtype)  # (B, history)
-        e = embed(history.clamp(min=0)) * have[..., None]  # (B, history, C)
+        have = (history >= 0).to(vectors.dtype)  # (B, history)
+        e = vectors * have[..., None]
         pooled, count = [], []
         if cfg.aggregate:
             w = self.decay * have
@@ -408,6 +440,54 @@ class Slots(nn.Module):
         pooled, count = torch.cat(pooled, 1), torch.cat(count, 1)[..., None]
         pooled = torch.where(count > 0, rms_norm(pooled), self.empty)  # the norm makes a sum and a mean the same
         return self.proj(pooled) + self.slot_embed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# soft tokens
+
+
+class Point(nn.Module):
+    """The output as a point z of the embedding space, regressed onto the target's normalised embedding e_y, or read off by
+    distance. (B, T, C) -> (B, T, C). |e_v|^2 is C for every v, so -|z - e_v|^2 and 2 z.e_v differ by the same for all
+    tokens and have one softmax: what `nearest` computes."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.scale = nn.Parameter(torch.empty(1)) if cfg.head == "nearest" else None
+
+    def forward(self, h):
+        return self.proj(h).float()
+
+    def nearest(self, z, e):
+        """Points (B, T, C), embeddings (V, C) -> logits (B, T, V): negative squared distances, up to a row's constant."""
+        return 16 * self.scale * (z @ e.T) / e.size(-1)
+
+
+def semantic_loss(kind, z, logits, e, targets, temp):
+    """A loss that knows how far off a wrong token is, summed over scored targets (B, T). z (B, T, C) is regressed onto the
+    target's normalised embedding (mse: squared distance / C; cos: 1 - cosine); soft_ce is the cross-entropy of logits
+    (B, T, V) against targets spread over tokens by their similarity to the right one. e (V, C) carries no gradient."""
+    e, y = e.detach(), targets.clamp(min=0)
+    if kind == "soft_ce":
+        near = (e @ e.T / e.size(-1) / temp).softmax(-1)  # (V, V)
+        loss = -(near[y] * logits.log_softmax(-1)).sum(-1)
+    elif kind == "mse":
+        loss = (z - e[y]).square().mean(-1)
+    else:
+        loss = 1 - F.cosine_similarity(z, e[y], dim=-1)
+    return loss.masked_fill(targets < 0, 0.0).sum()
+
+
+class Thoughts:
+    """What thinking adds to a State: for each position the distribution (B, L, V) that the model put out there, and the
+    length (B, L) of the run of think tokens that ends there."""
+
+    def __init__(self, p, run):
+        self.p, self.run = p, run
+
+    def select(self, rows):
+        return Thoughts(self.p[rows], self.run[rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,12 +519,18 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, c, i) for i, c in enumerate(parse_layers(cfg.layers)))
         self.ln_f = NORMS[cfg.norm](cfg)
-        self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        nearest = cfg.head == "nearest"
+        self.lm_head = None if nearest else Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.point = Point(cfg) if nearest or (cfg.semantic_weight and cfg.semantic != "soft_ce") else None
+        if cfg.n_think and not 0 <= cfg.think_token < cfg.vocab_size:
+            raise ValueError(f"n_think needs the think_token of the dataset, an id below {cfg.vocab_size}, not "
+                             f"{cfg.think_token}")
         if cfg.tie:
             self.lm_head.weight = self.wte.weight
         if cfg.pos == "rope":
             angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(0)[2]))
-            angle = torch.outer(torch.arange(cfg.n_slot + cfg.block_size, dtype=torch.float32), angle)
+            length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0)
+            angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
             self.register_buffer("cos", angle.cos(), persistent=False)
             self.register_buffer("sin", angle.sin(), persistent=False)
         self.dtype = torch.float32  # what the forward computes in; the trainer sets bf16 where it is fast
@@ -470,6 +556,8 @@ class GPT(nn.Module):
                 p.normal_(0.0, 1 / self.cfg.n_embd if self.cfg.tie else 1.0, generator=g)
             elif name in ("wpe.weight", "slots.slot_embed"):
                 p.normal_(0.0, 0.1, generator=g)
+            elif name == "point.proj.weight":  # near nothing, where every token is as near, but with a direction
+                p.normal_(0.0, 0.1 * p.size(1) ** -0.5, generator=g)
             else:  # matrices
                 p.normal_(0.0, p.size(1) ** -0.5, generator=g)
 
@@ -479,67 +567,156 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations of forward and backward per scored token: 6 per weight of a matrix and position, and
-        12 H D T for attention (PaLM, arXiv:2204.02311, appendix B), slots counted as positions."""
-        T = self.cfg.n_slot + self.cfg.block_size
+        12 H D T for attention (PaLM, arXiv:2204.02311, appendix B), slots counted as positions. A pass of thinking counts
+        whole, one without gradient a third."""
+        cfg = self.cfg
+        T = cfg.n_slot + cfg.block_size
         weights = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embed" not in n and "wpe" not in n
-                      and (n != "wte.weight" or self.cfg.tie))
-        attention = sum(12 * self.cfg.heads(i)[0] * self.cfg.heads(i)[2] * T for i in range(self.cfg.n_layer))
-        return (6 * weights + attention) * T / self.cfg.block_size
+                      and (n != "wte.weight" or cfg.tie or cfg.head == "nearest"))
+        attention = sum(12 * cfg.heads(i)[0] * cfg.heads(i)[2] * T for i in range(cfg.n_layer))
+        passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3 + cfg.enrich * cfg.history / cfg.block_size / 3
+        return (6 * weights + attention) * T / cfg.block_size * passes
 
     def init_state(self, B, dtype=None):
         """An empty decoding State for B rows, with room for every slot and the whole window."""
-        device, L = self.wte.weight.device, self.cfg.n_slot + self.cfg.block_size
+        device, L, V = self.wte.weight.device, self.cfg.n_slot + self.cfg.block_size, self.cfg.vocab_size
         parts = [b.attn.init_state(B, L, device, dtype or self.dtype) for b in self.blocks]
+        if self.cfg.n_think:
+            parts.append(Thoughts(torch.zeros(B, L, V, device=device), torch.zeros(B, L, dtype=torch.long, device=device)))
         return State(torch.zeros(B, dtype=torch.long, device=device), parts, L)
 
-    def embed(self, idx, history, state):
-        """Token ids (B, T) and the history behind them -> x (B, S + T, C), S. Slots come first, once: with a state that
-        already holds positions there are none to add."""
-        x = self.wte(idx)
+    def vectors(self, history):
+        """What slots are made of, a vector for each id of history (B, H) -> (B, H, C): embeddings, or with `enrich` the
+        output of one pass without gradient over the history, its own slots empty."""
+        ids = history.clamp(min=0)
+        if not self.cfg.enrich:
+            return self.wte(ids)
+        with torch.no_grad():
+            return self.hidden(ids, have=history >= 0).float()
+
+    def embed(self, tokens, history, state):
+        """Tokens, ids (B, T) or distributions (B, T, V), and the history behind them -> x (B, S + T, C), S. Slots come
+        first, once: with a state that already holds positions there are none to add."""
+        x = self.wte(tokens)
         begins = state is None or not state.begun
         if self.wpe is not None:
-            place = torch.arange(idx.size(1), device=idx.device)
+            place = torch.arange(tokens.size(1), device=tokens.device)
             if not begins:
                 place = (place + state.pos[:, None] - self.cfg.n_slot).clamp(max=self.cfg.block_size - 1)
             x = x + self.wpe(place)
         S = 0
         if self.slots is not None and begins:
             if history is None:
-                history = idx.new_full((idx.size(0), self.cfg.history), -1)
-            x = torch.cat((self.slots(history, self.wte), x), dim=1)
+                history = torch.full((x.size(0), self.cfg.history), -1, device=x.device)
+                vectors = x.new_zeros(*history.shape, x.size(-1))
+            else:
+                vectors = self.vectors(history)
+            x = torch.cat((self.slots(history, vectors), x), dim=1)
             S = self.cfg.n_slot
         x = x.to(self.dtype)
         return self.drop(rms_norm(x) if self.cfg.embed_norm else x), S
 
-    def context(self, idx, T, state):
+    def context(self, tokens, T, state, have):
         """What all blocks share: the causal mask, rotary angles, and where the state stands."""
         if state is None:
             rope = None if self.cfg.pos != "rope" else (self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype))
-            return Context(None, rope, idx)
+            mask = None
+            if have is not None:  # what is missing is seen by nobody but itself
+                at = torch.arange(T, device=tokens.device)
+                seen = F.pad(have, (T - have.size(1), 0), value=True)[:, None] & (at <= at[:, None])
+                mask = (seen | (at == at[:, None]))[:, None]
+            return Context(mask, rope, tokens)
         pos = state.advance(T)  # (B, T)
-        mask = (torch.arange(state.capacity, device=idx.device) <= pos[..., None])[:, None]
+        mask = (torch.arange(state.capacity, device=tokens.device) <= pos[..., None])[:, None]
         at = pos.clamp(max=state.capacity - 1)[:, None]
         rope = None if self.cfg.pos != "rope" else (self.cos[at].to(self.dtype), self.sin[at].to(self.dtype))
-        return Context(mask, rope, idx, pos)
+        return Context(mask, rope, tokens, pos)
+
+    def hidden(self, tokens, history=None, state=None, have=None):
+        """The trunk: tokens, ids (B, T) or distributions (B, T, V) -> normalised output vectors (B, T, C). have (B, T) is
+        False where there is no token."""
+        x, S = self.embed(tokens, history, state)
+        ctx = self.context(tokens, x.size(1), state, have)
+        for i, block in enumerate(self.blocks):
+            x = block(x, ctx, None if state is None else state.parts[i])
+        return self.ln_f(x[:, S:])
+
+    def read(self, h):
+        """Output vectors (B, T, C) -> logits (B, T, V), the point (B, T, C) in embedding space or None, the normalised
+        embeddings (V, C) or None where nothing asks for them."""
+        z = None if self.point is None else self.point(h)
+        e = rms_norm(self.wte.weight) if z is not None or self.cfg.semantic_weight else None
+        if self.lm_head is not None:
+            return self.lm_head(h).float(), z, e
+        if self.cfg.ce_weight:
+            return self.point.nearest(z, e), z, e
+        return self.point.nearest(z.detach(), e.detach()), z, e  # cross-entropy then sets the scale and nothing else
+
+    def soften(self, idx, history):
+        """Training inputs of which a share is soft: idx (B, T) -> (B, T, V), where a token is replaced by what the model
+        expected in its place, from a pass without gradient."""
+        with torch.no_grad():
+            p = self.read(self.hidden(idx, history))[0].softmax(-1)
+        soft = (torch.rand(idx.shape, device=idx.device) < self.cfg.soft_rate) & (idx != self.cfg.think_token)
+        soft = soft[:, 1:, None]  # nothing is expected in the first place
+        hard = F.one_hot(idx, self.cfg.vocab_size).to(p.dtype)
+        return torch.cat((hard[:, :1], torch.where(soft, p[:, :-1], hard[:, 1:])), dim=1)
+
+    def think(self, tokens, history, state):
+        """hidden, but each of the first n_think think tokens in a row reads the distribution that the model put out one
+        step before, and gradients flow through it (Coconut, Hao et al. 2024, arXiv:2412.06769, with expected embeddings
+        for hidden states). All rows and places think in parallel: after n passes, n steps are right."""
+        n, V = self.cfg.n_think, self.cfg.vocab_size
+        hard = tokens if tokens.is_floating_point() else F.one_hot(tokens, V).float()
+        B, T, _ = hard.shape
+        at, thinks = torch.arange(T, device=hard.device), hard[..., self.cfg.think_token] == 1
+        last = torch.where(thinks, -1, at).cummax(1).values  # where the token before the run stands
+        run = at - last  # (B, T): of think tokens, how many in a row
+        first, can = hard[:, :1], torch.zeros_like(thinks[:, :1])  # the first place has an output before it in a state only
+        old = None if state is None else (state.pos, state.begun)
+        if state is not None and state.begun:
+            rows, thoughts = torch.arange(B, device=hard.device), state.parts[-1]
+            run = run + torch.where(last < 0, thoughts.run[rows, state.pos - 1][:, None], 0)
+            first, can = thoughts.p[rows, state.pos - 1][:, None], (state.pos > self.cfg.n_slot)[:, None]
+        soft = (thinks & (run <= n))[..., None]
+        first = torch.where(soft[:, :1] & can[..., None], first, hard[:, :1])
+        tokens = torch.cat((first, hard[:, 1:]), dim=1)
+        for i in range(min(n, T - 1) + 1):
+            if i:
+                if state is not None:
+                    state.pos, state.begun = old
+                p = self.read(h)[0].softmax(-1)
+                tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
+            h = self.hidden(tokens, history, state)
+        if state is not None:
+            rows, pos = torch.arange(B, device=hard.device)[:, None], state.pos[:, None] - T + at
+            state.parts[-1].p[rows, pos] = self.read(h)[0].softmax(-1)
+            state.parts[-1].run[rows, pos] = torch.where(thinks, run, 0)
+        return h
 
     def forward(self, idx, targets=None, history=None, state=None, denom=None):
-        """idx (B, T) token ids -> Output.
+        """idx (B, T) token ids, or (B, T, V) distributions over them (soft tokens) -> Output.
 
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed cross-entropy over `denom`
         (default: how many are scored; a trainer passes the count over all ranks and micro-steps).
         history (B, cfg.history): the ids before the window, oldest first, -1 where missing; None: all missing.
         state: decoding State that idx continues; it is updated in place.
         """
-        x, S = self.embed(idx, history, state)
-        ctx = self.context(idx, x.size(1), state)
-        for i, block in enumerate(self.blocks):
-            x = block(x, ctx, None if state is None else state.parts[i])
-        logits = self.lm_head(self.ln_f(x[:, S:])).float()
-        losses = {}
-        if targets is not None:
-            ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
-            losses["ce"] = ce / ((targets >= 0).sum().clamp(min=1) if denom is None else denom)
-        return Output(logits, losses.get("ce"), losses)
+        cfg = self.cfg
+        if self.training and cfg.soft_rate:
+            idx = self.soften(idx, history)
+        h = self.think(idx, history, state) if cfg.n_think else self.hidden(idx, history, state)
+        logits, z, e = self.read(h)
+        if targets is None:
+            return Output(logits, None, {})
+        denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom
+        ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        losses = {"ce": ce / denom}
+        loss = losses["ce"] * (cfg.ce_weight or float(cfg.head == "nearest"))
+        if cfg.semantic_weight:
+            losses["semantic"] = semantic_loss(cfg.semantic, z, logits, e, targets, cfg.semantic_temp) / denom
+            loss = loss + cfg.semantic_weight * losses["semantic"]
+        return Output(logits, loss, losses)
 
 
 def settings(cfg):

@@ -57,6 +57,15 @@ VARIANTS = {  # name: config overrides
     "slots+value_embed+gqa": dict(SLOTS, n_value_embed=2, n_kv_head=1),
     "slots+nanogpt+dropout": dict(SLOTS, **NANOGPT, dropout=0.1),
     "slots+nopos+scale": dict(SLOTS, pos="none", norm="scale"),
+    "nearest": dict(head="nearest"),
+    "regression": dict(head="nearest", ce_weight=0.0, semantic="mse", semantic_weight=1.0),
+    "semantic_cos": dict(semantic_weight=0.1),
+    "soft_ce": dict(semantic="soft_ce", semantic_weight=0.1),
+    "soft_rate": dict(soft_rate=0.3),
+    "think": dict(n_think=2, think_token=3),
+    "slots_enrich": dict(SLOTS, enrich=True),
+    "soft_rate+think+slots+enrich+value_embed": dict(SLOTS, soft_rate=0.3, n_think=2, think_token=3, enrich=True, n_value_embed=1),
+    "nearest+think+nanogpt": dict({**NANOGPT, "tie": False}, head="nearest", n_think=2, think_token=3),
 }
 variants = pytest.mark.parametrize("name", VARIANTS)
 
@@ -243,7 +252,7 @@ def test_a_variant_changes_no_other_parameter(name):
     before = torch.get_rng_state()
     m = make(name, awake=False)
     assert torch.equal(torch.get_rng_state(), before)
-    base = {k: VARIANTS[name][k] for k in ("init", "tie") if k in VARIANTS[name]}
+    base = {k: VARIANTS[name][k] for k in ("init", "tie", "embed_norm") if k in VARIANTS[name]}
     plain = GPT(GPTConfig(**{**BASE, **base}), seed=0)
     mine = dict(m.named_parameters())
     for n, p in plain.named_parameters():
@@ -273,14 +282,14 @@ def test_every_parameter_trains(name):
         x, h = inputs(m, 8, seed=step % 2)
         torch.manual_seed(step)
         out = m(x[:, :-1], x[:, 1:], history=h)
-        assert set(out.losses) == {"ce"} and torch.isfinite(out.loss)
+        assert set(out.losses) == ({"ce", "semantic"} if m.cfg.semantic_weight else {"ce"}) and torch.isfinite(out.loss)
         out.loss.backward()
         if step < 3:
             moved |= {n for n, p in m.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
-        losses.append(out.loss.item())
+        losses.append(out.losses["ce"].item())
     assert moved == {n for n, _ in m.named_parameters()}
     assert abs(losses[0] - math.log(m.cfg.vocab_size)) < (0.6 if m.cfg.tie else 0.1)
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
