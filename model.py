@@ -48,7 +48,7 @@ class GPTConfig:
     semantic_weight: float = 0.0  # weight of that loss; 0: off
     semantic_temp: float = 0.1  # soft_ce: temperature of the similarity of two embeddings (a cosine)
     soft_rate: float = 0.0  # share of training inputs that are the model's own expected embedding in place of the token's
-    n_think: int = 0  # soft steps: so many think tokens in a row read what the model put out one step before
+    n_think: int = 0  # soft steps: the first n think tokens of a window read what the model put out one step before
     think_token: int = -1  # id of the think token; -1: that of the dataset
     history: int = 0  # tokens before the window that are compressed into context slots
     aggregate: int = 0  # 1: a slot with the decayed mean of the whole history
@@ -480,14 +480,14 @@ def semantic_loss(kind, z, logits, e, targets, temp):
 
 
 class Thoughts:
-    """What thinking adds to a State: for each position the distribution (B, L, V) that the model put out there, and the
-    length (B, L) of the run of think tokens that ends there."""
+    """What thinking adds to a State: for each position the distribution (B, L, V) that the model put out there, and how many
+    think tokens (B, L) there were up to it."""
 
-    def __init__(self, p, run):
-        self.p, self.run = p, run
+    def __init__(self, p, count):
+        self.p, self.count = p, count
 
     def select(self, rows):
-        return Thoughts(self.p[rows], self.run[rows])
+        return Thoughts(self.p[rows], self.count[rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,8 +523,7 @@ class GPT(nn.Module):
         self.lm_head = None if nearest else Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.point = Point(cfg) if nearest or (cfg.semantic_weight and cfg.semantic != "soft_ce") else None
         if cfg.n_think and not 0 <= cfg.think_token < cfg.vocab_size:
-            raise ValueError(f"n_think needs the think_token of the dataset, an id below {cfg.vocab_size}, not "
-                             f"{cfg.think_token}")
+            raise ValueError(f"think_token must be an id below {cfg.vocab_size}, not {cfg.think_token}")
         if cfg.tie:
             self.lm_head.weight = self.wte.weight
         if cfg.pos == "rope":
@@ -663,35 +662,35 @@ class GPT(nn.Module):
         return torch.cat((hard[:, :1], torch.where(soft, p[:, :-1], hard[:, 1:])), dim=1)
 
     def think(self, tokens, history, state):
-        """hidden, but each of the first n_think think tokens in a row reads the distribution that the model put out one
+        """hidden, but each of the first n_think think tokens in the window reads the distribution that the model put out one
         step before, and gradients flow through it (Coconut, Hao et al. 2024, arXiv:2412.06769, with expected embeddings
-        for hidden states). All rows and places think in parallel: after n passes, n steps are right."""
+        for hidden states). n_think passes over all places: after pass i the first i soft steps are right."""
         n, V = self.cfg.n_think, self.cfg.vocab_size
         hard = tokens if tokens.is_floating_point() else F.one_hot(tokens, V).float()
         B, T, _ = hard.shape
-        at, thinks = torch.arange(T, device=hard.device), hard[..., self.cfg.think_token] == 1
-        last = torch.where(thinks, -1, at).cummax(1).values  # where the token before the run stands
-        run = at - last  # (B, T): of think tokens, how many in a row
+        thinks = hard[..., self.cfg.think_token] == 1
+        count = thinks.cumsum(1)  # (B, T): think tokens so far
         first, can = hard[:, :1], torch.zeros_like(thinks[:, :1])  # the first place has an output before it in a state only
-        old = None if state is None else (state.pos, state.begun)
+        before = None if state is None else (state.pos, state.begun)
         if state is not None and state.begun:
             rows, thoughts = torch.arange(B, device=hard.device), state.parts[-1]
-            run = run + torch.where(last < 0, thoughts.run[rows, state.pos - 1][:, None], 0)
+            count = count + thoughts.count[rows, state.pos - 1][:, None]
             first, can = thoughts.p[rows, state.pos - 1][:, None], (state.pos > self.cfg.n_slot)[:, None]
-        soft = (thinks & (run <= n))[..., None]
+        soft = (thinks & (count <= n))[..., None]
         first = torch.where(soft[:, :1] & can[..., None], first, hard[:, :1])
         tokens = torch.cat((first, hard[:, 1:]), dim=1)
         for i in range(min(n, T - 1) + 1):
             if i:
                 if state is not None:
-                    state.pos, state.begun = old
+                    state.pos, state.begun = before
                 p = self.read(h)[0].softmax(-1)
                 tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
             h = self.hidden(tokens, history, state)
         if state is not None:
-            rows, pos = torch.arange(B, device=hard.device)[:, None], state.pos[:, None] - T + at
+            rows = torch.arange(B, device=hard.device)[:, None]
+            pos = state.pos[:, None] - T + torch.arange(T, device=hard.device)
             state.parts[-1].p[rows, pos] = self.read(h)[0].softmax(-1)
-            state.parts[-1].run[rows, pos] = torch.where(thinks, run, 0)
+            state.parts[-1].count[rows, pos] = count
         return h
 
     def forward(self, idx, targets=None, history=None, state=None, denom=None):

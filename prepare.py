@@ -3,7 +3,7 @@
     python prepare.py                                    tiny Shakespeare (or, without a network, the 42 works)
     python prepare.py --input=book.txt --name=book       a text of your own; repeat --input for several documents
     python prepare.py --tokenizer=gpt2                   any tiktoken encoding instead of characters
-    python prepare.py cipher                             a synthetic task
+    python prepare.py cipher                             a synthetic task (chain is another)
 
 Each makes data/NAME/ with train.bin, val.bin (the last 10%) and meta.json.
 """
@@ -34,14 +34,17 @@ class PrepareConfig:
     tokenizer: str = "char"  # char | byte | a tiktoken encoding (gpt2, cl100k_base, o200k_base, ...)
     source: str = "auto"  # for shakespeare: tiny (the public file) | works (42 works from the package index) | auto
     data_dir: str = "data"  # where datasets and downloads are kept
-    n_docs: int = 2000  # documents of a synthetic task
-    doc_len: int = 512  # tokens of a document of a synthetic task
+    n_docs: int = 0  # documents of a synthetic task; 0: as many as the task wants
+    doc_len: int = 512  # tokens of a document of the cipher task
+    n_pause: int = -1  # think tokens before the answer of the chain task; -1: as many as the answer needs steps
     seed: int = 1337  # of a synthetic task
 
     def __post_init__(self):
         if self.source not in ("auto", "tiny", "works"):
             raise ValueError(f"source is one of auto, tiny, works, not {self.source!r}")
-        config.within(self, 10, None, "n_docs")
+        if self.n_docs:
+            config.within(self, 10, None, "n_docs")
+        config.within(self, -1, 64, "n_pause")
         config.within(self, 16, None, "doc_len")
         config.within(self, 0, 2 ** 63, "seed")
 
@@ -441,8 +444,9 @@ def dataset_writer(folder, tok, masked=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# synthetic tasks: name -> function(cfg, rng) -> (chars, notes, document function). The document function returns a
-# document's ids and, for each, whether it is to be predicted; the end-of-text token is added behind it.
+# synthetic tasks: name -> (function(cfg, rng) -> (chars, notes, document function), documents). The document function
+# returns a document's ids and, for each, whether it is to be predicted; an end-of-text token is added behind it. A think
+# token goes into the notes as "think_token".
 
 
 def cipher(cfg, rng):
@@ -464,17 +468,39 @@ def cipher(cfg, rng):
     return "abcdefghijklmnop", {"entropy_rate": float(-(pi[:, None] * P * np.log(P)).sum())}, document
 
 
-TASKS = {"cipher": cipher}
+def chain(cfg, rng):
+    """Follow k pointers: 16 nodes in a fresh permutation ("af;" reads a -> f), then a node and k = 2, 3 or 4, `=`, n_pause
+    think tokens, and the node k steps on, which alone is scored. "bd;af;...;fc;a2=~~c". Guessing gives 1 in 16."""
+    chars = "".join(sorted("abcdefghijklmnop234;=~"))
+    at = {c: i for i, c in enumerate(chars)}
+    node = np.array([at[c] for c in "abcdefghijklmnop"])
+
+    def document():
+        to, k = rng.permutation(16), int(rng.integers(2, 5))
+        start = end = int(rng.integers(16))
+        for _ in range(k):
+            end = to[end]
+        pairs = np.stack([node, node[to], np.full(16, at[";"])], 1)[rng.permutation(16)].ravel()
+        pause = [at["~"]] * (k if cfg.n_pause < 0 else cfg.n_pause)
+        ids = np.concatenate([pairs, [node[start], at[str(k)], at["="]], pause, [node[end]]]).astype(np.int64)
+        return ids, np.arange(len(ids)) == len(ids) - 1
+
+    return chars, {"think_token": at["~"]}, document
+
+
+TASKS = {"cipher": (cipher, 4000), "chain": (chain, 100_000)}
 
 
 def prepare_task(task, cfg, folder):
     """Write a synthetic task: documents one after another, an end-of-text token behind each, with the answer mask."""
-    chars, notes, document = TASKS[task](cfg, np.random.default_rng(cfg.seed))
+    function, n_docs = TASKS[task]
+    chars, notes, document = function(cfg, np.random.default_rng(cfg.seed))
+    n_docs = cfg.n_docs or n_docs
     tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
     with dataset_writer(folder, tok, masked=True) as (write, meta):
-        for i in bar(range(cfg.n_docs), desc=task, unit="doc"):
+        for i in bar(range(n_docs), desc=task, unit="doc"):
             ids, mask = document()
-            write["train" if i < cfg.n_docs * 0.9 else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
+            write["train" if i < n_docs * 0.9 else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
         meta.update(source=f"task {task}, seed {cfg.seed}", task=task, **notes, bytes={s: w.n for s, w in write.items()})
     return meta
 

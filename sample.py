@@ -4,12 +4,14 @@
     python sample.py --prompt="ROMEO:" --n=3 --top_p=0.9
     python sample.py --prompt=FILE:scene.txt --temperature=0
     python sample.py --amateur=out/small/ckpt.pt            contrastive decoding against a weaker model
+    python sample.py --soft --collapse=entropy --trace      tokens stay soft until the model is sure
 
 There is no upper bound on max_new_tokens: when the window is full, its oldest quarter folds into the context slots, or is
 dropped where the model has none.
 """
 import codecs
 import glob
+import json
 import math
 import os
 import sys
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 import config  # before torch: it sets an allocator switch that torch reads when imported
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import prepare
 from config import UserError
@@ -39,6 +42,17 @@ class SampleConfig:
     amateur: str = ""  # contrastive decoding against this checkpoint
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the expert's first
     beta: float = 0.5  # contrastive: strength
+    soft: bool = False  # the next input is the expected embedding of the next token until it collapses to a symbol
+    soft_top_k: int = 0  # soft: over the k most likely tokens; 0: over those that the filters keep
+    gumbel: float = 0.0  # soft: temperature of a Gumbel-softmax that stirs each soft token; 0: no noise
+    collapse: str = "entropy"  # soft: always | never | every:N | entropy (when sure) | distance (when far from any embedding)
+    collapse_threshold: float = 0.5  # entropy: nats below which to collapse; distance: 1 - cosine above which
+    collapse_by: str = "nearest"  # earlier soft tokens become the nearest one | or one drawn in context, by a pass over all
+    collapse_back: int = -1  # how many earlier soft tokens collapse along, the last ones; -1: all
+    n_think: int = 0  # think tokens after the prompt, for a model trained with n_think
+    think_after: str = ""  # and after each occurrence of this text
+    trace: bool = False  # show which symbols were soft when the next one was chosen (colour)
+    json: bool = False  # print the samples as JSON lines: a token each, with what --trace shows
     seed: int = 1337  # of the choices
     device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | mps
     dtype: str = "float32"  # float32 | bfloat16
@@ -49,6 +63,14 @@ class SampleConfig:
         config.within(self, 0, None, "max_new_tokens", "temperature", "top_k", "beta", "seed")
         config.within(self, 0, 1, "top_p", "min_p", "alpha")
         config.within(self, 0.01, 100, "repetition_penalty")
+        config.within(self, 0, None, "soft_top_k", "gumbel", "n_think", "collapse_threshold")
+        config.within(self, -1, None, "collapse_back")
+        if self.collapse_by not in ("nearest", "context"):
+            raise ValueError(f"collapse_by is nearest or context, not {self.collapse_by!r}")
+        kind, _, every = self.collapse.partition(":")
+        if self.collapse not in ("always", "never", "entropy", "distance") and not (kind == "every" and every.isdigit()
+                                                                                    and int(every)):
+            raise ValueError(f"collapse is always, never, entropy, distance or every:N, not {self.collapse!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is float32 or bfloat16, not {self.dtype!r}")
 
@@ -88,10 +110,10 @@ def contrast(expert, amateur, alpha, beta):
     return ((1 + beta) * expert - beta * amateur).masked_fill(keep_min_p(expert, alpha) == -math.inf, -math.inf)
 
 
-def choose(logits, cfg, generator):
-    """A token per row (B,), by the temperature and filters of the settings."""
+def distribution(logits, cfg):
+    """Probabilities (B, V) of the next token by the temperature and filters of the settings."""
     if cfg.temperature == 0:
-        return logits.argmax(-1)
+        return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
     logits = (logits - logits.amax(-1, keepdim=True)) / cfg.temperature
     if cfg.top_k:
         logits = keep_top_k(logits, cfg.top_k)
@@ -99,7 +121,44 @@ def choose(logits, cfg, generator):
         logits = keep_top_p(logits, cfg.top_p)
     if cfg.min_p > 0:
         logits = keep_min_p(logits, cfg.min_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return logits.softmax(-1)
+
+
+def choose(p, generator):
+    """A token per row (B,), drawn from p (B, V)."""
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# soft tokens: the next input is p @ E, until a policy says that it is time for a symbol
+
+
+def soft_token(p, cfg, generator):
+    """The distribution (B, V) that stands in the place of a token: the k most likely of p, stirred by Gumbel noise if
+    asked (without it the first component dominates what the model makes of a mixture)."""
+    logits = p.log()
+    if cfg.soft_top_k:
+        logits = keep_top_k(logits, cfg.soft_top_k)
+    if cfg.gumbel:
+        u = torch.rand(p.shape, generator=generator, device=p.device).clamp(1e-9, 1 - 1e-7)
+        logits = (logits - (-u.log()).log()) / cfg.gumbel
+    return logits.softmax(-1)
+
+
+def similarity(p, table):
+    """Cosine (B, V) between the expected embedding p @ E of a soft token and every row of the table E (V, C)."""
+    return F.normalize(p @ table, dim=-1) @ F.normalize(table, dim=-1).T
+
+
+def collapses(p, table, cfg, step):
+    """Which rows (B,) choose a symbol now, by cfg.collapse. p (B, V): of the next token; step: tokens made so far."""
+    kind, _, every = cfg.collapse.partition(":")
+    if kind == "entropy":
+        return -(p * p.clamp(min=1e-30).log()).sum(-1) < cfg.collapse_threshold
+    if kind == "distance":
+        return 1 - similarity(p, table).amax(-1) > cfg.collapse_threshold
+    now = kind == "always" or (kind == "every" and (step + 1) % int(every) == 0)
+    return torch.full(p.shape[:1], now, device=p.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,23 +168,26 @@ def choose(logits, cfg, generator):
 class Decoder:
     """B rows of tokens over a model: each its window, the ring of history behind it, and the cached state of both.
 
-    `logits` (B, V) are always those of the next token. All that a row's future depends on are the ids it keeps: when its
-    window is full, the oldest quarter leaves for the ring at once, and slots and window are computed anew in one pass.
+    `logits` (B, V) are always those of the next token. All that a row's future depends on are the ids it keeps, and what
+    its soft tokens hold: when its window is full, the oldest quarter leaves for the ring at once (as ids), and slots and
+    window are computed anew in one pass.
     """
 
     def __init__(self, model, rows, eot=None, compile=False):
         self.model, self.eot = model, eot
         self.step = torch.compile(model, dynamic=False) if compile else model
-        self.T, self.H = model.cfg.block_size, model.cfg.history
+        self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         self.rows = []  # (history, window) per row, lists of ids, oldest first
+        self.soft = []  # per row {place in the window: distribution (V,)} of the tokens that are soft
         for ids in rows:
             self.rows.append(([], []))
+            self.soft.append({})
             for token in ids:  # a prompt ends up where the same tokens would be, had they been generated
                 self.keep(len(self.rows) - 1, token)
         self.fill()
 
-    def keep(self, b, token):
-        """Append a token to row b; -> True if it folded."""
+    def keep(self, b, token, soft=None):
+        """Append a token to row b, soft where its distribution (V,) is given; -> True if it folded."""
         ring, window = self.rows[b]
         fold = len(window) == self.T
         if fold:
@@ -133,35 +195,71 @@ class Decoder:
             ring.extend(window[:n])
             del window[:n]
             del ring[:max(0, len(ring) - self.H)]
+            self.soft[b] = {at - n: p for at, p in self.soft[b].items() if at >= n}
+        if soft is not None:
+            self.soft[b][len(window)] = soft
         window.append(token)
         return fold
 
+    def inputs(self, first, width):
+        """What the model reads of each row from place first[b] on, `width` tokens padded at the right: ids (B, width), or
+        distributions (B, width, V) where one of them is soft."""
+        idx = torch.tensor([(w[f:f + width] + [0] * width)[:width] for f, (_, w) in zip(first, self.rows)],
+                           device=self.model.wte.weight.device)
+        soft = [(b, at - f, p) for b, f in enumerate(first) for at, p in self.soft[b].items() if f <= at < f + width]
+        if soft:
+            idx = F.one_hot(idx, self.V).float()
+            for b, at, p in soft:
+                idx[b, at] = p
+        return idx
+
     @torch.inference_mode()
     def fill(self):
-        """Slots, window and state from the kept ids, in one pass over rows padded at the right."""
+        """Slots, window and state from what is kept, in one pass over rows padded at the right."""
         device = self.model.wte.weight.device
         width = max(len(w) for _, w in self.rows)
-        idx = torch.tensor([w + [0] * (width - len(w)) for _, w in self.rows], device=device)
         history = None
         if self.H:
             ring = np.array([[-1] * (self.H - len(r)) + r for r, _ in self.rows])
             history = torch.from_numpy(prepare.forget(ring, self.eot)).to(device)
         self.state = self.model.init_state(len(self.rows))
-        logits = self.model(idx, history=history, state=self.state).logits
+        logits = self.model(self.inputs([0] * len(self.rows), width), history=history, state=self.state).logits
         short = torch.tensor([width - len(w) for _, w in self.rows], device=device)
         if bool(short.any()):
             self.state.rollback(short)
         self.logits = logits[torch.arange(len(self.rows), device=device), width - 1 - short]
+        return logits
 
     @torch.inference_mode()
-    def push(self, tokens):
-        """Append a token to each row, a list of B ids; -> logits (B, V) of the next."""
-        if any([self.keep(b, t) for b, t in enumerate(tokens)]):
+    def push(self, tokens, soft=None):
+        """Append a token to each row, a list of B ids, or a soft one where soft[b] is a distribution (V,); -> logits
+        (B, V) of the next."""
+        if any([self.keep(b, t, soft and soft[b]) for b, t in enumerate(tokens)]):
             self.fill()
         else:
-            idx = torch.tensor(tokens, device=self.model.wte.weight.device)[:, None]
-            self.logits = self.step(idx, state=self.state).logits[:, -1]
+            self.logits = self.step(self.inputs([len(w) - 1 for _, w in self.rows], 1), state=self.state).logits[:, -1]
         return self.logits
+
+    @torch.inference_mode()
+    def harden(self, changes):
+        """Put symbols in the place of soft tokens, changes {row: {place from the end (-1 is the last): id}}, and repair the
+        cache: what stands from the first of them on is computed again, in one pass. Places that have left are passed by."""
+        first = 0
+        for b, places in changes.items():
+            window = self.rows[b][1]
+            for at, token in places.items():
+                if -at <= len(window):
+                    window[at] = token
+                    del self.soft[b][len(window) + at]
+                    first = min(first, at)
+        if not first:
+            return
+        if -first < min(len(w) for _, w in self.rows):
+            self.state.rollback(-first)
+            again = self.inputs([len(w) + first for _, w in self.rows], -first)
+            self.logits = self.model(again, state=self.state).logits[:, -1]
+        else:
+            self.fill()
 
     @torch.inference_mode()
     def select(self, rows):
@@ -169,6 +267,7 @@ class Decoder:
         new = object.__new__(Decoder)
         new.__dict__.update(self.__dict__)
         new.rows = [(list(self.rows[r][0]), list(self.rows[r][1])) for r in rows]
+        new.soft = [dict(self.soft[r]) for r in rows]
         at = torch.tensor(rows, device=self.logits.device)
         new.state, new.logits = self.state.select(at), self.logits[at]
         return new
@@ -181,31 +280,97 @@ class Decoder:
         return out
 
 
-def generate(expert, cfg, amateur=None, generator=None):
-    """Yield lists of B token ids, cfg.max_new_tokens of them, and push each into expert (and amateur)."""
-    for _ in range(cfg.max_new_tokens):
-        logits = expert.logits.float()
-        if amateur is not None:
-            logits = contrast(logits, amateur.logits.float(), cfg.alpha, cfg.beta)
-        if cfg.repetition_penalty != 1:
-            logits = penalize(logits, expert.seen(), cfg.repetition_penalty)
-        tokens = choose(logits, cfg, generator).tolist()
-        yield tokens
+@dataclass
+class Made:
+    """A token of a sample: its id, whether it was soft when the next one was chosen, the entropy of its choice in nats."""
+    token: int
+    soft: bool
+    entropy: float
+
+
+def next_token(expert, amateur, cfg):
+    """Probabilities (B, V) of the next token by all that the settings say."""
+    logits = expert.logits.float()
+    if amateur is not None:
+        logits = contrast(logits, amateur.logits.float(), cfg.alpha, cfg.beta)
+    if cfg.repetition_penalty != 1:
+        logits = penalize(logits, expert.seen(), cfg.repetition_penalty)
+    return distribution(logits, cfg)
+
+
+def earlier(expert, rows, cfg, generator):
+    """The symbols that the soft tokens of `rows` collapse to, {row: {place from the end: id}}: the nearest one, which is
+    the id that stands there already, or one drawn from what the model expects there in a pass over the whole window."""
+    logits, out = expert.fill() if cfg.collapse_by == "context" else None, {}
+    for b in rows:
+        window = expert.rows[b][1]
+        places = sorted(expert.soft[b])[-cfg.collapse_back if cfg.collapse_back > 0 else 0:] if cfg.collapse_back else []
+        for at in places:
+            token = window[at]
+            if logits is not None and at:
+                token = choose(distribution(logits[b, at - 1:at].float(), cfg), generator).item()
+            out.setdefault(b, {})[at - len(window)] = token
+    return out
+
+
+def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
+    """Yield lists of B lists of Made, cfg.max_new_tokens for each row in all, and push them into expert (and amateur).
+    Mostly a step gives one token a row; a soft token that will be chosen in context comes when it has collapsed.
+    think = (delimiter ids, ids): ids that follow of themselves whenever a row ends with the delimiter."""
+    B, table = expert.logits.size(0), expert.model.wte.weight.float()
+    made, forced = [[] for _ in range(B)], [[] for _ in range(B)]
+    for step in range(cfg.max_new_tokens):
+        p, hard, soft = next_token(expert, amateur, cfg), [True] * B, [None] * B
+        if cfg.soft:
+            hard = [h or bool(f) for h, f in zip(collapses(p, table, cfg, step).tolist(), forced)]
+            changes = earlier(expert, [b for b in range(B) if hard[b] and expert.soft[b]], cfg, generator) \
+                if any(h and s for h, s in zip(hard, expert.soft)) else {}
+            if changes:
+                for b, places in changes.items():
+                    for at, token in places.items():
+                        if -at <= len(made[b]):
+                            made[b][at].token = token
+                for d in (expert, amateur):
+                    if d is not None:
+                        d.harden(changes)
+                p = next_token(expert, amateur, cfg)
+        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
+        tokens = choose(p, generator).tolist()
+        if not all(hard):
+            mixed = soft_token(p, cfg, generator)
+            near = similarity(mixed, table).argmax(-1).tolist()
+            tokens = [t if h else n for t, h, n in zip(tokens, hard, near)]
+            soft = [None if h else m for h, m in zip(hard, mixed)]
+        tokens = [f.pop(0) if f else t for t, f in zip(tokens, forced)]
+        ready = []
+        for b, token in enumerate(tokens):
+            made[b].append(Made(token, not hard[b], entropy[b].item()))
+            waits = [at - len(expert.rows[b][1]) - 1 for at in expert.soft[b]] + [-1] * (not hard[b])
+            keep = min(waits, default=0) if cfg.collapse_by == "context" and cfg.collapse != "never" else 0
+            n = max(0, len(made[b]) + keep)
+            ready.append(made[b][:n])
+            del made[b][:n]
+            if think[0] and (expert.rows[b][1][1 - len(think[0]):] if len(think[0]) > 1 else []) + [token] == list(think[0]):
+                forced[b] = list(think[1])
+        yield ready
         for d in (expert, amateur):
             if d is not None:
-                d.push(tokens)
+                d.push(tokens, soft)
+    if any(made):
+        yield made
 
 
 class Text:
     """The text of one row as its tokens come in: whole characters only, ended before the stop string."""
 
-    def __init__(self, tokenizer, stop=""):
+    def __init__(self, tokenizer, stop="", silent=-1):
         self.tok, self.stop, self.text, self.shown, self.done = tokenizer, stop, "", 0, False
+        self.silent = silent  # the think token, which is no text
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token):
         """Take a token; -> the text that is now certain to stand."""
-        if self.done:
+        if self.done or token == self.silent:
             return ""
         self.text += self.utf8.decode(self.tok.decode_bytes([token]))
         sure = len(self.text)
@@ -291,6 +456,12 @@ def main(argv):
     tok = prepare.Tokenizer(ckpt["tokenizer"])
     prompt = read_prompt(cfg.prompt)
     ids = tok.encode(prompt)
+    think = ((), ())
+    if cfg.n_think or cfg.think_after:
+        if not model.cfg.n_think:
+            raise UserError(f"{path} was not trained to think (n_think is 0); leave --n_think and --think_after out")
+        thoughts = [model.cfg.think_token] * (cfg.n_think or model.cfg.n_think)
+        think, ids = (tuple(tok.encode(cfg.think_after)), thoughts), ids + thoughts
     generator = torch.Generator(device=cfg.device).manual_seed(cfg.seed)
     expert, amateur = Decoder(model, [ids], tok.eot, cfg.compile).select([0] * cfg.n), None
     if cfg.amateur:
@@ -298,19 +469,35 @@ def main(argv):
         if weak_ckpt["tokenizer"] != ckpt["tokenizer"]:
             raise UserError(f"amateur {cfg.amateur} has another tokenizer than {path}; it must be the same")
         amateur = Decoder(weak, [ids], tok.eot, cfg.compile).select([0] * cfg.n)
-    texts = [Text(tok, cfg.stop) for _ in range(cfg.n)]
+    texts = [Text(tok, cfg.stop, model.cfg.think_token if model.cfg.n_think else -1) for _ in range(cfg.n)]
+    others = [[] for _ in texts]  # the first sample is shown as it is made, the others when they are whole
     print(f"[{path}, step {ckpt['step']}]", file=sys.stderr)
-    print(prompt, end="", flush=True)
-    for tokens in generate(expert, cfg, amateur, generator):
-        fresh = [t.add(i) for t, i in zip(texts, tokens)]
-        print(fresh[0], end="", flush=True)  # the first sample as it is made, the others when they are whole
+    print("" if cfg.json else prompt, end="", flush=True)
+    for ready in generate(expert, cfg, amateur, generator, think):
+        for i, (text, tokens) in enumerate(zip(texts, ready)):
+            for made in tokens:
+                done = text.done
+                piece = show(made, text.add(made.token), i, tok, cfg) if not done else ""
+                if i:
+                    others[i].append(piece)
+                else:
+                    print(piece, end="", flush=True)
         if all(t.done for t in texts):
             break
-    print(texts[0].end())
-    for t in texts[1:]:
-        t.end()
-        print("-" * 40 + "\n" + prompt + t.text)
+    ends = ["" if cfg.json else t.end() for t in texts]
+    print(ends[0], end="" if cfg.json else "\n")
+    for pieces, end in zip(others[1:], ends[1:]):
+        print(*([] if cfg.json else ["-" * 40 + "\n" + prompt]), *pieces, end, sep="", end="" if cfg.json else "\n")
     return 0
+
+
+def show(made, text, i, tok, cfg):
+    """What is printed of a token of sample i, whose certain text is `text`: as it is, with soft ones in colour, or as a line
+    of JSON with the token's own text."""
+    if cfg.json:
+        return json.dumps({"sample": i, "token": made.token, "text": tok.decode([made.token]), "soft": made.soft,
+                           "entropy": round(made.entropy, 4)}) + "\n"
+    return f"\033[36;4m{text}\033[0m" if cfg.trace and made.soft and text else text
 
 
 if __name__ == "__main__":

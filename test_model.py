@@ -328,6 +328,193 @@ def test_inductor(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# soft tokens
+
+
+def test_a_distribution_is_its_expected_embedding():
+    """One-hot inputs are ids, bit for bit up to rounding; a mixture of two tokens reads as the mixture of their rows, in
+    the value embeddings too."""
+    m = make("value_embed").eval()
+    x, _ = inputs(m)
+    hard = F.one_hot(x, 24).float()
+    torch.testing.assert_close(m(hard).logits, m(x).logits, atol=1e-5, rtol=0)
+    half = 0.5 * hard + 0.5 * hard.flip(0)
+    torch.testing.assert_close(m.wte(half), (m.wte(x) + m.wte(x.flip(0))) / 2, atol=1e-5, rtol=0)
+    assert not torch.allclose(m(half).logits, m(x).logits, atol=1e-2)
+
+
+def test_nearest_logits_are_distances():
+    m = make("nearest")
+    x, _ = inputs(m)
+    logits, z, e = m.read(m.hidden(x))
+    d = (z[:, :, None] - e).square().sum(-1)
+    want = -8 * m.point.scale * d / 32
+    torch.testing.assert_close(logits - logits[..., :1], want - want[..., :1], atol=1e-4, rtol=0)
+    assert torch.equal(logits.argmax(-1), d.argmin(-1))
+
+
+def test_semantic_losses_are_their_formulas():
+    from model import semantic_loss
+    g = torch.Generator().manual_seed(0)
+    z, logits, e = torch.randn(2, 3, 8, generator=g), torch.randn(2, 3, 5, generator=g), torch.randn(5, 8, generator=g)
+    e = F.rms_norm(e, (8,)).requires_grad_()
+    y = torch.tensor([[0, 1, -1], [4, -1, 2]])
+    want = dict.fromkeys(("mse", "cos", "soft_ce"), 0.0)
+    for b, t in ((0, 0), (0, 1), (1, 0), (1, 2)):
+        target = e[y[b, t]]
+        target = target.detach()
+        want["mse"] += float((z[b, t] - target).square().sum() / 8)
+        want["cos"] += float(1 - (z[b, t] @ target) / z[b, t].norm() / target.norm())
+        q = torch.stack([F.cosine_similarity(target, e[v].detach(), dim=0) / 0.2 for v in range(5)]).softmax(0)
+        want["soft_ce"] -= float(q @ logits[b, t].log_softmax(0))
+    for kind, value in want.items():
+        loss = semantic_loss(kind, z.requires_grad_(), logits.requires_grad_(), e, y, 0.2)
+        assert loss.item() == pytest.approx(value, rel=1e-5)
+        loss.backward()
+    assert e.grad is None and z.grad is not None  # the target does not come to meet the prediction
+
+
+def test_regression_alone_teaches_the_trunk_nothing_of_cross_entropy():
+    """With ce_weight = 0 cross-entropy moves the scale of the nearest head and no other parameter."""
+    m = make("regression")
+    x, _ = inputs(m)
+    m(x, x.flip(1)).losses["ce"].backward()
+    assert {n for n, p in m.named_parameters() if p.grad is not None and p.grad.abs().max() > 0} == {"point.scale"}
+
+
+def test_soft_inputs_in_training():
+    """The share asked for is soft, the first place never, each by the model's own expectation; none in eval mode."""
+    m = make("soft_rate", soft_rate=0.25)
+    x, _ = inputs(m, 400)
+    torch.manual_seed(0)
+    mixed = m.soften(x, None)
+    soft = mixed.amax(-1) < 1
+    assert not soft[:, 0].any() and soft[:, 1:].float().mean() == pytest.approx(0.25, abs=0.02)
+    p = m.read(m.hidden(x))[0].softmax(-1)
+    assert torch.equal(mixed[:, 1:][soft[:, 1:]], p[:, :-1][soft[:, 1:]])
+    assert torch.equal(mixed.argmax(-1)[~soft], x[~soft])
+    assert m.training and not mixed.requires_grad
+    m.eval()
+    assert torch.equal(m(x).logits, m.read(m.hidden(x))[0])
+
+
+def test_thinking_is_feeding_back_step_by_step():
+    """The parallel passes equal a loop that appends p @ E one step at a time; think tokens beyond n_think stay tokens;
+    gradients flow through the steps; cached decoding thinks the same."""
+    m = make("think", n_think=4).eval()
+    V, k = 24, m.cfg.think_token
+    x = torch.tensor([[5, 1, k, k, 7, k, 2, k, k, k, 9]])
+    want = F.one_hot(x, V).float()
+    for t in (2, 3, 5, 7):  # the others are beyond n_think
+        want = want.clone()
+        want[:, t] = m.read(m.hidden(want[:, :t]))[0][:, -1].softmax(-1)
+    torch.testing.assert_close(m(x).logits, m.read(m.hidden(want))[0], atol=1e-5, rtol=0)
+    state = m.init_state(1)
+    steps = torch.cat([m(x[:, a:b], state=state).logits for a, b in ((0, 1), (1, 3), (3, 4), (4, 9), (9, 11))], dim=1)
+    torch.testing.assert_close(m(x).logits, steps, atol=1e-5, rtol=0)
+    plain = make("plain").eval()
+    assert not torch.allclose(m(x).logits, plain(x).logits, atol=1e-3)
+    assert torch.equal(m(x[:, :2]).logits, plain(x[:, :2]).logits)
+    m.wte.weight.grad = None
+    m(x[:, :4]).logits[0, 3].sum().backward()
+    with_steps = m.wte.weight.grad.clone()
+    m.wte.weight.grad = None
+    m.read(m.hidden(want[:, :4].detach()))[0][0, 3].sum().backward()
+    assert not torch.allclose(with_steps, m.wte.weight.grad, atol=1e-4)
+
+
+def test_enriched_slots_hold_outputs():
+    """What slots are made of are the outputs over the history; a token that is missing is seen by none of them."""
+    m = make("slots_enrich").eval()
+    h = torch.randint(24, (2, 16))
+    torch.testing.assert_close(m.vectors(h), m.hidden(h), atol=1e-5, rtol=0)
+    h[:, :6] = -1
+    short = make("slots_enrich", pos="none").eval()
+    torch.testing.assert_close(short.vectors(h)[:, 6:], short.hidden(h[:, 6:]), atol=1e-5, rtol=0)
+    assert not m.vectors(h).requires_grad
+
+
+def test_chain_task():
+    """Every answer is the node that following the pointers gives, and is what is scored; k steps have k think tokens."""
+    chars, notes, document = prepare.chain(prepare.PrepareConfig(), np.random.default_rng(0))
+    for _ in range(50):
+        ids, mask = document()
+        text = "".join(chars[i] for i in ids)
+        to = {p[0]: p[1] for p in text[:48].split(";")[:-1]}
+        start, k = text[48], int(text[49])
+        assert len(to) == len(set(to.values())) == 16 and text[50:-1] == "=" + "~" * k and chars[notes["think_token"]] == "~"
+        for _ in range(k):
+            start = to[start]
+        assert text[-1] == start and mask.tolist() == [False] * (len(ids) - 1) + [True]
+
+
+def soft_config(**more):
+    return sample.SampleConfig(**{"soft": True, "temperature": 1.0, "max_new_tokens": 45, **more})
+
+
+@pytest.mark.parametrize("name", ["plain", "slots_enrich", "think", "slots+value_embed+gqa"])
+@pytest.mark.parametrize("by", ["nearest", "context"])
+def test_soft_decoding_is_the_full_forward(name, by):
+    """Rows that stay soft, collapse and fold, each at its own time: the logits are those of one forward over what is kept,
+    soft tokens as their distributions; every token comes out once, in order, and collapsed places hold what was printed."""
+    m = make(name).eval()
+    d = sample.Decoder(m, [[5, 6, 7], [1, 2, 4, 8, 9]])
+    cfg, out, softs, hards = soft_config(collapse="entropy", collapse_threshold=3.05, collapse_by=by), [[], []], 0, 0
+    for ready in sample.generate(d, cfg, generator=torch.Generator().manual_seed(0)):
+        for b, (ring, window) in enumerate(d.rows):
+            x = F.one_hot(torch.tensor([window]), 24).float()
+            for at, p in d.soft[b].items():
+                x[0, at] = p
+                softs += 1
+            hards += not d.soft[b]
+            h = torch.tensor([[-1] * (d.H - len(ring)) + ring]) if d.H else None
+            torch.testing.assert_close(d.logits[b], m(x, history=h).logits[0, -1], atol=5e-5, rtol=0)
+            out[b] += ready[b]
+    assert softs and hards and [len(o) for o in out] == [45, 45]
+    assert any(t.soft for t in out[0]) and not all(t.soft for t in out[0])
+    for b, (_, window) in enumerate(d.rows):
+        tail = [t.token for t in out[b]][-10:]
+        assert window[-10:] == tail
+
+
+def test_always_collapsing_is_ordinary_decoding():
+    m = make("slots").eval()
+    made = []
+    for cfg in (sample.SampleConfig(max_new_tokens=60), sample.SampleConfig(max_new_tokens=60, soft=True, collapse="always")):
+        d = sample.Decoder(m, [[1, 2], [3]])
+        steps = sample.generate(d, cfg, generator=torch.Generator().manual_seed(3))
+        made.append([[t.token for t in row] for step in steps for row in step])
+    assert made[0] == made[1]
+
+
+def test_collapse_policies():
+    E = torch.eye(4)
+    p = torch.tensor([[1.0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]])
+    asked = lambda step=0, **k: sample.collapses(p, E, soft_config(**k), step).tolist()
+    assert asked(collapse="always") == [True, True] and asked(collapse="never") == [False, False]
+    assert asked(collapse="entropy", collapse_threshold=0.5) == [True, False]
+    assert asked(collapse="distance", collapse_threshold=0.3) == [False, True]  # 1 - cosine is 0 and 0.5
+    assert [asked(step, collapse="every:3")[0] for step in range(6)] == [False, False, True] * 2
+    q = torch.tensor([[0.5, 0.3, 0.2, 0.0]])
+    torch.testing.assert_close(sample.soft_token(q, soft_config(), None), q)
+    torch.testing.assert_close(sample.soft_token(q, soft_config(soft_top_k=2), None), torch.tensor([[0.625, 0.375, 0, 0]]))
+    many = sample.soft_token(q.expand(20000, 4), soft_config(gumbel=0.05), torch.Generator().manual_seed(0))
+    assert (many.argmax(-1).bincount(minlength=4) / 20000 - q[0]).abs().max() < 0.015  # Gumbel-max draws from q
+
+
+def test_think_tokens_follow_the_delimiter():
+    m = make("think").eval()
+    d, k = sample.Decoder(m, [[1, 2], [3, 4]]), m.cfg.think_token
+    cfg = sample.SampleConfig(max_new_tokens=300, temperature=1.0)
+    out = [[], []]
+    for ready in sample.generate(d, cfg, generator=torch.Generator().manual_seed(0), think=((7,), (k, k))):
+        for b, made in enumerate(ready):
+            out[b] += [t.token for t in made]
+    for row in out:
+        assert 7 in row[:-2] and all(row[i + 1:i + 3] == [k, k] for i, t in enumerate(row[:-2]) if t == 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # datasets to train on
 
 
@@ -340,6 +527,7 @@ def data_dir(tmp_path_factory):
     d = tmp_path_factory.mktemp("data")
     (d / "t.txt").write_text(TEXT)
     quiet(prepare.main, [f"--input={d}/t.txt", "--name=text", f"--data_dir={d}"])
+    quiet(prepare.main, ["chain", "--n_docs=40", f"--data_dir={d}"])
     quiet(prepare.main, ["cipher", "--n_docs=20", "--doc_len=64", f"--data_dir={d}"])
     return str(d)
 
@@ -804,10 +992,10 @@ def test_sampling_functions():
     assert sample.penalize(logits, seen, 2.0).tolist() == [[1.0, 1.0, 0.0, -2.0]]
     counts = torch.zeros(4)
     g = torch.Generator().manual_seed(0)
-    tokens = sample.choose(logits.expand(20000, 4), sample.SampleConfig(temperature=1.0), g)
+    tokens = sample.choose(sample.distribution(logits.expand(20000, 4), sample.SampleConfig(temperature=1.0)), g)
     counts = tokens.bincount(minlength=4) / 20000
     assert (counts - p).abs().max() < 0.015
-    assert sample.choose(logits, sample.SampleConfig(temperature=0), None).item() == 0
+    assert sample.choose(sample.distribution(logits, sample.SampleConfig(temperature=0)), None).item() == 0
 
 
 def test_contrast_is_the_formula():
@@ -923,6 +1111,15 @@ def test_sample_main(trained, capsys, tmp_path, monkeypatch):
     assert text("--prompt=-", "--max_new_tokens=5").startswith("on the throne")
     assert text("--prompt=" + "It was the best " * 20, "--max_new_tokens=5").startswith("It was the best It")
     assert text("--prompt=It was", "--max_new_tokens=30", "--repetition_penalty=1.5", "--dtype=bfloat16")
+    always = text("--prompt=It was", "--max_new_tokens=60", "--seed=1", "--soft", "--collapse=always")
+    assert always == a
+    soft = text("--prompt=It was", "--max_new_tokens=60", "--seed=1", "--soft", "--trace", "--collapse_threshold=2", "--n=2")
+    assert "\033[36;4m" in soft and soft.startswith("It was")
+    lines = text("--prompt=It was", "--max_new_tokens=30", "--soft", "--collapse=every:3", "--collapse_by=context", "--json",
+                 "--soft_top_k=5", "--gumbel=0.5").splitlines()
+    assert [json.loads(line)["soft"] for line in lines] == [True, True, False] * 10
+    with pytest.raises(UserError, match="not trained to think"):
+        text("--n_think=2")
     assert sample.newest(str(trained)) == str(trained / "strong" / "ckpt.pt")
 
 
@@ -954,6 +1151,14 @@ def test_bad_settings(tmp_path, data_dir):
         refused(train.main, [f"--{k}={v}"], k)
     refused(train.main, ["--n_head=4,2", "--n_layer=2"], "head_dim")
     refused(train.main, ["--tie=True", "--embed_norm=False"], "tie")
+    refused(train.main, ["--ce_weight=0"], "ce_weight", "semantic_weight")
+    refused(train.main, ["--ce_weight=0", "--semantic_weight=1"], "head=nearest")
+    refused(train.main, ["--head=nearest", "--tie=True"], "nearest", "tie")
+    refused(train.main, ["--enrich=True"], "enrich", "history")
+    refused(train.main, ["--soft_rate=2"], "soft_rate")
+    refused(train.main, ["--n_think=2", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/t"], "chain", "--think_token")
+    refused(sample.main, ["--collapse=every:0"], "every:N")
+    refused(sample.main, ["--collapse_by=magic"], "collapse_by")
     refused(train.main, ["--vocab_size=500", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/v"], "500", "text")
     refused(train.main, ["--device=tpu9", "--dataset=text", f"--data_dir={data_dir}"], "tpu9", "cpu")
     refused(prepare.main, ["cipher", "--tokenizer=byte"], "cipher", "--tokenizer")

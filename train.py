@@ -206,6 +206,14 @@ class Data:
             if not len(self.ends):
                 raise UserError(f"{path} scores no token that has block_size = {self.T} tokens before it")
 
+    def facts(self, mcfg):
+        """The settings of a model that the dataset knows."""
+        think = self.meta.get("think_token", mcfg.think_token)
+        if mcfg.n_think and think < 0:
+            raise UserError("n_think needs a dataset with a think token, such as python prepare.py chain makes; or name one "
+                            "of the dataset's ids with --think_token")
+        return {"vocab_size": self.n_vocab, "think_token": think if mcfg.n_think else -1}
+
     def rows(self, first, last, keep=None):
         """Rows whose scored targets are the tokens first..last (B,) of the split, `last` at the row's end where there is
         room before it. -> x (B, T), y (B, T) with -1 where not scored, history (B, H) with -1 where missing: before the
@@ -578,7 +586,7 @@ def train(mcfg, tcfg, say=print):
     if place.rank:
         say = lambda *a, **k: None
     train_data = Data(tcfg, mcfg, "train")
-    mcfg = config.build(GPTConfig, **{**settings(mcfg), "vocab_size": train_data.n_vocab})
+    mcfg = config.build(GPTConfig, **{**settings(mcfg), **train_data.facts(mcfg)})
     val_data = Data(tcfg, mcfg, "val")
     held, path, data = [], os.path.join(tcfg.out_dir, "ckpt.pt"), identity(train_data, val_data)
     place.same(lambda: held.append(lock(tcfg.out_dir)))
