@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import mean, median
 
@@ -42,12 +43,13 @@ class BenchConfig:
     presets: tuple[str, ...] = ()  # only these presets; repeatable
     rounds: int = 5  # turns of A B A B
     seeds: int = 3  # seeds of a claim that trains
+    jobs: int = 2  # trainings at once where only their losses count, sharing the cores; seconds are measured alone
     dataset: str = "shakespeare"  # dataset of a claim that trains
     data_dir: str = "data"  # where datasets are kept
     out_dir: str = ""  # keep the runs of a claim here; default: a temporary folder
 
     def __post_init__(self):
-        config.within(self, 1, None, "rounds", "seeds")
+        config.within(self, 1, None, "rounds", "seeds", "jobs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,6 +64,11 @@ def read_arm(preset=None, **overrides):
     for k, v in overrides.items():
         (m if k in model_fields else t)[k] = v
     return m, t
+
+
+def stand_in(m):
+    """GPTConfig of model settings without a dataset: Shakespeare's 65 characters, and one of them for thinking."""
+    return GPTConfig(**{"vocab_size": 65, "think_token": 0, **m})
 
 
 def like_nanogpt(m, t):
@@ -102,10 +109,10 @@ def serve():
     m, t = ({k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (first["m"], first["t"]))
     if first.get("train"):
         r = train.train(GPTConfig(**m), TrainConfig(**t), say=lambda s: print(s, flush=True))
-        r.update(altered(m, t, first["ablate"]) if first["ablate"] else {}, peak_mb=peak_mb())
+        r.update(peak_mb=peak_mb(), **after(t, first["after"]))
         print(json.dumps(r), flush=True)
         return
-    mcfg, tcfg = GPTConfig(**{"vocab_size": 65, **m}), TrainConfig(**t)
+    mcfg, tcfg = stand_in(m), TrainConfig(**t)
     torch._inductor.config.cpp.enable_kernel_profile = bool(first.get("profiled"))  # the compiler's kernels by name
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
     g = torch.Generator().manual_seed(0)
@@ -141,18 +148,71 @@ def shuffle_history(h):
     return h.gather(1, order)
 
 
-ABLATIONS = {"history shuffled": shuffle_history, "slots empty": lambda h: torch.full_like(h, -1)}
+def ablated(alter):
+    """Validation loss with each history altered by alter(history)."""
+    return lambda run, data: run.evaluate(data, alter)[0]
 
 
-def altered(m, t, names):
-    """{ablation: validation loss} of the checkpoint that was just trained, its histories altered at evaluation."""
-    tcfg = TrainConfig(**{**t, "compile": False})
+@torch.inference_mode()
+def wrong_distance(run, data):
+    """Mean of 1 - cosine between the embeddings of the most likely and of the right token, where they differ."""
+    e, far = torch.nn.functional.normalize(run.model.wte.weight, dim=-1), []
+    for x, y, h in data.whole(run.place, 64):
+        best = run.model.eval()(x, history=h if run.mcfg.n_slot else None).logits.argmax(-1)
+        wrong = (y >= 0) & (best != y)
+        far.append(1 - (e[best[wrong]] * e[y[wrong]]).sum(-1))
+    return torch.cat(far).mean().item()
+
+
+@torch.inference_mode()
+def two_steps(run, data, n=2048, rows=16):
+    """Nats of the token after next, given what stands before the next: after one soft step in its place, after one sampled
+    token, and by the exact sum over the vocabulary; over n places of the split."""
+    model, V, T = run.model.eval(), run.mcfg.vocab_size, run.mcfg.block_size
+    g, total = torch.Generator().manual_seed(0), torch.zeros(3)
+    last = torch.randint(T, data.n, (n,), generator=g).numpy()
+    for i in range(0, n, rows):
+        x, y, _ = data.rows(last[i:i + rows], last[i:i + rows])
+        state, B = model.init_state(rows), len(x)
+        p = model(x[:, :-1], state=state).logits[:, -1].float().softmax(-1)
+        after = lambda tokens, s: model(tokens, state=s).logits[:, -1].float().log_softmax(-1)
+        right = y[:, -1:]
+        soft = after(p[:, None], state.select(torch.arange(B))).gather(1, right)
+        drawn = after(torch.multinomial(p, 1, generator=g), state.select(torch.arange(B))).gather(1, right)
+        every = after(torch.arange(V).repeat(B)[:, None], state.select(torch.arange(B).repeat_interleave(V)))
+        exact = (p.log() + every.view(B, V, V).gather(2, right[:, None].expand(B, V, 1))[..., 0]).logsumexp(-1)
+        total -= torch.stack([soft.sum(), drawn.sum(), exact.sum()])
+    return dict(zip(("soft step", "sampled step", "exact sum"), (total / n).tolist()))
+
+
+@torch.inference_mode()
+def by_hops(run, data):
+    """Share of right answers of the chain task, by how many pointers are to be followed."""
+    chars, right = data.meta["tokenizer"]["chars"], {}
+    for x, y, _ in data.whole(run.place, 256):
+        best = run.model.eval()(x).logits.argmax(-1)
+        for row, target, guess in zip(x.tolist(), y[:, -1].tolist(), best[:, -1].tolist()):
+            if target >= 0:
+                k = next(chars[i] for i in reversed(row) if i < len(chars) and chars[i] in "234")
+                right.setdefault(f"k = {k}", []).append(guess == target)
+    return {k: mean(v) for k, v in sorted(right.items())}
+
+
+AFTER = {"history shuffled": ablated(shuffle_history), "slots empty": ablated(lambda h: torch.full_like(h, -1)),
+         "wrong distance": wrong_distance, "two steps": two_steps, "hops": by_hops}
+
+
+def after(t, names):
+    """{measure: value} of the checkpoint that was just trained, over the validation split, in fp32."""
+    if not names:
+        return {}
+    tcfg = TrainConfig(**{**t, "compile": False, "dtype": "float32"})
     ckpt = prepare.load_checkpoint(os.path.join(tcfg.out_dir, "ckpt.pt"))
     mcfg = GPTConfig(**ckpt["model_config"])
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
     run.model.load_state_dict(ckpt["model"])
     data = train.Data(tcfg, mcfg, "val")
-    return {name: run.evaluate(data, ABLATIONS[name])[0] for name in names}
+    return {name: AFTER[name](run, data) for name in names}
 
 
 def peak_mb():
@@ -196,24 +256,43 @@ def show(cfg, title, rows):
     return rows
 
 
-def fit(cfg, preset=None, seed=1, ablate=(), cold=False, **overrides):
+def fit(cfg, preset=None, seed=1, after=(), env=None, **overrides):
     """Train one arm in a process of its own; -> what train.train returns, `wall` seconds of the whole process, and the
-    losses under ablations. cold: with an empty compiler cache."""
+    measures of AFTER that are named."""
     m, t = read_arm(preset, **overrides)
-    t.update(dataset=cfg.dataset, data_dir=cfg.data_dir, seed=seed)
+    t = {"dataset": cfg.dataset, **t, "data_dir": cfg.data_dir, "seed": seed}
     keep = cfg.out_dir or tempfile.mkdtemp(prefix="bench-")
     t["out_dir"] = os.path.join(keep, overrides.get("out_dir") or f"{preset or 'arm'}-{os.getpid()}-{time.time_ns()}")
     start = time.perf_counter()
-    arm = Arm(m, t, {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp()} if cold else None, train=True, ablate=list(ablate))
+    arm = Arm(m, t, env, train=True, after=list(after))
     arm.close()
-    return {**arm.info, "wall": time.perf_counter() - start}
+    return {**arm.info, "wall": time.perf_counter() - start, "out_dir": t["out_dir"]}
 
 
-def over_seeds(cfg, *args, **kw):
-    """fit for each seed -> {figure: mean over seeds}, and "spread", the largest minus the smallest validation loss."""
-    runs = [fit(cfg, *args, seed=s, **kw) for s in range(1, cfg.seeds + 1)]
-    out = {k: mean(r[k] for r in runs) for k, v in runs[0].items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return {**out, "spread": max(r["val_loss"] for r in runs) - min(r["val_loss"] for r in runs), "runs": runs}
+def cold():
+    """The environment of a process whose compiler cache is empty."""
+    return {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(prefix="bench-")}
+
+
+def over_seeds(cfg, arms):
+    """fit for each of {name: overrides} and each seed, cfg.jobs of them at once -> {name: {figure: mean over seeds}}, with
+    "spread", the largest minus the smallest validation loss, and "runs". Seconds mean nothing here: see step_times."""
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        runs = {k: [pool.submit(fit, cfg, seed=s, env=env, **a) for s in range(1, cfg.seeds + 1)] for k, a in arms.items()}
+        runs = {k: [f.result() for f in fs] for k, fs in runs.items()}
+    out = {}
+    for k, rs in runs.items():
+        val = [r["val_loss"] for r in rs]
+        out[k] = {**averages(rs), "spread": max(val) - min(val), "runs": rs}
+    return out
+
+
+def averages(dicts):
+    """The mean of every number, dicts of numbers included."""
+    first = dicts[0]
+    return {k: averages([d[k] for d in dicts]) if isinstance(v, dict) else mean(d[k] for d in dicts) for k, v in first.items()
+            if isinstance(v, (int, float, dict)) and not isinstance(v, bool)}
 
 
 def step_times(cfg, arms, seconds=1.0):
@@ -247,7 +326,7 @@ def decode_arms(m, more=False):
     """{name: function(n) -> seconds a token} for one shape with random weights, one row, positions half way into the window:
     with the cache and recomputing the window, in fp32; with `more` also the compiled step in fp32 and bf16, and a KV-cached
     transformers GPT-2 of the same shape, where that package is installed."""
-    cfg = GPTConfig(**{"vocab_size": 65, **m})
+    cfg = stand_in(m)
     half = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
     room = cfg.block_size - len(half) - 1
     window = torch.randint(cfg.vocab_size, (1, cfg.block_size))
@@ -387,14 +466,16 @@ def parts(cfg):
 # claims that train
 
 
+NO_SLOTS = dict(history=0, aggregate=0, n_segment=0, n_span=0, span=0)
+
+
 def main_job(cfg):
     """the main job, and the same model with its slots off for the same seconds of steps"""
     on = fit(cfg, "softar_shakespeare")
-    off_settings = dict(history=0, aggregate=0, n_segment=0, n_span=0, span=0)
     m, t = read_arm("softar_shakespeare")
-    times = step_times(cfg, {"on": (m, t), "off": read_arm("softar_shakespeare", **off_settings)}, seconds=4.0)
+    times = step_times(cfg, {"on": (m, t), "off": read_arm("softar_shakespeare", **NO_SLOTS)}, seconds=4.0)
     steps = round(t["max_iters"] * compare(times["on"], times["off"]))
-    off = fit(cfg, "softar_shakespeare", **off_settings, max_iters=steps)
+    off = fit(cfg, "softar_shakespeare", **NO_SLOTS, max_iters=steps)
     rows = [{"arm": k, "steps": r["step"], "seconds of steps": r["step_seconds"], "seconds in all": r["wall"],
              "val loss": r["val_loss"]} for k, r in (("slots", on), ("no slots, steps timed for equal seconds", off))]
     return show(cfg, f"main job on {cfg.dataset}, seed 1", rows)
@@ -405,7 +486,7 @@ def time_to_loss(cfg):
     rows = []
     for seed in range(1, cfg.seeds + 1):
         for preset in ("shakespeare_cpu", "nanogpt_cpu"):
-            r = fit(cfg, preset, seed=seed, cold=True, eval_interval=10 ** 9, log_interval=200)
+            r = fit(cfg, preset, seed=seed, env=cold(), eval_interval=10 ** 9, log_interval=200)
             rows.append({"preset": preset, "seed": seed, "val loss": r["val_loss"], "steps": r["step"], "seconds of steps":
                          r["step_seconds"], "first step (compiling)": r["compile_seconds"], "process, seconds": r["wall"]})
     for k in ("seconds of steps", "process, seconds"):
@@ -430,13 +511,14 @@ SLOT_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=16, batch_size=64,
                   history_drop=0.0, log_interval=500)
 
 
-def slot_arms(H, span, rows=64):
+def slot_arms(H, span, **more):
     """The arms of the slot claims for a history of H tokens: none, slots, uncompressed, and an ordinary window. All are
     scored on the same tokens: the last 16 of a row."""
-    slots = dict(SLOT_MODEL, history=H, aggregate=1, n_segment=2, n_span=H // span, span=span)
-    window = dict(SLOT_MODEL, block_size=H + 16, score_last=16)
-    return {"a no history": SLOT_MODEL, "b slots": slots, "c uncompressed": window,
-            "d ordinary window": dict(window, train_on_all=True, batch_size=max(2, rows * 80 // (H + 16)))}
+    base = {**SLOT_MODEL, **more}
+    slots = dict(base, history=H, aggregate=1, n_segment=2, n_span=H // span, span=span)
+    window = dict(base, block_size=H + 16, score_last=16)
+    return {"a no history": base, "b slots": slots, "c uncompressed": window,
+            "d ordinary window": dict(window, train_on_all=True, batch_size=max(2, base["batch_size"] * 80 // (H + 16)))}
 
 
 def slots(cfg):
@@ -446,45 +528,45 @@ def slots(cfg):
     t_b = times["b slots"]
     arms["d ordinary window"]["max_iters"] = round(SLOT_MODEL["max_iters"] * compare(t_b, times["d ordinary window"]))
     arms["b, binding off"] = dict(arms["b slots"], span_binding=False)
-    got = {k: over_seeds(cfg, **a, ablate=list(ABLATIONS) if k == "b slots" else ()) for k, a in arms.items()}
+    arms["b slots"] = dict(arms["b slots"], after=["history shuffled", "slots empty"])
+    got = over_seeds(cfg, arms)
     a, c = got["a no history"]["val_loss"], got["c uncompressed"]["val_loss"]
     rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "steps": int(g["step"]),
              "gap closed": (a - g["val_loss"]) / (a - c), "step time / c": compare(times[k], times["c uncompressed"])
              if k in times else compare(t_b, times["c uncompressed"])} for k, g in got.items()]
     rows += [{"arm": f"b, {k} at evaluation", "val loss": got["b slots"][k], "gap closed": (a - got["b slots"][k]) / (a - c)}
-             for k in ABLATIONS]
+             for k in arms["b slots"]["after"]]
     return show(cfg, f"64 tokens of history on {cfg.dataset}, mean of {cfg.seeds} seeds, {SLOT_MODEL['max_iters']} steps", rows)
 
 
 def spans(cfg):
     """spans of 2 to 16 over histories of 64 to 1,024 tokens, beside an ordinary window of that length at equal seconds"""
-    rows = []
+    few, times, arms = dataclasses.replace(cfg, rounds=3, seeds=1), {}, {}
     for H in (64, 256, 1024):
-        for span in (2, 4, 8, 16):
-            arm = slot_arms(H, span)["b slots"]
-            t = step_times(dataclasses.replace(cfg, rounds=2), {"b": read_arm(**arm)})["b"]
-            r = fit(cfg, **arm)
-            rows.append({"history": H, "arm": f"spans of {span}", "slots": H // span + 3, "val loss": r["val_loss"],
-                         "steps": r["step"], "ms a step": 1000 * median(t)})
-            if span == 4:
-                arm = slot_arms(H, span)["d ordinary window"]
-                d = step_times(dataclasses.replace(cfg, rounds=2), {"d": read_arm(**arm)})["d"]
-                r = fit(cfg, **{**arm, "max_iters": round(arm["max_iters"] * median(t) / median(d))})
-                rows.append({"history": H, "arm": f"window of {H + 16}, equal seconds to spans of 4", "val loss": r["val_loss"],
-                             "steps": r["step"], "ms a step": 1000 * median(d)})
-    return show(cfg, f"spans and histories on {cfg.dataset}, seed 1", rows)
+        mine = {(H, f"spans of {span}"): slot_arms(H, span, batch_size=32, max_iters=600)["b slots"] for span in (2, 4, 8, 16)}
+        four, window = (H, "spans of 4"), (H, f"window of {H + 16}, seconds of spans of 4")
+        mine[window] = slot_arms(H, 4, batch_size=32, max_iters=600)["d ordinary window"]
+        times.update(step_times(few, {k: read_arm(**a) for k, a in mine.items()}))
+        mine[window]["max_iters"] = round(600 * compare(times[four], times[window]))
+        arms.update(mine)
+    got = over_seeds(few, arms)
+    rows = [{"history": H, "arm": arm, "slots": sum(arms[H, arm].get(k, 0) for k in ("aggregate", "n_segment", "n_span")),
+             "val loss": g["val_loss"], "steps": int(g["step"]), "ms a step": 1000 * median(times[H, arm])}
+            for (H, arm), g in got.items()]
+    return show(cfg, f"spans and histories on {cfg.dataset}, 600 steps of 32 x 16, one seed", rows)
 
 
 def cipher(cfg):
     """the cipher task: no history, slots, and the history uncompressed, above the source's entropy rate"""
-    cfg = dataclasses.replace(cfg, dataset="cipher")
     floor = prepare.open_dataset("cipher", cfg.data_dir)["entropy_rate"]
-    off = dict(history=0, aggregate=0, n_segment=0, n_span=0, span=0)
-    arms = {"no history": off, "slots": {}, "uncompressed": dict(off, block_size=272, score_last=16)}
-    got = {k: over_seeds(cfg, "cipher", **a, eval_interval=10 ** 9) for k, a in arms.items()}
+    base = dict(preset="cipher", eval_interval=10 ** 9, log_interval=200)
+    arms = {"no history": dict(base, **NO_SLOTS), "slots": base,
+            "uncompressed": dict(base, **NO_SLOTS, block_size=272, score_last=16)}
+    times = step_times(cfg, {k: read_arm(**a) for k, a in arms.items()})
+    got = over_seeds(cfg, arms)
     top, low = got["no history"]["val_loss"], got["uncompressed"]["val_loss"]
     rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "above the floor": g["val_loss"] - floor,
-             "gap closed": (top - g["val_loss"]) / (top - low), "ms a step": 1000 * g["step_seconds"] / g["step"]}
+             "gap closed": (top - g["val_loss"]) / (top - low), "ms a step": 1000 * median(times[k])}
             for k, g in got.items()]
     return show(cfg, f"cipher, mean of {cfg.seeds} seeds, entropy rate {floor:.4f}", rows)
 
@@ -492,7 +574,7 @@ def cipher(cfg):
 def stream(cfg, total=100_000, block=10_000):
     """100,000 characters from one prompt with slots: memory and time a token"""
     m, _ = read_arm("softar_shakespeare", n_layer=4, n_embd=128)
-    d = sample.Decoder(GPT(GPTConfig(**{"vocab_size": 65, **m})).eval(), [[1]])
+    d = sample.Decoder(GPT(stand_in(m)).eval(), [[1]])
     generator, scfg, rows = torch.Generator().manual_seed(1), sample.SampleConfig(max_new_tokens=total), []
 
     def rss():
@@ -509,6 +591,90 @@ def stream(cfg, total=100_000, block=10_000):
     return show(cfg, "one stream, 4 layers, 128 wide, window 256, history 256", rows)
 
 
+SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, eval_interval=10 ** 9, log_interval=500)
+
+
+def soft(cfg):
+    """the token after next, behind a soft step, a sampled one and the exact sum, with and without soft inputs in training"""
+    arms = {f"soft_rate = {r}": dict(SMALL, max_iters=1500, soft_rate=r, after=["two steps"]) for r in (0.0, 0.1, 0.3, 1.0)}
+    got = over_seeds(cfg, arms)
+    rows = []
+    for k, g in got.items():
+        two = g["two steps"]
+        rows.append({"arm": k, "val loss": g["val_loss"], "spread": g["spread"], **two, "gap closed":
+                     (two["sampled step"] - two["soft step"]) / (two["sampled step"] - two["exact sum"])})
+    return show(cfg, f"nats of the token after next, {cfg.dataset}, 1,500 steps of 12 x 64, mean of {cfg.seeds} seeds", rows)
+
+
+def semantic(cfg):
+    """losses that know how far off a wrong token is, at three weights, beside cross-entropy alone and regression alone"""
+    steps, arms = 1000, {"cross-entropy alone": {}}
+    for kind in ("cos", "mse", "soft_ce"):
+        arms.update({f"{kind}, weight {w}": dict(semantic=kind, semantic_weight=w) for w in (0.01, 0.1, 1.0)})
+    arms.update({"head = nearest": dict(head="nearest"), "head = nearest, mse 0.1": dict(head="nearest", semantic="mse",
+                                                                                        semantic_weight=0.1),
+                 **{f"{kind} regression alone, nearest": dict(head="nearest", semantic=kind, semantic_weight=1.0, ce_weight=0.0)
+                    for kind in ("mse", "cos")}})
+    arms = {k: dict(SMALL, max_iters=steps, **a) for k, a in arms.items()}
+    times = step_times(cfg, {k: read_arm(**a) for k, a in arms.items()}, seconds=0.5)
+    ratio = {k: compare(t, times["cross-entropy alone"]) for k, t in times.items()}
+    slowest = max(v for k, v in ratio.items() if "weight" in k)
+    arms["cross-entropy alone, seconds of the slowest with a weight"] = dict(SMALL, max_iters=round(steps * slowest))
+    got = over_seeds(cfg, {k: dict(a, after=["wrong distance"]) for k, a in arms.items()})
+    none = got["cross-entropy alone"]["val_loss"]
+    rows = [{"arm": k, "steps": int(g["step"]), "val loss": g["val_loss"], "against none": g["val_loss"] - none, "spread":
+             g["spread"], "distance when wrong": g["wrong distance"], "step time": ratio.get(k, 1.0)} for k, g in got.items()]
+    return show(cfg, f"semantic losses on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, mean of {cfg.seeds} seeds", rows)
+
+
+def chain(cfg):
+    """following 2 to 4 pointers: thinking, as many pause tokens, and neither, 2 layers in all"""
+    base = dict(preset="chain", eval_interval=10 ** 9, log_interval=500, after=["hops"])
+    arms = {"thinking (n_think = 4)": base, "pause tokens (n_think = 0)": dict(base, n_think=0),
+            "neither": dict(base, n_think=0, dataset="chain0")}
+    for name, pause in (("chain", -1), ("chain0", 0)):
+        if not os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):
+            prepare.main(["chain", f"--name={name}", f"--n_pause={pause}", f"--data_dir={cfg.data_dir}"])
+    got = over_seeds(cfg, arms)
+    rows = [{"arm": k, "steps": int(g["step"]), "val loss": g["val_loss"], **g["hops"]} for k, g in got.items()]
+    return show(cfg, f"chain: share of right answers (chance 0.0625), mean of {cfg.seeds} seeds", rows)
+
+
+def coherence(cfg, total=20_000):
+    """a stream of 20,000 characters under each collapse policy, beside human text: repetition, words, a judge's loss"""
+    shape = dict(SMALL, block_size=256, batch_size=16, max_iters=750, history=256, aggregate=1, n_segment=2, n_span=16, span=4)
+    writer, judge = (fit(cfg, seed=seed, **shape, **more) for seed, more in ((1, {"soft_rate": 0.3}), (2, {})))
+    model, ckpt = sample.load(writer["out_dir"])
+    critic, _ = sample.load(judge["out_dir"])
+    tok = prepare.Tokenizer(ckpt["tokenizer"])
+    val, train_ids = (prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, f"{s}.bin"))[0] for s in ("val", "train"))
+    known = set(tok.decode(np.asarray(train_ids).tolist()).lower().split())
+    rows = [{"text": "human (validation split)", **text_figures(np.asarray(val[:total]).tolist(), tok, critic, known)}]
+    for collapse in ("always", "entropy", "distance", "never"):
+        scfg = sample.SampleConfig(soft=True, collapse=collapse, max_new_tokens=total, seed=1,
+                                   collapse_threshold=0.1 if collapse == "distance" else 0.5)
+        d, made = sample.Decoder(model, [[int(val[0])]], tok.eot), []
+        for ready in sample.generate(d, scfg, generator=torch.Generator().manual_seed(1)):
+            made += ready[0]
+        rows.append({"text": f"collapse = {collapse}", **text_figures([t.token for t in made], tok, critic, known),
+                     "share soft": mean(t.soft for t in made)})
+    return show(cfg, f"streams of {total:,} characters, temperature 0.8", rows)
+
+
+@torch.inference_mode()
+def text_figures(ids, tok, critic, known):
+    """Figures of a text: word 4-grams that occurred before, distinct words, words that the training text has, and its
+    nats a character under another model."""
+    words = tok.decode(ids).lower().split()
+    grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+    T = critic.cfg.block_size
+    n = (len(ids) - 1) // T
+    x, y = (torch.tensor(ids[i:i + n * T]).view(n, T) for i in (0, 1))
+    loss = mean(critic(a, b).losses["ce"].item() for a, b in zip(x.split(16), y.split(16)))
+    return {"repeated 4-grams": 1 - len(set(grams)) / len(grams), "distinct words": len(set(words)) / len(words),
+            "known words": mean(w in known for w in words), "judge": loss}
+
+
 def variants(cfg):
     """each flag of the plain model switched, one at a time: loss and time of a step at nanoGPT's CPU shape, 500 steps"""
     shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=500, eval_interval=10 ** 9,
@@ -520,7 +686,7 @@ def variants(cfg):
             "n_mlp = -1,-1,-1,2048 (one wide FFN)": dict(n_mlp=(-1, -1, -1, 2048)), "n_value_embed = 4": dict(n_value_embed=4), "dropout = 0.1": dict(dropout=0.1), "optimizer = adamw":
             dict(optimizer="adamw"), "slots (64 tokens as 16 spans)": dict(history=64, aggregate=1, n_segment=2, n_span=16, span=4)}
     times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**shape, **a) for k, a in arms.items()})
-    got = {k: over_seeds(cfg, **shape, **a) for k, a in arms.items()}
+    got = over_seeds(cfg, {k: {**shape, **a} for k, a in arms.items()})
     rows = [{"flag": k, "val loss": g["val_loss"], "against defaults": g["val_loss"] - got["defaults"]["val_loss"],
              "spread": g["spread"], "params M": g["params"] / 1e6, "step time": compare(times[k], times["defaults"])}
             for k, g in got.items()]
@@ -528,7 +694,8 @@ def variants(cfg):
 
 
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "slots": slots,
-          "variants": variants, "spans": spans, "cipher": cipher, "stream": stream}
+          "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
+          "semantic": semantic, "chain": chain, "coherence": coherence}
 
 
 def main(argv):

@@ -1469,10 +1469,17 @@ def test_bench_tables(capsys, data_dir):
     assert capsys.readouterr().out.split("\n")[1:4:2] == ["a title", "-----  ------  -"]
     r = bench.fit(cfg, None, seed=2, **TINY, max_iters=3, batch_size=4, compile=False)
     assert r["step"] == 3 and math.isfinite(r["val_loss"]) and r["wall"] > r["step_seconds"]
-    one = dataclasses.replace(cfg, seeds=2)
-    r = bench.over_seeds(one, **TINY, **SLOTS, max_iters=60, batch_size=8, compile=False, eval_interval=100, ablate=list(bench.ABLATIONS))
-    assert r["val_loss"] == pytest.approx(sum(x["val_loss"] for x in r["runs"]) / 2) and r["spread"] > 0
-    assert all(r[k] != r["val_loss"] for k in bench.ABLATIONS)  # the model does read its slots
+    names = ["history shuffled", "slots empty", "wrong distance", "two steps"]
+    tiny = {**TINY, "max_iters": 60, "batch_size": 8, "compile": False, "eval_interval": 100}
+    got = bench.over_seeds(dataclasses.replace(cfg, seeds=2), {"a": {**tiny, **SLOTS, "after": names[:2]},
+                                                                "b": {**tiny, "after": names[2:]}})
+    for r in got.values():
+        assert r["val_loss"] == pytest.approx(sum(x["val_loss"] for x in r["runs"]) / 2) and r["spread"] > 0
+    assert all(got["a"][k] != got["a"]["val_loss"] for k in names[:2])  # the model does read its slots
+    assert 0 < got["b"]["wrong distance"] < 2
+    assert got["b"]["two steps"]["exact sum"] < got["b"]["two steps"]["sampled step"] < 6
+    r = bench.fit(cfg, **TINY, dataset="chain", max_iters=2, batch_size=4, compile=False, after=["hops"], score_last=1)
+    assert r["hops"] and set(r["hops"]) <= {"k = 2", "k = 3", "k = 4"} and all(0 <= v <= 1 for v in r["hops"].values())
     h = torch.arange(24).view(2, 12)
     assert torch.equal(bench.shuffle_history(h).sort(1).values, h) and not torch.equal(bench.shuffle_history(h), h)
     for name in bench.CLAIMS:
