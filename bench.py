@@ -198,7 +198,13 @@ def by_hops(run, data):
     return {k: mean(v) for k, v in sorted(right.items())}
 
 
-AFTER = {"history shuffled": ablated(shuffle_history), "slots empty": ablated(lambda h: torch.full_like(h, -1)),
+def window_256(run, data):
+    """Validation loss in windows of 256, whatever the model was trained with."""
+    data.T = data.last = 256
+    return run.evaluate(data)[0]
+
+
+AFTER = {"window 256": window_256, "history shuffled": ablated(shuffle_history), "slots empty": ablated(lambda h: torch.full_like(h, -1)),
          "wrong distance": wrong_distance, "two steps": two_steps, "hops": by_hops}
 
 
@@ -466,6 +472,17 @@ def parts(cfg):
 # claims that train
 
 
+def best(cfg):
+    """the lowest loss within 15 minutes, config/shakespeare_best.py, and how much of it is the longer window"""
+    rows = []
+    for seed in range(1, cfg.seeds + 1):
+        r = fit(cfg, "shakespeare_best", seed=seed, after=["window 256"])
+        rows.append({"seed": seed, "val loss": r["val_loss"], "best on the way": r["best_val_loss"], "steps": r["step"],
+                     "seconds of steps": r["step_seconds"], "process, seconds": r["wall"],
+                     "in windows of 256": r["window 256"]})
+    return show(cfg, f"config/shakespeare_best.py on {cfg.dataset}", rows)
+
+
 NO_SLOTS = dict(history=0, aggregate=0, n_segment=0, n_span=0, span=0)
 
 
@@ -693,7 +710,7 @@ def variants(cfg):
     return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 500 steps, mean of {cfg.seeds} seeds", rows)
 
 
-CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "slots": slots,
+CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
           "semantic": semantic, "chain": chain, "coherence": coherence}
 

@@ -49,6 +49,7 @@ VARIANTS = {  # name: config overrides
     "value_embed": dict(n_value_embed=1),
     "tie": dict(tie=True),
     "dropout": dict(dropout=0.2),
+    "channel_drop": dict(channel_drop=0.2),
     "slots": SLOTS,
     "slots_spans": dict(history=12, n_span=3, span=4),
     "slots_segments": dict(history=12, n_segment=3),
