@@ -198,13 +198,7 @@ def by_hops(run, data):
     return {k: mean(v) for k, v in sorted(right.items())}
 
 
-def window_256(run, data):
-    """Validation loss in windows of 256, whatever the model was trained with."""
-    data.T = data.last = 256
-    return run.evaluate(data)[0]
-
-
-AFTER = {"window 256": window_256, "history shuffled": ablated(shuffle_history), "slots empty": ablated(lambda h: torch.full_like(h, -1)),
+AFTER = {"history shuffled": ablated(shuffle_history), "slots empty": ablated(lambda h: torch.full_like(h, -1)),
          "wrong distance": wrong_distance, "two steps": two_steps, "hops": by_hops}
 
 
@@ -473,13 +467,12 @@ def parts(cfg):
 
 
 def best(cfg):
-    """the lowest loss within 15 minutes, config/shakespeare_best.py, and how much of it is the longer window"""
+    """the lowest loss within 15 minutes: config/shakespeare_best.py"""
     rows = []
     for seed in range(1, cfg.seeds + 1):
-        r = fit(cfg, "shakespeare_best", seed=seed, after=["window 256"])
+        r = fit(cfg, "shakespeare_best", seed=seed)
         rows.append({"seed": seed, "val loss": r["val_loss"], "best on the way": r["best_val_loss"], "steps": r["step"],
-                     "seconds of steps": r["step_seconds"], "process, seconds": r["wall"],
-                     "in windows of 256": r["window 256"]})
+                     "seconds of steps": r["step_seconds"], "process, seconds": r["wall"]})
     return show(cfg, f"config/shakespeare_best.py on {cfg.dataset}", rows)
 
 
