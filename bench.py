@@ -618,22 +618,20 @@ def soft(cfg):
 
 def semantic(cfg):
     """losses that know how far off a wrong token is, at three weights, beside cross-entropy alone and regression alone"""
-    steps, arms = 1000, {"cross-entropy alone": {}}
-    for kind in ("cos", "mse", "soft_ce"):
-        arms.update({f"{kind}, weight {w}": dict(semantic=kind, semantic_weight=w) for w in (0.01, 0.1, 1.0)})
-    arms.update({"head = nearest": dict(head="nearest"), "head = nearest, mse 0.1": dict(head="nearest", semantic="mse",
-                                                                                        semantic_weight=0.1),
-                 **{f"{kind} regression alone, nearest": dict(head="nearest", semantic=kind, semantic_weight=1.0, ce_weight=0.0)
-                    for kind in ("mse", "cos")}})
-    arms = {k: dict(SMALL, max_iters=steps, **a) for k, a in arms.items()}
-    times = step_times(cfg, {k: read_arm(**a) for k, a in arms.items()}, seconds=0.5)
-    ratio = {k: compare(t, times["cross-entropy alone"]) for k, t in times.items()}
-    slowest = max(v for k, v in ratio.items() if "weight" in k)
-    arms["cross-entropy alone, seconds of the slowest with a weight"] = dict(SMALL, max_iters=round(steps * slowest))
-    got = over_seeds(cfg, {k: dict(a, after=["wrong distance"]) for k, a in arms.items()})
+    kinds = {"cos": dict(semantic="cos"), "mse": dict(semantic="mse"), "soft_ce": dict(semantic="soft_ce"),
+             "nearest head, mse": dict(head="nearest", semantic="mse")}
+    base = dict(SMALL, max_iters=1000)
+    times = step_times(cfg, {"none": read_arm(**base), **{k: read_arm(**base, **a, semantic_weight=0.1) for k, a in kinds.items()}})
+    ratio = {k: compare(t, times["none"]) for k, t in times.items()}
+    arms = {"cross-entropy alone": (base, "none"),
+            "cross-entropy alone, the slowest one's seconds": (dict(base, max_iters=round(1000 * max(ratio.values()))), "none"),
+            "nearest head, cross-entropy alone": (dict(base, head="nearest"), "nearest head, mse")}
+    arms.update({f"{k}, weight {w}": (dict(base, **a, semantic_weight=w), k) for k, a in kinds.items() for w in (0.01, 0.1, 1.0)})
+    arms["nearest head, mse alone"] = dict(base, **kinds["nearest head, mse"], semantic_weight=1.0, ce_weight=0.0), "nearest head, mse"
+    got = over_seeds(cfg, {k: dict(a, after=["wrong distance"]) for k, (a, _) in arms.items()})
     none = got["cross-entropy alone"]["val_loss"]
     rows = [{"arm": k, "steps": int(g["step"]), "val loss": g["val_loss"], "against none": g["val_loss"] - none, "spread":
-             g["spread"], "distance when wrong": g["wrong distance"], "step time": ratio.get(k, 1.0)} for k, g in got.items()]
+             g["spread"], "distance when wrong": g["wrong distance"], "step time": ratio[arms[k][1]]} for k, g in got.items()]
     return show(cfg, f"semantic losses on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, mean of {cfg.seeds} seeds", rows)
 
 
