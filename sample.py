@@ -154,7 +154,7 @@ def collapses(p, table, cfg, step):
     """Which rows (B,) choose a symbol now, by cfg.collapse. p (B, V): of the next token; step: tokens made so far."""
     kind, _, every = cfg.collapse.partition(":")
     if kind == "entropy":
-        return -(p * p.clamp(min=1e-30).log()).sum(-1) < cfg.collapse_threshold
+        return torch.special.entr(p).sum(-1) < cfg.collapse_threshold
     if kind == "distance":
         return 1 - similarity(p, table).amax(-1) > cfg.collapse_threshold
     now = kind == "always" or (kind == "every" and (step + 1) % int(every) == 0)
@@ -298,19 +298,28 @@ def next_token(expert, amateur, cfg):
     return distribution(logits, cfg)
 
 
-def earlier(expert, rows, cfg, generator):
-    """The symbols that the soft tokens of `rows` collapse to, {row: {place from the end: id}}: the nearest one, which is
-    the id that stands there already, or one drawn from what the model expects there in a pass over the whole window."""
-    logits, out = expert.fill() if cfg.collapse_by == "context" else None, {}
+def collapse_earlier(expert, amateur, rows, made, cfg, generator):
+    """The soft tokens of `rows` become symbols, in place: the nearest one, which is the id that stands there already, or one
+    drawn from what the model expects there in a pass over the whole window. made: what waits to be shown, per row, is
+    corrected. -> True if there was any."""
+    rows = [b for b in rows if expert.soft[b]] if cfg.collapse_back else []
+    if not rows:
+        return False
+    logits, changes = expert.fill() if cfg.collapse_by == "context" else None, {}
     for b in rows:
         window = expert.rows[b][1]
-        places = sorted(expert.soft[b])[-cfg.collapse_back if cfg.collapse_back > 0 else 0:] if cfg.collapse_back else []
-        for at in places:
+        for at in sorted(expert.soft[b])[-max(cfg.collapse_back, 0):]:
             token = window[at]
             if logits is not None and at:
                 token = choose(distribution(logits[b, at - 1:at].float(), cfg), generator).item()
-            out.setdefault(b, {})[at - len(window)] = token
-    return out
+            place = at - len(window)  # from the end, which all decoders have in common
+            changes.setdefault(b, {})[place] = token
+            if -place <= len(made[b]):
+                made[b][place].token = token
+    for d in (expert, amateur):
+        if d is not None:
+            d.harden(changes)
+    return True
 
 
 def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
@@ -318,23 +327,15 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
     Mostly a step gives one token a row; a soft token that will be chosen in context comes when it has collapsed.
     think = (delimiter ids, ids): ids that follow of themselves whenever a row ends with the delimiter."""
     B, table = expert.logits.size(0), expert.model.wte.weight.float()
-    made, forced = [[] for _ in range(B)], [[] for _ in range(B)]
+    made, forced = [[] for _ in range(B)], [[] for _ in range(B)]  # what waits to be shown; what follows of itself
+    delimiter, thoughts = list(think[0]), list(think[1])
     for step in range(cfg.max_new_tokens):
         p, hard, soft = next_token(expert, amateur, cfg), [True] * B, [None] * B
         if cfg.soft:
             hard = [h or bool(f) for h, f in zip(collapses(p, table, cfg, step).tolist(), forced)]
-            changes = earlier(expert, [b for b in range(B) if hard[b] and expert.soft[b]], cfg, generator) \
-                if any(h and s for h, s in zip(hard, expert.soft)) else {}
-            if changes:
-                for b, places in changes.items():
-                    for at, token in places.items():
-                        if -at <= len(made[b]):
-                            made[b][at].token = token
-                for d in (expert, amateur):
-                    if d is not None:
-                        d.harden(changes)
+            if collapse_earlier(expert, amateur, [b for b in range(B) if hard[b]], made, cfg, generator):
                 p = next_token(expert, amateur, cfg)
-        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
+        entropy = torch.special.entr(p).sum(-1).tolist()
         tokens = choose(p, generator).tolist()
         if not all(hard):
             mixed = soft_token(p, cfg, generator)
@@ -344,14 +345,14 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
         tokens = [f.pop(0) if f else t for t, f in zip(tokens, forced)]
         ready = []
         for b, token in enumerate(tokens):
-            made[b].append(Made(token, not hard[b], entropy[b].item()))
-            waits = [at - len(expert.rows[b][1]) - 1 for at in expert.soft[b]] + [-1] * (not hard[b])
-            keep = min(waits, default=0) if cfg.collapse_by == "context" and cfg.collapse != "never" else 0
-            n = max(0, len(made[b]) + keep)
-            ready.append(made[b][:n])
-            del made[b][:n]
-            if think[0] and (expert.rows[b][1][1 - len(think[0]):] if len(think[0]) > 1 else []) + [token] == list(think[0]):
-                forced[b] = list(think[1])
+            made[b].append(Made(token, not hard[b], entropy[b]))
+            recent = expert.rows[b][1][-len(delimiter):] + [token]
+            if delimiter and recent[-len(delimiter):] == delimiter:
+                forced[b] = list(thoughts)
+            open_ = [at - len(expert.rows[b][1]) for at in expert.soft[b]] + [0] * (not hard[b])  # places still soft
+            n = len(made[b]) + (min(open_, default=1) - 1 if cfg.collapse_by == "context" else 0)
+            ready.append(made[b][:max(n, 0)])
+            del made[b][:max(n, 0)]
         yield ready
         for d in (expert, amateur):
             if d is not None:
