@@ -8,12 +8,14 @@
 Speeds are medians of A B A B turns within one run, each arm in a process of its own. Losses are cross-entropy on the whole
 validation split, nats a token.
 """
+import atexit
 import contextlib
 import dataclasses
 import glob
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -155,13 +157,17 @@ def ablated(alter):
 
 @torch.inference_mode()
 def wrong_distance(run, data):
-    """Mean of 1 - cosine between the embeddings of the most likely and of the right token, where they differ."""
+    """Mean of 1 - cosine between the embeddings of the most likely and of the right token, where they differ, as a share of
+    what it is between two tokens drawn from the text: every model has a table of its own."""
     e, far = torch.nn.functional.normalize(run.model.wte.weight, dim=-1), []
+    often = torch.from_numpy(np.bincount(data.tokens, minlength=len(e)) / data.n).float()
+    mean_e = often @ e  # two different tokens: take the share that are the same out
+    chance = (1 - mean_e @ mean_e) / (1 - often @ often)
     for x, y, h in data.whole(run.place, 64):
         best = run.model.eval()(x, history=h if run.mcfg.n_slot else None).logits.argmax(-1)
         wrong = (y >= 0) & (best != y)
         far.append(1 - (e[best[wrong]] * e[y[wrong]]).sum(-1))
-    return torch.cat(far).mean().item()
+    return (torch.cat(far).mean() / chance).item()
 
 
 @torch.inference_mode()
@@ -261,26 +267,38 @@ def fit(cfg, preset=None, seed=1, after=(), env=None, **overrides):
     measures of AFTER that are named."""
     m, t = read_arm(preset, **overrides)
     t = {"dataset": cfg.dataset, **t, "data_dir": cfg.data_dir, "seed": seed}
-    keep = cfg.out_dir or tempfile.mkdtemp(prefix="bench-")
+    keep = cfg.out_dir or scratch()
     t["out_dir"] = os.path.join(keep, overrides.get("out_dir") or f"{preset or 'arm'}-{os.getpid()}-{time.time_ns()}")
     start = time.perf_counter()
     arm = Arm(m, t, env, train=True, after=list(after))
     arm.close()
+    if arm.info["stopped"]:
+        raise UserError("a training was stopped by a signal; so is the claim")
     return {**arm.info, "wall": time.perf_counter() - start, "out_dir": t["out_dir"]}
 
 
 def cold():
     """The environment of a process whose compiler cache is empty."""
-    return {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(prefix="bench-")}
+    return {"TORCHINDUCTOR_CACHE_DIR": scratch()}
+
+
+def scratch():
+    """A new folder that goes when this process ends."""
+    folder = tempfile.mkdtemp(prefix="bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def over_seeds(cfg, arms):
     """fit for each of {name: overrides} and each seed, cfg.jobs of them at once -> {name: {figure: mean over seeds}}, with
     "spread", the largest minus the smallest validation loss, and "runs". Seconds mean nothing here: see step_times."""
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
-    with ThreadPoolExecutor(cfg.jobs) as pool:
+    pool = ThreadPoolExecutor(cfg.jobs)
+    try:
         runs = {k: [pool.submit(fit, cfg, seed=s, env=env, **a) for s in range(1, cfg.seeds + 1)] for k, a in arms.items()}
         runs = {k: [f.result() for f in fs] for k, fs in runs.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
     out = {}
     for k, rs in runs.items():
         val = [r["val_loss"] for r in rs]
@@ -591,13 +609,12 @@ def stream(cfg, total=100_000, block=10_000):
         with open("/proc/self/statm") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
-    t0 = time.perf_counter()
+    t0, last = time.perf_counter(), 0
     for i, _ in enumerate(sample.generate(d, scfg, generator=generator), 1):
         if i == 1000 or i % block == 0:
-            t1 = time.perf_counter()
-            rows.append({"tokens": i, "memory MB": rss(), "ms a token": 1000 * (t1 - t0) / (i if i == 1000 else block),
+            rows.append({"tokens": i, "memory MB": rss(), "ms a token": 1000 * (time.perf_counter() - t0) / (i - last),
                          "ids kept": sum(map(len, d.rows[0]))})
-            t0 = time.perf_counter()
+            t0, last = time.perf_counter(), i
     return show(cfg, "one stream, 4 layers, 128 wide, window 256, history 256", rows)
 
 
@@ -624,7 +641,7 @@ def semantic(cfg):
     times = step_times(cfg, {"none": read_arm(**base), **{k: read_arm(**base, **a, semantic_weight=0.1) for k, a in kinds.items()}})
     ratio = {k: compare(t, times["none"]) for k, t in times.items()}
     arms = {"cross-entropy alone": (base, "none"),
-            "cross-entropy alone, the slowest one's seconds": (dict(base, max_iters=round(1000 * max(ratio.values()))), "none"),
+            **{f"cross-entropy alone, the seconds of {k}": (dict(base, max_iters=round(1000 * ratio[k])), "none") for k in kinds},
             "nearest head, cross-entropy alone": (dict(base, head="nearest"), "nearest head, mse")}
     arms.update({f"{k}, weight {w}": (dict(base, **a, semantic_weight=w), k) for k, a in kinds.items() for w in (0.01, 0.1, 1.0)})
     arms["nearest head, mse alone"] = dict(base, **kinds["nearest head, mse"], semantic_weight=1.0, ce_weight=0.0), "nearest head, mse"
@@ -650,8 +667,9 @@ def chain(cfg):
 
 def coherence(cfg, total=20_000):
     """a stream of 20,000 characters under each collapse policy, beside human text: repetition, words, a judge's loss"""
-    shape = dict(SMALL, block_size=256, batch_size=16, max_iters=750, history=256, aggregate=1, n_segment=2, n_span=16, span=4)
-    writer, judge = (fit(cfg, seed=seed, **shape, **more) for seed, more in ((1, {"soft_rate": 0.3}), (2, {})))
+    shape = dict(SMALL, block_size=256, batch_size=16, max_iters=750)
+    writer = fit(cfg, seed=1, **shape, soft_rate=0.3, history=256, aggregate=1, n_segment=2, n_span=16, span=4)
+    judge = fit(cfg, seed=2, **shape)
     model, ckpt = sample.load(writer["out_dir"])
     critic, _ = sample.load(judge["out_dir"])
     tok = prepare.Tokenizer(ckpt["tokenizer"])
@@ -659,26 +677,27 @@ def coherence(cfg, total=20_000):
     known = set(tok.decode(np.asarray(train_ids).tolist()).lower().split())
     rows = [{"text": "human (validation split)", **text_figures(np.asarray(val[:total]).tolist(), tok, critic, known)}]
     for collapse in ("always", "entropy", "distance", "never"):
-        scfg = sample.SampleConfig(soft=True, collapse=collapse, max_new_tokens=total, seed=1,
-                                   collapse_threshold=0.1 if collapse == "distance" else 0.5)
-        d, made = sample.Decoder(model, [[int(val[0])]], tok.eot), []
+        scfg = sample.SampleConfig(soft=True, collapse=collapse, max_new_tokens=total)
+        d, made = sample.Decoder(model, [[int(val[0])]], tok.eot).select([0] * cfg.seeds), [[] for _ in range(cfg.seeds)]
         for ready in sample.generate(d, scfg, generator=torch.Generator().manual_seed(1)):
-            made += ready[0]
-        rows.append({"text": f"collapse = {collapse}", **text_figures([t.token for t in made], tok, critic, known),
-                     "share soft": mean(t.soft for t in made)})
-    return show(cfg, f"streams of {total:,} characters, temperature 0.8", rows)
+            for row, tokens in zip(made, ready):
+                row += tokens
+        figures = [{**text_figures([t.token for t in row], tok, critic, known), "share soft": mean(t.soft for t in row)}
+                   for row in made]
+        rows.append({"text": f"collapse = {collapse}", **averages(figures)})
+    return show(cfg, f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds}", rows)
 
 
 @torch.inference_mode()
 def text_figures(ids, tok, critic, known):
     """Figures of a text: word 4-grams that occurred before, distinct words, words that the training text has, and its
     nats a character under another model."""
-    words = tok.decode(ids).lower().split()
-    grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+    words = tok.decode(ids).lower().split() or [""]
+    grams = [tuple(words[i:i + 4]) for i in range(max(1, len(words) - 3))]
     T = critic.cfg.block_size
     n = (len(ids) - 1) // T
     x, y = (torch.tensor(ids[i:i + n * T]).view(n, T) for i in (0, 1))
-    loss = mean(critic(a, b).losses["ce"].item() for a, b in zip(x.split(16), y.split(16)))
+    loss = sum(critic(a, b, denom=torch.ones(())).losses["ce"].item() for a, b in zip(x.split(16), y.split(16))) / (n * T)
     return {"repeated 4-grams": 1 - len(set(grams)) / len(grams), "distinct words": len(set(words)) / len(words),
             "known words": mean(w in known for w in words), "judge": loss}
 

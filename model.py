@@ -104,6 +104,8 @@ class GPTConfig:
             raise ValueError("ce_weight = 0 and semantic_weight = 0 leave nothing to learn; set one of them")
         if not self.ce_weight and self.head == "softmax" and self.semantic != "soft_ce":
             raise ValueError("ce_weight = 0 leaves the softmax head untrained; add --head=nearest or --semantic=soft_ce")
+        if not self.ce_weight and self.head == "nearest" and self.semantic == "soft_ce":
+            raise ValueError("ce_weight = 0 with head = nearest regresses a point; it needs semantic = mse or cos")
         if self.head == "nearest" and self.tie:
             raise ValueError("head = nearest has no table to tie: it already reads the token embedding; leave tie out")
         if self.enrich and not self.n_slot:
@@ -486,8 +488,8 @@ def semantic_loss(kind, z, logits, e, targets, temp):
     (B, T, V) against targets spread over tokens by their similarity to the right one. e (V, C) carries no gradient."""
     e, y = e.detach(), targets.clamp(min=0)
     if kind == "soft_ce":
-        near = (e @ e.T / e.size(-1) / temp).softmax(-1)  # (V, V)
-        loss = -(near[y] * logits.log_softmax(-1)).sum(-1)
+        near = (e[y] @ e.T / e.size(-1) / temp).softmax(-1)  # (B, T, V)
+        loss = -(near * logits.log_softmax(-1)).sum(-1)
     elif kind == "mse":
         loss = (z - e[y]).square().mean(-1)
     else:
@@ -589,8 +591,8 @@ class GPT(nn.Module):
         weights = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embed" not in n and "wpe" not in n
                       and (n != "wte.weight" or cfg.tie or cfg.head == "nearest"))
         attention = sum(12 * cfg.heads(i)[0] * cfg.heads(i)[2] * T for i in range(cfg.n_layer))
-        passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3 + cfg.enrich * cfg.history / cfg.block_size / 3
-        return (6 * weights + attention) * T / cfg.block_size * passes
+        positions = T + cfg.enrich * (cfg.n_slot + cfg.history) / 3
+        return (6 * weights + attention) * positions / cfg.block_size * (1 + cfg.n_think + (cfg.soft_rate > 0) / 3)
 
     def init_state(self, B, dtype=None):
         """An empty decoding State for B rows, with room for every slot and the whole window."""
@@ -660,7 +662,7 @@ class GPT(nn.Module):
         """Output vectors (B, T, C) -> logits (B, T, V), the point (B, T, C) in embedding space or None, the normalised
         embeddings (V, C) or None where nothing asks for them."""
         z = None if self.point is None else self.point(h)
-        e = rms_norm(self.wte.weight) if z is not None or self.cfg.semantic_weight else None
+        e = rms_norm(self.wte.weight.float()) if z is not None or self.cfg.semantic_weight else None
         if self.lm_head is not None:
             return self.lm_head(h).float(), z, e
         if self.cfg.ce_weight:
@@ -689,18 +691,18 @@ class GPT(nn.Module):
         first, can = hard[:, :1], torch.zeros_like(thinks[:, :1])  # the first place has an output before it in a state only
         before = None if state is None else (state.pos, state.begun)
         if state is not None and state.begun:
-            rows, thoughts = torch.arange(B, device=hard.device), state.parts[-1]
-            count = count + thoughts.count[rows, state.pos - 1][:, None]
-            first, can = thoughts.p[rows, state.pos - 1][:, None], (state.pos > self.cfg.n_slot)[:, None]
+            rows, thoughts, can = torch.arange(B, device=hard.device), state.parts[-1], (state.pos > self.cfg.n_slot)[:, None]
+            last = (state.pos - 1).clamp(min=0)
+            first, count = thoughts.p[rows, last][:, None], count + thoughts.count[rows, last][:, None] * can
         soft = (thinks & (count <= n))[..., None]
         first = torch.where(soft[:, :1] & can[..., None], first, hard[:, :1])
         tokens = torch.cat((first, hard[:, 1:]), dim=1)
-        for i in range(min(n, T - 1) + 1):
-            if i:
-                if state is not None:
-                    state.pos, state.begun = before
-                p = self.read(h)[0].softmax(-1)
-                tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
+        h = self.hidden(tokens, history, state)
+        for _ in range(min(n, T - 1)):
+            if state is not None:
+                state.pos, state.begun = before
+            p = self.read(h)[0].softmax(-1)
+            tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
             h = self.hidden(tokens, history, state)
         if state is not None:
             rows = torch.arange(B, device=hard.device)[:, None]

@@ -501,7 +501,8 @@ def prepare_task(task, cfg, folder):
         for i in bar(range(n_docs), desc=task, unit="doc"):
             ids, mask = document()
             write["train" if i < n_docs * 0.9 else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
-        meta.update(source=f"task {task}, seed {cfg.seed}", task=task, **notes, bytes={s: w.n for s, w in write.items()})
+        meta.update(source=f"task {task}, seed {cfg.seed}", task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause,
+                    seed=cfg.seed, **notes, bytes={s: w.n for s, w in write.items()})
     return meta
 
 

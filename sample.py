@@ -46,13 +46,13 @@ class SampleConfig:
     soft_top_k: int = 0  # soft: over the k most likely tokens; 0: over those that the filters keep
     gumbel: float = 0.0  # soft: temperature of a Gumbel-softmax that stirs each soft token; 0: no noise
     collapse: str = "entropy"  # soft: always | never | every:N | entropy (when sure) | distance (when far from any embedding)
-    collapse_threshold: float = 0.5  # entropy: nats below which to collapse; distance: 1 - cosine above which
-    collapse_by: str = "nearest"  # earlier soft tokens become the nearest one | or one drawn in context, by a pass over all
-    collapse_back: int = -1  # how many earlier soft tokens collapse along, the last ones; -1: all
-    n_think: int = 0  # think tokens after the prompt, for a model trained with n_think
-    think_after: str = ""  # and after each occurrence of this text
-    trace: bool = False  # show which symbols were soft when the next one was chosen (colour)
-    json: bool = False  # print the samples as JSON lines: a token each, with what --trace shows
+    collapse_threshold: float = -1.0  # entropy: nats below which to collapse (-1: 0.5); distance: 1 - cosine above which (-1: 0.1)
+    collapse_by: str = "nearest"  # earlier soft tokens become: nearest (the nearest token) | context (each drawn in one pass)
+    collapse_back: int = -1  # collapse only the last n earlier soft tokens; -1: all, 0: none
+    n_think: int = 0  # think tokens after the prompt, for a model trained with n_think, which thinks so often in a window
+    think_after: str = ""  # think tokens after each occurrence of this text (they count towards max_new_tokens)
+    trace: bool = False  # show soft tokens in colour on a terminal
+    json: bool = False  # a JSON line a token: its entropy, whether it was soft, which before it were when it was chosen
     seed: int = 1337  # of the choices
     device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | mps
     dtype: str = "float32"  # float32 | bfloat16
@@ -63,8 +63,10 @@ class SampleConfig:
         config.within(self, 0, None, "max_new_tokens", "temperature", "top_k", "beta", "seed")
         config.within(self, 0, 1, "top_p", "min_p", "alpha")
         config.within(self, 0.01, 100, "repetition_penalty")
-        config.within(self, 0, None, "soft_top_k", "gumbel", "n_think", "collapse_threshold")
-        config.within(self, -1, None, "collapse_back")
+        config.within(self, 0, None, "soft_top_k", "gumbel", "n_think")
+        config.within(self, -1, None, "collapse_back", "collapse_threshold")
+        if self.soft and self.temperature == 0:
+            raise ValueError("soft needs a temperature above 0: at 0 a token has nothing soft about it")
         if self.collapse_by not in ("nearest", "context"):
             raise ValueError(f"collapse_by is nearest or context, not {self.collapse_by!r}")
         kind, _, every = self.collapse.partition(":")
@@ -153,10 +155,11 @@ def similarity(p, table):
 def collapses(p, table, cfg, step):
     """Which rows (B,) choose a symbol now, by cfg.collapse. p (B, V): of the next token; step: tokens made so far."""
     kind, _, every = cfg.collapse.partition(":")
+    limit = {"entropy": 0.5, "distance": 0.1}.get(kind) if cfg.collapse_threshold < 0 else cfg.collapse_threshold
     if kind == "entropy":
-        return torch.special.entr(p).sum(-1) < cfg.collapse_threshold
+        return torch.special.entr(p).sum(-1) < limit
     if kind == "distance":
-        return 1 - similarity(p, table).amax(-1) > cfg.collapse_threshold
+        return 1 - similarity(p, table).amax(-1) > limit
     now = kind == "always" or (kind == "every" and (step + 1) % int(every) == 0)
     return torch.full(p.shape[:1], now, device=p.device)
 
@@ -282,10 +285,12 @@ class Decoder:
 
 @dataclass
 class Made:
-    """A token of a sample: its id, whether it was soft when the next one was chosen, the entropy of its choice in nats."""
+    """A token of a sample: its id, whether it was made soft, the entropy of its choice in nats, and which places before it
+    (-1 is the one before) were soft when it was chosen."""
     token: int
     soft: bool
     entropy: float
+    behind: list
 
 
 def next_token(expert, amateur, cfg):
@@ -326,15 +331,16 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
     """Yield lists of B lists of Made, cfg.max_new_tokens for each row in all, and push them into expert (and amateur).
     Mostly a step gives one token a row; a soft token that will be chosen in context comes when it has collapsed.
     think = (delimiter ids, ids): ids that follow of themselves whenever a row ends with the delimiter."""
-    B, table = expert.logits.size(0), expert.model.wte.weight.float()
+    B, table = expert.logits.size(0), expert.model.wte.weight.detach().float()
     made, forced = [[] for _ in range(B)], [[] for _ in range(B)]  # what waits to be shown; what follows of itself
     delimiter, thoughts = list(think[0]), list(think[1])
     for step in range(cfg.max_new_tokens):
         p, hard, soft = next_token(expert, amateur, cfg), [True] * B, [None] * B
         if cfg.soft:
-            hard = [h or bool(f) for h, f in zip(collapses(p, table, cfg, step).tolist(), forced)]
-            if collapse_earlier(expert, amateur, [b for b in range(B) if hard[b]], made, cfg, generator):
+            now = collapses(p, table, cfg, step).tolist()
+            if collapse_earlier(expert, amateur, [b for b in range(B) if now[b] and not forced[b]], made, cfg, generator):
                 p = next_token(expert, amateur, cfg)
+            hard = [n or bool(f) for n, f in zip(now, forced)]
         entropy = torch.special.entr(p).sum(-1).tolist()
         tokens = choose(p, generator).tolist()
         if not all(hard):
@@ -345,12 +351,13 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
         tokens = [f.pop(0) if f else t for t, f in zip(tokens, forced)]
         ready = []
         for b, token in enumerate(tokens):
-            made[b].append(Made(token, not hard[b], entropy[b]))
+            behind = sorted(at - len(expert.rows[b][1]) for at in expert.soft[b])
+            made[b].append(Made(token, not hard[b], entropy[b], behind))
             recent = expert.rows[b][1][-len(delimiter):] + [token]
             if delimiter and recent[-len(delimiter):] == delimiter:
                 forced[b] = list(thoughts)
-            open_ = [at - len(expert.rows[b][1]) for at in expert.soft[b]] + [0] * (not hard[b])  # places still soft
-            n = len(made[b]) + (min(open_, default=1) - 1 if cfg.collapse_by == "context" else 0)
+            waits = behind + [0] * (not hard[b]) if cfg.collapse_by == "context" and cfg.collapse != "never" else []
+            n = len(made[b]) + min(waits, default=1) - 1
             ready.append(made[b][:max(n, 0)])
             del made[b][:max(n, 0)]
         yield ready
@@ -461,8 +468,10 @@ def main(argv):
     if cfg.n_think or cfg.think_after:
         if not model.cfg.n_think:
             raise UserError(f"{path} was not trained to think (n_think is 0); leave --n_think and --think_after out")
-        thoughts = [model.cfg.think_token] * (cfg.n_think or model.cfg.n_think)
-        think, ids = (tuple(tok.encode(cfg.think_after)), thoughts), ids + thoughts
+        if cfg.n_think > model.cfg.n_think:
+            raise UserError(f"{path} thinks {model.cfg.n_think} times in a window, not {cfg.n_think}; give a smaller n_think")
+        one = model.cfg.think_token
+        think, ids = (tok.encode(cfg.think_after), [one] * (cfg.n_think or model.cfg.n_think)), ids + [one] * cfg.n_think
     generator = torch.Generator(device=cfg.device).manual_seed(cfg.seed)
     expert, amateur = Decoder(model, [ids], tok.eot, cfg.compile).select([0] * cfg.n), None
     if cfg.amateur:
@@ -497,8 +506,8 @@ def show(made, text, i, tok, cfg):
     of JSON with the token's own text."""
     if cfg.json:
         return json.dumps({"sample": i, "token": made.token, "text": tok.decode([made.token]), "soft": made.soft,
-                           "entropy": round(made.entropy, 4)}) + "\n"
-    return f"\033[36;4m{text}\033[0m" if cfg.trace and made.soft and text else text
+                           "entropy": round(made.entropy, 4), "soft_behind": made.behind}) + "\n"
+    return f"\033[36;4m{text}\033[0m" if cfg.trace and made.soft and text and sys.stdout.isatty() else text
 
 
 if __name__ == "__main__":

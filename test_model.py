@@ -503,6 +503,27 @@ def test_collapse_policies():
     assert (many.argmax(-1).bincount(minlength=4) / 20000 - q[0]).abs().max() < 0.015  # Gumbel-max draws from q
 
 
+@variants
+def test_decoding_in_bf16(name):
+    """A model whose weights are bf16, as sample.py --dtype=bfloat16 makes it, decodes close to fp32, soft tokens included."""
+    a, b = make(name).eval(), make(name).eval().bfloat16()
+    b.dtype = torch.bfloat16
+    p = torch.full((24,), 1 / 24)
+    for m in (a, b):
+        m.out = [d.push([5, 6], s).float() for d in [sample.Decoder(m, [[1, 2, 4], [7, 8]])] for s in (None, [p, None], None)]
+    for x, y in zip(a.out, b.out):
+        assert (x - y).abs().max() < 0.25 * x.abs().max()
+
+
+def test_text_figures(data_dir):
+    """Degenerate text gives figures too; a text said twice repeats half of its 4-grams."""
+    critic = make("plain", vocab_size=256).eval()
+    tok = prepare.Tokenizer(prepare.tokenizer_spec("byte"))
+    for text, repeated, known in ((b"a" * 600, 0.0, 0.0), (b"one two three four five six " * 2, 3 / 9, 1.0), (b" " * 40, 0.0, 0.0)):
+        f = bench.text_figures(list(text), tok, critic, {"one", "two", "three", "four", "five", "six"})
+        assert f["repeated 4-grams"] == pytest.approx(repeated) and f["known words"] == known and math.isfinite(f["judge"])
+
+
 def test_think_tokens_follow_the_delimiter():
     m = make("think").eval()
     d, k = sample.Decoder(m, [[1, 2], [3, 4]]), m.cfg.think_token
@@ -1028,7 +1049,8 @@ def test_contrast_is_the_formula():
     assert torch.isfinite(sample.contrast(e, a, 0.0, 0.5)).all()
 
 
-@pytest.mark.parametrize("name", ["plain", "slots", "slots+value_embed+gqa", "slots+nanogpt+dropout", "nanogpt"])
+@pytest.mark.parametrize("name", ["plain", "slots", "slots+value_embed+gqa", "slots+nanogpt+dropout", "nanogpt", "think",
+                                  "slots_enrich"])
 def test_folding_is_a_pure_function_of_the_kept_ids(name):
     """Far beyond the window: each step's logits are those of one full forward over the ring and window that are kept, rows
     of unequal length included, and a long prompt ends up where generating it would."""
@@ -1128,11 +1150,21 @@ def test_sample_main(trained, capsys, tmp_path, monkeypatch):
     assert text("--prompt=It was", "--max_new_tokens=30", "--repetition_penalty=1.5", "--dtype=bfloat16")
     always = text("--prompt=It was", "--max_new_tokens=60", "--seed=1", "--soft", "--collapse=always")
     assert always == a
-    soft = text("--prompt=It was", "--max_new_tokens=60", "--seed=1", "--soft", "--trace", "--collapse_threshold=2", "--n=2")
-    assert "\033[36;4m" in soft and soft.startswith("It was")
+    soft = ("--prompt=It was", "--max_new_tokens=60", "--seed=1", "--soft", "--trace", "--collapse_threshold=2", "--n=2")
+    assert "\033[36;4m" not in text(*soft) and text(*soft).startswith("It was")  # no terminal
+    made = sample.Made(3, True, 0.5, [])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert sample.show(made, "x", 0, None, sample.SampleConfig(trace=True)) == "\033[36;4mx\033[0m"
+    assert sample.show(made, "x", 0, None, sample.SampleConfig()) == "x"
     lines = text("--prompt=It was", "--max_new_tokens=30", "--soft", "--collapse=every:3", "--collapse_by=context", "--json",
                  "--soft_top_k=5", "--gumbel=0.5").splitlines()
-    assert [json.loads(line)["soft"] for line in lines] == [True, True, False] * 10
+    lines = [json.loads(line) for line in lines]
+    assert [line["soft"] for line in lines] == [True, True, False] * 10
+    assert [line["soft_behind"] for line in lines[:6]] == [[], [-1], [], [], [-1], []]  # what had been soft collapsed first
+    back = text("--prompt=It was", "--max_new_tokens=9", "--soft", "--collapse=every:3", "--collapse_back=1", "--json")
+    assert json.loads(back.splitlines()[2])["soft_behind"] == [-2]
+    for more in (["--collapse=never"], ["--collapse=distance"], ["--amateur=" + str(trained / "weak")], ["--dtype=bfloat16"]):
+        assert len(text("--prompt=It was", "--max_new_tokens=40", "--soft", *more)) == 6 + 40 + 1
     with pytest.raises(UserError, match="not trained to think"):
         text("--n_think=2")
     assert sample.newest(str(trained)) == str(trained / "strong" / "ckpt.pt")
@@ -1172,7 +1204,11 @@ def test_bad_settings(tmp_path, data_dir):
     refused(train.main, ["--enrich=True"], "enrich", "history")
     refused(train.main, ["--soft_rate=2"], "soft_rate")
     refused(train.main, ["--n_think=2", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/t"], "chain", "--think_token")
+    refused(train.main, ["--ce_weight=0", "--semantic_weight=1", "--head=nearest", "--semantic=soft_ce"], "mse or cos")
+    refused(train.main, ["--n_think=2", "--think_token=999", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/t"], "999")
+    refused(train.main, ["--channel_drop=1"], "channel_drop")
     refused(sample.main, ["--collapse=every:0"], "every:N")
+    refused(sample.main, ["--soft", "--temperature=0"], "soft", "temperature")
     refused(sample.main, ["--collapse_by=magic"], "collapse_by")
     refused(train.main, ["--vocab_size=500", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/v"], "500", "text")
     refused(train.main, ["--device=tpu9", "--dataset=text", f"--data_dir={data_dir}"], "tpu9", "cpu")
@@ -1215,7 +1251,7 @@ def test_every_preset_is_valid():
     assert "softar_shakespeare.py" in names
     for n in names:
         m, t, _ = config.parse([os.path.join(HERE, "config", n)], GPTConfig, TrainConfig)
-        GPT(GPTConfig(**{**m, "vocab_size": 65}))
+        GPT(bench.stand_in(m))
         assert TrainConfig(**t).out_dir == "out/" + n[:-3]
 
 

@@ -210,10 +210,10 @@ class Data:
 
     def facts(self, mcfg):
         """The settings of a model that the dataset knows."""
-        think = self.meta.get("think_token", mcfg.think_token)
-        if mcfg.n_think and think < 0:
-            raise UserError("n_think needs a dataset with a think token, such as python prepare.py chain makes; or name one "
-                            "of the dataset's ids with --think_token")
+        think = mcfg.think_token if mcfg.think_token >= 0 else self.meta.get("think_token", -1)
+        if mcfg.n_think and not 0 <= think < self.n_vocab:
+            raise UserError(f"n_think needs a dataset with a think token, such as python prepare.py chain makes, or one of the "
+                            f"dataset's {self.n_vocab} ids as --think_token, not {think}")
         return {"vocab_size": self.n_vocab, "think_token": think if mcfg.n_think else -1}
 
     def rows(self, first, last, keep=None):
@@ -564,7 +564,7 @@ def find_start(tcfg, mcfg, data, say):
         saved = prepare.load_checkpoint(prepare.previous(path))
         say(f"{e}; going on from that")
     try:
-        model, now = saved["model_config"], settings(mcfg)
+        model, now = {**{f.name: f.default for f in dataclasses.fields(mcfg)}, **saved["model_config"]}, settings(mcfg)
         if resume:
             wrong = differences(model, now) + differences(saved["data"], data) + differences(
                 {"optimizer": saved["train_config"]["optimizer"]}, {"optimizer": tcfg.optimizer})
