@@ -582,6 +582,10 @@ class GPT(nn.Module):
         """Number of parameters without learned positions, as nanoGPT counts."""
         return sum(p.numel() for p in self.parameters()) - (self.wpe.weight.numel() if self.wpe is not None else 0)
 
+    def random(self):
+        """Whether training computes something else than evaluation does."""
+        return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate)
+
     def flops_per_token(self):
         """Floating-point operations of forward and backward per scored token: 6 per weight of a matrix and position, and
         12 H D T for attention (PaLM, arXiv:2204.02311, appendix B), slots counted as positions. A pass of thinking counts

@@ -531,18 +531,20 @@ class Runner:
             torch.cuda.synchronize()
         return loss, norm
 
-    @torch.no_grad()
     def evaluate(self, data, alter=None):
         """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for every variant. For
         ablations, alter(history) stands in for each history."""
-        self.model.eval()
         total, count, one = 0.0, 0, torch.ones((), device=self.place.device)
         batches = data.whole(self.place, self.micro)
-        for x, y, h in prepare.bar(batches, desc="validate") if self.place.rank == 0 else batches:
-            x, y, h = (t.to(self.place.device) for t in (x, y, h))
-            h = alter(h) if alter else h
-            total += self.inner(x, y, h if self.mcfg.n_slot else None, denom=one).losses["ce"].item()
-            count += int((y >= 0).sum())
+        # a model that computes the same in training takes the graph that is compiled already: a cold start is 10 s shorter
+        reuse = self.compiled and not self.model.random()
+        self.model.train(reuse)
+        with torch.set_grad_enabled(reuse):
+            for x, y, h in prepare.bar(batches, desc="validate") if self.place.rank == 0 else batches:
+                x, y, h = (t.to(self.place.device) for t in (x, y, h))
+                h = alter(h) if alter else h
+                total += self.inner(x, y, h if self.mcfg.n_slot else None, denom=one).losses["ce"].item()
+                count += int((y >= 0).sum())
         self.model.train()
         total, count = self.place.sum(total, count)
         return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count

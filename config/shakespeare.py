@@ -2,9 +2,10 @@
 out_dir = "out/shakespeare"
 n_layer = 6
 n_head = 4
+n_kv_head = 1
 n_embd = 256
 mlp = "swiglu"
 block_size = 256
 batch_size = 8
-max_iters = 1200
-eval_interval = 1200
+max_iters = 1450
+eval_interval = 1450

@@ -2,8 +2,9 @@
 out_dir = "out/shakespeare_cpu"
 n_layer = 4
 n_head = 4
+n_kv_head = 1
 n_embd = 128
 block_size = 64
 batch_size = 12
-max_iters = 400
-eval_interval = 400
+max_iters = 300
+eval_interval = 300
