@@ -749,20 +749,6 @@ def test_rows_are_what_they_say(data_dir):
     assert not torch.equal(d.batch(8, slice(0, 64), 64)[0], x)
 
 
-def test_token_noise(data_dir):
-    """The share asked for reads another token of the split; targets, history and the clean inputs are those of no noise, and
-    a row is still a function of (seed, step, r)."""
-    m = GPTConfig(**TINY, **SLOTS)
-    clean, noisy = (Data(TrainConfig(dataset="text", data_dir=data_dir, token_noise=p), m, "train") for p in (0.0, 0.3))
-    (x, y, h), (xn, yn, hn) = (d.batch(3, slice(0, 200), 200) for d in (clean, noisy))
-    assert torch.equal(y, yn) and torch.equal(h, hn)
-    same = (torch.from_numpy(np.asarray(clean.tokens, dtype=np.int64)).bincount().double() / clean.n).square().sum().item()
-    assert (x != xn).float().mean().item() == pytest.approx(0.3 * (1 - same), abs=0.02)
-    assert torch.equal(noisy.batch(3, slice(7, 9), 200)[0], xn[7:9])
-    one = next(iter(noisy.whole(train.Place(torch.device("cpu"), torch.float32), 4)))
-    assert torch.equal(one[0], next(iter(clean.whole(train.Place(torch.device("cpu"), torch.float32), 4)))[0])
-
-
 def test_history_ends_at_a_document(data_dir):
     """No token of another document is in a history, and only the answers of a task are scored."""
     d = Data(TrainConfig(dataset="cipher", data_dir=data_dir, history_drop=0.0), GPTConfig(**TINY, **SLOTS), "train")

@@ -60,7 +60,6 @@ class TrainConfig:
     min_lr: float = 0.0  # AdamW's rate at the end; Muon's falls by the same factor
     cooldown: float = 0.8  # share of the run that wsd cools down over
     history_drop: float = 0.1  # share of training rows whose history is cut short at a random place
-    token_noise: float = 0.0  # share of training inputs that are another token of the split, drawn at random
     score_last: int = 0  # score only the last n tokens of a row; 0: all
     train_on_all: bool = False  # with score_last: train on all tokens of a row, and score its last in validation only
     seed: int = 1337  # of the weights, the batches and dropout
@@ -81,7 +80,7 @@ class TrainConfig:
                       "ns_steps")
         config.within(self, 0, None, "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "score_last",
                       "muon_lr", "seed")
-        config.within(self, 0, 1, "history_drop", "cooldown", "token_noise")
+        config.within(self, 0, 1, "history_drop", "cooldown")
         config.within(self, 0, 0.99999, "momentum", "beta1", "beta2")
         config.within(self, 1e-12, None, "learning_rate")
 
@@ -192,7 +191,6 @@ class Data:
         everything = not tcfg.score_last or (split == "train" and tcfg.train_on_all)
         self.T, self.H, self.last = mcfg.block_size, mcfg.history, mcfg.block_size if everything else tcfg.score_last
         self.n, self.eot, self.drop, self.seed = len(self.tokens), meta["eot"], tcfg.history_drop, tcfg.seed
-        self.noise = tcfg.token_noise
         if self.last > self.T:
             raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T})")
         if self.n < self.T + 1:
@@ -241,13 +239,7 @@ class Data:
         else:
             last = self.ends[(u[:, 0] * len(self.ends)).astype(np.int64)]
         keep = np.where(u[:, 1] < self.drop, (u[:, 2] * self.H).astype(np.int64), self.H)
-        x, y, history = self.rows(last - self.last + 1, last, keep)
-        if self.noise:
-            more = np.random.Generator(np.random.Philox(key=[self.seed, step], counter=[0, 0, 0, 1]))
-            u, v = torch.from_numpy(more.random((2, n_rows, self.T))[:, rows])
-            other = self.tokens[(v.numpy() * self.n).astype(np.int64)].astype(np.int64)
-            x = torch.where(u < self.noise, torch.from_numpy(other), x)
-        return x, y, history
+        return self.rows(last - self.last + 1, last, keep)
 
     def whole(self, place, size):
         """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process."""
