@@ -482,6 +482,9 @@ def main(argv):
     texts = [Text(tok, cfg.stop, model.cfg.think_token if model.cfg.n_think else -1) for _ in range(cfg.n)]
     others = [[] for _ in texts]  # the first sample is shown as it is made, the others when they are whole
     print(f"[{path}, step {ckpt['step']}]", file=sys.stderr)
+    if cfg.soft and not model.cfg.soft_rate:
+        print("[this model never read soft tokens in training; expect poor text, or train one with --soft_rate=0.3]",
+              file=sys.stderr)
     print("" if cfg.json else prompt, end="", flush=True)
     for ready in generate(expert, cfg, amateur, generator, think):
         for i, (text, tokens) in enumerate(zip(texts, ready)):
