@@ -418,9 +418,9 @@ class Slots(nn.Module):
     """Context slots (softAR): the tokens before the window as [aggregate | segments | spans], oldest first.
 
     history (B, history) token ids, oldest first, -1 where there is none, and a vector for each, (B, history, C)
-    -> (B, S, C). The vectors are embeddings, or with `enrich` what the model put out over the history. The aggregate is a decayed mean of
-    the whole history; a token's weight has fallen to e^-4 when it leaves, so that slots are a function of the ids kept and
-    of nothing else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned by its place (a
+    -> (B, S, C). The vectors are embeddings, or with `enrich` what the model put out over the history. The aggregate is a
+    decayed mean of the whole history; a token's weight has fallen to e^-4 when it leaves, so that slots are a function of
+    the ids kept and of nothing else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned by its place (a
     rotary binding in the manner of Plate 1995, so order survives the sum). Then a norm, one shared projection and a learned
     embedding per slot. A slot with nothing in it is the learned vector `empty`.
     """
@@ -662,12 +662,13 @@ class GPT(nn.Module):
             x = block(x, ctx, None if state is None else state.parts[i])
         return self.ln_f(x[:, S:])
 
-    def read(self, h):
-        """Output vectors (B, T, C) -> logits (B, T, V), the point (B, T, C) in embedding space or None, the normalised
-        embeddings (V, C) or None where nothing asks for them."""
-        z = None if self.point is None else self.point(h)
-        e = rms_norm(self.wte.weight.float()) if z is not None or self.cfg.semantic_weight else None
-        if self.lm_head is not None:
+    def read(self, h, regress=False):
+        """Output vectors (B, T, C) -> logits (B, T, V), and where the head or, with `regress`, a loss asks for them: the
+        point (B, T, C) in embedding space and the normalised embeddings (V, C), else None."""
+        near = self.lm_head is None
+        z = self.point(h) if near or (regress and self.point is not None) else None
+        e = rms_norm(self.wte.weight.float()) if near or (regress and self.cfg.semantic_weight) else None
+        if not near:
             return self.lm_head(h).float(), z, e
         if self.cfg.ce_weight:
             return self.point.nearest(z, e), z, e
@@ -727,7 +728,7 @@ class GPT(nn.Module):
         if self.training and cfg.soft_rate:
             idx = self.soften(idx, history)
         h = self.think(idx, history, state) if cfg.n_think else self.hidden(idx, history, state)
-        logits, z, e = self.read(h)
+        logits, z, e = self.read(h, regress=targets is not None)
         if targets is None:
             return Output(logits, None, {})
         denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom

@@ -489,8 +489,9 @@ def main(argv):
     for ready in generate(expert, cfg, amateur, generator, think):
         for i, (text, tokens) in enumerate(zip(texts, ready)):
             for made in tokens:
-                done = text.done
-                piece = show(made, text.add(made.token), i, tok, cfg) if not done else ""
+                if text.done:
+                    break
+                piece = show(made, text.add(made.token), i, tok, cfg)
                 if i:
                     others[i].append(piece)
                 else:

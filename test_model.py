@@ -135,6 +135,18 @@ def test_pieces_of_attention_are_the_whole():
 
 
 @variants
+def test_training_differs_from_evaluation_only_where_it_says_so(name):
+    """Validation takes the graph of training unless the model says that training is random; so it must not be wrong."""
+    m = make(name)
+    x, h = inputs(m)
+    out = []
+    for training, seed in ((True, 0), (True, 1), (False, 0)):
+        torch.manual_seed(seed)
+        out.append(m.train(training)(x, x, history=h).losses["ce"])
+    assert (out[0].item() == out[1].item() == out[2].item()) == (not m.random())
+
+
+@variants
 def test_a_prefix_gives_the_same(name):
     m = make(name).eval()
     x, h = inputs(m)
