@@ -179,9 +179,13 @@ class Embedding(nn.Embedding):
         """Nothing, as in Linear."""
 
     def forward(self, tokens):
-        if tokens.is_floating_point():
-            return tokens.to(self.weight.dtype) @ self.weight
-        return F.embedding(tokens, self.weight)
+        V = self.num_embeddings
+        if not tokens.is_floating_point():
+            if V > 256 or tokens.device.type != "cpu" or not (self.training and torch.compiler.is_compiling()):
+                return F.embedding(tokens, self.weight)
+            # a small table on a CPU: the gradient of a lookup is added up row by row, that of a product is not
+            tokens = tokens[..., None] == torch.arange(V, device=tokens.device)
+        return tokens.to(self.weight.dtype) @ self.weight
 
 
 def rms_norm(x):

@@ -444,9 +444,9 @@ def dataset_writer(folder, tok, masked=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# synthetic tasks: name -> (function(cfg, rng) -> (chars, notes, document function), documents). The document function
-# returns a document's ids and, for each, whether it is to be predicted; an end-of-text token is added behind it. A think
-# token goes into the notes as "think_token".
+# synthetic tasks: name -> (function(cfg, rng) -> (chars, notes, document function), documents). document(train) returns the
+# ids of a document for training or validation and, for each, whether it is to be predicted; an end-of-text token is added
+# behind it. A think token goes into the notes as "think_token".
 
 
 def cipher(cfg, rng):
@@ -458,7 +458,7 @@ def cipher(cfg, rng):
     pi = np.linalg.matrix_power(P, 1000)[0]
     cdf, start = P.cumsum(1), pi.cumsum()
 
-    def document():
+    def document(train):
         u, s = rng.random(cfg.doc_len), np.empty(cfg.doc_len, dtype=np.int64)
         s[0] = min(np.searchsorted(start, u[0]), n - 1)
         for t in range(1, cfg.doc_len):
@@ -470,13 +470,14 @@ def cipher(cfg, rng):
 
 def chain(cfg, rng):
     """Follow k pointers: 16 nodes in a fresh permutation ("af;" reads a -> f), then a node and k = 2, 3 or 4, `=`, n_pause
-    think tokens, and the node k steps on, which alone is scored. "bd;af;...;fc;a2=~~c". Guessing gives 1 in 16."""
-    chars = "".join(sorted("abcdefghijklmnop234;=~"))
+    think tokens, and the node k steps on, which alone is scored. "bd;af;...;fc;a2=~~c". Guessing gives 1 in 16. A quarter of
+    the training documents ask for one step only: without them no arm gets off the ground."""
+    chars = "".join(sorted("abcdefghijklmnop1234;=~"))
     at = {c: i for i, c in enumerate(chars)}
     node = np.array([at[c] for c in "abcdefghijklmnop"])
 
-    def document():
-        to, k = rng.permutation(16), int(rng.integers(2, 5))
+    def document(train):
+        to, k = rng.permutation(16), int(rng.integers(1 if train else 2, 5))
         start = end = int(rng.integers(16))
         for _ in range(k):
             end = to[end]
@@ -488,7 +489,7 @@ def chain(cfg, rng):
     return chars, {"think_token": at["~"]}, document
 
 
-TASKS = {"cipher": (cipher, 4000), "chain": (chain, 100_000)}
+TASKS = {"cipher": (cipher, 4000), "chain": (chain, 200_000)}
 
 
 def prepare_task(task, cfg, folder):
@@ -499,8 +500,9 @@ def prepare_task(task, cfg, folder):
     tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
     with dataset_writer(folder, tok, masked=True) as (write, meta):
         for i in bar(range(n_docs), desc=task, unit="doc"):
-            ids, mask = document()
-            write["train" if i < n_docs * 0.9 else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
+            train = i < n_docs * 0.9
+            ids, mask = document(train)
+            write["train" if train else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
         meta.update(source=f"task {task}, seed {cfg.seed}", task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause,
                     seed=cfg.seed, **notes, bytes={s: w.n for s, w in write.items()})
     return meta

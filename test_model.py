@@ -450,15 +450,18 @@ def test_enriched_slots_hold_outputs():
 def test_chain_task():
     """Every answer is the node that following the pointers gives, and is what is scored; k steps have k think tokens."""
     chars, notes, document = prepare.chain(prepare.PrepareConfig(), np.random.default_rng(0))
-    for _ in range(50):
-        ids, mask = document()
+    asked = {True: set(), False: set()}
+    for i in range(100):
+        ids, mask = document(train=i % 2 == 0)
         text = "".join(chars[i] for i in ids)
         to = {p[0]: p[1] for p in text[:48].split(";")[:-1]}
         start, k = text[48], int(text[49])
+        asked[i % 2 == 0].add(k)
         assert len(to) == len(set(to.values())) == 16 and text[50:-1] == "=" + "~" * k and chars[notes["think_token"]] == "~"
         for _ in range(k):
             start = to[start]
         assert text[-1] == start and mask.tolist() == [False] * (len(ids) - 1) + [True]
+    assert asked == {True: {1, 2, 3, 4}, False: {2, 3, 4}}
 
 
 def soft_config(**more):
@@ -786,7 +789,7 @@ def test_cipher_entropy_rate(tmp_path):
     rng = np.random.default_rng(1)
     cfg = prepare.PrepareConfig(doc_len=20000)
     chars, notes, document = prepare.cipher(cfg, rng)
-    ids, mask = document()
+    ids, mask = document(True)
     counts = np.ones((16, 16)) * 1e-9
     np.add.at(counts, (ids[:-1], ids[1:]), 1)
     p = counts / counts.sum(1, keepdims=True)
