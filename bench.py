@@ -199,7 +199,7 @@ def by_hops(run, data):
         best = run.model.eval()(x).logits.argmax(-1)
         for row, target, guess in zip(x.tolist(), y[:, -1].tolist(), best[:, -1].tolist()):
             if target >= 0:
-                k = next(chars[i] for i in reversed(row) if i < len(chars) and chars[i] in "234")
+                k = next(chars[i] for i in reversed(row) if i < len(chars) and chars[i] in "1234")
                 right.setdefault(f"k = {k}", []).append(guess == target)
     return {k: mean(v) for k, v in sorted(right.items())}
 
@@ -637,11 +637,11 @@ def semantic(cfg):
     """losses that know how far off a wrong token is, at three weights, beside cross-entropy alone and regression alone"""
     kinds = {"cos": dict(semantic="cos"), "mse": dict(semantic="mse"), "soft_ce": dict(semantic="soft_ce"),
              "nearest head, mse": dict(head="nearest", semantic="mse")}
-    base = dict(SMALL, max_iters=1000)
+    base = dict(SMALL, max_iters=600)
     times = step_times(cfg, {"none": read_arm(**base), **{k: read_arm(**base, **a, semantic_weight=0.1) for k, a in kinds.items()}})
     ratio = {k: compare(t, times["none"]) for k, t in times.items()}
     arms = {"cross-entropy alone": (base, "none"),
-            **{f"cross-entropy alone, the seconds of {k}": (dict(base, max_iters=round(1000 * ratio[k])), "none") for k in kinds},
+            **{f"cross-entropy alone, the seconds of {k}": (dict(base, max_iters=round(600 * ratio[k])), "none") for k in kinds},
             "nearest head, cross-entropy alone": (dict(base, head="nearest"), "nearest head, mse")}
     arms.update({f"{k}, weight {w}": (dict(base, **a, semantic_weight=w), k) for k, a in kinds.items() for w in (0.01, 0.1, 1.0)})
     arms["nearest head, mse alone"] = dict(base, **kinds["nearest head, mse"], semantic_weight=1.0, ce_weight=0.0), "nearest head, mse"
@@ -649,19 +649,25 @@ def semantic(cfg):
     none = got["cross-entropy alone"]["val_loss"]
     rows = [{"arm": k, "steps": int(g["step"]), "val loss": g["val_loss"], "against none": g["val_loss"] - none, "spread":
              g["spread"], "distance when wrong": g["wrong distance"], "step time": ratio[arms[k][1]]} for k, g in got.items()]
-    return show(cfg, f"semantic losses on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, mean of {cfg.seeds} seeds", rows)
+    return show(cfg, f"semantic losses on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 600 steps, mean of {cfg.seeds} seeds", rows)
 
 
 def chain(cfg):
     """following 2 to 4 pointers: thinking, as many pause tokens, and neither, 2 layers in all"""
-    base = dict(preset="chain", eval_interval=10 ** 9, log_interval=500, after=["hops"])
-    arms = {"thinking (n_think = 4)": base, "pause tokens (n_think = 0)": dict(base, n_think=0),
-            "neither": dict(base, n_think=0, dataset="chain0")}
     for name, pause in (("chain", -1), ("chain0", 0)):
         if not os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):
             prepare.main(["chain", f"--name={name}", f"--n_pause={pause}", f"--data_dir={cfg.data_dir}"])
+    base = dict(preset="chain", eval_interval=10 ** 9, log_interval=500, after=["hops"])
+    pause = dict(base, n_think=0)
+    arms = {"thinking (n_think = 4)": base, "pause tokens (n_think = 0)": pause, "neither": dict(pause, dataset="chain0")}
+    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**{n: v for n, v in a.items() if n != "after"})
+                                                            for k, a in arms.items()})
+    ratio = {k: compare(t, times["pause tokens (n_think = 0)"]) for k, t in times.items()}
+    arms["pause tokens, the seconds of thinking"] = dict(
+        pause, max_iters=round(read_arm("chain")[1]["max_iters"] * ratio["thinking (n_think = 4)"]))
     got = over_seeds(cfg, arms)
-    rows = [{"arm": k, "steps": int(g["step"]), "val loss": g["val_loss"], **g["hops"]} for k, g in got.items()]
+    rows = [{"arm": k, "steps": int(g["step"]), "step time": ratio.get(k, 1.0), "val loss": g["val_loss"], "spread": g["spread"],
+             **g["hops"]} for k, g in got.items()]
     return show(cfg, f"chain: share of right answers (chance 0.0625), mean of {cfg.seeds} seeds", rows)
 
 

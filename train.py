@@ -44,7 +44,7 @@ class TrainConfig:
     eval_only: bool = False  # validate once and stop
     log_interval: int = 10  # steps between log lines
     always_save_checkpoint: bool = True  # False: save only when the validation loss improved
-    optimizer: str = "muon"  # muon (matrices inside blocks; AdamW for the rest) | adamw
+    optimizer: str = "muon"  # muon (matrices inside blocks and slots; AdamW for the rest) | adamw
     learning_rate: float = 4e-3  # of AdamW
     muon_lr: float = 0.02  # of Muon
     momentum: float = 0.95  # of Muon
@@ -308,11 +308,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def param_groups(model, tcfg):
-    """{"muon": [...], "adamw": [...], "plain": [...]}: linear layers inside blocks; everything else with two dimensions;
-    gains and biases, which never decay. With optimizer = adamw the first is part of the second."""
+    """{"muon": [...], "adamw": [...], "plain": [...]}: linear layers inside blocks and slots; everything else with two
+    dimensions; gains and biases, which never decay. With optimizer = adamw the first is part of the second."""
     out = {"muon": [], "adamw": [], "plain": []}
     for name, p in model.named_parameters():
-        inside = name.startswith("blocks.") and p.dim() == 2 and not name.endswith("embed.weight")
+        inside = name.startswith(("blocks.", "slots.proj")) and p.dim() == 2 and not name.endswith("embed.weight")
         out["plain" if p.dim() < 2 else "muon" if inside and tcfg.optimizer == "muon" else "adamw"].append(p)
     return out
 
