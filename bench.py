@@ -199,7 +199,7 @@ def by_hops(run, data):
         best = run.model.eval()(x).logits.argmax(-1)
         for row, target, guess in zip(x.tolist(), y[:, -1].tolist(), best[:, -1].tolist()):
             if target >= 0:
-                k = next(chars[i] for i in reversed(row) if i < len(chars) and chars[i] in "1234")
+                k = next(chars[i] for i in reversed(row) if i < len(chars) and chars[i] in "01234")
                 right.setdefault(f"k = {k}", []).append(guess == target)
     return {k: mean(v) for k, v in sorted(right.items())}
 

@@ -2,11 +2,12 @@
 out_dir = "out/chain"
 dataset = "chain"
 n_layer = 2
-n_head = 4
+n_head = 2
 n_embd = 128
 block_size = 55
 n_think = 4
 score_last = 1
+train_on_all = True
 batch_size = 64
 max_iters = 3000
 eval_interval = 1000
