@@ -8,3 +8,4 @@ block_size = 64
 batch_size = 12
 max_iters = 300
 eval_interval = 300
+compile = False  # it would take longer than the whole training
