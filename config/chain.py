@@ -9,5 +9,5 @@ n_think = 4
 score_last = 1
 train_on_all = True
 batch_size = 64
-max_iters = 3000
-eval_interval = 1000
+max_iters = 2500
+eval_interval = 1250
