@@ -871,7 +871,7 @@ def test_freed_memory_is_kept():
     before = faults()
     for _ in range(10):
         bytearray(20_000_000)
-    assert faults() - before < 5000  # pages of 4 KB: 48,830 where each block comes from the system
+    assert faults() - before < 1000  # pages of 4 KB; otherwise at least one of the ten blocks, 4,883, comes from the system
 
 
 # ---------------------------------------------------------------------------------------------------------------------
