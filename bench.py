@@ -289,10 +289,15 @@ def scratch():
     return folder
 
 
+def one_of_many(cfg):
+    """The environment of a process that runs beside others: its share of the cores."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
+
+
 def over_seeds(cfg, arms):
     """fit for each of {name: overrides} and each seed, cfg.jobs of them at once -> {name: {figure: mean over seeds}}, with
     "spread", the largest minus the smallest validation loss, and "runs". Seconds mean nothing here: see step_times."""
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
+    env = one_of_many(cfg)
     pool = ThreadPoolExecutor(cfg.jobs)
     try:
         runs = {k: [pool.submit(fit, cfg, seed=s, env=env, **a) for s in range(1, cfg.seeds + 1)] for k, a in arms.items()}
@@ -313,9 +318,10 @@ def averages(dicts):
             if isinstance(v, (int, float, dict)) and not isinstance(v, bool)}
 
 
-def step_times(cfg, arms, seconds=1.0):
-    """{name: [seconds a step per round]} of arms given as (model settings, training settings), in turns."""
-    live = {k: Arm(*a) for k, a in arms.items()}
+def step_times(cfg, arms, seconds=1.0, env=None):
+    """{name: [seconds a step per round]} of arms given as (model settings, training settings), in turns. With env =
+    one_of_many, on a core each as over_seeds trains them, so that an arm is compiled once for both."""
+    live = {k: Arm(*a, env) for k, a in arms.items()}
     times = turns(live, cfg.rounds, lambda a, n: a.ask(do="steps", n=n)["seconds"], seconds)
     for a in live.values():
         a.close()
@@ -570,18 +576,19 @@ def slots(cfg):
 def spans(cfg):
     """spans of 2 to 16 over histories of 64 to 1,024 tokens, beside an ordinary window of that length at equal seconds"""
     few, times, arms = dataclasses.replace(cfg, rounds=3, seeds=1), {}, {}
+    small = dict(n_layer=2, batch_size=32, max_iters=600)
     for H in (64, 256, 1024):
-        mine = {(H, f"spans of {span}"): slot_arms(H, span, batch_size=32, max_iters=600)["b slots"] for span in (2, 4, 8, 16)}
+        mine = {(H, f"spans of {span}"): slot_arms(H, span, **small)["b slots"] for span in (2, 4, 8, 16)}
         four, window = (H, "spans of 4"), (H, f"window of {H + 16}, seconds of spans of 4")
-        mine[window] = slot_arms(H, 4, batch_size=32, max_iters=600)["d ordinary window"]
-        times.update(step_times(few, {k: read_arm(**a) for k, a in mine.items()}))
+        mine[window] = slot_arms(H, 4, **small)["d ordinary window"]
+        times.update(step_times(few, {k: read_arm(**a) for k, a in mine.items()}, env=one_of_many(cfg)))
         mine[window]["max_iters"] = round(600 * compare(times[four], times[window]))
         arms.update(mine)
     got = over_seeds(few, arms)
     rows = [{"history": H, "arm": arm, "slots": sum(arms[H, arm].get(k, 0) for k in ("aggregate", "n_segment", "n_span")),
              "val loss": g["val_loss"], "steps": int(g["step"]), "ms a step": 1000 * median(times[H, arm])}
             for (H, arm), g in got.items()]
-    return show(cfg, f"spans and histories on {cfg.dataset}, 600 steps of 32 x 16, one seed", rows)
+    return show(cfg, f"spans and histories on {cfg.dataset}, 2 layers, 600 steps of 32 x 16, one seed, one core", rows)
 
 
 def cipher(cfg):
@@ -638,7 +645,8 @@ def semantic(cfg):
     kinds = {"cos": dict(semantic="cos"), "mse": dict(semantic="mse"), "soft_ce": dict(semantic="soft_ce"),
              "nearest head, mse": dict(head="nearest", semantic="mse")}
     base = dict(SMALL, max_iters=600)
-    times = step_times(cfg, {"none": read_arm(**base), **{k: read_arm(**base, **a, semantic_weight=0.1) for k, a in kinds.items()}})
+    times = step_times(cfg, {"none": read_arm(**base), **{k: read_arm(**base, **a, semantic_weight=0.1) for k, a in kinds.items()}},
+                       env=one_of_many(cfg))
     ratio = {k: compare(t, times["none"]) for k, t in times.items()}
     arms = {"cross-entropy alone": (base, "none"),
             **{f"cross-entropy alone, the seconds of {k}": (dict(base, max_iters=round(600 * ratio[k])), "none") for k in kinds},
@@ -661,7 +669,7 @@ def chain(cfg):
     pause = dict(base, n_think=0)
     arms = {"thinking (n_think = 4)": base, "pause tokens (n_think = 0)": pause, "neither": dict(pause, dataset="chain0")}
     times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**{n: v for n, v in a.items() if n != "after"})
-                                                            for k, a in arms.items()})
+                                                            for k, a in arms.items()}, env=one_of_many(cfg))
     ratio = {k: compare(t, times["pause tokens (n_think = 0)"]) for k, t in times.items()}
     arms["pause tokens, the seconds of thinking"] = dict(
         pause, max_iters=round(read_arm("chain")[1]["max_iters"] * ratio["thinking (n_think = 4)"]))
