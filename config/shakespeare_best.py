@@ -2,13 +2,10 @@
 out_dir = "out/shakespeare_best"
 n_layer = 6
 n_head = 4
-n_kv_head = 1
 n_embd = 256
 mlp = "swiglu"
-n_value_embed = 3
 channel_drop = 0.1
 block_size = 256
 batch_size = 8
 max_iters = 3000
-weight_decay = 0.1
 eval_interval = 1000
