@@ -5,7 +5,7 @@
                                       CLAIMS
     python bench.py --profile         where the time of a step goes, by operator
 
-Speeds are medians of A B A B turns within one run, each arm in a process of its own. Losses are cross-entropy on the whole
+Speeds are medians of A B A B turns within one run, each training arm in a process of its own. Losses are cross-entropy on the whole
 validation split, nats a token.
 """
 import atexit
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import mean, median
 
-import config  # before torch: it sets an allocator switch that torch reads when imported
+import config  # before torch: it sets the allocator's switches
 import numpy as np
 import torch
 
@@ -41,7 +41,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 @dataclass
 class BenchConfig:
     json: bool = False  # print the table as JSON lines
-    profile: bool = False  # torch profiler over a training step of every preset
+    profile: bool = False  # torch profiler over a training step of softar_shakespeare, or of --presets
     presets: tuple[str, ...] = ()  # only these presets; repeatable
     rounds: int = 5  # turns of A B A B
     seeds: int = 3  # seeds of a claim that trains
@@ -516,13 +516,13 @@ def main_job(cfg):
 
 
 def time_to_loss(cfg):
-    """seconds to val 1.88: config/shakespeare_cpu.py beside nanoGPT's CPU recipe, in turns, cold compiler caches"""
+    """seconds to val 1.88: config/shakespeare_cpu.py beside nanoGPT's CPU recipe, in turns, compiler caches empty"""
     rows = []
     for seed in range(1, cfg.seeds + 1):
         for preset in ("shakespeare_cpu", "nanogpt_cpu"):
             r = fit(cfg, preset, seed=seed, env=cold(), eval_interval=10 ** 9, log_interval=200)
             rows.append({"preset": preset, "seed": seed, "val loss": r["val_loss"], "steps": r["step"], "seconds of steps":
-                         r["step_seconds"], "first step (compiling)": r["compile_seconds"], "process, seconds": r["wall"]})
+                         r["step_seconds"], "first step": r["compile_seconds"], "process, seconds": r["wall"]})
     for k in ("seconds of steps", "process, seconds"):
         a, b = (median(r[k] for r in rows if r["preset"] == p) for p in ("nanogpt_cpu", "shakespeare_cpu"))
         rows.append({"preset": f"nanogpt_cpu / shakespeare_cpu: {k}", k: a / b})

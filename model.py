@@ -1,6 +1,6 @@
 """GPT and its variants, bottom-up: settings, primitives, blocks, context slots, GPT.
 
-A variant is a size in GPTConfig; at 0 (or "", None) it has no parameter and draws no random number, and what is left is
+A variant is a setting of GPTConfig; at 0, "" or False it has no parameter and draws no random number, and what is left is
 the plain GPT, bit for bit. `layers` describes the network, a character a block:
 
     A   causal self-attention + MLP
@@ -426,7 +426,7 @@ class Slots(nn.Module):
     decayed mean of the whole history; a token's weight has fallen to e^-4 when it leaves, so that slots are a function of
     the ids kept and of nothing else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned by its place (a
     rotary binding in the manner of Plate 1995, so order survives the sum). Then a norm, one shared projection and a learned
-    embedding per slot. A slot with nothing in it is the learned vector `empty`.
+    embedding per slot. A slot with nothing in it has the learned vector `empty` in place of its normed sum.
     """
 
     def __init__(self, cfg):
@@ -691,7 +691,7 @@ class GPT(nn.Module):
     def think(self, tokens, history, state):
         """hidden, but each of the first n_think think tokens in the window reads the distribution that the model put out one
         step before, and gradients flow through it (Coconut, Hao et al. 2024, arXiv:2412.06769, with expected embeddings
-        for hidden states). n_think passes over all places: after pass i the first i soft steps are right."""
+        for hidden states). n_think further passes over all places: after the i-th the first i are right."""
         n, V = self.cfg.n_think, self.cfg.vocab_size
         hard = tokens if tokens.is_floating_point() else F.one_hot(tokens, V).float()
         B, T, _ = hard.shape

@@ -17,7 +17,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-import config  # before torch: it sets an allocator switch that torch reads when imported
+import config  # before torch: it sets the allocator's switches
 import numpy as np
 import torch
 from torch.nn import functional as F

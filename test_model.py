@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 
-import config  # before torch: it sets an allocator switch that torch reads when imported
+import config  # before torch: it sets the allocator's switches
 import numpy as np
 import pytest
 import torch

@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=8 train.py             the same run on eight processes
 
 A row of a batch is a function of (seed, step, row) and of nothing that was drawn before, so a run that was stopped goes on
-exactly as if it had not been, and any number of processes computes the same thing.
+exactly as if it had not been, and any number of processes computes the same thing (dropout and soft inputs alone are drawn by
+micro-step and rank).
 """
 import contextlib
 import csv
@@ -20,7 +21,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-import config  # before torch: it sets an allocator switch that torch reads when imported
+import config  # before torch: it sets the allocator's switches
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ class TrainConfig:
     cooldown: float = 0.8  # share of the run that wsd cools down over
     history_drop: float = 0.1  # share of training rows whose history is cut short at a random place
     score_last: int = 0  # score only the last n tokens of a row; 0: all
-    train_on_all: bool = False  # with score_last: train on all tokens of a row, and score its last in validation only
+    train_on_all: bool = False  # with score_last: train on all tokens of a row (of a task: all it asks), and score its last in validation only
     seed: int = 1337  # of the weights, the batches and dropout
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16

@@ -19,11 +19,11 @@ import sysconfig
 import types
 import typing
 
-# torch reads this once, when it is first imported: large blocks on 2 MB pages (a step of 10M parameters: 420 -> 340 ms)
+# torch reads this once, when it is first imported: large blocks on 2 MB pages (a fifth off a step of 10M parameters)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # and glibc is to keep what a step frees for the next step; it would give it back to the system, which hands it out again page
-# by page, each filled with zeros (a step of 4 layers, 128 wide: 28 -> 22 ms). Other C libraries have no mallopt
+# by page, each filled with zeros (a fifth off a step of 4 layers, 128 wide). Other C libraries have no mallopt
 with contextlib.suppress(AttributeError, OSError, TypeError):
     for option, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-3, 2 ** 30)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(option, value)
