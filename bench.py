@@ -5,8 +5,8 @@
                                       CLAIMS
     python bench.py --profile         where the time of a step goes, by operator
 
-Speeds are medians of A B A B turns within one run, each training arm in a process of its own. Losses are cross-entropy on the whole
-validation split, nats a token.
+Speeds are medians of A B A B turns within one run, each training arm in a process of its own. Losses are cross-entropy on
+the whole validation split, nats a token.
 """
 import atexit
 import contextlib
@@ -645,8 +645,8 @@ def semantic(cfg):
     kinds = {"cos": dict(semantic="cos"), "mse": dict(semantic="mse"), "soft_ce": dict(semantic="soft_ce"),
              "nearest head, mse": dict(head="nearest", semantic="mse")}
     base = dict(SMALL, max_iters=600)
-    times = step_times(cfg, {"none": read_arm(**base), **{k: read_arm(**base, **a, semantic_weight=0.1) for k, a in kinds.items()}},
-                       env=one_of_many(cfg))
+    timed = {"none": base, **{k: dict(base, **a, semantic_weight=0.1) for k, a in kinds.items()}}
+    times = step_times(cfg, {k: read_arm(**a) for k, a in timed.items()}, env=one_of_many(cfg))
     ratio = {k: compare(t, times["none"]) for k, t in times.items()}
     arms = {"cross-entropy alone": (base, "none"),
             **{f"cross-entropy alone, the seconds of {k}": (dict(base, max_iters=round(600 * ratio[k])), "none") for k in kinds},

@@ -472,7 +472,7 @@ def chain(cfg, rng):
     """Follow k pointers: 16 nodes in a fresh permutation ("af;" reads a -> f), then k = 2, 3 or 4, `=`, a node, n_pause think
     tokens, and the node k steps on, which alone is scored. "bd;af;...;fc;2=a~~c". Guessing gives 1 in 16. The training split
     also has k = 0 and 1, and a tenth of its documents are drills: 16 pairs out of 8, scored where one comes again. Without
-    them two layers had not learned to look up one pointer after 1,500 steps of 256 rows."""
+    them two layers had not learned to look up one pointer after 1,200 steps of 256 rows."""
     chars = "".join(sorted("abcdefghijklmnop01234;=~"))
     at = {c: i for i, c in enumerate(chars)}
     node = np.array([at[c] for c in "abcdefghijklmnop"])

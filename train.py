@@ -62,7 +62,7 @@ class TrainConfig:
     cooldown: float = 0.8  # share of the run that wsd cools down over
     history_drop: float = 0.1  # share of training rows whose history is cut short at a random place
     score_last: int = 0  # score only the last n tokens of a row; 0: all
-    train_on_all: bool = False  # with score_last: train on all tokens of a row (of a task: all it asks), and score its last in validation only
+    train_on_all: bool = False  # with score_last: train on all that a row asks, and score its last in validation only
     seed: int = 1337  # of the weights, the batches and dropout
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
