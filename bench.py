@@ -582,7 +582,7 @@ def spans(cfg):
         four, window = (H, "spans of 4"), (H, f"window of {H + 16}, seconds of spans of 4")
         mine[window] = slot_arms(H, 4, **small)["d ordinary window"]
         times.update(step_times(few, {k: read_arm(**a) for k, a in mine.items()}, env=one_of_many(cfg)))
-        mine[window]["max_iters"] = round(600 * compare(times[four], times[window]))
+        mine[window]["max_iters"] = round(small["max_iters"] * compare(times[four], times[window]))
         arms.update(mine)
     got = over_seeds(few, arms)
     rows = [{"history": H, "arm": arm, "slots": sum(arms[H, arm].get(k, 0) for k in ("aggregate", "n_segment", "n_span")),
@@ -649,7 +649,7 @@ def semantic(cfg):
     times = step_times(cfg, {k: read_arm(**a) for k, a in timed.items()}, env=one_of_many(cfg))
     ratio = {k: compare(t, times["none"]) for k, t in times.items()}
     arms = {"cross-entropy alone": (base, "none"),
-            **{f"cross-entropy alone, the seconds of {k}": (dict(base, max_iters=round(600 * ratio[k])), "none") for k in kinds},
+            **{f"cross-entropy alone, the seconds of {k}": (dict(base, max_iters=round(base["max_iters"] * ratio[k])), "none") for k in kinds},
             "nearest head, cross-entropy alone": (dict(base, head="nearest"), "nearest head, mse")}
     arms.update({f"{k}, weight {w}": (dict(base, **a, semantic_weight=w), k) for k, a in kinds.items() for w in (0.01, 0.1, 1.0)})
     arms["nearest head, mse alone"] = dict(base, **kinds["nearest head, mse"], semantic_weight=1.0, ce_weight=0.0), "nearest head, mse"
@@ -665,15 +665,14 @@ def chain(cfg):
     for name, pause in (("chain", -1), ("chain0", 0)):
         if not os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):
             prepare.main(["chain", f"--name={name}", f"--n_pause={pause}", f"--data_dir={cfg.data_dir}"])
-    base = dict(preset="chain", eval_interval=10 ** 9, log_interval=500, after=["hops"])
+    base = dict(preset="chain", eval_interval=10 ** 9, log_interval=500)
     pause = dict(base, n_think=0)
     arms = {"thinking (n_think = 4)": base, "pause tokens (n_think = 0)": pause, "neither": dict(pause, dataset="chain0")}
-    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**{n: v for n, v in a.items() if n != "after"})
-                                                            for k, a in arms.items()}, env=one_of_many(cfg))
+    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**a) for k, a in arms.items()}, env=one_of_many(cfg))
     ratio = {k: compare(t, times["pause tokens (n_think = 0)"]) for k, t in times.items()}
     arms["pause tokens, the seconds of thinking"] = dict(
         pause, max_iters=round(read_arm("chain")[1]["max_iters"] * ratio["thinking (n_think = 4)"]))
-    got = over_seeds(cfg, arms)
+    got = over_seeds(cfg, {k: dict(a, after=["hops"]) for k, a in arms.items()})
     rows = [{"arm": k, "steps": int(g["step"]), "step time": ratio.get(k, 1.0), "val loss": g["val_loss"], "spread": g["spread"],
              **g["hops"]} for k, g in got.items()]
     return show(cfg, f"chain: share of right answers (chance 0.0625), mean of {cfg.seeds} seeds", rows)

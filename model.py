@@ -424,9 +424,9 @@ class Slots(nn.Module):
     history (B, history) token ids, oldest first, -1 where there is none, and a vector for each, (B, history, C)
     -> (B, S, C). The vectors are embeddings, or with `enrich` what the model put out over the history. The aggregate is a
     decayed mean of the whole history; a token's weight has fallen to e^-4 when it leaves, so that slots are a function of
-    the ids kept and of nothing else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned by its place (a
-    rotary binding in the manner of Plate 1995, so order survives the sum). Then a norm, one shared projection and a learned
-    embedding per slot. A slot with nothing in it has the learned vector `empty` in place of its normed sum.
+    the ids kept and of nothing else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned
+    by its place (a rotary binding in the manner of Plate 1995, so order survives the sum). Then a norm, one shared
+    projection and a learned embedding per slot. A slot with nothing in it has the learned vector `empty` in place of its normed sum.
     """
 
     def __init__(self, cfg):

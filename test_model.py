@@ -32,7 +32,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import GPT, GPTConfig
+from model import Embedding, GPT, GPTConfig
 from train import Data, TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -860,6 +860,23 @@ def test_nanogpt_presets_are_faithful(preset, millions):
     x = torch.randint(65, (2, m["block_size"]))
     assert abs(model.eval()(x, x.roll(-1, 1)).loss.item() - math.log(65)) < 0.15
     assert not tcfg.compile and tcfg.dtype == "float32" and (tcfg.beta2, tcfg.weight_decay, tcfg.warmup_iters) == (0.99, 0.1, 100)
+
+
+def test_a_small_table_as_a_product_is_the_lookup():
+    """What a compiled training step makes of a small table on a CPU: the rows of the lookup, and the same gradient."""
+    table, ids = Embedding(24, 8), torch.randint(24, (4, 16), generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(table.weight)
+    seen, out = [], []
+    def backend(graph, example):
+        seen.extend(str(n.target) for n in graph.graph.nodes)
+        return graph.forward
+    for f in (table, torch.compile(table, backend=backend, fullgraph=True)):
+        y = f(ids)
+        grad, = torch.autograd.grad(y.square().sum(), table.weight)
+        out.append((y, grad))
+    assert any("matmul" in s for s in seen) and not any("embedding" in s for s in seen)
+    assert torch.equal(out[0][0], out[1][0])
+    torch.testing.assert_close(out[0][1], out[1][1])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
