@@ -32,7 +32,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Level
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -48,6 +48,7 @@ class BenchConfig:
     jobs: int = 2  # trainings at once where only their losses count, sharing the cores; seconds are measured alone
     dataset: str = "shakespeare"  # dataset of a claim that trains
     data_dir: str = "data"  # where datasets are kept
+    figure: str = ""  # concepts: draw the samples of the fork task into this SVG file
     out_dir: str = ""  # keep the runs of a claim here; default: a temporary folder
 
     def __post_init__(self):
@@ -110,7 +111,8 @@ def serve():
     first = json.loads(sys.stdin.readline())
     m, t = ({k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (first["m"], first["t"]))
     if first.get("train"):
-        r = train.train(GPTConfig(**m), TrainConfig(**t), say=lambda s: print(s, flush=True))
+        with altered_plans(ALTERED[first["leak"]]) if first.get("leak") else contextlib.nullcontext():
+            r = train.train(GPTConfig(**m), TrainConfig(**t), say=lambda s: print(s, flush=True))
         r.update(peak_mb=peak_mb(), **after(t, first["after"]))
         print(json.dumps(r), flush=True)
         return
@@ -153,6 +155,54 @@ def shuffle_history(h):
 def ablated(alter):
     """Validation loss with each history altered by alter(history)."""
     return lambda run, data: run.evaluate(data, alter)[0]
+
+
+@contextlib.contextmanager
+def altered_plans(alter):
+    """What levels tell the stack below, (B, M + 1, ..) by how many chunks are closed, altered by alter(told)."""
+    step = Level.step
+
+    def altered(self, x, ctx, *rest):
+        step(self, x, ctx, *rest)
+        if ctx.told is not None:
+            ctx.told = alter(ctx.told)
+        if ctx.plan.concepts is not None:
+            ctx.plan.concepts = alter(ctx.plan.concepts)
+
+    Level.step = altered
+    try:
+        yield
+    finally:
+        Level.step = step
+
+
+ALTERED = {"shuffled": lambda told: told.roll(1, 0), "zeroed": torch.zeros_like,
+           "one ahead": lambda told: torch.cat((told[:, 1:], told[:, -1:]), 1)}  # a leak: the state that has read this chunk
+
+
+def without_plan(alter):
+    """Validation loss with what levels tell altered."""
+    def measure(run, data):
+        with altered_plans(ALTERED[alter]):
+            return run.evaluate(data)[0]
+    return measure
+
+
+@torch.inference_mode()
+def explained(run, data):
+    """How much of the next concept the fastest level predicts: R^2 over the mean of all concepts, and over copying the last
+    one. (cos regresses a direction: all its predictions take the one length that fits best.)"""
+    pairs = []
+    for x, y, h in data.whole(run.place, 64):
+        level, u, c, exists = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
+        good = exists[:, 1:]
+        pairs.append((level.head(u)[:, 1:-1, 0][good], c[:, 1:][good].float(), c[:, :-1][good].float()))
+    p, c, last = (torch.cat(t) for t in zip(*pairs))
+    if run.mcfg.concept == "cos":
+        p = torch.nn.functional.normalize(p, dim=-1)
+        p = p * (p * c).sum() / (p * p).sum()
+    left = [(v - c).square().sum().item() for v in (p, c.mean(0), last)]
+    return {"R2 over the mean": 1 - left[0] / left[1], "R2 over copying": 1 - left[0] / left[2]}
 
 
 @torch.inference_mode()
@@ -204,8 +254,25 @@ def by_hops(run, data):
     return {k: mean(v) for k, v in sorted(right.items())}
 
 
+@torch.inference_mode()
+def by_length(run, data, size=64):
+    """Share of right answer symbols of a formal task, a document a row, by the length of its string: means over lengths."""
+    start, each = np.append(0, np.flatnonzero(data.tokens[:-1] == data.eot) + 1), {}
+    end = np.append(start[1:] - 2, data.n - 2)  # the answer's last symbol
+    for i in range(0, len(start), size):
+        x, y, _ = data.rows(start[i:i + size] + 1, end[i:i + size])
+        asked = (y >= 0).sum(1)
+        right = ((run.model.eval()(x).logits.argmax(-1) == y) & (y >= 0)).sum(1) / asked
+        for n, r in zip((end - start)[i:i + size] - asked.numpy(), right.tolist()):
+            each.setdefault(int(n), []).append(r)
+    each = {n: mean(r) for n, r in each.items()}
+    return {f"{low} to {high}": mean(r for n, r in each.items() if low <= n <= high)
+            for low, high in ((41, 500), (41, 100), (401, 500)) if any(low <= n <= high for n in each)}
+
+
 AFTER = {"history shuffled": ablated(shuffle_history), "slots empty": ablated(lambda h: torch.full_like(h, -1)),
-         "wrong distance": wrong_distance, "two steps": two_steps, "hops": by_hops}
+         "wrong distance": wrong_distance, "two steps": two_steps, "hops": by_hops, "lengths": by_length,
+         "concepts": explained, "plan shuffled": without_plan("shuffled"), "plan zeroed": without_plan("zeroed")}
 
 
 def after(t, names):
@@ -262,7 +329,7 @@ def show(cfg, title, rows):
     return rows
 
 
-def fit(cfg, preset=None, seed=1, after=(), env=None, **overrides):
+def fit(cfg, preset=None, seed=1, after=(), env=None, leak="", **overrides):
     """Train one arm in a process of its own; -> what train.train returns, `wall` seconds of the whole process, and the
     measures of AFTER that are named."""
     m, t = read_arm(preset, **overrides)
@@ -270,7 +337,7 @@ def fit(cfg, preset=None, seed=1, after=(), env=None, **overrides):
     keep = cfg.out_dir or scratch()
     t["out_dir"] = os.path.join(keep, overrides.get("out_dir") or f"{preset or 'arm'}-{os.getpid()}-{time.time_ns()}")
     start = time.perf_counter()
-    arm = Arm(m, t, env, train=True, after=list(after))
+    arm = Arm(m, t, env, train=True, after=list(after), leak=leak)
     arm.close()
     if arm.info["stopped"]:
         raise UserError("a training was stopped by a signal; so is the claim")
@@ -606,23 +673,28 @@ def cipher(cfg):
     return show(cfg, f"cipher, mean of {cfg.seeds} seeds, entropy rate {floor:.4f}", rows)
 
 
-def stream(cfg, total=100_000, block=10_000):
-    """100,000 characters from one prompt with slots: memory and time a token"""
-    m, _ = read_arm("softar_shakespeare", n_layer=4, n_embd=128)
-    d = sample.Decoder(GPT(stand_in(m)).eval(), [[1]])
-    generator, scfg, rows = torch.Generator().manual_seed(1), sample.SampleConfig(max_new_tokens=total), []
+def stream(cfg, total=100_000, block=20_000):
+    """100,000 characters from one prompt, with slots, by attention and by recurrences: memory and time a token"""
+    rows, shape = [], dict(n_embd=128, n_head=4)
+    arms = {"slots, window 256, history 256": read_arm("softar_shakespeare", n_layer=4, n_embd=128),
+            "AAAA, window 256": read_arm(layers="AAAA", block_size=256, **shape),
+            "RRRR, window 256": read_arm(layers="RRRR", block_size=256, **shape)}
+    for name, (m, _) in arms.items():
+        d = sample.Decoder(GPT(stand_in(m)).eval(), [[1]])
+        generator, scfg = torch.Generator().manual_seed(1), sample.SampleConfig(max_new_tokens=total)
+        t0, last = time.perf_counter(), 0
+        for i, _ in enumerate(sample.generate(d, scfg, generator=generator), 1):
+            if i == 1000 or i % block == 0:
+                rows.append({"model": name, "tokens": i, "memory MB": resident_mb(),
+                             "ms a token": 1000 * (time.perf_counter() - t0) / (i - last), "ids kept": sum(map(len, d.rows[0]))})
+                t0, last = time.perf_counter(), i
+    return show(cfg, "one stream, 4 layers, 128 wide", rows)
 
-    def rss():
-        with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
-    t0, last = time.perf_counter(), 0
-    for i, _ in enumerate(sample.generate(d, scfg, generator=generator), 1):
-        if i == 1000 or i % block == 0:
-            rows.append({"tokens": i, "memory MB": rss(), "ms a token": 1000 * (time.perf_counter() - t0) / (i - last),
-                         "ids kept": sum(map(len, d.rows[0]))})
-            t0, last = time.perf_counter(), i
-    return show(cfg, "one stream, 4 layers, 128 wide, window 256, history 256", rows)
+def resident_mb():
+    """Memory of this process now."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
 
 SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, eval_interval=10 ** 9, log_interval=500)
@@ -715,6 +787,119 @@ def text_figures(ids, tok, critic, known):
             "known words": mean(w in known for w in words), "judge": loss}
 
 
+def formal(cfg):
+    """parity, even_pairs, cycle_navigation, modular_arithmetic, reverse_string: trained on lengths to 40, right to 500"""
+    A, A0, G, H = dict(preset="formal_a"), dict(preset="formal_a", pos="none"), dict(preset="formal_g"), dict(preset="formal_h")
+    R = {gate: dict(preset="formal_r", gate=gate) for gate in ("real", "complex", "positive")}
+    models = {"A": A, "A, pos = none": A0, "R, gate = real": R["real"], "R, gate = complex": R["complex"], "G": G, "RR(RA)R": H}
+    arms = {("parity", "R, gate = positive"): dict(R["positive"], dataset="parity")}
+    for task in prepare.FORMAL:
+        if not os.path.exists(os.path.join(cfg.data_dir, task, "meta.json")):
+            prepare.main([task, f"--data_dir={cfg.data_dir}"])
+        long = dict(score_last=0, block_size=1024, batch_size=4) if task == "reverse_string" else {}
+        arms.update({(task, k): dict(a, dataset=task, **long) for k, a in models.items()})
+    got = over_seeds(cfg, {k: dict(a, after=["lengths"], eval_interval=10 ** 9, log_interval=500) for k, a in arms.items()})
+    rows = []
+    for (task, arm), g in got.items():
+        each = [r["lengths"]["41 to 500"] for r in g["runs"]]
+        rows.append({"task": task, "layers": arm, "best": max(each), "mean": mean(each), "worst": min(each),
+                     "401 to 500": g["lengths"]["401 to 500"], "params M": g["params"] / 1e6})
+    return show(cfg, f"share of right answers over lengths 41 to 500, {cfg.seeds} seeds, "
+                     f"{read_arm('formal_r')[1]['max_iters']:,} steps of 8 x 512", rows)
+
+
+LEVELS = dict(n_embd=128, n_head=4, block_size=256, batch_size=8, eval_interval=10 ** 9, log_interval=200)
+STACKS = {"AAAAAA": dict(layers="AAAAAA"), "(AA)AAAA": dict(layers="(AA)AAAA"), "(AA)AAAA, words": dict(layers="(AA)AAAA", chunk="space"),
+          "A(AAAA)A": dict(layers="A(AAAA)A"), "RR(RA)RR": dict(layers="RR(RA)RR"), "RRARRA": dict(layers="RRARRA")}
+
+
+def levels(cfg):
+    """a flat model, concept models, a hierarchical RNN and a flat hybrid, at equal parameters, at equal steps and seconds"""
+    base = dict(LEVELS, max_iters=500)
+    arms = {k: dict(base, **a) for k, a in STACKS.items()}
+    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**a) for k, a in arms.items()}, env=one_of_many(cfg))
+    ratio = {k: compare(times[k], times["AAAAAA"]) for k in arms}
+    timed = {f"{k}, equal seconds": dict(a, max_iters=round(base["max_iters"] / ratio[k])) for k, a in arms.items() if k != "AAAAAA"}
+    leak = {"(AA)AAAA with a leak": dict(arms["(AA)AAAA"], leak="one ahead")}
+    got = over_seeds(cfg, {**arms, **timed, **leak})
+    flat = got["AAAAAA"]["val_loss"]
+    rows = [{"layers": k, "steps": int(g["step"]), "val loss": g["val_loss"], "against AAAAAA": g["val_loss"] - flat, "spread": g["spread"],
+             "params M": g["params"] / 1e6, "step time": ratio[k.split(", equal")[0].split(" with")[0]]} for k, g in got.items()]
+    return show(cfg, f"levels on {cfg.dataset}, 6 blocks, 128 wide, 8 x 256, mean of {cfg.seeds} seeds", rows)
+
+
+def concepts(cfg):
+    """how well the next concept is predicted, what a plan is worth, and whether two futures stay two"""
+    for task in ("plan", "fork"):
+        if not os.path.exists(os.path.join(cfg.data_dir, task, "meta.json")):
+            prepare.main([task, f"--data_dir={cfg.data_dir}"])
+    measures, kinds = ["plan shuffled", "plan zeroed"], ("cos", "mse", "energy", "flow")
+    base = dict(LEVELS, layers="(AA)AAAA", max_iters=500)
+    arms = {f"{cfg.dataset}, {k}": dict(base, concept=k, concept_weight=0.1, after=["concepts", *measures]) for k in kinds}
+    arms[f"{cfg.dataset}, no regression"] = dict(base, concept_weight=0.0, after=measures)
+    arms[f"{cfg.dataset}, cross, horizon 3"] = dict(base, plan="cross", horizon=3, concept_weight=0.1, after=["concepts", *measures])
+    small = dict(LEVELS, layers="(AA)A", dataset="plan", block_size=72, batch_size=32, max_iters=600, after=["concepts", *measures])
+    arms.update({f"plan, {p}": dict(small, plan=p, concept_weight=0.1) for p in ("add", "cross")})
+    got = over_seeds(cfg, arms)
+    rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], **{f"{m}": g[m] - g["val_loss"] for m in measures},
+             **g.get("concepts", {})} for k, g in got.items()]
+    show(cfg, f"concepts, mean of {cfg.seeds} seeds (plan shuffled, zeroed: by how much the loss grows)", rows)
+    rows, bars = [], {}
+    for kind in ("mse", "energy", "flow"):
+        r = fit(cfg, seed=1, **dict(LEVELS, layers="(AA)A", dataset="fork", block_size=64, batch_size=32, max_iters=400,
+                                    concept=kind, concept_weight=0.1))
+        bars[kind] = fork_samples(cfg, sample.load(r["out_dir"])[0])
+        t, off = bars[kind]
+        rows.append({"head": kind, "first mode": (t < -0.5).mean(), "middle": (abs(t) <= 0.5).mean(), "second mode": (t > 0.5).mean(),
+                     "distance beside the line": off})
+    if cfg.figure:
+        draw(cfg.figure, {k: t for k, (t, _) in bars.items()})
+    return show(cfg, "fork: samples of the next concept, which is one of two (at -1 and 1), evenly", rows)
+
+
+@torch.inference_mode()
+def fork_samples(cfg, model, n=500):
+    """Where samples of the next concept lie on the line through the two that may come (-1 and 1), and how far beside it, in
+    units of half their distance."""
+    tokens, _, _, _, _ = prepare.open_bin(os.path.join(cfg.data_dir, "fork", "val.bin"))
+    torch.manual_seed(0)
+    x = torch.from_numpy(tokens[63:63 + 64 * n].astype(np.int64)).view(n, 64)  # from an end of text on
+    level, u, c, _ = model.concepts(x)[-1]
+    first = x.view(n, 16, 4)[:, :, 0]
+    a, b = (c[first == model_id].mean(0) for model_id in (1, 5))  # abcd, efgh
+    half, drawn = (b - a) / 2, level.head.sample(u)[:, 2:-1, 0].flatten(0, 1)
+    t = (drawn - (a + b) / 2) @ half / half.square().sum()
+    beside = (drawn - (a + b) / 2 - t[:, None] * half).norm(dim=-1).mean() / half.norm()
+    return t.numpy(), beside.item()
+
+
+def draw(path, samples):
+    """Histograms side by side, as SVG: {title: positions on the line}."""
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{240 * len(samples)}" height="160" font-family="sans-serif" font-size="12">']
+    for i, (title, t) in enumerate(samples.items()):
+        counts, x0 = np.histogram(t, 40, (-2, 2))[0], 240 * i + 20
+        out.append(f'<text x="{x0 + 100}" y="16" text-anchor="middle">{title}</text>')
+        out += [f'<rect x="{x0 + 5 * j}" y="{130 - 100 * n / counts.max():.1f}" width="4" height="{100 * n / counts.max():.1f}" '
+                f'fill="steelblue"/>' for j, n in enumerate(counts)]
+        out += [f'<text x="{x0 + 50 * (v + 2)}" y="146" text-anchor="middle">{v}</text>' for v in (-1, 0, 1)]
+    with prepare.replacing(path) as f:
+        f.write("\n".join([*out, "</svg>"]).encode())
+
+
+def blocks(cfg):
+    """time of a training step of each block at windows of 256, 1,024 and 4,096 tokens, 4,096 tokens a step"""
+    arms = {}
+    for T in (256, 1024, 4096):
+        for layers in ("AA", "RR", "GG", "(AA)", "A(AAAA)A", "AAAAAA"):
+            arms[T, layers] = read_arm(n_embd=128, n_head=4, layers=layers, block_size=T, batch_size=4096 // T)
+    times = {}
+    for layers in dict.fromkeys(k[1] for k in arms):  # a few processes at a time
+        times.update(step_times(dataclasses.replace(cfg, rounds=3), {k: a for k, a in arms.items() if k[1] == layers}))
+    rows = [{"layers": layers, **{f"ms at {T:,}": 1000 * median(times[T, layers]) for T in (256, 1024, 4096)},
+             "4,096 / 256": median(times[4096, layers]) / median(times[256, layers])} for layers in dict.fromkeys(k[1] for k in arms)]
+    return show(cfg, "time of a training step by window, 128 wide, 4,096 tokens a step", rows)
+
+
 def variants(cfg):
     """each flag of the plain model switched, one at a time: loss and time of a step at nanoGPT's CPU shape, 500 steps"""
     shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=500, eval_interval=10 ** 9,
@@ -735,7 +920,8 @@ def variants(cfg):
 
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
-          "semantic": semantic, "chain": chain, "coherence": coherence}
+          "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "levels": levels, "concepts": concepts,
+          "blocks": blocks}
 
 
 def main(argv):

@@ -4,12 +4,16 @@ A variant is a setting of GPTConfig; at 0, "" or False it has no parameter and d
 the plain GPT, bit for bit. `layers` describes the network, a character a block:
 
     A   causal self-attention + MLP
+    R   gated linear recurrence + MLP
+    G   GRU + MLP
+    ( ) a level: what stands inside runs once a chunk of what stands outside
 
 Notation: B rows, T positions, C = n_embd channels, H heads, D = head_dim, V = vocab_size, S context slots.
 This module knows torch and nothing else: no files, no data, no decoding policy.
 """
 import dataclasses
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -28,7 +32,7 @@ class GPTConfig:
     layers: str = ""  # one character a block; "" means "A" * n_layer
     n_layer: int = 6  # number of blocks when layers is ""
     n_embd: int = 384  # channels C of the residual stream
-    n_head: int | tuple[int, ...] = 6  # query heads; one number, or one per layer
+    n_head: int | tuple[int, ...] = 6  # query heads; one number, or one per block in the order of the string
     n_kv_head: int | tuple[int, ...] = 0  # key and value heads (grouped-query attention), one or per layer; 0: n_head
     head_dim: int = 0  # channels of a head; 0: n_embd / n_head
     n_mlp: int | tuple[int, ...] = 0  # width of the MLP, one or per layer; 0: 4 * n_embd (8/3 for swiglu), -1: no MLP
@@ -40,7 +44,17 @@ class GPTConfig:
     tie: bool = False  # output head shares the token embedding
     qk_norm: bool = True  # RMSNorm on queries and keys
     embed_norm: bool = True  # RMSNorm on the embeddings
-    n_value_embed: int = 0  # the last n blocks that add a token embedding of their own to their attention values
+    gate: str = "real"  # of R: positive (0, 1) | real (-1, 1) | complex (channel pairs turn, and shrink by (0, 1))
+    chunk: str | int = "4"  # positions in a chunk of a level, or space (a word); "space,4" is one value a depth
+    plan: str = "add"  # how a level reaches the one below it: add (its state) | cross (attention to predicted concepts)
+    compose: str = "sum"  # what makes a concept of a chunk: sum (bound by place) | mlp (that, and an MLP beside it)
+    concept: str = "cos"  # a level predicts the next concept by cos | mse | energy (an energy score) | flow (flow matching)
+    concept_weight: float | tuple[float, ...] = 0.01  # weight of that loss, one or per depth; 0: a level without it
+    horizon: int = 1  # concepts that are predicted ahead
+    share_levels: bool = False  # levels run the blocks of the token level, one set of weights for all
+    eot: int = -1  # id that ends a document, where recurrences and chunks begin again; -1: that of the dataset
+    space: tuple[int, ...] = ()  # ids that end a word, for chunk = space; (): those of the dataset
+    n_value_embed: int = 0  # the last n token-level blocks that add a token embedding of their own to their attention values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
     channel_drop: float = 0.0  # on residual branches, whole channels of a row at a time: unlike dropout it costs no time
     head: str = "softmax"  # softmax | nearest (logits fall with the distance of a regressed point to each embedding)
@@ -70,8 +84,14 @@ class GPTConfig:
         choice("init", "fan_in", "gpt2")
         choice("head", "softmax", "nearest")
         choice("semantic", "cos", "mse", "soft_ce")
+        choice("gate", "positive", "real", "complex")
+        choice("plan", "add", "cross")
+        choice("compose", "sum", "mlp")
+        choice("concept", "cos", "mse", "energy", "flow")
         self.layers = self.layers or "A" * self.n_layer
-        self.n_layer = len(parse_layers(self.layers))
+        tree = parse_layers(self.layers)
+        self.n_layer = sum(c in BLOCKS for c in self.layers)
+        self.check_levels(tree)
         for name in ("block_size", "n_embd", "n_layer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -88,8 +108,8 @@ class GPTConfig:
             if d < 1 or (self.pos == "rope" and (d % 2 or d != self.heads(0)[2])):
                 raise ValueError(f"head_dim must be positive, and for pos = rope even and the same in all layers, not {d}; "
                                  f"with a different n_head per layer set head_dim")
-        if not 0 <= self.n_value_embed <= self.n_layer:
-            raise ValueError(f"n_value_embed ({self.n_value_embed}) must lie between 0 and the number of layers")
+        if not 0 <= self.n_value_embed <= sum(isinstance(c, str) for c in tree):
+            raise ValueError(f"n_value_embed ({self.n_value_embed}) must lie between 0 and the number of token-level blocks")
         if self.tie and self.init == "fan_in" and not self.embed_norm:
             raise ValueError("tie = True with init = fan_in needs embed_norm = True: one table cannot be small for the head "
                              "and large for the input")
@@ -124,6 +144,41 @@ class GPTConfig:
         if self.n_span and self.n_embd % 2:
             raise ValueError(f"n_embd ({self.n_embd}) must be even for the rotary binding of spans")
 
+    def check_levels(self, tree):
+        """ValueError where the settings of levels and of recurrences do not fit the tree of a layer string."""
+        if not isinstance(self.chunk, str):
+            self.chunk = str(self.chunk)
+        chunks = self.chunk.replace(" ", "").split(",")
+        depth = max(self.layers[:i].count("(") - self.layers[:i].count(")") for i in range(len(self.layers) + 1))
+        for i, c in enumerate(chunks):
+            if not (c.isdigit() and int(c) > 0) and not (c == "space" and i == 0):
+                raise ValueError(f"chunk is a positive number or, for the first level, space, not {c!r}")
+        if len(chunks) not in (1, depth) and depth:
+            raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
+        if chunks == ["space"] and depth > 1:
+            raise ValueError("chunk = space says nothing of the levels above words; give one value a depth, as space,4")
+        if isinstance(self.concept_weight, tuple) and len(self.concept_weight) != depth:
+            raise ValueError(f"concept_weight gives {len(self.concept_weight)} values for {depth} depths of levels")
+        if min([self.concept_weight] if isinstance(self.concept_weight, float) else self.concept_weight) < 0:
+            raise ValueError("concept_weight cannot be negative")
+        if self.horizon < 1:
+            raise ValueError(f"horizon must be at least 1, not {self.horizon}")
+        if (depth or (self.gate == "complex" and "R" in self.layers)) and self.n_embd % 2:
+            raise ValueError(f"n_embd ({self.n_embd}) must be even for levels and for gate = complex")
+
+        def check(items, outer):
+            for i, item in enumerate(items):
+                if isinstance(item, list):
+                    later = [c for c in items[i:] if isinstance(c, str)]
+                    if self.plan == "cross" and not set(later) & set("A"):
+                        raise ValueError("plan = cross needs an attention block (A) behind each level, to read its plan")
+                    mine = [c for c in item if isinstance(c, str)]
+                    if self.share_levels and outer[:len(mine)] != mine:
+                        raise ValueError(f"share_levels runs the first token-level blocks ({''.join(outer)}) in every level, but "
+                                         f"one of them asks for {''.join(mine)}")
+                    check(item, outer)
+        check(tree, [c for c in tree if isinstance(c, str)])
+
     @property
     def n_slot(self):
         return self.aggregate + self.n_segment + self.n_span
@@ -131,6 +186,9 @@ class GPTConfig:
     def per_layer(self, name, i):
         value = getattr(self, name)
         return value[i] if isinstance(value, tuple) else value
+
+    def level_weight(self, depth):
+        return self.concept_weight if isinstance(self.concept_weight, float) else self.concept_weight[depth - 1]
 
     def heads(self, i):
         """(query heads, key and value heads, head_dim) of layer i."""
@@ -144,11 +202,24 @@ class GPTConfig:
 
 
 def parse_layers(layers):
-    """The blocks that a layer string names, in order; ValueError names the first character that is no block."""
+    """A layer string as a tree: characters are blocks, lists are levels. ValueError names the first character that is wrong."""
+    open_lists = [[]]
     for i, c in enumerate(layers):
-        if c not in BLOCKS:
-            raise ValueError(f"layers = {layers!r}: character {i + 1}, {c!r}, is no block; blocks are {', '.join(BLOCKS)}")
-    return list(layers)
+        where = f"layers = {layers!r}: character {i + 1}, {c!r},"
+        if c == "(":
+            open_lists.append([])
+        elif c == ")":
+            if len(open_lists) == 1 or not open_lists[-1]:
+                raise ValueError(f"{where} ends " + ("no level" if len(open_lists) == 1 else "a level without a block"))
+            level = open_lists.pop()
+            open_lists[-1].append(level)
+        elif c in BLOCKS:
+            open_lists[-1].append(c)
+        else:
+            raise ValueError(f"{where} is no block; blocks are {', '.join(BLOCKS)}, and ( ) a level")
+    if len(open_lists) > 1:
+        raise ValueError(f"layers = {layers!r}: a level is not closed; add )")
+    return open_lists[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,8 +380,8 @@ class State:
         self.begun = begun  # the slots are in
 
     def advance(self, T):
-        """Positions (B, T) of the next T inputs."""
-        pos = self.pos[:, None] + torch.arange(T, device=self.pos.device)
+        """Positions (B, T) of the next T inputs; past the end lies one place that nobody reads."""
+        pos = (self.pos[:, None] + torch.arange(T, device=self.pos.device)).clamp(max=self.capacity - 1)
         self.pos, self.begun = self.pos + T, True
         return pos
 
@@ -323,20 +394,54 @@ class State:
         return State(self.pos[rows], [p.select(rows) for p in self.parts], self.capacity, self.begun)
 
 
+class Parts(list):
+    """Several parts of a State as one."""
+
+    def select(self, rows):
+        return Parts(p.select(rows) for p in self)
+
+
 @dataclass
 class Context:
-    """What a block may know of its inputs beside x: rotary angles, which keys may be seen, where the state stands."""
-    mask: torch.Tensor | None  # (B, 1, T, L), True where a query may look; None: causal
-    rope: tuple | None = None  # cos and sin, (T, D/2) or (B, 1, T, D/2)
-    tokens: torch.Tensor | None = None  # (B, T) ids or (B, T, V) distributions, for value embeddings; slots have none
-    pos: torch.Tensor | None = None  # (B, T) places in the state
+    """What a block or a level may know of its inputs beside x (B, L, C)."""
+    mask: torch.Tensor | None  # (B, 1, L, capacity), True where a query may look; None: causal
+    rope: tuple | None  # cos and sin, (L, D/2) or (B, 1, L, D/2)
+    table: tuple | None  # cos and sin of all positions
+    pos: torch.Tensor | None  # (B, L) places in the state; None: there is no state
+    begins: bool = True  # nothing stands before these positions
+    prefix: int = 0  # how many positions at the front belong to no chunk: slots, a level's own bos
+    tokens: torch.Tensor | None = None  # (B, T) ids or (B, T, V) distributions, for value embeddings; a prefix has none
+    space: torch.Tensor | None = None  # (B, T) True where a word ends
+    fresh: torch.Tensor | None = None  # (B, L) True where a document begins; None: nowhere
+    have: torch.Tensor | None = None  # (B, L) False where there is no token; None: there is one everywhere
+    scored: torch.Tensor | None = None  # (B, L) how many scored tokens stand there; None: there is no loss to find
+    losses: dict | None = None  # where a level leaves its loss, by depth
+    levels: list | None = None  # where a level leaves (itself, u (B, M + 1, C), concepts (B, M, C), exists (B, M))
+    told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
+    plan: "Plan | None" = None  # what the last level has predicted, for blocks that read it
+
+    @classmethod
+    def make(cls, x, table, state, have=None, **more):
+        """For inputs x: the causal mask and rotary angles, and where the state stands."""
+        T, at = x.size(1), torch.arange(x.size(1), device=x.device)
+        begins = state is None or not state.begun
+        if state is None:
+            rope = None if table is None else tuple(t[:T].to(x.dtype) for t in table)
+            mask = None
+            if have is not None:  # what is missing is seen by nobody but itself
+                mask = ((have[:, None] & (at <= at[:, None])) | (at == at[:, None]))[:, None]
+            return cls(mask, rope, table, None, begins, have=have, **more)
+        pos = state.advance(T)  # (B, T)
+        mask = (torch.arange(state.capacity, device=x.device) <= pos[..., None])[:, None]
+        rope = None if table is None else tuple(t[pos[:, None]].to(x.dtype) for t in table)
+        return cls(mask, rope, table, pos, begins, **more)
 
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key heads (Ainslie et al. 2023, arXiv:2305.13245), rotary positions
     (Su et al. 2021, arXiv:2104.09864) and QK-norm (Henry et al. 2020, arXiv:2010.04245). (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, cfg, i):
+    def __init__(self, cfg, i, table=False):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = cfg.heads(i)
         self.qk_norm, self.dropout = cfg.qk_norm, cfg.dropout
@@ -345,8 +450,7 @@ class Attention(nn.Module):
         self.c_attn = Linear(cfg.n_embd, sum(self.sizes), bias=cfg.bias)
         self.c_attn.weight.parts = self.sizes  # three matrices in one: an optimizer of matrices takes them apart
         self.c_proj = Linear(self.sizes[0], cfg.n_embd, bias=cfg.bias)
-        has_table = i >= cfg.n_layer - cfg.n_value_embed
-        self.value_embed = Embedding(cfg.vocab_size, kv_dim) if has_table else None
+        self.value_embed = Embedding(cfg.vocab_size, kv_dim) if table else None
 
     def init_state(self, B, L, device, dtype):
         shape = (B, L, self.n_kv_head, self.head_dim)
@@ -355,7 +459,7 @@ class Attention(nn.Module):
     def forward(self, x, ctx, cache=None):
         B, T, C = x.shape
         qk, v = self.c_attn(x).split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=-1)
-        if self.value_embed is not None:
+        if self.value_embed is not None and ctx.tokens is not None:
             ve = self.value_embed(ctx.tokens).to(v.dtype)
             v = v + F.pad(ve, (0, 0, T - ve.size(1), 0))  # slots have no token
         qk, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (qk, v))  # (B, H + Hkv, T, D), (B, Hkv, T, D)
@@ -368,6 +472,190 @@ class Attention(nn.Module):
             k, v = cache.append(k, v, ctx.pos)
         y = attend(q, k, v, ctx.mask, self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+@dataclass
+class Plan:
+    """What a level hands to the blocks behind it with plan = cross."""
+    concepts: torch.Tensor | None  # (B, M, horizon, C) predicted from M states; None: no new ones since the last step
+    first: torch.Tensor  # (B,) which states they are: first, first + 1, ...
+    count: torch.Tensor  # (B, L) a position may read the states 0..count
+    capacity: int  # states that there is room for
+
+
+class Cross(nn.Module):
+    """Attention to the concepts that a level has predicted. A query turns by the number of the chunk it stands in, a key by
+    that of the chunk it speaks of, so what counts is how far ahead a concept lies. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, cfg, i):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = cfg.heads(i)
+        self.horizon, self.qk_norm = cfg.horizon, cfg.qk_norm
+        self.c_q = Linear(cfg.n_embd, self.n_head * self.head_dim, bias=cfg.bias)
+        self.c_kv = Linear(cfg.n_embd, 2 * self.n_kv_head * self.head_dim, bias=cfg.bias)
+        self.c_kv.weight.parts = (self.n_kv_head * self.head_dim,) * 2
+        self.c_proj = Linear(self.n_head * self.head_dim, cfg.n_embd, bias=cfg.bias)
+
+    def heads(self, x, at, table):
+        """(B, L, heads * D), the chunk of each place (B, L) -> (B, heads, L, D), turned."""
+        x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        x = rms_norm(x) if self.qk_norm else x
+        if table is None:
+            return x
+        at = at.clamp(max=table[0].size(0) - 1)[:, None]
+        return rotate(x, *(t[at].to(x.dtype) for t in table))
+
+    def forward(self, x, ctx, cache=None):
+        plan, ahead = ctx.plan, torch.arange(self.horizon, device=x.device)
+        q = self.heads(self.c_q(x), plan.count, ctx.table)
+        kv = None
+        if plan.concepts is not None:
+            M = plan.concepts.size(1)
+            state = plan.first[:, None] + torch.arange(M, device=x.device)  # (B, M)
+            k, v = self.c_kv(plan.concepts.flatten(1, 2).to(x.dtype)).chunk(2, dim=-1)
+            k = self.heads(k, (state[..., None] + ahead).flatten(1), ctx.table)
+            kv = k, v.view(*v.shape[:2], -1, self.head_dim).transpose(1, 2)
+        of = torch.arange(plan.capacity if cache is not None else M, device=x.device).repeat_interleave(self.horizon)
+        if cache is not None:
+            if kv is not None:
+                place = state.clamp(max=plan.capacity - 1)[..., None] * self.horizon + ahead
+                cache.append(*kv, place.flatten(1))
+            kv = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
+        y = attend(q, *kv, (of <= plan.count[..., None])[:, None], 0.0)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+    def init_state(self, B, L, device, dtype):
+        shape = (B, L * self.horizon, self.n_kv_head, self.head_dim)
+        return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+
+
+def scan(a, b, size=16):
+    """h_t = a_t h_{t-1} + b_t over dim 1, with h_{-1} = 0. a, b (B, T, D) -> h. Pieces of `size` steps run side by side, each
+    in one loop that the compiler fuses; then the ends of the pieces, in the same way; then what each end carries on (Blelloch
+    1990). The work is linear in T."""
+    B, T, D = b.shape
+    n = -(-T // size)
+    a, b = (F.pad(t, (0, 0, 0, n * size - T)).view(B, n, size, D).unbind(2) if n > 1 else t.unbind(1) for t in (a, b))
+    h, reach = [b[0]], [a[0]]  # reach: how much of what came before the piece is left
+    for t in range(1, len(a)):
+        h.append(a[t] * h[-1] + b[t])
+        reach.append(a[t] * reach[-1])
+    if n == 1:
+        return torch.stack(h, 1)
+    ends = scan(reach[-1], h[-1], size)
+    before = F.pad(ends[:, :-1], (0, 0, 1, 0))[:, :, None]
+    return (torch.stack(h, 2) + torch.stack(reach, 2) * before).view(B, -1, D)[:, :T]
+
+
+class Trail:
+    """What a recurrence held after each position, (B, L, D). A step starts from the place before it, so rollback has
+    nothing to do here."""
+
+    def __init__(self, h):
+        self.h = h
+
+    def before(self, pos):
+        """What was held before positions pos (B, T): (B, D), 0 at the start."""
+        rows, at = torch.arange(len(pos), device=pos.device), pos[:, 0]
+        return torch.where((at > 0)[:, None], self.h[rows, (at - 1).clamp(min=0)], 0)
+
+    def write(self, h, pos):
+        self.h[torch.arange(len(pos), device=pos.device)[:, None], pos] = h.to(self.h.dtype)
+
+    def select(self, rows):
+        return Trail(self.h[rows])
+
+
+class Recurrence(nn.Module):
+    """Gated linear recurrence h_t = a_t h_{t-1} + (1 - |a_t|) v_t (after Martin and Cundy 2018, arXiv:1709.04057, and De et
+    al. 2024, arXiv:2402.19427), a_t and v_t linear in x_t, read through a SiLU gate. A gate in (0, 1) cannot count; one that
+    can be negative solves parity, one that turns solves cycles (Grazzi et al. 2024, arXiv:2411.12537). A turning gate is a
+    positive one in a frame that turns along. Documents begin with h = 0. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, cfg, i, table=False):
+        super().__init__()
+        C = cfg.n_embd
+        self.gate = cfg.gate
+        self.c_in = Linear(C, 3 * C, bias=cfg.bias)  # values, gates, what is read
+        self.c_in.weight.parts = (C, C, C)
+        self.rate = nn.Parameter(torch.empty(C // 2 if cfg.gate == "complex" else C))  # of keeping, when x says nothing
+        self.c_proj = Linear(C, C, bias=cfg.bias)
+
+    def init_state(self, B, L, device, dtype):
+        return Trail(torch.zeros(B, L, self.c_proj.in_features, device=device))
+
+    def forward(self, x, ctx, trail=None):
+        v, g, o = self.c_in(x).chunk(3, dim=-1)
+        v, g = v.float(), g.float()
+        if self.gate == "complex":
+            g, turn = g.chunk(2, dim=-1)
+            frame = (math.pi * torch.tanh(turn)).cumsum(1)  # (B, T, C/2) radians since the first of these positions
+            cos, sin = frame.cos(), frame.sin()
+            a = torch.sigmoid(g + self.rate).repeat(1, 1, 2)
+            v = rotate(v, cos, -sin)
+        else:
+            a = torch.sigmoid(g + self.rate) if self.gate == "positive" else torch.tanh(g + self.rate)
+        b = (1 - a.abs()) * v
+        if ctx.fresh is not None:
+            a = a.masked_fill(ctx.fresh[..., None], 0.0)
+        if ctx.have is not None:  # what is missing passes
+            a, b = torch.where(ctx.have[..., None], a, 1.0), torch.where(ctx.have[..., None], b, 0.0)
+        if trail is not None:
+            b = torch.cat((b[:, :1] + a[:, :1] * trail.before(ctx.pos)[:, None], b[:, 1:]), dim=1)
+        h = scan(a, b)
+        if self.gate == "complex":
+            h = rotate(h, cos, sin)
+        if trail is not None:
+            trail.write(h, ctx.pos)
+        return self.c_proj(rms_norm(h).to(x.dtype) * F.silu(o))
+
+
+class GRU(nn.Module):
+    """A GRU (Cho et al. 2014, arXiv:1406.1078), torch's own: not linear, so a step after another. Documents begin with
+    h = 0. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, cfg, i, table=False):
+        super().__init__()
+        C = cfg.n_embd
+        with torch.random.fork_rng(devices=[]):  # its own initial values are not used, and nothing is drawn
+            self.rnn = nn.GRU(C, C, batch_first=True)
+        self.rnn.weight_ih_l0.parts = self.rnn.weight_hh_l0.parts = (C, C, C)
+        self.c_proj = Linear(C, C, bias=cfg.bias)
+
+    def init_state(self, B, L, device, dtype):
+        return Trail(torch.zeros(B, L, self.c_proj.in_features, device=device))
+
+    def forward(self, x, ctx, trail=None):
+        B, T, C = x.shape
+        v = x.to(self.rnn.weight_ih_l0.dtype)  # torch's own takes no other
+        before = None if trail is None else trail.before(ctx.pos).to(v.dtype)
+        starts = torch.zeros(B, T, dtype=torch.bool, device=x.device) if ctx.fresh is None else ctx.fresh
+        if ctx.have is not None:  # the first token that is there begins
+            starts = starts | (ctx.have & ~F.pad(ctx.have[:, :-1], (1, 0)))
+        h = self.pieces(v, starts, before)
+        if trail is not None:
+            trail.write(h, ctx.pos)
+        return self.c_proj(h.to(x.dtype))
+
+    @torch.compiler.disable  # torch's own GRU breaks the graph, and so do documents of any length
+    def pieces(self, v, starts, before):
+        """Run each document of each row as a sequence of its own: v (B, T, C), starts (B, T), before (B, C) or None."""
+        B, T, C = v.shape
+        begins = starts.clone()
+        begins[:, 0] = True
+        row, at = begins.nonzero(as_tuple=True)
+        if len(row) == B:  # one each
+            h0 = None if before is None else torch.where(starts[:, :1], 0.0, before)[None]
+            return self.rnn(v, h0)[0]
+        end = torch.cat((torch.where(row[1:] == row[:-1], at[1:], T), at.new_tensor([T])))
+        length = end - at
+        place = torch.arange(int(length.max()), device=v.device)
+        inside = place < length[:, None]
+        source = (row[:, None] * T + (at[:, None] + place).clamp(max=T - 1)).masked_fill(~inside, B * T)
+        parts = F.pad(v.reshape(B * T, C), (0, 0, 0, 1))[source]
+        h0 = None if before is None else torch.where(starts[row, at][:, None] | (at > 0)[:, None], 0.0, before[row])[None]
+        out, _ = self.rnn(parts, h0)
+        return torch.zeros_like(v).reshape(B * T, C).index_put((source[inside],), out[inside]).view(B, T, C)
 
 
 class MLP(nn.Module):
@@ -391,27 +679,325 @@ class MLP(nn.Module):
         return self.c_proj(x)
 
 
-BLOCKS = {"A": (Attention, MLP)}  # character: (mixer over positions, feed-forward)
+BLOCKS = {"A": (Attention, MLP), "R": (Recurrence, MLP), "G": (GRU, MLP)}  # character: (mixer over positions, feed-forward)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: a mixer over positions, then a feed-forward layer (none where its width is 0)."""
+    """Pre-norm residual block: a mixer over positions, with plan = cross attention to the plan of the level before it, then a
+    feed-forward layer (none where its width is 0)."""
 
-    def __init__(self, cfg, char, i):
+    def __init__(self, cfg, char, i, table, reads_plan):
         super().__init__()
         mixer, feed_forward = BLOCKS[char]
         width = cfg.mlp_width(i)
         self.ln_1 = NORMS[cfg.norm](cfg)
-        self.attn = mixer(cfg, i)
+        self.attn = mixer(cfg, i, table)
+        self.ln_x = NORMS[cfg.norm](cfg) if reads_plan else None
+        self.cross = Cross(cfg, i) if reads_plan else None
         self.ln_2 = NORMS[cfg.norm](cfg) if width else None
         self.mlp = feed_forward(cfg, width) if width else None
         self.drop = Drop(cfg)
 
+    def init_state(self, B, L, states, device, dtype):
+        """Of a stack of L positions; states: how many of them the level before this block has."""
+        own = self.attn.init_state(B, L, device, dtype)
+        return own if self.cross is None else Parts([own, self.cross.init_state(B, states, device, dtype)])
+
     def forward(self, x, ctx, part=None):
-        x = x + self.drop(self.attn(self.ln_1(x), ctx, part))
+        own, seen = part if isinstance(part, Parts) else (part, None)
+        x = x + self.drop(self.attn(self.ln_1(x), ctx, own))
+        if self.cross is not None and ctx.plan is not None:
+            x = x + self.drop(self.cross(self.ln_x(x), ctx, seen))
         if self.mlp is not None:
             x = x + self.drop(self.mlp(self.ln_2(x)))
         return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# levels
+
+
+def binding(places, C):
+    """cos and sin (places, C/2) of a rotary binding: a vector is turned by its place, so that order survives a sum (in the
+    manner of Plate 1995). Angles spread evenly over (0, pi): sums of vectors at different places are orthogonal on average."""
+    turn = math.pi * (torch.arange(C // 2) + 0.5) / (C // 2)
+    turn = torch.outer(torch.arange(places, dtype=torch.float32), turn)
+    return turn.cos(), turn.sin()
+
+
+class Stack(nn.Module):
+    """Blocks and levels that run at one pace, in the order of the layer string. GPT is one, and so is every level. Neither
+    counts in the other's names, so that parameters keep theirs when a model grows a level."""
+
+    def add_layers(self, cfg, tree, number, depth=0, shared=None):
+        """Make the layers of a tree. number: an iterator that counts the blocks of the whole string; shared: the token-level
+        blocks, for levels that run those."""
+        tables = sum(isinstance(c, str) for c in tree) - (cfg.n_value_embed if depth == 0 else 0)  # blocks from there on have one
+        self.blocks, self.levels, inside = nn.ModuleList(), nn.ModuleList(), []
+        for item in tree:  # blocks first: levels may share them
+            if isinstance(item, list):
+                inside.append([next(number) for c in str(item) if c in BLOCKS])
+            elif shared is None:
+                reads = item == "A" and cfg.plan == "cross" and bool(inside)
+                self.blocks.append(Block(cfg, item, next(number), len(self.blocks) >= tables, reads))
+        blocks, self.order = iter(self.blocks if shared is None else shared), []  # a plain list: nothing is registered twice
+        if cfg.share_levels and depth == 0:
+            shared = list(self.blocks)
+        for item in tree:
+            if isinstance(item, list):
+                self.levels.append(Level(cfg, item, iter(inside[len(self.levels)]), depth + 1, shared))
+            self.order.append(next(blocks) if isinstance(item, str) else self.levels[-1])
+
+    def init_states(self, B, L, device, dtype):
+        """A part of a State for each layer, for L positions."""
+        parts, states = [], 0
+        for layer in self.order:
+            parts.append(layer.init_state(B, L, states, device, dtype))
+            states = parts[-1].inner.capacity if isinstance(layer, Level) else states
+        return parts
+
+    def run(self, x, ctx, state=None):
+        """x (B, L, C) through all layers."""
+        for i, layer in enumerate(self.order):
+            x = layer(x, ctx, None if state is None else state.parts[i])
+        return x
+
+    def flops(self, L):
+        """Of forward and backward over L positions: 6 per weight of a matrix and position, and 12 H D for every pair of
+        positions that attention joins (PaLM, arXiv:2204.02311, appendix B)."""
+        total = 0
+        for layer in self.order:
+            own = layer.own_weights() if isinstance(layer, Level) else layer.parameters()
+            total += 6 * L * sum(p.numel() for p in own if p.dim() == 2 and not getattr(p, "is_table", False))
+            if isinstance(layer, Level):
+                total += layer.flops(min(L, layer.capacity) + 1)
+            elif isinstance(layer.attn, Attention):
+                total += 12 * layer.attn.sizes[0] * L * L
+        return total
+
+
+class ConceptHead(nn.Module):
+    """Predicts the next `horizon` concepts (.., H, C) from a level's states u (.., C). cos and mse regress one point, which
+    is the mean of what may come. energy draws samples from noise and is scored by the energy score 2 E|X - y| - E|X - X'|
+    (Gneiting and Raftery 2007; Shao et al. 2025, arXiv:2510.27688), which the true distribution minimises. flow denoises: from
+    a mixture (1 - t) e + t y of noise and target it regresses y, which says where the flow from noise to targets goes there
+    (Lipman et al. 2022, arXiv:2210.02747)."""
+    STEPS, TIMES = 8, 8  # of a flow sample; features of its time
+
+    def __init__(self, cfg):
+        super().__init__()
+        C, H = cfg.n_embd, cfg.horizon
+        self.kind, self.H = cfg.concept, H
+        random = cfg.concept in ("energy", "flow")
+        self.c_fc = Linear(C, 2 * C, bias=cfg.bias) if random else None
+        self.c_in = Linear(H * C + self.TIMES if cfg.concept == "flow" else C // 2, 2 * C, bias=False) if random else None
+        self.c_mid = Linear(2 * C, 2 * C, bias=cfg.bias) if random else None
+        self.out = Linear(2 * C if random else C, H * C, bias=cfg.bias)
+
+    def inside(self, u, z):
+        """The random heads' network: states u (.., C) and noise, or a noisy target and its time, z -> (.., H, C)."""
+        h = self.c_fc(u) + self.c_in(z)
+        h = h + self.c_mid(rms_norm(F.silu(h)))  # a second layer: with one, two futures run into each other
+        return self.out(F.silu(h)).float().unflatten(-1, (self.H, -1))
+
+    def forward(self, u):
+        """One concept for each place ahead (.., H, C): the point itself, or what is made of noise that is 0."""
+        if self.kind in ("cos", "mse"):
+            return self.out(u).float().unflatten(-1, (self.H, -1))
+        if self.kind == "flow":
+            return self.denoise(u, u.new_zeros(*u.shape[:-1], self.H, u.size(-1)), u.new_zeros(*u.shape[:-1], 1, 1))
+        return self.inside(u, u.new_zeros(*u.shape[:-1], self.c_in.in_features))
+
+    def sample(self, u):
+        """A draw of the concepts ahead (.., H, C); cos and mse have but one."""
+        if self.kind in ("cos", "mse"):
+            return self(u)
+        if self.kind == "energy":
+            return self.inside(u, torch.randn(*u.shape[:-1], self.c_in.in_features, device=u.device, dtype=u.dtype))
+        y = torch.randn(*u.shape[:-1], self.H, u.size(-1), device=u.device)
+        for i in range(self.STEPS):  # what is left of the way, in equal steps; the last one ends at what is denoised
+            y = y + (self.denoise(u, y, torch.full_like(y[..., :1, :1], i / self.STEPS)) - y) / (self.STEPS - i)
+        return y
+
+    def denoise(self, u, y, t):
+        """The mean of targets behind y (.., H, C) at time t (.., 1, 1)."""
+        t = torch.cos(math.pi * t.flatten(-2) * torch.arange(self.TIMES, device=t.device))
+        return self.inside(u, torch.cat((y.flatten(-2), t), dim=-1).to(u.dtype))
+
+    def loss(self, u, target):
+        """States (B, M, C), targets (B, M, H, C) of norm sqrt(C) -> (B, M, H)."""
+        if self.kind == "cos":
+            return 1 - F.cosine_similarity(self(u), target, dim=-1)
+        if self.kind == "mse":
+            return (self(u) - target).square().mean(-1)
+        if self.kind == "energy":
+            x, y = self.sample(u), self.sample(u)
+            far = lambda a, b: ((a - b).square().mean(-1) + 1e-8).sqrt()
+            return far(x, target) + far(y, target) - far(x, y)
+        noise, t = torch.randn_like(target), torch.rand(*target.shape[:2], 1, 1, device=target.device)
+        return (self.denoise(u, (1 - t) * noise + t * target, t) - target).square().mean(-1)
+
+
+class LevelState:
+    """What a level carries while decoding: for each position of the level below, (B, L): the place in its chunk of the next
+    position, chunks closed, documents begun, documents begun when the last chunk closed; the open sum (B, L, C); for each
+    state of the level, what it tells the level below (B, capacity, C); and the State of the layers inside. Where those stand
+    follows from how many chunks are closed, so rollback has nothing to do here."""
+
+    def __init__(self, marks, open, told, inner):
+        self.marks, self.open, self.told, self.inner = marks, open, told, inner
+
+    def select(self, rows):
+        return LevelState(self.marks[rows], self.open.select(rows), self.told[rows], self.inner.select(rows))
+
+
+class Level(Stack):
+    """A slower stack (next-concept prediction, and the hierarchical RNN, in one): what is inside runs once a chunk of the
+    positions outside. Chunk i's concept is c_i = norm(sum_j turn(x_j, place j)); the layers inside run over (bos, c_0, ..,
+    c_{n-1}) and give u_0 .. u_n; position t outside reads u_i with i = the number of chunks closed up to and including t, so
+    nothing sees its future. u_i also predicts c_i, the concept that is not complete yet. x (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, cfg, tree, number, depth, shared):
+        super().__init__()
+        C, chunks = cfg.n_embd, cfg.chunk.replace(" ", "").split(",")
+        self.chunk = chunks[min(depth, len(chunks)) - 1]
+        self.depth, self.horizon = depth, cfg.horizon
+        longest = max(cfg.block_size, cfg.history if cfg.enrich else 0)
+        for c in chunks[:depth] if len(chunks) > 1 else chunks * depth:  # the most chunks that a window closes
+            longest //= 4 if c == "space" else int(c)  # (words beyond a quarter of the window run on as one)
+        self.capacity = longest
+        self.bos = nn.Parameter(torch.empty(C))
+        self.compose = MLP(cfg, 2 * C) if cfg.compose == "mlp" else None
+        self.ln = NORMS[cfg.norm](cfg)
+        self.tell = Linear(C, C, bias=cfg.bias) if cfg.plan == "add" else None
+        self.regresses = cfg.level_weight(depth) > 0
+        self.head = ConceptHead(cfg) if self.regresses or cfg.plan == "cross" else None
+        cos, sin = binding(64 if self.chunk == "space" else int(self.chunk), C)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.add_layers(cfg, tree, number, depth, shared)
+
+    def own_weights(self):
+        """What runs once a chunk beside the layers inside."""
+        return [p for m in (self.tell, self.head, self.compose) if m is not None for p in m.parameters()]
+
+    def init_state(self, B, L, states, device, dtype):
+        room = self.capacity + 2  # for bos, and a place that nobody reads
+        inner = State(torch.zeros(B, dtype=torch.long, device=device), self.init_states(B, room, device, dtype), room)
+        C = self.bos.numel()
+        return LevelState(torch.zeros(B, L, 4, dtype=torch.long, device=device), Trail(torch.zeros(B, L, C, device=device)),
+                          torch.zeros(B, room, C, device=device, dtype=dtype), inner)
+
+    def chunks(self, ctx, T, before):
+        """Where chunks end: closes (B, T), place in the chunk, chunks closed so far, documents begun so far (B, T). before (B,
+        4): the marks of the position before."""
+        S, at = ctx.prefix, torch.arange(T, device=before.device)
+        none = torch.zeros(len(before), T, dtype=torch.bool, device=before.device)
+        have = none | True if ctx.have is None else ctx.have[:, S:]
+        fresh = none if ctx.fresh is None else ctx.fresh[:, S:]
+        if ctx.have is not None:  # the first token that is there begins
+            fresh = fresh | (have & ~F.pad(have[:, :-1], (1, 0)))
+        starts = fresh
+        if self.chunk == "space":
+            starts = fresh | F.pad(ctx.space[:, :-1], (1, 0))
+        start = torch.where(starts, at, -1).cummax(1).values  # where the running chunk, or document, began; -1: before
+        place = torch.where(start >= 0, at - start, before[:, :1] + at)
+        if self.chunk == "space":
+            closes, place = ctx.space & have, place.clamp(max=self.cos.size(0) - 1)
+        else:
+            place = place % len(self.cos)
+            closes = (place == len(self.cos) - 1) & have
+        count = before[:, 1:2] + closes.cumsum(1)
+        closes = closes & (count <= self.capacity)
+        return closes, place, count.clamp(max=self.capacity), before[:, 2:3] + fresh.cumsum(1)
+
+    def forward(self, x, ctx, part=None):
+        B, S = x.size(0), ctx.prefix
+        v, at = x[:, S:], torch.arange(x.size(1) - S, device=x.device)
+        T, rows = v.size(1), torch.arange(B, device=x.device)
+        before, pos = torch.zeros(B, 4, dtype=torch.long, device=x.device), None
+        if part is not None:
+            pos = ctx.pos[:, S:]
+            before = part.marks[rows, (pos[:, 0] - 1).clamp(min=0)] * (pos[:, :1] > 0)
+        closes, place, count, docs = self.chunks(ctx, T, before)
+        M = min(self.capacity, T if self.chunk == "space" else -(-T // len(self.cos)) if part is not None else T // len(self.cos))
+        index = (count - before[:, 1:2] - closes.long())  # (B, T) the chunk of each position, from the first that is open
+        ends = (index[:, None] == torch.arange(M, device=x.device)[:, None]) & closes[:, None]  # (B, M, T) position t ends chunk m
+        of = lambda values: (ends * values[:, None]).sum(-1)  # (B, T) -> (B, M): at the end of each chunk
+        turned = rotate(v, *(F.embedding(place, t).to(x.dtype) for t in (self.cos, self.sin)))
+        first = at - place
+        if part is None:
+            inside = (at >= of(first)[..., None]) & (at <= of(at.expand(B, T))[..., None]) & ends.any(-1, keepdim=True)
+            sums = inside.to(x.dtype) @ turned
+        else:  # what is open after each position is kept
+            inside = (at >= first[..., None]) & (at <= at[:, None])  # (B, T, T)
+            opened = inside.to(x.dtype) @ turned + (first < 0)[..., None] * part.open.before(pos)[:, None].to(x.dtype)
+            part.open.write(opened, pos)
+            sums = ends.to(x.dtype) @ opened
+        doc = of(docs)  # (B, M)
+        closed = torch.where(closes, docs, -1).cummax(1).values  # documents begun when the last chunk closed
+        closed = torch.where(closed < 0, before[:, 3:], closed)
+        if part is not None:
+            following = torch.where(closes, 0, place + 1)
+            part.marks[rows[:, None], pos] = torch.stack((following, count, docs, closed), -1)
+        count = F.pad(count, (S, 0))  # a prefix reads u_0, as the first tokens do
+        ctx.plan = Plan(None, None, count, self.capacity + (2 if part is not None else 1))
+        if part is None or ctx.begins or torch.compiler.is_compiling() or bool(closes.any()):
+            doc_before = torch.cat((before[:, 3:], doc[:, :-1]), 1)
+            scored = None if ctx.scored is None else (inside * ctx.scored[:, None, S:]).sum(-1)
+            self.step(x, ctx, part, sums, before[:, 1], ends.any(-1), doc, doc_before, scored)
+        if self.tell is None:
+            return x
+        told = ctx.told if part is None else None
+        if part is None:  # a product with 0 and 1 in place of a lookup, whose gradient would be added up row by row
+            return x + (count[..., None] == torch.arange(told.size(1), device=x.device)).to(x.dtype) @ told
+        return x + part.told[rows[:, None], count].to(x.dtype)
+
+    def step(self, x, ctx, part, sums, closed, exists, doc, doc_before, scored):
+        """The layers inside take a step for each new concept. sums (B, M, C) of chunks, of which exists (B, M) are real; closed
+        (B,): how many were closed before them; doc, doc_before (B, M): documents begun at the end of each and of the one
+        before."""
+        concepts = rms_norm(sums)
+        if self.compose is not None:
+            concepts = rms_norm(concepts + self.compose(concepts))
+        fresh = None if ctx.fresh is None and ctx.have is None else doc != doc_before
+        h, n = concepts, int(ctx.begins)
+        if ctx.begins:
+            h = torch.cat((self.bos.to(x.dtype).expand(len(x), 1, -1), h), dim=1)
+            fresh = None if fresh is None else F.pad(fresh, (1, 0))
+        state = None if part is None else part.inner
+        if state is not None:
+            state.begun, state.pos = not ctx.begins, closed + 1 - n
+        first = closed + 1 - n
+        inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels,
+                             scored=None if scored is None else F.pad(scored, (n, 0)))
+        u = self.ln(self.run(h, inner, state))
+        if ctx.levels is not None:
+            ctx.levels.append((self, u, concepts, exists))
+        ctx.plan.first = first
+        if self.tell is None:
+            ctx.plan.concepts = self.head(u)
+        elif part is None:
+            ctx.told = self.tell(u)
+        else:
+            place = (first[:, None] + torch.arange(u.size(1), device=u.device)).clamp(max=part.told.size(1) - 1)
+            part.told[torch.arange(len(x), device=x.device)[:, None], place] = self.tell(u).to(part.told.dtype)
+        if scored is not None and self.regresses and part is None:
+            self.regress(ctx, u, concepts.detach().float(), exists, doc, doc_before, scored)
+
+    def unbind(self, concepts):
+        """Concepts (.., C) that are sums -> vectors (.., chunk, C): turned back by each place. Their products with embeddings
+        add up to the product of the concept with a chunk of those embeddings, so each place is read on its own."""
+        return rotate(concepts[..., None, :], self.cos, -self.sin)
+
+    def regress(self, ctx, u, concepts, exists, doc, doc_before, scored):
+        """Leave the loss of predicting concepts (B, M, C) from u (B, M + 1, C): a chunk counts as many times as it has scored
+        tokens, so that the weight beside cross-entropy does not hang on the chunk, and not at all across documents."""
+        M, H = concepts.size(1), self.horizon
+        ahead = lambda t: torch.stack([F.pad(t[:, h:], (0, 0) * (t.dim() - 2) + (0, min(h, M))) for h in range(H)], 2)  # (B, M, H, ..)
+        count = ahead(scored * exists) * (ahead(doc) == doc_before[..., None])
+        loss = (self.head.loss(u[:, :M], ahead(concepts)) * count).sum() / H
+        ctx.losses[self.depth] = ctx.losses.get(self.depth, 0.0) + loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,7 +1011,7 @@ class Slots(nn.Module):
     -> (B, S, C). The vectors are embeddings, or with `enrich` what the model put out over the history. The aggregate is a
     decayed mean of the whole history; a token's weight has fallen to e^-4 when it leaves, so that slots are a function of
     the ids kept and of nothing else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned
-    by its place (a rotary binding in the manner of Plate 1995, so order survives the sum). Then a norm, one shared
+    by its place (`binding`, so order survives the sum). Then a norm, one shared
     projection and a learned embedding per slot. A slot with nothing in it has the learned vector `empty` in place of its normed sum.
     """
 
@@ -437,11 +1023,9 @@ class Slots(nn.Module):
         self.empty = nn.Parameter(torch.empty(cfg.n_embd))
         age = torch.arange(cfg.history - 1, -1, -1, dtype=torch.float32)
         self.register_buffer("decay", torch.exp(-4 * age / cfg.history), persistent=False)
-        # angles spread evenly over (0, pi): sums of tokens at different places are orthogonal on average
-        turn = math.pi * (torch.arange(cfg.n_embd // 2) + 0.5) / (cfg.n_embd // 2)
-        turn = torch.outer(torch.arange(cfg.span, dtype=torch.float32), turn) * cfg.span_binding
-        self.register_buffer("cos", turn.cos(), persistent=False)
-        self.register_buffer("sin", turn.sin(), persistent=False)
+        cos, sin = binding(cfg.span, cfg.n_embd)
+        self.register_buffer("cos", cos if cfg.span_binding else torch.ones_like(cos), persistent=False)
+        self.register_buffer("sin", sin * cfg.span_binding, persistent=False)
 
     def forward(self, history, vectors):
         B, cfg = history.size(0), self.cfg
@@ -527,7 +1111,7 @@ class Output:
         return iter((self.logits, self.loss))
 
 
-class GPT(nn.Module):
+class GPT(Stack):
     """A decoder-only transformer and its variants. All weights are drawn from (seed, parameter name)."""
 
     def __init__(self, cfg, seed=1337):
@@ -539,7 +1123,8 @@ class GPT(nn.Module):
         self.wpe = Embedding(cfg.block_size, cfg.n_embd) if cfg.pos == "learned" else None
         self.slots = Slots(cfg) if cfg.n_slot else None
         self.drop = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg, c, i) for i, c in enumerate(parse_layers(cfg.layers)))
+        tree = parse_layers(cfg.layers)
+        self.add_layers(cfg, tree, itertools.count())
         self.ln_f = NORMS[cfg.norm](cfg)
         nearest = cfg.head == "nearest"
         self.lm_head = None if nearest else Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -554,6 +1139,12 @@ class GPT(nn.Module):
             angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
             self.register_buffer("cos", angle.cos(), persistent=False)
             self.register_buffer("sin", angle.sin(), persistent=False)
+        space = None
+        if cfg.chunk.startswith("space") and self.levels:
+            if not cfg.space:
+                raise ValueError("chunk = space needs the ids that end a word (space), which a dataset of characters knows")
+            space = torch.isin(torch.arange(cfg.vocab_size), torch.tensor(cfg.space))
+        self.register_buffer("space", space, persistent=False)
         self.dtype = torch.float32  # what the forward computes in; the trainer sets bf16 where it is fast
         self.init_weights(seed)
 
@@ -564,16 +1155,18 @@ class GPT(nn.Module):
         gpt2 = self.cfg.init == "gpt2"
         for name, p in self.named_parameters():
             g = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
-            if name.endswith("bias"):
+            if name.endswith("bias") or ".rnn.bias_" in name:
                 p.zero_()
-            elif p.dim() == 1 and name != "slots.empty":  # gains of norms
+            elif name.endswith(".rate"):  # of recurrences: memories from a few positions to some hundred
+                p.uniform_(1.0, 5.0, generator=g)
+            elif p.dim() == 1 and not name.endswith(("slots.empty", ".bos")):  # gains of norms
                 p.fill_(1.0)
             elif gpt2:
                 out = name.endswith("c_proj.weight")
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.cfg.n_layer) if out else 0.02, generator=g)
-            elif name.endswith(("c_proj.weight", "value_embed.weight")) or name == "lm_head.weight":
+            elif name.endswith(("c_proj.weight", "value_embed.weight", ".tell.weight")) or name == "lm_head.weight":
                 p.zero_()
-            elif name in ("wte.weight", "slots.empty"):  # as the output head too, ones would shout the current token
+            elif name in ("wte.weight", "slots.empty") or name.endswith(".bos"):  # as the output head too, ones would shout the current token
                 p.normal_(0.0, 1 / self.cfg.n_embd if self.cfg.tie else 1.0, generator=g)
             elif name in ("wpe.weight", "slots.slot_embed"):
                 p.normal_(0.0, 0.1, generator=g)
@@ -591,21 +1184,19 @@ class GPT(nn.Module):
         return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate)
 
     def flops_per_token(self):
-        """Floating-point operations of forward and backward per scored token: 6 per weight of a matrix and position, and
-        12 H D T for attention (PaLM, arXiv:2204.02311, appendix B), slots counted as positions. A pass of thinking counts
-        whole, one without gradient a third."""
+        """Floating-point operations of forward and backward per scored token, slots counted as positions. A pass of thinking
+        counts whole, one without gradient a third."""
         cfg = self.cfg
-        T = cfg.n_slot + cfg.block_size
-        weights = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embed" not in n and "wpe" not in n
-                      and (n != "wte.weight" or cfg.tie or cfg.head == "nearest"))
-        attention = sum(12 * cfg.heads(i)[0] * cfg.heads(i)[2] * T for i in range(cfg.n_layer))
-        positions = T + cfg.enrich * (cfg.n_slot + cfg.history) / 3
-        return (6 * weights + attention) * positions / cfg.block_size * (1 + cfg.n_think + (cfg.soft_rate > 0) / 3)
+        outside = [p for m in (self.lm_head or self.wte, self.point) if m is not None for p in m.parameters()]
+        head = 6 * sum(p.numel() for p in outside if p.dim() == 2)
+        passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3
+        history = self.flops(cfg.n_slot + cfg.history) / 3 if cfg.enrich else 0
+        return head * passes + (self.flops(cfg.n_slot + cfg.block_size) * passes + history) / cfg.block_size
 
     def init_state(self, B, dtype=None):
         """An empty decoding State for B rows, with room for every slot and the whole window."""
         device, L, V = self.wte.weight.device, self.cfg.n_slot + self.cfg.block_size, self.cfg.vocab_size
-        parts = [b.attn.init_state(B, L, device, dtype or self.dtype) for b in self.blocks]
+        parts = self.init_states(B, L, device, dtype or self.dtype)
         if self.cfg.n_think:
             parts.append(Thoughts(torch.zeros(B, L, V, device=device), torch.zeros(B, L, dtype=torch.long, device=device)))
         return State(torch.zeros(B, dtype=torch.long, device=device), parts, L)
@@ -641,30 +1232,35 @@ class GPT(nn.Module):
         x = x.to(self.dtype)
         return self.drop(rms_norm(x) if self.cfg.embed_norm else x), S
 
-    def context(self, tokens, T, state, have):
-        """What all blocks share: the causal mask, rotary angles, and where the state stands."""
-        if state is None:
-            rope = None if self.cfg.pos != "rope" else (self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype))
-            mask = None
-            if have is not None:  # what is missing is seen by nobody but itself
-                at = torch.arange(T, device=tokens.device)
-                seen = F.pad(have, (T - have.size(1), 0), value=True)[:, None] & (at <= at[:, None])
-                mask = (seen | (at == at[:, None]))[:, None]
-            return Context(mask, rope, tokens)
-        pos = state.advance(T)  # (B, T)
-        mask = (torch.arange(state.capacity, device=tokens.device) <= pos[..., None])[:, None]
-        at = pos.clamp(max=state.capacity - 1)[:, None]
-        rope = None if self.cfg.pos != "rope" else (self.cos[at].to(self.dtype), self.sin[at].to(self.dtype))
-        return Context(mask, rope, tokens, pos)
+    def context(self, x, S, tokens, state, have=None, targets=None, losses=None, levels=None):
+        """What all blocks and levels share of these inputs x (B, S + T, C)."""
+        more = {}
+        if self.cfg.eot >= 0 or self.space is not None:
+            ids = tokens.argmax(-1) if tokens.is_floating_point() else tokens
+            more["fresh"] = F.pad(ids == self.cfg.eot, (S, 0)) if self.cfg.eot >= 0 else None
+            more["space"] = self.space[ids] if self.space is not None else None
+        if have is not None:
+            have = F.pad(have, (S, 0), value=True)
+        if targets is not None and losses is not None:  # a token that is a target is scored where it stands
+            more["scored"] = F.pad((targets[:, :-1] >= 0).float(), (S + 1, 0))
+        table = (self.cos, self.sin) if self.cfg.pos == "rope" else None
+        return Context.make(x, table, state, have, prefix=S, tokens=tokens, losses=losses, levels=levels,
+                            **more)
 
-    def hidden(self, tokens, history=None, state=None, have=None):
+    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None):
         """The trunk: tokens, ids (B, T) or distributions (B, T, V) -> normalised output vectors (B, T, C). have (B, T) is
-        False where there is no token."""
+        False where there is no token. Levels leave what they lose in `losses`, over the scored ones of targets (B, T)."""
         x, S = self.embed(tokens, history, state)
-        ctx = self.context(tokens, x.size(1), state, have)
-        for i, block in enumerate(self.blocks):
-            x = block(x, ctx, None if state is None else state.parts[i])
+        x = self.run(x, self.context(x, S, tokens, state, have, targets, losses), state)
         return self.ln_f(x[:, S:])
+
+    def concepts(self, tokens, history=None):
+        """What each level makes of tokens (B, T): a list of (the level, its states (B, M + 1, C), the concepts (B, M, C) of the
+        chunks that closed, which of those exist (B, M)), the slowest of nested levels first. State i predicts concept i."""
+        x, S = self.embed(tokens, history, None)
+        ctx = self.context(x, S, tokens, None, levels=[])
+        self.run(x, ctx)
+        return ctx.levels
 
     def read(self, h, regress=False):
         """Output vectors (B, T, C) -> logits (B, T, V), and where the head or, with `regress`, a loss asks for them: the
@@ -688,7 +1284,7 @@ class GPT(nn.Module):
         hard = F.one_hot(idx, self.cfg.vocab_size).to(p.dtype)
         return torch.cat((hard[:, :1], torch.where(soft, p[:, :-1], hard[:, 1:])), dim=1)
 
-    def think(self, tokens, history, state):
+    def think(self, tokens, history, state, targets, losses):
         """hidden, but each of the first n_think think tokens in the window reads the distribution that the model put out one
         step before, and gradients flow through it (Coconut, Hao et al. 2024, arXiv:2412.06769, with expected embeddings
         for hidden states). n_think further passes over all places: after the i-th the first i are right."""
@@ -707,12 +1303,12 @@ class GPT(nn.Module):
         first = torch.where(soft[:, :1] & can[..., None], first, hard[:, :1])
         tokens = torch.cat((first, hard[:, 1:]), dim=1)
         h = self.hidden(tokens, history, state)
-        for _ in range(min(n, T - 1)):
+        for i in range(n := min(n, T - 1)):
             if state is not None:
                 state.pos, state.begun = before
             p = self.read(h)[0].softmax(-1)
             tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
-            h = self.hidden(tokens, history, state)
+            h = self.hidden(tokens, history, state, None, targets, losses if i == n - 1 else None)
         if state is not None:
             rows = torch.arange(B, device=hard.device)[:, None]
             pos = state.pos[:, None] - T + torch.arange(T, device=hard.device)
@@ -731,7 +1327,8 @@ class GPT(nn.Module):
         cfg = self.cfg
         if self.training and cfg.soft_rate:
             idx = self.soften(idx, history)
-        h = self.think(idx, history, state) if cfg.n_think else self.hidden(idx, history, state)
+        trunk, of_levels = self.think if cfg.n_think else self.hidden, {}
+        h = trunk(idx, history, state, targets=targets, losses=of_levels)
         logits, z, e = self.read(h, regress=targets is not None)
         if targets is None:
             return Output(logits, None, {})
@@ -742,6 +1339,9 @@ class GPT(nn.Module):
         if cfg.semantic_weight:
             losses["semantic"] = semantic_loss(cfg.semantic, z, logits, e, targets, cfg.semantic_temp) / denom
             loss = loss + cfg.semantic_weight * losses["semantic"]
+        for depth, value in of_levels.items():
+            losses[f"concept_{depth}"] = value / denom
+            loss = loss + cfg.level_weight(depth) * losses[f"concept_{depth}"]
         return Output(logits, loss, losses)
 
 

@@ -255,6 +255,13 @@ class Tokenizer:
                             f"{' ...' if len(missing) > 10 else ''}; leave them out or train with --tokenizer=byte")
         return self.table[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].tolist()
 
+    def spaces(self):
+        """Ids of the characters or bytes that are white space."""
+        if self.spec["kind"] == "tiktoken":
+            raise UserError("chunk = space needs a tokenizer of characters or bytes, where white space is a token of its own; use "
+                            "a number, or make the dataset with --tokenizer=char")
+        return [i for i in range(self.n_vocab) if i != self.eot and self.token_bytes(i).isspace()]
+
     def decode_bytes(self, ids):
         """UTF-8 bytes of token ids; the end of a text is a blank line."""
         return b"".join(map(self.token_bytes, ids))
@@ -496,18 +503,95 @@ def chain(cfg, rng):
     return chars, {"think_token": at["~"]}, document
 
 
-TASKS = {"cipher": (cipher, 4000), "chain": (chain, 200_000)}
+def formal(chars, answer, words=None):
+    """A task of Deletang et al. 2022 (arXiv:2207.02098): a string of the length n, `=`, and the answer, which alone is scored.
+    Trained on lengths 1 to 40, validated on 41 to 500, each as often. words(rng, n) draws a string; answer(string) -> string."""
+    words = words or (lambda rng, n: "".join(rng.choice(list(chars), n)))
+
+    def task(cfg, rng):
+        all_chars = "".join(sorted({*chars, *"01=", *("234" if chars != "01" else "")}))
+        at, lengths = {c: i for i, c in enumerate(all_chars)}, iter(())
+
+        def document(train):
+            nonlocal lengths
+            n = int(rng.integers(1, 41)) if train else next(lengths, None)
+            if n is None:
+                lengths = iter(rng.permutation(np.arange(41, 501)).tolist())
+                n = next(lengths)
+            string = words(rng, n)
+            right = answer(string)
+            ids = np.array([at[c] for c in f"{string}={right}"])
+            return ids, np.arange(len(ids)) > len(string)
+
+        return all_chars, {"whole": True}, document
+
+    task.__doc__ = answer.__doc__
+    return task
+
+
+def expression(rng, n):
+    """A random expression of n symbols, digits and operators in turn, modulo 5; an even n gets a minus in front."""
+    digits, signs = rng.choice(list("01234"), (n + 1) // 2 + 1), rng.choice(list("+-*"), n // 2 + 1)
+    return ("-" if n % 2 == 0 else "") + "".join(d + s for d, s in zip(digits, signs))[:n - (n % 2 == 0)]
+
+
+def calculate(expression):
+    """The value modulo 5 of sums and products of digits."""
+    total = 0
+    for term in expression.replace("-", "+-").split("+"):
+        if term:
+            value = -1 if term[0] == "-" else 1
+            for factor in term.lstrip("-").split("*"):
+                value *= int(factor)
+            total += value
+    return str(total % 5)
+
+
+def plan(cfg, rng):
+    """A header of 7 letters, then the word of each: 4 letters, the same for a letter in all documents. Whoever writes a word
+    must know what the header says of this chunk. (With the end of text before it, a header is two chunks of 4.)"""
+    chars = "abcdefghijklmnop"
+    words = rng.integers(16, size=(16, 4))
+
+    def document(train):
+        header = rng.integers(16, size=7)
+        return np.concatenate([header, words[header].ravel()]), np.arange(35) >= 7
+
+    return chars, {}, document
+
+
+def fork(cfg, rng):
+    """Chunks of 4 letters, each of them `abcd` or `efgh`, evenly: what comes next is one of two, and never the middle."""
+    chars = "-abcdefgh"
+
+    def document(train):
+        coins = rng.integers(2, size=15)
+        return np.append([0, 0, 0], (1 + 4 * coins[:, None] + np.arange(4)).ravel()), np.arange(63) >= 3
+
+    return chars, {}, document
+
+
+FORMAL = {"parity": formal("01", lambda s: str(s.count("1") % 2)),
+          "even_pairs": formal("01", lambda s: str(int(s[0] != s[-1]))),  # 01 and 10 together are odd in number
+          "cycle_navigation": formal("+-.", lambda s: str((s.count("+") - s.count("-")) % 5)),
+          "modular_arithmetic": formal("01234+-*", calculate, expression),
+          "reverse_string": formal("01", lambda s: s[::-1])}
+TASKS = {"cipher": (cipher, 3600, 400), "chain": (chain, 180_000, 20_000),  # documents of the two splits
+         "plan": (plan, 20_000, 1000), "fork": (fork, 5000, 500),
+         **{name: (task, 200_000, 4600) for name, task in FORMAL.items()}}
 
 
 def prepare_task(task, cfg, folder):
     """Write a synthetic task: documents one after another, an end-of-text token behind each, with the answer mask."""
-    function, n_docs = TASKS[task]
+    function, n_train, n_val = TASKS[task]
     chars, notes, document = function(cfg, np.random.default_rng(cfg.seed))
-    n_docs = cfg.n_docs or n_docs
+    if cfg.n_docs:
+        n_train, n_val = -(-cfg.n_docs * 9 // 10), cfg.n_docs // 10
+    n_docs = n_train + n_val
     tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
     with dataset_writer(folder, tok, masked=True) as (write, meta):
         for i in bar(range(n_docs), desc=task, unit="doc"):
-            train = i < n_docs * 0.9
+            train = i < n_train
             ids, mask = document(train)
             write["train" if train else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
         meta.update(source=f"task {task}, seed {cfg.seed}", task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause,

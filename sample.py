@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import prepare
 from config import UserError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Level, rms_norm
 
 
 @dataclass
@@ -275,6 +275,26 @@ class Decoder:
         new.state, new.logits = self.state.select(at), self.logits[at]
         return new
 
+    def planned(self):
+        """Whether the model plans chunks of tokens that can be read back: a level that stands first and sums them."""
+        level = self.model.order[0]
+        return isinstance(level, Level) and level.head is not None and level.compose is None and level.chunk != "space"
+
+    @torch.inference_mode()
+    def plan_lines(self, tok):
+        """For each chunk that row 0's window holds, the tokens whose composition is nearest to the concept that was predicted
+        before it was written, beside what was written."""
+        ring, window = self.rows[0]
+        history = torch.tensor([[-1] * (self.H - len(ring)) + ring]) if self.H else None
+        ids = torch.tensor([window], device=self.model.wte.weight.device)
+        level, u, _, exists = self.model.concepts(ids, history)[-1]
+        near = level.unbind(level.head(u)[0, :, 0]) @ rms_norm(self.model.wte.weight.float()).T  # (M + 1, chunk, V)
+        k = near.size(1)
+        lines = [f"{'planned':>{k + 10}} | written"]
+        for i, plan in enumerate(near.argmax(-1)[:-1].tolist()):
+            lines.append(f"{tok.decode(plan)!r:>{k + 10}} | {tok.decode(window[i * k:(i + 1) * k])!r}")
+        return lines
+
     def seen(self):
         """(B, V) bool: the tokens in each row's window."""
         out = torch.zeros_like(self.logits, dtype=torch.bool)
@@ -500,6 +520,8 @@ def main(argv):
             break
     ends = ["" if cfg.json else t.end() for t in texts]
     print(ends[0], end="" if cfg.json else "\n")
+    if cfg.trace and expert.planned():
+        print("\n" + "\n".join(expert.plan_lines(tok)))
     for pieces, end in zip(others[1:], ends[1:]):
         print(*([] if cfg.json else ["-" * 40 + "\n" + prompt]), *pieces, end, sep="", end="" if cfg.json else "\n")
     return 0

@@ -213,7 +213,10 @@ class Data:
         if mcfg.n_think and not 0 <= think < self.n_vocab:
             raise UserError(f"n_think needs a dataset with a think token, such as python prepare.py chain makes, or one of the "
                             f"dataset's {self.n_vocab} ids as --think_token, not {think}")
-        return {"vocab_size": self.n_vocab, "think_token": think if mcfg.n_think else -1}
+        inside = set("RG(") & set(mcfg.layers)  # what begins again with a document
+        spaces = tuple(prepare.Tokenizer(self.meta["tokenizer"]).spaces()) if "(" in mcfg.layers and mcfg.chunk.startswith("space") else ()
+        return {"vocab_size": self.n_vocab, "think_token": think if mcfg.n_think else -1,
+                "eot": self.eot if inside and self.eot is not None else -1, "space": spaces}
 
     def rows(self, first, last, keep=None):
         """Rows whose scored targets are the tokens first..last (B,) of the split, `last` at the row's end where there is
@@ -226,6 +229,9 @@ class Data:
         scored = inside & (at >= first[:, None]) & (at <= last[:, None])
         if self.mask is not None:
             scored &= self.mask[np.clip(at, 0, self.n - 1)] > 0
+        if self.meta.get("whole"):  # an answer is asked only where its whole document is in the row
+            begins = (start == 0) | (self.tokens[np.maximum(start - 1, 0)] == self.eot)
+            scored[:, self.H:] &= ((tok[:, self.H:] == self.eot).cumsum(1) > 0) | begins[:, None]
         history = prepare.forget(tok[:, :self.H], self.eot)
         if keep is not None:
             history = np.where(np.arange(self.H, 0, -1) > keep[:, None], -1, history)
@@ -309,11 +315,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def param_groups(model, tcfg):
-    """{"muon": [...], "adamw": [...], "plain": [...]}: linear layers inside blocks and slots; everything else with two
-    dimensions; gains and biases, which never decay. With optimizer = adamw the first is part of the second."""
+    """{"muon": [...], "adamw": [...], "plain": [...]}: linear layers inside blocks, levels and slots; everything else with two
+    dimensions, heads among it; gains and biases, which never decay. With optimizer = adamw the first is part of the second."""
     out = {"muon": [], "adamw": [], "plain": []}
     for name, p in model.named_parameters():
-        inside = name.startswith(("blocks.", "slots.proj")) and p.dim() == 2 and not name.endswith("embed.weight")
+        inside = name.startswith(("blocks.", "levels.", "slots.proj")) and p.dim() == 2 and not (
+            name.endswith("embed.weight") or ".head." in name)
         out["plain" if p.dim() < 2 else "muon" if inside and tcfg.optimizer == "muon" else "adamw"].append(p)
     return out
 
@@ -494,6 +501,15 @@ class Runner:
         self.tokens = self.n_rows * mcfg.block_size  # of a step
         self.slice = slice(place.rank * self.my_rows, (place.rank + 1) * self.my_rows)
 
+    def grow(self, weights, exactly):
+        """Take the weights of a checkpoint, which need not have levels, or attention to their plans, unless `exactly`: those
+        add nothing before they are trained. -> how many numbers were not in it; RuntimeError where it does not fit."""
+        missing = {n for n in self.model.state_dict() if n not in weights} if not exactly else set()
+        new = {n: p for n, p in self.model.named_parameters() if n in missing and
+               (n.startswith("levels.") or ".cross." in n or ".ln_x." in n)}
+        self.model.load_state_dict({**{n: p.detach() for n, p in new.items()}, **weights})
+        return sum(p.numel() for p in new.values())
+
     def mfu(self, seconds):
         """Share of the matmul peak that a step of so many seconds reaches."""
         return self.model.flops_per_token() * self.tokens / seconds / self.peak / self.place.world
@@ -600,7 +616,9 @@ def train(mcfg, tcfg, say=print):
     step, best, saved_val, step_seconds, curve, block_loss = 0, float("inf"), None, 0.0, [], []
     if saved is not None:
         try:
-            run.model.load_state_dict(saved["model"])
+            grown = run.grow(saved["model"], resumed)
+            if grown:
+                say(f"{start} has none of {grown} new parameters; they start so that the model computes what it did")
             for o, s in zip(run.optimizers, saved["optimizers"] if resumed else ()):  # its rates are those of the settings
                 o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
         except (RuntimeError, ValueError) as e:

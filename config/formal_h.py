@@ -1,0 +1,13 @@
+"""A formal language by a hierarchical RNN: trained on lengths to 40, scored to 500. python prepare.py parity makes the data, and
+--dataset=even_pairs, cycle_navigation or modular_arithmetic takes another (made likewise)."""
+out_dir = "out/formal_h"
+dataset = "parity"
+layers = "RR(RA)R"
+n_head = 4
+n_embd = 64
+block_size = 512
+score_last = 1
+train_on_all = True
+batch_size = 8
+max_iters = 3000
+eval_interval = 3000
