@@ -581,6 +581,10 @@ class Recurrence(nn.Module):
         self.rate = nn.Parameter(torch.empty(C // 2 if cfg.gate == "complex" else C))  # of keeping, when x says nothing
         self.c_proj = Linear(C, C, bias=cfg.bias)
 
+    def full(self, a):
+        """A gate reaches 1 itself, not only in the limit: then it keeps for ever, and takes in nothing."""
+        return (1.05 * a).clamp(-1, 1)
+
     def init_state(self, B, L, device, dtype):
         return Trail(torch.zeros(B, L, self.c_proj.in_features, device=device))
 
@@ -591,10 +595,10 @@ class Recurrence(nn.Module):
             g, turn = g.chunk(2, dim=-1)
             frame = (math.pi * torch.tanh(turn)).cumsum(1)  # (B, T, C/2) radians since the first of these positions
             cos, sin = frame.cos(), frame.sin()
-            a = torch.sigmoid(g + self.rate).repeat(1, 1, 2)
+            a = self.full(torch.sigmoid(g + self.rate)).repeat(1, 1, 2)
             v = rotate(v, cos, -sin)
         else:
-            a = torch.sigmoid(g + self.rate) if self.gate == "positive" else torch.tanh(g + self.rate)
+            a = self.full(torch.sigmoid(g + self.rate) if self.gate == "positive" else torch.tanh(g + self.rate))
         b = (1 - a.abs()) * v
         if ctx.fresh is not None:
             a = a.masked_fill(ctx.fresh[..., None], 0.0)
@@ -1158,7 +1162,7 @@ class GPT(Stack):
             if name.endswith("bias") or ".rnn.bias_" in name:
                 p.zero_()
             elif name.endswith(".rate"):  # of recurrences: memories from a few positions to some hundred
-                p.uniform_(1.0, 5.0, generator=g)
+                p.uniform_(0.0, 3.0, generator=g)
             elif p.dim() == 1 and not name.endswith(("slots.empty", ".bos")):  # gains of norms
                 p.fill_(1.0)
             elif gpt2:
