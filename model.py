@@ -771,11 +771,15 @@ class Stack(nn.Module):
         positions that attention joins (PaLM, arXiv:2204.02311, appendix B)."""
         total = 0
         for layer in self.order:
-            own = layer.own_weights() if isinstance(layer, Level) else layer.parameters()
-            total += 6 * L * sum(p.numel() for p in own if p.dim() == 2 and not getattr(p, "is_table", False))
+            parts = [layer.tell, layer.head, layer.compose] if isinstance(layer, Level) else [layer]
+            matrices = [p for part in parts if part is not None for m in part.modules() if not isinstance(m, Embedding)
+                        for p in m.parameters(recurse=False) if p.dim() == 2]
             if isinstance(layer, Level):
-                total += layer.flops(min(L, layer.capacity) + 1)
-            elif isinstance(layer.attn, Attention):
+                L_inside = min(L, layer.capacity) + 1
+                total += 6 * L_inside * sum(p.numel() for p in matrices) + layer.flops(L_inside)
+                continue
+            total += 6 * L * sum(p.numel() for p in matrices)
+            if isinstance(layer.attn, Attention):
                 total += 12 * layer.attn.sizes[0] * L * L
         return total
 
@@ -880,10 +884,6 @@ class Level(Stack):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.add_layers(cfg, tree, number, depth, shared)
-
-    def own_weights(self):
-        """What runs once a chunk beside the layers inside."""
-        return [p for m in (self.tell, self.head, self.compose) if m is not None for p in m.parameters()]
 
     def init_state(self, B, L, states, device, dtype):
         room = self.capacity + 2  # for bos, and a place that nobody reads
