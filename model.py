@@ -259,8 +259,8 @@ class Embedding(nn.Embedding):
         return tokens.to(self.weight.dtype) @ self.weight
 
 
-def rms_norm(x):
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)  # torch's default would depend on the type
+def rms_norm(x, eps=1e-6):  # torch's default would depend on the type
+    return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
 class LayerNorm(nn.Module):
@@ -593,7 +593,7 @@ class Recurrence(nn.Module):
         v, g = v.float(), g.float()
         if self.gate == "complex":
             g, turn = g.chunk(2, dim=-1)
-            frame = (math.pi * torch.tanh(turn)).cumsum(1)  # (B, T, C/2) radians since the first of these positions
+            frame = (math.pi * turn).cumsum(1)  # (B, T, C/2) radians since the first of these positions
             cos, sin = frame.cos(), frame.sin()
             a = self.full(torch.sigmoid(g + self.rate)).repeat(1, 1, 2)
             v = rotate(v, cos, -sin)
@@ -611,7 +611,8 @@ class Recurrence(nn.Module):
             h = rotate(h, cos, sin)
         if trail is not None:
             trail.write(h, ctx.pos)
-        return self.c_proj(rms_norm(h).to(x.dtype) * F.silu(o))
+        h = rms_norm(h, eps=1e-16)  # what has faded evenly still says what it said
+        return self.c_proj(h.to(x.dtype) * F.silu(o))
 
 
 class GRU(nn.Module):
