@@ -70,8 +70,9 @@ def read_arm(preset=None, **overrides):
 
 
 def stand_in(m):
-    """GPTConfig of model settings without a dataset: Shakespeare's 65 characters, and one of them for thinking."""
-    return GPTConfig(**{"vocab_size": 65, "think_token": 0, **m})
+    """GPTConfig of model settings without a dataset: Shakespeare's 65 characters, one of them for thinking, and as many that
+    end a word that random text has words as long."""
+    return GPTConfig(**{"vocab_size": 65, "think_token": 0, "space": tuple(range(12)), **m})
 
 
 def like_nanogpt(m, t):

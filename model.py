@@ -169,9 +169,8 @@ class GPTConfig:
         def check(items, outer):
             for i, item in enumerate(items):
                 if isinstance(item, list):
-                    later = [c for c in items[i:] if isinstance(c, str)]
-                    if self.plan == "cross" and not set(later) & set("A"):
-                        raise ValueError("plan = cross needs an attention block (A) behind each level, to read its plan")
+                    if self.plan == "cross" and not any(isinstance(c, str) for c in items[i:]):
+                        raise ValueError("plan = cross needs a block behind each level, to read its plan")
                     mine = [c for c in item if isinstance(c, str)]
                     if self.share_levels and outer[:len(mine)] != mine:
                         raise ValueError(f"share_levels runs the first token-level blocks ({''.join(outer)}) in every level, but "
@@ -743,8 +742,8 @@ class Stack(nn.Module):
             if isinstance(item, list):
                 inside.append([next(number) for c in str(item) if c in BLOCKS])
             elif shared is None:
-                reads = item == "A" and cfg.plan == "cross" and bool(inside)
-                self.blocks.append(Block(cfg, item, next(number), len(self.blocks) >= tables, reads))
+                reads_plan = cfg.plan == "cross" and bool(inside)
+                self.blocks.append(Block(cfg, item, next(number), len(self.blocks) >= tables, reads_plan))
         blocks, self.order = iter(self.blocks if shared is None else shared), []  # a plain list: nothing is registered twice
         if cfg.share_levels and depth == 0:
             shared = list(self.blocks)

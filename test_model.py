@@ -68,24 +68,17 @@ VARIANTS = {  # name: config overrides
     "think": dict(n_think=2, think_token=3),
     "slots_enrich": dict(SLOTS, enrich=True),
     "soft_rate+think+slots+enrich+value_embed": dict(SLOTS, soft_rate=0.3, n_think=2, think_token=3, enrich=True, n_value_embed=1),
-    "recurrent": dict(layers="RR", eot=5),
-    "recurrent_positive": dict(layers="RR", gate="positive", pos="none"),
-    "recurrent_complex": dict(layers="RR", gate="complex", eot=5),
+    "recurrent": dict(layers="RR", gate="positive", eot=5),
+    "recurrent_complex": dict(layers="RR", gate="complex", pos="none"),
     "gru": dict(layers="GA", eot=5),
     "level": dict(layers="(A)A", eot=5),
-    "level_inside": dict(layers="A(A)A", compose="mlp", chunk=3),
-    "level_cross": dict(layers="(A)A", plan="cross", horizon=3, concept="mse"),
-    "level_energy": dict(layers="A(A)A", concept="energy", concept_weight=0.1, horizon=3, plan="cross", eot=5),
-    "level_flow": dict(layers="(A)A", concept="flow", concept_weight=0.1, horizon=3),
-    "levels": dict(layers="((A)A)A", chunk="2,3"),
+    "level_inside": dict(layers="A(A)A", chunk=3, compose="mlp", plan="cross", concept="energy", concept_weight=0.1, eot=5),
     "levels_cross": dict(layers="((A)A)A", chunk="space,2", space=(1, 2, 3), plan="cross", concept="flow", horizon=3),
     "levels_shared": dict(layers="((A)AA)AA", share_levels=True, concept_weight=(0.1, 0.0)),
-    "hierarchy": dict(layers="R(RA)R", chunk="space", space=(1, 2), eot=5),
-    "hierarchy_cross": dict(layers="R(RA)RA", plan="cross", concept="energy", gate="complex", n_value_embed=1),
-    "hybrid+slots+enrich+think": dict(SLOTS, layers="RA", enrich=True, n_think=2, think_token=3),
+    "hierarchy": dict(layers="R(RA)R", chunk="space", space=(1, 2), eot=5, concept="mse"),
     "level+slots+nanogpt": dict(SLOTS, **NANOGPT, layers="(A)A", plan="cross"),
-    "levels+gru+slots+enrich+think+soft_rate": dict(SLOTS, layers="((G)A)A", chunk="space,2", space=(1, 2, 3), plan="cross", eot=7,
-                                                    enrich=True, soft_rate=0.3, n_think=2, think_token=3),
+    "levels+gru+slots+enrich+think+soft_rate": dict(SLOTS, layers="((G)R)A", chunk="space,2", space=(1, 2, 3), plan="cross", eot=7,
+                                                    enrich=True, soft_rate=0.3, n_think=2, think_token=3, n_value_embed=1),
     "nearest+think+nanogpt": dict({**NANOGPT, "tie": False}, head="nearest", n_think=2, think_token=3),
 }
 variants = pytest.mark.parametrize("name", VARIANTS)
@@ -99,11 +92,14 @@ def two_threads():
 def make(name, seed=0, awake=True, **more):
     """The model of a row of VARIANTS; `awake` moves the weights that start at zero, so that every path counts."""
     m = GPT(GPTConfig(**{**BASE, **VARIANTS[name], **more}), seed=seed)
-    if awake:
-        g = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in m.parameters():
-                p.add_(torch.randn(p.shape, generator=g) * 0.1)
+    return wake(m, seed) if awake else m
+
+
+def wake(m, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(torch.randn(p.shape, generator=g) * 0.1)
     return m
 
 
@@ -493,14 +489,10 @@ def test_scan_is_the_loop():
         torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("name", ["recurrent", "recurrent_complex", "gru_alone"])
-def test_documents_reset_recurrences(name):
+@pytest.mark.parametrize("settings", [dict(layers="RR"), dict(layers="RR", gate="complex"), dict(layers="GG")])
+def test_documents_reset_recurrences(settings):
     """Behind an end of text, nothing of what came before it counts."""
-    VARIANTS_TOO = {**VARIANTS, "gru_alone": dict(layers="GG", eot=5)}
-    m = GPT(GPTConfig(**{**BASE, **VARIANTS_TOO[name]}), seed=0).eval()
-    with torch.no_grad():
-        for p in m.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    m = wake(GPT(GPTConfig(**BASE, **settings, eot=5))).eval()
     x = torch.randint(6, 24, (2, 16), generator=torch.Generator().manual_seed(0))
     x[:, 7] = 5
     other = x.clone()
@@ -542,6 +534,25 @@ def test_concepts_are_bound_sums():
     assert exists.tolist() == [[True, True, True, False]]
     torch.testing.assert_close(c2[0, 0], c[0, 0])
     assert (level.unbind(c2) @ e.T).argmax(-1)[0, 1:3].flatten().tolist() == x[0, 6:14].tolist()
+
+
+@pytest.mark.parametrize("layers", ["(A)A", "((A)A)A", "A(A)A", "R(RA)R"])
+@pytest.mark.parametrize("plan", ["add", "cross"])
+@pytest.mark.parametrize("concept", ["cos", "mse", "energy", "flow"])
+def test_no_level_sees_its_future(layers, plan, concept):
+    """Leak and prefix, for each plan and head, three concepts ahead."""
+    m = wake(GPT(GPTConfig(**BASE, layers=layers, plan=plan, concept=concept, concept_weight=0.1, horizon=3, chunk=2)))
+    x, _ = inputs(m)
+    for mode in (True, False):
+        m.train(mode)
+        full = m(x, x).logits
+        for t in (1, 4, 9, 15):
+            changed = x.clone()
+            changed[:, t:] = (x[:, t:] + 1) % 24
+            out = m(changed, changed).logits
+            assert torch.equal(out[:, :t], full[:, :t]) and not torch.equal(out[:, t:], full[:, t:])
+    for n in range(1, 17):
+        torch.testing.assert_close(m(x[:, :n]).logits, full[:, :n], atol=2e-5, rtol=0)
 
 
 def test_words_are_chunks():
@@ -1507,7 +1518,7 @@ def test_bad_settings(tmp_path, data_dir):
     refused(train.main, ["--layers=((A)A)A", "--chunk=2,3,4"], "chunk", "2 depths")
     refused(train.main, ["--layers=((A)A)A", "--concept_weight=0.1,0.2,0.3"], "concept_weight", "2 depths")
     refused(train.main, ["--layers=(A)A", "--concept_weight=-1"], "concept_weight")
-    refused(train.main, ["--layers=(A)R", "--plan=cross"], "plan = cross", "attention")
+    refused(train.main, ["--layers=A(A)", "--plan=cross"], "plan = cross", "block behind")
     refused(train.main, ["--layers=(A)A", "--horizon=0"], "horizon")
     refused(train.main, ["--layers=RR", "--n_embd=33", "--n_head=3", "--pos=none", "--gate=complex"], "even")
     refused(train.main, ["--n_think=2", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/t"], "chain", "--think_token")
