@@ -907,7 +907,7 @@ class Level(Stack):
         start = torch.where(starts, at, -1).cummax(1).values  # where the running chunk, or document, began; -1: before
         place = torch.where(start >= 0, at - start, before[:, :1] + at)
         if self.chunk == "space":
-            closes, place = ctx.space & have, place.clamp(max=self.cos.size(0) - 1)
+            closes = ctx.space & have
         else:
             place = place % len(self.cos)
             closes = (place == len(self.cos) - 1) & have
@@ -925,10 +925,11 @@ class Level(Stack):
             before = part.marks[rows, (pos[:, 0] - 1).clamp(min=0)] * (pos[:, :1] > 0)
         closes, place, count, docs = self.chunks(ctx, T, before)
         M = min(self.capacity, T if self.chunk == "space" else -(-T // len(self.cos)) if part is not None else T // len(self.cos))
-        index = (count - before[:, 1:2] - closes.long())  # (B, T) the chunk of each position, from the first that is open
+        index = count - before[:, 1:2] - closes.long()  # (B, T) the chunk of each position, from the first that is open
         ends = (index[:, None] == torch.arange(M, device=x.device)[:, None]) & closes[:, None]  # (B, M, T) position t ends chunk m
         of = lambda values: (ends * values[:, None]).sum(-1)  # (B, T) -> (B, M): at the end of each chunk
-        turned = rotate(v, *(F.embedding(place, t).to(x.dtype) for t in (self.cos, self.sin)))
+        turn = place.clamp(max=len(self.cos) - 1)  # (a word's letters beyond the table turn alike)
+        turned = rotate(v, *(F.embedding(turn, t).to(x.dtype) for t in (self.cos, self.sin)))
         first = at - place
         if part is None:
             inside = (at >= of(first)[..., None]) & (at <= of(at.expand(B, T))[..., None]) & ends.any(-1, keepdim=True)
@@ -952,9 +953,8 @@ class Level(Stack):
             self.step(x, ctx, part, sums, before[:, 1], ends.any(-1), doc, doc_before, scored)
         if self.tell is None:
             return x
-        told = ctx.told if part is None else None
         if part is None:  # a product with 0 and 1 in place of a lookup, whose gradient would be added up row by row
-            return x + (count[..., None] == torch.arange(told.size(1), device=x.device)).to(x.dtype) @ told
+            return x + (count[..., None] == torch.arange(ctx.told.size(1), device=x.device)).to(x.dtype) @ ctx.told
         return x + part.told[rows[:, None], count].to(x.dtype)
 
     def step(self, x, ctx, part, sums, closed, exists, doc, doc_before, scored):

@@ -568,6 +568,17 @@ def test_words_are_chunks():
     assert level_of(m, x)[3].sum() == 4
 
 
+@pytest.mark.parametrize("settings", [dict(chunk="space", space=(1,), block_size=200), dict(chunk=32, block_size=16)])
+def test_long_words_and_long_chunks(settings):
+    """Words longer than the table of places, and a window that closes no chunk: decoding is the full forward."""
+    m = wake(GPT(GPTConfig(**{**BASE, **settings}, layers="(A)A"))).eval()
+    x = torch.randint(2, 24, (2, m.cfg.block_size), generator=torch.Generator().manual_seed(0))
+    x[:, 150::20] = 1
+    full, state = m(x).logits, m.init_state(2)
+    out = [m(x[:, a:b], state=state).logits for a, b in [(0, 9)] + [(t, t + 1) for t in range(9, m.cfg.block_size)]]
+    torch.testing.assert_close(torch.cat(out, 1), full, atol=2e-5, rtol=0)
+
+
 def test_the_leak_test_finds_a_leak():
     """Reading the state that has seen the chunk one is in: what the published notebooks do, and what the invariants forbid."""
     m = make("level").eval()
