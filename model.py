@@ -44,7 +44,7 @@ class GPTConfig:
     tie: bool = False  # output head shares the token embedding
     qk_norm: bool = True  # RMSNorm on queries and keys
     embed_norm: bool = True  # RMSNorm on the embeddings
-    gate: str = "real"  # of R: positive (0, 1) | real (-1, 1) | complex (channel pairs turn, and shrink by (0, 1))
+    gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn, and keep 0 to 1)
     chunk: str | int = "4"  # positions in a chunk of a level, or space (a word); "space,4" is one value a depth
     plan: str = "add"  # how a level reaches the one below it: add (its state) | cross (attention to predicted concepts)
     compose: str = "sum"  # what makes a concept of a chunk: sum (bound by place) | mlp (that, and an MLP beside it)
@@ -54,7 +54,7 @@ class GPTConfig:
     share_levels: bool = False  # levels run the blocks of the token level, one set of weights for all
     eot: int = -1  # id that ends a document, where recurrences and chunks begin again; -1: that of the dataset
     space: tuple[int, ...] = ()  # ids that end a word, for chunk = space; (): those of the dataset
-    n_value_embed: int = 0  # the last n token-level blocks that add a token embedding of their own to their attention values
+    n_value_embed: int = 0  # the last n token-level blocks A that add a token embedding of their own to their attention values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
     channel_drop: float = 0.0  # on residual branches, whole channels of a row at a time: unlike dropout it costs no time
     head: str = "softmax"  # softmax | nearest (logits fall with the distance of a regressed point to each embedding)
@@ -108,8 +108,8 @@ class GPTConfig:
             if d < 1 or (self.pos == "rope" and (d % 2 or d != self.heads(0)[2])):
                 raise ValueError(f"head_dim must be positive, and for pos = rope even and the same in all layers, not {d}; "
                                  f"with a different n_head per layer set head_dim")
-        if not 0 <= self.n_value_embed <= sum(isinstance(c, str) for c in tree):
-            raise ValueError(f"n_value_embed ({self.n_value_embed}) must lie between 0 and the number of token-level blocks")
+        if not 0 <= self.n_value_embed <= tree.count("A"):
+            raise ValueError(f"n_value_embed ({self.n_value_embed}) must lie between 0 and the number of token-level blocks A")
         if self.tie and self.init == "fan_in" and not self.embed_norm:
             raise ValueError("tie = True with init = fan_in needs embed_norm = True: one table cannot be small for the head "
                              "and large for the input")
@@ -146,23 +146,28 @@ class GPTConfig:
 
     def check_levels(self, tree):
         """ValueError where the settings of levels and of recurrences do not fit the tree of a layer string."""
-        if not isinstance(self.chunk, str):
-            self.chunk = str(self.chunk)
-        chunks = self.chunk.replace(" ", "").split(",")
+        chunks = str(self.chunk).replace(" ", "").split(",")
+        self.chunk = ",".join(chunks)
         depth = max(self.layers[:i].count("(") - self.layers[:i].count(")") for i in range(len(self.layers) + 1))
         for i, c in enumerate(chunks):
-            if not (c.isdigit() and int(c) > 0) and not (c == "space" and i == 0):
+            if not (c.isascii() and c.isdecimal() and int(c) > 0) and not (c == "space" and i == 0):
                 raise ValueError(f"chunk is a positive number or, for the first level, space, not {c!r}")
         if len(chunks) not in (1, depth) and depth:
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
         if chunks == ["space"] and depth > 1:
             raise ValueError("chunk = space says nothing of the levels above words; give one value a depth, as space,4")
+        if depth and math.prod(4 if c == "space" else int(c) for c in (chunks if len(chunks) > 1 else chunks * depth)) > self.block_size:
+            raise ValueError(f"chunk = {self.chunk} closes no chunk of the slowest level in a window of {self.block_size}; give a smaller one")
         if isinstance(self.concept_weight, tuple) and len(self.concept_weight) != depth:
             raise ValueError(f"concept_weight gives {len(self.concept_weight)} values for {depth} depths of levels")
-        if min([self.concept_weight] if isinstance(self.concept_weight, float) else self.concept_weight) < 0:
+        if min(self.level_weight(d) for d in range(1, max(depth, 1) + 1)) < 0:
             raise ValueError("concept_weight cannot be negative")
-        if self.horizon < 1:
-            raise ValueError(f"horizon must be at least 1, not {self.horizon}")
+        if not 1 <= self.horizon <= self.block_size:
+            raise ValueError(f"horizon must lie between 1 and block_size, not {self.horizon}")
+        if self.eot < -1 or min(self.space, default=0) < 0:
+            raise ValueError("eot and space are ids, which cannot be negative (eot = -1: that of the dataset)")
+        if self.share_levels and self.plan == "cross" and depth > 1:
+            raise ValueError("share_levels with plan = cross takes one depth of levels: nobody would read the slower plans")
         if (depth or (self.gate == "complex" and "R" in self.layers)) and self.n_embd % 2:
             raise ValueError(f"n_embd ({self.n_embd}) must be even for levels and for gate = complex")
 
@@ -187,7 +192,7 @@ class GPTConfig:
         return value[i] if isinstance(value, tuple) else value
 
     def level_weight(self, depth):
-        return self.concept_weight if isinstance(self.concept_weight, float) else self.concept_weight[depth - 1]
+        return self.concept_weight[depth - 1] if isinstance(self.concept_weight, tuple) else self.concept_weight
 
     def heads(self, i):
         """(query heads, key and value heads, head_dim) of layer i."""
@@ -379,7 +384,7 @@ class State:
         self.begun = begun  # the slots are in
 
     def advance(self, T):
-        """Positions (B, T) of the next T inputs; past the end lies one place that nobody reads."""
+        """Positions (B, T) of the next T inputs, none past the last place (which levels leave for that)."""
         pos = (self.pos[:, None] + torch.arange(T, device=self.pos.device)).clamp(max=self.capacity - 1)
         self.pos, self.begun = self.pos + T, True
         return pos
@@ -413,9 +418,10 @@ class Context:
     space: torch.Tensor | None = None  # (B, T) True where a word ends
     fresh: torch.Tensor | None = None  # (B, L) True where a document begins; None: nowhere
     have: torch.Tensor | None = None  # (B, L) False where there is no token; None: there is one everywhere
+    real: torch.Tensor | None = None  # (B, L) False where no chunk closed: places that follow all others; None: real everywhere
     scored: torch.Tensor | None = None  # (B, L) how many scored tokens stand there; None: there is no loss to find
     losses: dict | None = None  # where a level leaves its loss, by depth
-    levels: list | None = None  # where a level leaves (itself, u (B, M + 1, C), concepts (B, M, C), exists (B, M))
+    levels: list | None = None  # where a level leaves what GPT.concepts returns
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
     plan: "Plan | None" = None  # what the last level has predicted, for blocks that read it
 
@@ -736,14 +742,15 @@ class Stack(nn.Module):
     def add_layers(self, cfg, tree, number, depth=0, shared=None):
         """Make the layers of a tree. number: an iterator that counts the blocks of the whole string; shared: the token-level
         blocks, for levels that run those."""
-        tables = sum(isinstance(c, str) for c in tree) - (cfg.n_value_embed if depth == 0 else 0)  # blocks from there on have one
+        plain = tree.count("A") - (cfg.n_value_embed if depth == 0 else 0)  # blocks A without a table of values
         self.blocks, self.levels, inside = nn.ModuleList(), nn.ModuleList(), []
         for item in tree:  # blocks first: levels may share them
             if isinstance(item, list):
                 inside.append([next(number) for c in str(item) if c in BLOCKS])
             elif shared is None:
                 reads_plan = cfg.plan == "cross" and bool(inside)
-                self.blocks.append(Block(cfg, item, next(number), len(self.blocks) >= tables, reads_plan))
+                self.blocks.append(Block(cfg, item, next(number), item == "A" and plain < 1, reads_plan))
+                plain -= item == "A"
         blocks, self.order = iter(self.blocks if shared is None else shared), []  # a plain list: nothing is registered twice
         if cfg.share_levels and depth == 0:
             shared = list(self.blocks)
@@ -768,7 +775,7 @@ class Stack(nn.Module):
 
     def flops(self, L):
         """Of forward and backward over L positions: 6 per weight of a matrix and position, and 12 H D for every pair of
-        positions that attention joins (PaLM, arXiv:2204.02311, appendix B)."""
+        positions (PaLM, arXiv:2204.02311, appendix B). Attention to plans counts its weights alone, at every position."""
         total = 0
         for layer in self.order:
             parts = [layer.tell, layer.head, layer.compose] if isinstance(layer, Level) else [layer]
@@ -846,6 +853,17 @@ class ConceptHead(nn.Module):
         return (self.denoise(u, (1 - t) * noise + t * target, t) - target).square().mean(-1)
 
 
+@dataclass
+class Made:
+    """What a level made of its inputs: states u (B, M + 1, C), concepts (B, M, C), which of those exist (B, M), and where in the
+    stack below their chunks end (B, M). State i predicts concept i."""
+    level: "Level"
+    u: torch.Tensor
+    concepts: torch.Tensor
+    exists: torch.Tensor
+    end: torch.Tensor
+
+
 class LevelState:
     """What a level carries while decoding: for each position of the level below, (B, L): the place in its chunk of the next
     position, chunks closed, documents begun, documents begun when the last chunk closed; the open sum (B, L, C); for each
@@ -872,7 +890,7 @@ class Level(Stack):
         self.depth, self.horizon = depth, cfg.horizon
         longest = max(cfg.block_size, cfg.history if cfg.enrich else 0)
         for c in chunks[:depth] if len(chunks) > 1 else chunks * depth:  # the most chunks that a window closes
-            longest //= 4 if c == "space" else int(c)  # (words beyond a quarter of the window run on as one)
+            longest //= 4 if c == "space" else int(c)  # (words beyond a quarter of the window are none to the level)
         self.capacity = longest
         self.bos = nn.Parameter(torch.empty(C))
         self.compose = MLP(cfg, 2 * C) if cfg.compose == "mlp" else None
@@ -911,6 +929,8 @@ class Level(Stack):
         else:
             place = place % len(self.cos)
             closes = (place == len(self.cos) - 1) & have
+        if ctx.real is not None:
+            closes = closes & ctx.real[:, S:]
         count = before[:, 1:2] + closes.cumsum(1)
         closes = closes & (count <= self.capacity)
         return closes, place, count.clamp(max=self.capacity), before[:, 2:3] + fresh.cumsum(1)
@@ -950,16 +970,16 @@ class Level(Stack):
         if part is None or ctx.begins or torch.compiler.is_compiling() or bool(closes.any()):
             doc_before = torch.cat((before[:, 3:], doc[:, :-1]), 1)
             scored = None if ctx.scored is None else (inside * ctx.scored[:, None, S:]).sum(-1)
-            self.step(x, ctx, part, sums, before[:, 1], ends.any(-1), doc, doc_before, scored)
+            self.step(x, ctx, part, sums, before[:, 1], ends.any(-1), of(at.expand(B, T)), doc, doc_before, scored)
         if self.tell is None:
             return x
         if part is None:  # a product with 0 and 1 in place of a lookup, whose gradient would be added up row by row
             return x + (count[..., None] == torch.arange(ctx.told.size(1), device=x.device)).to(x.dtype) @ ctx.told
         return x + part.told[rows[:, None], count].to(x.dtype)
 
-    def step(self, x, ctx, part, sums, closed, exists, doc, doc_before, scored):
-        """The layers inside take a step for each new concept. sums (B, M, C) of chunks, of which exists (B, M) are real; closed
-        (B,): how many were closed before them; doc, doc_before (B, M): documents begun at the end of each and of the one
+    def step(self, x, ctx, part, sums, closed, exists, end, doc, doc_before, scored):
+        """The layers inside take a step for each new concept. sums (B, M, C) of chunks, of which exists (B, M) are real, that
+        end at positions end (B, M); closed (B,): how many were closed before them; doc, doc_before (B, M): documents begun at the end of each and of the one
         before."""
         concepts = rms_norm(sums)
         if self.compose is not None:
@@ -974,10 +994,11 @@ class Level(Stack):
             state.begun, state.pos = not ctx.begins, closed + 1 - n
         first = closed + 1 - n
         inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels,
+                             real=F.pad(exists, (n, 0), value=True),
                              scored=None if scored is None else F.pad(scored, (n, 0)))
         u = self.ln(self.run(h, inner, state))
         if ctx.levels is not None:
-            ctx.levels.append((self, u, concepts, exists))
+            ctx.levels.append(Made(self, u, concepts, exists, end))
         ctx.plan.first = first
         if self.tell is None:
             ctx.plan.concepts = self.head(u)
@@ -1139,7 +1160,7 @@ class GPT(Stack):
             self.lm_head.weight = self.wte.weight
         if cfg.pos == "rope":
             angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(0)[2]))
-            length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0)
+            length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0) + 2 * bool(self.levels)  # a level has bos
             angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
             self.register_buffer("cos", angle.cos(), persistent=False)
             self.register_buffer("sin", angle.sin(), persistent=False)
@@ -1165,10 +1186,12 @@ class GPT(Stack):
                 p.uniform_(0.0, 3.0, generator=g)
             elif p.dim() == 1 and not name.endswith(("slots.empty", ".bos")):  # gains of norms
                 p.fill_(1.0)
+            elif name.endswith((".tell.weight", ".cross.c_proj.weight")):  # a level adds nothing at first
+                p.zero_()
             elif gpt2:
                 out = name.endswith("c_proj.weight")
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.cfg.n_layer) if out else 0.02, generator=g)
-            elif name.endswith(("c_proj.weight", "value_embed.weight", ".tell.weight")) or name == "lm_head.weight":
+            elif name.endswith(("c_proj.weight", "value_embed.weight")) or name == "lm_head.weight":
                 p.zero_()
             elif name in ("wte.weight", "slots.empty") or name.endswith(".bos"):  # as the output head too, ones would shout the current token
                 p.normal_(0.0, 1 / self.cfg.n_embd if self.cfg.tie else 1.0, generator=g)
@@ -1259,8 +1282,7 @@ class GPT(Stack):
         return self.ln_f(x[:, S:])
 
     def concepts(self, tokens, history=None):
-        """What each level makes of tokens (B, T): a list of (the level, its states (B, M + 1, C), the concepts (B, M, C) of the
-        chunks that closed, which of those exist (B, M)), the slowest of nested levels first. State i predicts concept i."""
+        """What each level makes of tokens (B, T): a list of Made, the slowest of nested levels first."""
         x, S = self.embed(tokens, history, None)
         ctx = self.context(x, S, tokens, None, levels=[])
         self.run(x, ctx)

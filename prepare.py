@@ -260,7 +260,7 @@ class Tokenizer:
         if self.spec["kind"] == "tiktoken":
             raise UserError("chunk = space needs a tokenizer of characters or bytes, where white space is a token of its own; use "
                             "a number, or make the dataset with --tokenizer=char")
-        return [i for i in range(self.n_vocab) if i != self.eot and self.token_bytes(i).isspace()]
+        return [i for i in range(self.n_vocab) if i != self.eot and self.token_bytes(i).decode(errors="replace").isspace()]
 
     def decode_bytes(self, ids):
         """UTF-8 bytes of token ids; the end of a text is a blank line."""
@@ -505,7 +505,7 @@ def chain(cfg, rng):
 
 def formal(chars, answer, words=None):
     """A task of Deletang et al. 2022 (arXiv:2207.02098): a string of the length n, `=`, and the answer, which alone is scored.
-    Trained on lengths 1 to 40, validated on 41 to 500, each as often. words(rng, n) draws a string; answer(string) -> string."""
+    Trained on lengths 1 to 40, validated on 41 to 500, in rounds of all of them. words(rng, n) draws a string; answer(string) -> string."""
     words = words or (lambda rng, n: "".join(rng.choice(list(chars), n)))
 
     def task(cfg, rng):

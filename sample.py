@@ -216,17 +216,20 @@ class Decoder:
                 idx[b, at] = p
         return idx
 
+    def history(self, n=None):
+        """The ring behind the window of the first n rows (all), as the model takes it; None where it has no slots."""
+        if not self.H:
+            return None
+        ring = np.array([[-1] * (self.H - len(r)) + r for r, _ in self.rows[:n]])
+        return torch.from_numpy(prepare.forget(ring, self.eot)).to(self.model.wte.weight.device)
+
     @torch.inference_mode()
     def fill(self):
         """Slots, window and state from what is kept, in one pass over rows padded at the right."""
         device = self.model.wte.weight.device
         width = max(len(w) for _, w in self.rows)
-        history = None
-        if self.H:
-            ring = np.array([[-1] * (self.H - len(r)) + r for r, _ in self.rows])
-            history = torch.from_numpy(prepare.forget(ring, self.eot)).to(device)
         self.state = self.model.init_state(len(self.rows))
-        logits = self.model(self.inputs([0] * len(self.rows), width), history=history, state=self.state).logits
+        logits = self.model(self.inputs([0] * len(self.rows), width), history=self.history(), state=self.state).logits
         short = torch.tensor([width - len(w) for _, w in self.rows], device=device)
         if bool(short.any()):
             self.state.rollback(short)
@@ -282,17 +285,17 @@ class Decoder:
 
     @torch.inference_mode()
     def plan_lines(self, tok):
-        """For each chunk that row 0's window holds, the tokens whose composition is nearest to the concept that was predicted
-        before it was written, beside what was written."""
-        ring, window = self.rows[0]
-        history = torch.tensor([[-1] * (self.H - len(ring)) + ring]) if self.H else None
-        ids = torch.tensor([window], device=self.model.wte.weight.device)
-        level, u, _, exists = self.model.concepts(ids, history)[-1]
-        near = level.unbind(level.head(u)[0, :, 0]) @ rms_norm(self.model.wte.weight.float()).T  # (M + 1, chunk, V)
+        """For each chunk that row 0's window holds now, the tokens whose composition is nearest to the concept that is predicted
+        from what stands before it, beside what was written."""
+        device = self.model.wte.weight.device
+        made = next(m for m in self.model.concepts(torch.tensor([self.rows[0][1]], device=device), self.history(1))
+                    if m.level is self.model.order[0])
+        near = made.level.unbind(made.level.head(made.u)[0, :, 0]) @ rms_norm(self.model.wte.weight.float()).T  # (M + 1, chunk, V)
         k = near.size(1)
         lines = [f"{'planned':>{k + 10}} | written"]
-        for i, plan in enumerate(near.argmax(-1)[:-1].tolist()):
-            lines.append(f"{tok.decode(plan)!r:>{k + 10}} | {tok.decode(window[i * k:(i + 1) * k])!r}")
+        for plan, end, real in zip(near.argmax(-1).tolist(), made.end[0].tolist(), made.exists[0].tolist()):
+            if real:
+                lines.append(f"{tok.decode(plan)!r:>{k + 10}} | {tok.decode(self.rows[0][1][end + 1 - k:end + 1])!r}")
         return lines
 
     def seen(self):
@@ -520,7 +523,7 @@ def main(argv):
             break
     ends = ["" if cfg.json else t.end() for t in texts]
     print(ends[0], end="" if cfg.json else "\n")
-    if cfg.trace and expert.planned():
+    if cfg.trace and not cfg.json and expert.planned():
         print("\n" + "\n".join(expert.plan_lines(tok)))
     for pieces, end in zip(others[1:], ends[1:]):
         print(*([] if cfg.json else ["-" * 40 + "\n" + prompt]), *pieces, end, sep="", end="" if cfg.json else "\n")

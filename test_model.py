@@ -77,8 +77,9 @@ VARIANTS = {  # name: config overrides
     "levels_shared": dict(layers="((A)AA)AA", share_levels=True, concept_weight=(0.1, 0.0)),
     "hierarchy": dict(layers="R(RA)R", chunk="space", space=(1, 2), eot=5, concept="mse"),
     "level+slots+nanogpt": dict(SLOTS, **NANOGPT, layers="(A)A", plan="cross"),
-    "levels+gru+slots+enrich+think+soft_rate": dict(SLOTS, layers="((G)R)A", chunk="space,2", space=(1, 2, 3), plan="cross", eot=7,
-                                                    enrich=True, soft_rate=0.3, n_think=2, think_token=3, n_value_embed=1),
+    "levels+gru+slots+enrich": dict(SLOTS, layers="((G)R)A", chunk="space,2", space=(1, 2, 3), plan="cross", eot=7, enrich=True,
+                                    n_value_embed=1),
+    "level+think+soft_rate": dict(layers="(R)A", soft_rate=0.3, n_think=2, think_token=3),
     "nearest+think+nanogpt": dict({**NANOGPT, "tie": False}, head="nearest", n_think=2, think_token=3),
 }
 variants = pytest.mark.parametrize("name", VARIANTS)
@@ -505,8 +506,8 @@ def test_documents_reset_recurrences(settings):
 
 
 def level_of(m, x):
-    level, u, c, exists = m.concepts(x)[-1]
-    return level, u, c, exists
+    made = m.concepts(x)[-1]
+    return made.level, made.u, made.concepts, made.exists
 
 
 def test_concepts_are_bound_sums():
@@ -566,9 +567,14 @@ def test_words_are_chunks():
                                                    (e[2, :16] * level.sin[1] + e[2, 16:] * level.cos[1]))), (32,))) > 31.9
     x[0, 1::2] = 1
     assert level_of(m, x)[3].sum() == 4
+    m = make("levels_cross").eval()  # words, and pairs of words: of three words there is one whole pair
+    x = torch.tensor([[7, 8, 1, 9, 2, 7, 7, 1, 8, 8, 8, 8, 8, 8, 8, 8]])
+    pairs, words = m.concepts(x)
+    assert words.exists.tolist() == [[True, True, True, False]] and pairs.exists.tolist() == [[True, False]]
+    assert words.end[0, :3].tolist() == [2, 4, 7]
 
 
-@pytest.mark.parametrize("settings", [dict(chunk="space", space=(1,), block_size=200), dict(chunk=32, block_size=16)])
+@pytest.mark.parametrize("settings", [dict(chunk="space", space=(1,), block_size=200), dict(chunk=1, block_size=16), dict(chunk=16, block_size=16)])
 def test_long_words_and_long_chunks(settings):
     """Words longer than the table of places, and a window that closes no chunk: decoding is the full forward."""
     m = wake(GPT(GPTConfig(**{**BASE, **settings}, layers="(A)A"))).eval()
@@ -619,10 +625,10 @@ def test_energy_and_flow_keep_two_futures():
             assert 0.25 < (t > 0.5).float().mean() < 0.75 and 0.25 < (t < -0.5).float().mean() < 0.75, (kind, t.sort().values[::16])
 
 
-@pytest.mark.parametrize("more", [["--plan=add"], ["--plan=cross", "--horizon=2"], ["--layers=((R)A)AA", "--chunk=2,2"]])
+@pytest.mark.parametrize("more", [["--plan=add"], ["--plan=cross", "--horizon=2"], ["--init=gpt2", "--plan=cross"], ["--layers=((R)A)AA", "--chunk=2,2"]])
 def test_growing_a_level(more, data_dir, tmp_path):
     """A checkpoint without levels starts a model with them: the same outputs, and it trains on; not the other way round."""
-    run(data_dir, tmp_path / "small", dict(layers="AA"))
+    run(data_dir, tmp_path / "small", dict(layers="AA", init="gpt2" if "--init=gpt2" in more else "fan_in"))
     flat = sample.load(str(tmp_path / "small"))[0]
     args = ["train.py", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/big", *TINY_ARGS, "--compile=False",
             "--batch_size=4", "--dtype=float32", f"--init_from={tmp_path}/small/ckpt.pt", "--layers=(A)AA", *more]
@@ -701,8 +707,11 @@ def test_answers_need_their_whole_document(tmp_path):
                 assert text.count(data.meta["tokenizer"]["chars"].index("1")) % 2 == answer
                 asked += 1
     assert asked > 16
-    long = Data(tcfg, GPTConfig(vocab_size=4, block_size=512), "val")
-    assert sum(int((y >= 0).sum()) for _, y, _ in long.whole(train.Place(torch.device("cpu"), torch.float32), 4)) == 5
+    for last in (0, 1):
+        long = Data(dataclasses.replace(tcfg, score_last=last), GPTConfig(vocab_size=4, block_size=512), "val")
+        assert sum(int((y >= 0).sum()) for _, y, _ in long.whole(train.Place(torch.device("cpu"), torch.float32), 4)) == 5
+    refused(train.main, ["--dataset=parity", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/o", "--layers=RR", "--block_size=32"],
+            "block_size of at least")
     n = bench.by_length(argparse.Namespace(model=GPT(GPTConfig(**{**BASE, "vocab_size": 4, "block_size": 512}))), long)
     assert set(n) <= {"41 to 500", "41 to 100", "401 to 500"} and len(n) > 1 and all(0 <= v <= 1 for v in n.values())
 
@@ -1531,6 +1540,13 @@ def test_bad_settings(tmp_path, data_dir):
     refused(train.main, ["--layers=(A)A", "--concept_weight=-1"], "concept_weight")
     refused(train.main, ["--layers=A(A)", "--plan=cross"], "plan = cross", "block behind")
     refused(train.main, ["--layers=(A)A", "--horizon=0"], "horizon")
+    refused(train.main, ["--layers=((A)A)A", "--chunk=8,64", "--block_size=256"], "chunk = 8,64", "window of 256")
+    refused(train.main, ["--layers=RR", "--n_value_embed=1"], "n_value_embed")
+    refused(train.main, ["--layers=((A)AA)AA", "--share_levels=True", "--plan=cross"], "share_levels", "one depth")
+    refused(train.main, ["--layers=RR", "--eot=-5"], "eot")
+    refused(train.main, ["--layers=RR", "--eot=999", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/e"], "eot", "999")
+    refused(train.main, ["--layers=(A)A", "--chunk=space", "--dataset=chain", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/e"],
+            "white space")
     refused(train.main, ["--layers=RR", "--n_embd=33", "--n_head=3", "--pos=none", "--gate=complex"], "even")
     refused(train.main, ["--n_think=2", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/t"], "chain", "--think_token")
     refused(train.main, ["--ce_weight=0", "--semantic_weight=1", "--head=nearest", "--semantic=soft_ce"], "mse or cos")

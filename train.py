@@ -206,6 +206,15 @@ class Data:
             self.ends = self.ends[self.ends >= self.T]
             if not len(self.ends):
                 raise UserError(f"{path} scores no token that has block_size = {self.T} tokens before it")
+        self.docs = None  # of a task whose answers need their whole document: first and last token of each
+        if meta.get("whole"):
+            end = np.flatnonzero(np.append(self.tokens[1:], self.eot) == self.eot)
+            end = end[self.tokens[end] != self.eot]
+            self.docs = np.append(0, end[:-1] + 2), end
+            longest = int((self.docs[1] - self.docs[0]).max())
+            if longest > self.T:
+                raise UserError(f"{path} has a document of {longest} tokens, and its answer needs all of them; give a block_size "
+                                f"of at least {longest}, not {self.T}")
 
     def facts(self, mcfg):
         """The settings of a model that the dataset knows."""
@@ -213,10 +222,16 @@ class Data:
         if mcfg.n_think and not 0 <= think < self.n_vocab:
             raise UserError(f"n_think needs a dataset with a think token, such as python prepare.py chain makes, or one of the "
                             f"dataset's {self.n_vocab} ids as --think_token, not {think}")
-        inside = set("RG(") & set(mcfg.layers)  # what begins again with a document
-        spaces = tuple(prepare.Tokenizer(self.meta["tokenizer"]).spaces()) if "(" in mcfg.layers and mcfg.chunk.startswith("space") else ()
-        return {"vocab_size": self.n_vocab, "think_token": think if mcfg.n_think else -1,
-                "eot": self.eot if inside and self.eot is not None else -1, "space": spaces}
+        eot, space = mcfg.eot, mcfg.space
+        if eot < 0 and set("RG(") & set(mcfg.layers) and self.eot is not None:  # something begins again with a document
+            eot = self.eot
+        if "(" in mcfg.layers and mcfg.chunk.startswith("space"):
+            space = space or tuple(prepare.Tokenizer(self.meta["tokenizer"]).spaces())
+            if not space:
+                raise UserError("chunk = space needs a dataset with white space; give a number")
+        if max((eot, *space)) >= self.n_vocab:
+            raise UserError(f"eot ({eot}) and space {space} must be ids of the dataset, below {self.n_vocab}")
+        return {"vocab_size": self.n_vocab, "think_token": think if mcfg.n_think else -1, "eot": eot, "space": space}
 
     def rows(self, first, last, keep=None):
         """Rows whose scored targets are the tokens first..last (B,) of the split, `last` at the row's end where there is
@@ -249,11 +264,15 @@ class Data:
         return self.rows(last - self.last + 1, last, keep)
 
     def whole(self, place, size):
-        """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process."""
-        first = np.arange(1, self.n, self.last)
-        last = np.minimum(first + self.last - 1, self.n - 1)
+        """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process. Where answers
+        need their whole document, a row ends with each document."""
+        if self.docs is not None:
+            first, last = self.docs[0] + 1, self.docs[1]
+        else:
+            first = np.arange(1, self.n, self.last)
+            last = np.minimum(first + self.last - 1, self.n - 1)
         if self.mask is not None:
-            has = np.add.reduceat(np.asarray(self.mask[1:], dtype=np.int64), first - 1) > 0
+            has = np.add.reduceat(np.asarray(self.mask[1:], dtype=np.int64), first - 1) > 0  # (the mask is 0 between documents)
             first, last = first[has], last[has]
         first, last = first[place.rank::place.world], last[place.rank::place.world]
         for i in range(0, len(first), size):
@@ -618,7 +637,7 @@ def train(mcfg, tcfg, say=print):
         try:
             grown = run.grow(saved["model"], resumed)
             if grown:
-                say(f"{start} has none of {grown} new parameters; they start so that the model computes what it did")
+                say(f"{start} has none of {grown:,} new parameters of levels, which add nothing at first")
             for o, s in zip(run.optimizers, saved["optimizers"] if resumed else ()):  # its rates are those of the settings
                 o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
         except (RuntimeError, ValueError) as e:

@@ -98,8 +98,10 @@ def coerce(key, value, kind):
     for k in kinds:
         item = typing.get_args(k)[:1]
         if item:  # tuple[int, ...] or tuple[str, ...]
-            value_t = (value,) if isinstance(value, str) else value
-            if isinstance(value_t, tuple) and all(isinstance(v, item) and not isinstance(v, bool) for v in value_t):
+            value_t = value if isinstance(value, tuple) else (value,)
+            if item == (float,):
+                value_t = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value_t)
+            if all(isinstance(v, item) and not isinstance(v, bool) for v in value_t):
                 return value_t
         elif k is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
