@@ -676,9 +676,8 @@ def cipher(cfg):
 def stream(cfg, total=100_000, block=20_000):
     """100,000 characters from one prompt, with slots, by attention and by recurrences: memory and time a token"""
     rows, shape = [], dict(n_embd=128, n_head=4)
-    arms = {"slots, window 256, history 256": read_arm("softar_shakespeare", n_layer=4, n_embd=128),
-            "AAAA, window 256": read_arm(layers="AAAA", block_size=256, **shape),
-            "RRRR, window 256": read_arm(layers="RRRR", block_size=256, **shape)}
+    arms = {"AA with slots, history 256": read_arm("softar_shakespeare", n_layer=2, n_head=4, n_embd=128),
+            "AA": read_arm(layers="AA", block_size=256, **shape), "RR": read_arm(layers="RR", block_size=256, **shape)}
     for name, (m, _) in arms.items():
         d = sample.Decoder(GPT(stand_in(m)).eval(), [[1]])
         generator, scfg = torch.Generator().manual_seed(1), sample.SampleConfig(max_new_tokens=total)
@@ -688,7 +687,7 @@ def stream(cfg, total=100_000, block=20_000):
                 rows.append({"model": name, "tokens": i, "memory MB": resident_mb(),
                              "ms a token": 1000 * (time.perf_counter() - t0) / (i - last), "ids kept": sum(map(len, d.rows[0]))})
                 t0, last = time.perf_counter(), i
-    return show(cfg, "one stream, 4 layers, 128 wide", rows)
+    return show(cfg, "one stream, 2 layers, 128 wide, window 256, random weights", rows)
 
 
 def resident_mb():
@@ -904,7 +903,7 @@ def blocks(cfg):
     """time of a training step of each block at windows of 256, 1,024 and 4,096 tokens, 4,096 tokens a step"""
     arms = {}
     for T in (256, 1024, 4096):
-        for layers in ("AA", "RR", "GG", "(AA)"):
+        for layers in ("AA", "RR", "GG"):
             arms[T, layers] = read_arm(n_embd=128, n_head=4, layers=layers, block_size=T, batch_size=4096 // T)
     times = {}
     for layers in dict.fromkeys(k[1] for k in arms):  # a few processes at a time
