@@ -344,6 +344,12 @@ def fit(cfg, preset=None, seed=1, after=(), env=None, leak="", **overrides):
     return {**arm.info, "wall": time.perf_counter() - start, "out_dir": t["out_dir"]}
 
 
+def have(cfg, task, name="", *more):
+    """Make the dataset of a synthetic task where it is not there yet."""
+    if not os.path.exists(os.path.join(cfg.data_dir, name or task, "meta.json")):
+        prepare.main([task, f"--name={name}", f"--data_dir={cfg.data_dir}", *more])
+
+
 def cold():
     """The environment of a process whose compiler cache is empty."""
     return {"TORCHINDUCTOR_CACHE_DIR": scratch()}
@@ -734,8 +740,7 @@ def semantic(cfg):
 def chain(cfg):
     """following 2 to 4 pointers: thinking, as many pause tokens, and neither, 2 layers in all"""
     for name, pause in (("chain", -1), ("chain0", 0)):
-        if not os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):
-            prepare.main(["chain", f"--name={name}", f"--n_pause={pause}", f"--data_dir={cfg.data_dir}"])
+        have(cfg, "chain", name, f"--n_pause={pause}")
     base = dict(preset="chain", eval_interval=10 ** 9, log_interval=500)
     pause = dict(base, n_think=0)
     arms = {"thinking (n_think = 4)": base, "pause tokens (n_think = 0)": pause, "neither": dict(pause, dataset="chain0")}
@@ -795,8 +800,7 @@ def formal_tasks(cfg, tasks):
     """{task: names of FORMAL_MODELS} -> the table of how they do on strings longer than any they were trained on."""
     arms = {}
     for task, models in tasks.items():
-        if not os.path.exists(os.path.join(cfg.data_dir, task, "meta.json")):
-            prepare.main([task, f"--data_dir={cfg.data_dir}"])
+        have(cfg, task)
         long = dict(score_last=0, block_size=1024, batch_size=4) if task == "reverse_string" else {}
         arms.update({(task, k): dict(FORMAL_MODELS[k], dataset=task, eval_interval=10 ** 9, log_interval=500, after=["lengths"], **long)
                      for k in models})
@@ -843,8 +847,7 @@ def levels(cfg):
 def concepts(cfg):
     """how well the next concept is predicted, what a plan is worth, and whether two futures stay two"""
     for task in ("plan", "fork"):
-        if not os.path.exists(os.path.join(cfg.data_dir, task, "meta.json")):
-            prepare.main([task, f"--data_dir={cfg.data_dir}"])
+        have(cfg, task)
     measures, kinds = ["plan shuffled", "plan zeroed"], ("cos", "mse", "energy", "flow")
     base = dict(LEVELS, layers="(AA)AA", max_iters=350)
     arms = {f"{cfg.dataset}, {k}": dict(base, concept=k, concept_weight=0.1, after=["concepts", *measures]) for k in kinds}

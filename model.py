@@ -979,8 +979,8 @@ class Level(Stack):
 
     def step(self, x, ctx, part, sums, closed, exists, end, doc, doc_before, scored):
         """The layers inside take a step for each new concept. sums (B, M, C) of chunks, of which exists (B, M) are real, that
-        end at positions end (B, M); closed (B,): how many were closed before them; doc, doc_before (B, M): documents begun at the end of each and of the one
-        before."""
+        end at positions end (B, M); closed (B,): how many were closed before them; doc, doc_before (B, M): documents begun at the
+        end of each and of the one before."""
         concepts = rms_norm(sums)
         if self.compose is not None:
             concepts = rms_norm(concepts + self.compose(concepts))

@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 train.py             the same run on eight processes
 
 A row of a batch is a function of (seed, step, row) and of nothing that was drawn before, so a run that was stopped goes on
-exactly as if it had not been, and any number of processes computes the same thing (dropout and soft inputs alone are drawn by
-micro-step and rank).
+exactly as if it had not been, and any number of processes computes the same thing (dropout, soft inputs and the noise of
+concept heads alone are drawn by micro-step and rank).
 """
 import contextlib
 import csv
