@@ -421,8 +421,8 @@ def train_speed(m, t, rounds):
 
 def decode_arms(m, more=False):
     """{name: function(n) -> seconds a token} for one shape with random weights, one row, positions half way into the window:
-    with the cache and recomputing the window, in fp32; with `more` also the compiled step in fp32 and bf16, and a KV-cached
-    transformers GPT-2 of the same shape, where that package is installed."""
+    with the cache and recomputing the window, in fp32; with `more` also the compiled step in fp32, bf16 and with 8-bit weights, and
+    a KV-cached transformers GPT-2 of the same shape, where that package is installed."""
     cfg = stand_in(m)
     half = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
     room = cfg.block_size - len(half) - 1
@@ -434,9 +434,10 @@ def decode_arms(m, more=False):
             push()
         return (time.perf_counter() - t0) / n
 
-    def ours(dtype=torch.float32, compile=False):
+    def ours(dtype=torch.float32, compile=False, int8=False):
         model = GPT(cfg).eval().to(dtype)
         model.dtype = dtype
+        model = sample.to_int8(model) if int8 else model
         d = sample.Decoder(model, [half], compile=compile)
 
         def run(n):
@@ -448,7 +449,8 @@ def decode_arms(m, more=False):
     model = GPT(cfg).eval()
     arms = {"cache": ours(), "recomputing": lambda n: timed(torch.inference_mode()(lambda: model(window)), n)}
     if more:
-        arms.update({"cache, compiled": ours(compile=True), "cache, compiled, bf16": ours(torch.bfloat16, True)})
+        arms.update({"cache, compiled": ours(compile=True), "cache, compiled, bf16": ours(torch.bfloat16, True),
+                     "cache, compiled, int8": ours(torch.bfloat16, True, True)})
     if more and importlib.util.find_spec("transformers"):
         from transformers import GPT2Config, GPT2LMHeadModel
         other = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
@@ -499,14 +501,32 @@ def speed(cfg):
     return show(cfg, "training, beside nanoGPT with AdamW, eager, fp32", rows)
 
 
+def bandwidth(n=5):
+    """Bytes a second that this machine reads from memory: the best sum over half a gigabyte."""
+    x, best = torch.ones(2 ** 27), float("inf")
+    for _ in range(n):
+        t0 = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - t0)
+    return 4 * x.numel() / best
+
+
 def decode(cfg):
-    """tokens/s of decoding: cached, compiled, recomputing, and transformers' GPT-2 (pip install transformers)"""
-    m, _ = read_arm(**next(iter(SIZES.values())))
-    times = decode_times(m, cfg.rounds, more=True)
-    rows = [{"decoding": k, "tokens/s": 1 / median(v), "/ recomputing": compare(times["recomputing"], v),
-             **({"/ transformers": compare(times["transformers GPT-2"], v)} if "transformers GPT-2" in times else {})}
-            for k, v in times.items()]
-    return show(cfg, "decoding, 6 layers, 384 wide, window 256, one row (fp32 where not said)", rows)
+    """tokens/s of decoding beside the memory's limit: cached, compiled, bf16, int8, recomputing, transformers' GPT-2 (pip install it)"""
+    rows = []
+    for size, shape in {"6 layers, 384 wide": SIZES["6 layers, 384 wide, 16 x 256"],
+                        "12 layers, 768 wide": dict(n_layer=12, n_head=12, n_embd=768, block_size=256)}.items():
+        m, _ = read_arm(**shape)
+        weights = sum(p.numel() for n, p in GPT(stand_in(m)).named_parameters() if p.dim() == 2 and not n.startswith("wte"))
+        before = bandwidth()
+        times = decode_times(m, cfg.rounds, more=True)
+        speed = max(before, bandwidth())
+        for k, v in times.items():
+            limit = speed / weights / (1 if "int8" in k else 2 if "bf16" in k else 4)
+            rows.append({"size": size, "decoding": k, "tokens/s": 1 / median(v), "/ recomputing": compare(times["recomputing"], v),
+                         **({"/ transformers": compare(times["transformers GPT-2"], v)} if "transformers GPT-2" in times else {}),
+                         **({"limit": limit, "of it": 1 / min(v) / limit} if "cache" in k else {})})
+    return show(cfg, f"decoding, window 256, one row (fp32 where not said; the limit: {speed / 1e9:.1f} GB/s over the weights)", rows)
 
 
 def profile(step):
@@ -777,6 +797,226 @@ def coherence(cfg, total=20_000):
     return show(cfg, f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds}", rows)
 
 
+def kept(cfg, name, preset=None, **overrides):
+    """Folder of a model that several claims use: trained once where cfg.out_dir keeps it."""
+    folder = os.path.join(cfg.out_dir, name)
+    if cfg.out_dir and os.path.exists(os.path.join(folder, "ckpt.pt")):
+        return folder
+    return fit(cfg, preset, out_dir=name, **overrides)["out_dir"]
+
+
+def judge_of(cfg):
+    """A model that others' texts are judged by: another shape, another seed."""
+    return sample.load(kept(cfg, "judge", seed=2, **dict(SMALL, block_size=256, batch_size=16, max_iters=750)))[0]
+
+
+def timed_tokens(makers, rounds, n):
+    """{name: [seconds a token per round]} of functions that give an iterator of decoding steps (lists of rows of Made), in turns,
+    each over at least n tokens of its first row."""
+    def run(make, _):
+        steps, made = make(), 0
+        t0 = time.perf_counter()
+        for ready in steps:
+            made += len(ready[0])
+            if made >= n:
+                break
+        return (time.perf_counter() - t0) / made
+    for make in makers.values():
+        run(make, 1)  # compile
+    return turns(makers, rounds, run, seconds=0.0)
+
+
+def random_exits(model, depth):
+    """A rule that leaves at random, at each exit with the chance that makes the mean of blocks run `depth`."""
+    places, n = list(model.exits.values()), model.cfg.n_layer
+    mean = lambda p: sum(k * p * (1 - p) ** i for i, k in enumerate(places)) + n * (1 - p) ** len(places)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        low, high = ((low + high) / 2, high) if mean((low + high) / 2) > depth else (low, (low + high) / 2)
+    g = torch.Generator().manual_seed(0)
+    return lambda h, before, place: torch.rand(h.shape[:2], generator=g) < low
+
+
+@torch.inference_mode()
+def exits(cfg, repetitions=100, tokens=200):
+    """early exit: blocks, disagreement, a judge's loss and speed over thresholds, beside random exits; what calibration promises"""
+    model, ckpt = sample.load(kept(cfg, "exits", "exits_shakespeare"))
+    critic, n = judge_of(cfg), model.cfg.n_layer
+    rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=1000), 64)
+    rows = rows[:2000]
+    half, table, promise = len(rows) // 2, [], []
+    prompts = rows[half:half + 32, :32].tolist()
+
+    def text(rule):
+        d, out = sample.Decoder(model, prompts, leave=rule), [[] for _ in prompts]
+        for ready in sample.generate(d, sample.SampleConfig(max_new_tokens=tokens), generator=torch.Generator().manual_seed(1)):
+            for row, made in zip(out, ready):
+                row += made
+        return mean(judged(critic, [p + [t.token for t in o] for p, o in zip(prompts, out)], 32)), mean(
+            t.depth or n for o in out for t in o)
+
+    def steps(rule, compile):
+        return lambda: sample.generate(sample.Decoder(model, prompts[:1], compile=compile, leave=rule),
+                                       sample.SampleConfig(max_new_tokens=tokens), generator=torch.Generator().manual_seed(1))
+
+    arms = {"every block": None}
+    for kind in sample.CONFIDENCE:
+        risks, depth = sample.exit_risks(model, rows, kind)
+        at = sample.laxest(risks[:half], 0.02, 0.95)
+        g, broken = torch.Generator().manual_seed(0), 0
+        for _ in range(repetitions):  # calibrated on 500, seen on the 500 or more that are left
+            order = torch.randperm(len(rows), generator=g)
+            i = sample.laxest(risks[order[:500]], 0.02, 0.95)
+            broken += i >= 0 and risks[order[500:], i].mean().item() > 0.02
+        promise.append({"confidence by": kind, "threshold at 2%": sample.THRESHOLDS[at], "blocks": depth[half:, at].mean().item(),
+                        "observed on fresh text": risks[half:, at].mean().item(), "repetitions under 2%": repetitions - broken})
+        lax = sorted({at, *(min(at + i, len(sample.THRESHOLDS) - 1) for i in ((4, 8, 16, 24) if kind == "softmax" else (8,)))})
+        for i in lax:
+            name = f"{kind} > {sample.THRESHOLDS[i]:.4f}" + (" (2% risk)" if i == at else "")
+            arms[name] = sample.exit_rule(model, kind, sample.THRESHOLDS[i])
+            table.append({"rule": name, "blocks": depth[half:, i].mean().item(), "differ": risks[half:, i].mean().item()})
+            if kind == "softmax":
+                rule = random_exits(model, table[-1]["blocks"])
+                x = rows[half:half + 500]
+                logits, deep = model.leaving(x, rule)
+                differ = (logits.argmax(-1) != model(x).logits.argmax(-1)).float().mean().item()
+                arms[f"random, as deep as {name}"] = rule
+                table.append({"rule": f"random, as deep as {name}", "blocks": deep.float().mean().item(), "differ": differ})
+    times = {}
+    for compile in (False, True):
+        few = {k: steps(r, compile) for k, r in arms.items() if r is None or ("2%" in k and "random" not in k)}
+        got = timed_tokens(few, cfg.rounds, tokens)
+        for k, v in got.items():
+            times.setdefault(k, {})[compile] = compare(got["every block"], v), 1 / median(v)
+    table.insert(0, {"rule": "every block", "blocks": float(n), "differ": 0.0})
+    for row in table:
+        row["judge"], row["blocks when writing"] = text(arms[row["rule"]])
+        for compile, (faster, speed) in times.get(row["rule"], {}).items():
+            row["tokens/s, compiled" if compile else "tokens/s"], row["x, compiled" if compile else "x"] = speed, faster
+    human = mean(judged(critic, rows[half:half + 500].tolist(), 32))
+    show(cfg, f"calibration: risk 2%, confidence 95%, {half} sequences of 64; fresh ones, and {repetitions} repetitions with 500", promise)
+    return show(cfg, f"early exit, 6 layers (judge: nats a character on 32 texts of {tokens}; human text {human:.3f})", table)
+
+
+@torch.inference_mode()
+def judged(critic, texts, skip):
+    """Nats a token of each text (lists of ids of one length) under another model, from the skip-th token on."""
+    out = []
+    for part in torch.tensor(texts).split(64):
+        logp = critic(part[:, :-1]).logits.log_softmax(-1).gather(2, part[:, 1:, None])[..., 0]
+        out += (-logp[:, skip - 1:]).mean(1).tolist()
+    return out
+
+
+def speculate(cfg, n=1000, rows=10):
+    """self-speculation at 12 layers, 512 wide: the same greedy text, acceptance, speed; and with a small model as the draft"""
+    shape = dict(layers="AA.AAAAAAAAAA", n_embd=512, n_head=8, block_size=256, batch_size=8, exit_distill=0.5)
+    folder = kept(cfg, "deep", seed=1, max_iters=600, eval_interval=600, log_interval=50, **shape)
+    small = kept(cfg, "small", seed=3, n_layer=2, n_head=4, n_embd=128, batch_size=16, max_iters=600, eval_interval=600)
+    val, table = prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, "val.bin"))[0], []
+    prompts = [np.asarray(val[i * 5000:i * 5000 + 100]).tolist() for i in range(rows)]
+    for dtype, compile in (("float32", False), ("float32", True), ("bfloat16", True)):
+        model, _ = sample.load(folder, dtype=dtype)
+        draft, _ = sample.load(small, dtype=dtype)
+        drafts = {f"{k} ahead, {name}": dict(speculate=k, **more) for k in (2, 4, 6)
+                  for name, more in (("exit 2", dict(draft_exit=2)), ("small model", dict(draft="small")))}
+
+        def run(ps, how, temperature, count):
+            d = sample.Decoder(model, ps, compile=compile)
+            scfg, g = sample.SampleConfig(max_new_tokens=count, temperature=temperature, **how), torch.Generator().manual_seed(1)
+            if not how:
+                return sample.generate(d, scfg, generator=g), None
+            s = sample.Speculation(d, scfg, g, sample.Decoder(draft, ps, compile=compile) if "draft" in how else None)
+            return s.generate(), s
+
+        for temperature in (0.0, 0.8):
+            arms = {"plain": {}, **(drafts if temperature == 0.8 or dtype == "bfloat16" else {k: drafts[k] for k in list(drafts)[2:4]})}
+            times = timed_tokens({k: lambda how=how: run(prompts[:1], how, temperature, 10 ** 9)[0] for k, how in arms.items()},
+                                 cfg.rounds, 300)
+            for k, how in arms.items():
+                steps, s = run(prompts[:1], how, temperature, 500)
+                for _ in steps:
+                    pass
+                table.append({"decoding": k, "type": dtype + (", compiled" if compile else ""), "temperature": temperature,
+                              "tokens/s": 1 / median(times[k]), "x": compare(times["plain"], times[k]),
+                              **({"accepted": s.accepted / s.proposed} if s else {})})
+        if not compile:
+            same_text(cfg, run, prompts, drafts, model, n)
+    return show(cfg, "speculation, 12 layers, 512 wide, one row", table)
+
+
+@torch.inference_mode()
+def same_text(cfg, run, prompts, drafts, model, n):
+    """Whether greedy texts of n tokens are those of plain decoding, and where not, how near the two likeliest tokens were."""
+    def texts(how):
+        out = [[] for _ in prompts]
+        for ready in run(prompts, how, 0.0, n)[0]:
+            for row, made in zip(out, ready):
+                row += [t.token for t in made]
+        return out
+    plain, rows = texts({}), []
+    for k in list(drafts)[2:4]:
+        first = [next((i for i, (a, b) in enumerate(zip(p, q)) if a != b), None) for p, q in zip(plain, texts(drafts[k]))]
+        gaps = []
+        for prompt, p, i in zip(prompts, plain, first):
+            if i is not None:
+                d = sample.Decoder(model, [prompt + p[:i]])
+                gaps.append(torch.sub(*d.logits[0].topk(2).values).abs().item())
+        rows.append({"draft": k, "texts": len(prompts), "tokens each": n, "differing texts": len(gaps), "widest gap where they first differ":
+                     max(gaps, default=0.0)})
+    return show(cfg, "greedy text beside that of plain decoding, fp32, across folds", rows)
+
+
+def contrast(cfg, n=200, length=256, skip=64):
+    """contrastive decoding with each kind of amateur beside greedy and nucleus: repetition, words, a judge's loss, paired intervals"""
+    model, ckpt = sample.load(kept(cfg, "exits", "exits_shakespeare"))
+    weak = sample.load(kept(cfg, "weak", seed=3, n_layer=2, n_head=2, n_embd=64, batch_size=16, max_iters=300, eval_interval=300))[0]
+    critic, tok = judge_of(cfg), prepare.Tokenizer(ckpt["tokenizer"])
+    rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=n), skip + length)[:n].tolist()
+    train_ids = prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, "train.bin"))[0]
+    known, prompts = set(tok.decode(np.asarray(train_ids).tolist()).lower().split()), [r[:skip] for r in rows]
+    kinds = {"model (2 layers, 64 wide)": {}, "exit after 1": dict(at_exit=1), "exit after 3": dict(at_exit=3), "last 8 tokens": dict(context=8)}
+
+    def continuations(kind, **settings):
+        more = kinds.get(kind, {})
+        expert = sample.Decoder(model, prompts, at_exit=more.get("at_exit", 0))
+        amateur = None
+        if kind and "at_exit" not in more:
+            amateur = sample.Decoder(model if more else weak, prompts, **more)
+        out = [list(p) for p in prompts]
+        for ready in sample.generate(expert, sample.SampleConfig(max_new_tokens=length, **settings), amateur, torch.Generator().manual_seed(1)):
+            for row, made in zip(out, ready):
+                row += [t.token for t in made]
+        return out
+
+    def figures(texts):
+        each = []
+        for text, nats in zip(texts, judged(critic, texts, skip)):
+            words = tok.decode(text[skip:]).lower().split()[1:-1]  # the first and the last may be cut
+            grams, pairs = ([tuple(words[i:i + k]) for i in range(max(len(words) - k + 1, 1))] for k in (4, 2))
+            each.append({"repeated 4-grams": 1 - len(set(grams)) / len(grams), "distinct-1": len(set(words)) / max(len(words), 1),
+                         "distinct-2": len(set(pairs)) / len(pairs), "known words": mean([w in known for w in words] or [0]), "judge": nats})
+        return each
+
+    got = {"human": figures(rows), "greedy": figures(continuations("", temperature=0.0)),
+           "nucleus 0.95": figures(continuations("", temperature=1.0, top_p=0.95)),
+           "alpha 0.1 alone": figures(continuations("model (2 layers, 64 wide)", temperature=1.0, beta=0.0))}
+    for kind in kinds:
+        got[f"contrast, {kind}"] = figures(continuations(kind, temperature=1.0))
+    for beta in (0.25, 1.0):
+        got[f"sweep: exit after 1, beta {beta}"] = figures(continuations("exit after 1", temperature=1.0, beta=beta))
+    for alpha in (0.02, 0.3):
+        got[f"sweep: exit after 1, alpha {alpha}"] = figures(continuations("exit after 1", temperature=1.0, alpha=alpha))
+    table = []
+    for name, each in got.items():
+        row = {"decoding": name, **averages(each)}
+        for k in ("judge", "known words") if name.startswith("contrast") else ():  # paired with the masked expert, alone
+            d = np.array([a[k] - b[k] for a, b in zip(each, got["alpha 0.1 alone"])])
+            row[f"{k} - alone"] = f"{d.mean():+.3f} +- {1.96 * d.std(ddof=1) / len(d) ** 0.5:.3f}"
+        table.append(row)
+    return show(cfg, f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5 (95% intervals, paired)", table)
+
+
 @torch.inference_mode()
 def text_figures(ids, tok, critic, known):
     """Figures of a text: word 4-grams that occurred before, distinct words, words that the training text has, and its
@@ -792,7 +1032,8 @@ def text_figures(ids, tok, critic, known):
 
 
 FORMAL_MODELS = {"A": dict(preset="formal_a"), "A, pos = none": dict(preset="formal_a", pos="none"), "G": dict(preset="formal_g"),
-                 **{f"R, gate = {g}": dict(preset="formal_r", gate=g) for g in ("real", "complex", "positive")},
+                 **{f"R, gate = {g}": dict(preset="formal_r", gate=g) for g in ("real", "positive")},
+                 "R, gate = complex": dict(preset="formal_r", gate="complex", weight_decay=0.1),
                  "RR(RA)R": dict(preset="formal_h")}
 
 
@@ -937,7 +1178,7 @@ def variants(cfg):
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
           "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "formal_more": formal_more, "levels": levels, "concepts": concepts,
-          "blocks": blocks}
+          "blocks": blocks, "exits": exits, "speculate": speculate, "contrast": contrast}
 
 
 def main(argv):

@@ -7,6 +7,7 @@ the plain GPT, bit for bit. `layers` describes the network, a character a block:
     R   gated linear recurrence + MLP
     G   GRU + MLP
     ( ) a level: what stands inside runs once a chunk of what stands outside
+    .   an early exit: the model's one head reads what it has got so far
 
 Notation: B rows, T positions, C = n_embd channels, H heads, D = head_dim, V = vocab_size, S context slots.
 This module knows torch and nothing else: no files, no data, no decoding policy.
@@ -44,7 +45,7 @@ class GPTConfig:
     tie: bool = False  # output head shares the token embedding
     qk_norm: bool = True  # RMSNorm on queries and keys
     embed_norm: bool = True  # RMSNorm on the embeddings
-    gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn, and keep 0 to 1)
+    gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn by n-ths, and keep 0 to 1)
     chunk: str | int = "4"  # positions in a chunk of a level, or space (a word); "space,4" is one value a depth
     plan: str = "add"  # how a level reaches the one below it: add (its state) | cross (attention to predicted concepts)
     compose: str = "sum"  # what makes a concept of a chunk: sum (bound by place) | mlp (that, and an MLP beside it)
@@ -72,6 +73,11 @@ class GPTConfig:
     span: int = 0  # tokens in a span
     span_binding: bool = True  # turn each token of a span by its place before summing (False: a bag of tokens)
     enrich: bool = False  # make slots from the model's own output vectors over the history, not from its embeddings
+    exit_weight: float = 1.0  # weight of the losses at the exits, all together; 0: exits that are not trained
+    exit_loss: str = "depth"  # depth (every exit, the deeper the more: CALM) | rotate (one exit a step, in turn: LayerSkip)
+    exit_distill: float = 0.0  # share of an exit's loss that is its divergence from the last layer, in place of the target
+    exit_classifier: bool = False  # a classifier for all exits: is what this one would choose what the last layer will?
+    layer_drop: float = 0.0  # chance that a training step leaves out the last block; earlier ones have less, the first none
 
     def __post_init__(self):
         def choice(name, *options):
@@ -88,6 +94,7 @@ class GPTConfig:
         choice("plan", "add", "cross")
         choice("compose", "sum", "mlp")
         choice("concept", "cos", "mse", "energy", "flow")
+        choice("exit_loss", "depth", "rotate")
         self.layers = self.layers or "A" * self.n_layer
         tree = parse_layers(self.layers)
         self.n_layer = sum(c in BLOCKS for c in self.layers)
@@ -113,13 +120,19 @@ class GPTConfig:
         if self.tie and self.init == "fan_in" and not self.embed_norm:
             raise ValueError("tie = True with init = fan_in needs embed_norm = True: one table cannot be small for the head "
                              "and large for the input")
-        for name in ("dropout", "channel_drop"):
+        for name in ("dropout", "channel_drop", "layer_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
         if min(self.ce_weight, self.semantic_weight, self.n_think) < 0 or self.semantic_temp <= 0:
             raise ValueError("ce_weight, semantic_weight and n_think cannot be negative, and semantic_temp is positive")
         if not 0 <= self.soft_rate <= 1:
             raise ValueError(f"soft_rate must lie in [0, 1], not {self.soft_rate}")
+        if not 0 <= self.exit_distill <= 1 or self.exit_weight < 0:
+            raise ValueError("exit_distill must lie in [0, 1], and exit_weight cannot be negative")
+        if "." in self.layers and self.head == "nearest" and not self.ce_weight:
+            raise ValueError("exits are trained by cross-entropy, which ce_weight = 0 turns off; leave one of them out")
+        if self.exit_classifier and "." not in self.layers:
+            raise ValueError("exit_classifier has no exit to judge; put a . into layers")
         if not self.ce_weight and not self.semantic_weight:
             raise ValueError("ce_weight = 0 and semantic_weight = 0 leave nothing to learn; set one of them")
         if not self.ce_weight and self.head == "softmax" and self.semantic != "soft_ce":
@@ -174,14 +187,14 @@ class GPTConfig:
         def check(items, outer):
             for i, item in enumerate(items):
                 if isinstance(item, list):
-                    if self.plan == "cross" and not any(isinstance(c, str) for c in items[i:]):
+                    if self.plan == "cross" and not any(c in BLOCKS for c in items[i:] if isinstance(c, str)):
                         raise ValueError("plan = cross needs a block behind each level, to read its plan")
                     mine = [c for c in item if isinstance(c, str)]
                     if self.share_levels and outer[:len(mine)] != mine:
                         raise ValueError(f"share_levels runs the first token-level blocks ({''.join(outer)}) in every level, but "
                                          f"one of them asks for {''.join(mine)}")
                     check(item, outer)
-        check(tree, [c for c in tree if isinstance(c, str)])
+        check(tree, [c for c in tree if isinstance(c, str) and c in BLOCKS])
 
     @property
     def n_slot(self):
@@ -217,10 +230,16 @@ def parse_layers(layers):
                 raise ValueError(f"{where} ends " + ("no level" if len(open_lists) == 1 else "a level without a block"))
             level = open_lists.pop()
             open_lists[-1].append(level)
+        elif c == ".":
+            if len(open_lists) > 1:
+                raise ValueError(f"{where} is an exit inside a level, which has no tokens to choose; put it outside")
+            if not open_lists[0] or open_lists[0][-1] == "." or not set(layers[i:]) & set(BLOCKS):
+                raise ValueError(f"{where} is an exit, which stands between blocks")
+            open_lists[0].append(c)
         elif c in BLOCKS:
             open_lists[-1].append(c)
         else:
-            raise ValueError(f"{where} is no block; blocks are {', '.join(BLOCKS)}, and ( ) a level")
+            raise ValueError(f"{where} is no block; blocks are {', '.join(BLOCKS)}, ( ) a level, and . an exit")
     if len(open_lists) > 1:
         raise ValueError(f"layers = {layers!r}: a level is not closed; add )")
     return open_lists[0]
@@ -237,13 +256,20 @@ class Linear(nn.Linear):
     def reset_parameters(self):
         """Nothing: GPT.init_weights gives every parameter its value, and building draws no random number."""
 
-    def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+    def rows(self, x, first):
+        """The outputs from the first-th on."""
+        weight, bias = self.weight, self.bias
+        if first:
+            weight, bias = weight[first:], None if bias is None else bias[first:]
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if x.numel() == x.size(-1) and torch.compiler.is_compiling() and x.device.type == "cpu":
             # one token: the fused sum reads weights at memory speed, BLAS's matrix-vector product at a third of it
             y = (weight.float() * x.float().view(-1)).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         return F.linear(x, weight, bias)
+
+    def forward(self, x):
+        return self.rows(x, 0)
 
 
 class Embedding(nn.Embedding):
@@ -422,6 +448,9 @@ class Context:
     scored: torch.Tensor | None = None  # (B, L) how many scored tokens stand there; None: there is no loss to find
     losses: dict | None = None  # where a level leaves its loss, by depth
     levels: list | None = None  # where a level leaves what GPT.concepts returns
+    exits: list | None = None  # where a stack leaves what it has got at each exit, (B, L, C)
+    keep: torch.Tensor | None = None  # (n_layer,) 0 where a block is left out of this step; None: nowhere
+    gone: torch.Tensor | None = None  # (B, L) True where a position has left at an exit, and stays as it is; None: nowhere
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
     plan: "Plan | None" = None  # what the last level has predicted, for blocks that read it
 
@@ -461,17 +490,24 @@ class Attention(nn.Module):
         shape = (B, L, self.n_kv_head, self.head_dim)
         return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
 
-    def forward(self, x, ctx, cache=None):
-        B, T, C = x.shape
-        qk, v = self.c_attn(x).split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=-1)
+    def heads(self, qk, v, ctx):
+        """Queries and keys, or keys alone, (B, T, heads * D), and values -> (B, heads, T, D) each, ready to attend."""
+        B, T, _ = v.shape
         if self.value_embed is not None and ctx.tokens is not None:
             ve = self.value_embed(ctx.tokens).to(v.dtype)
             v = v + F.pad(ve, (0, 0, T - ve.size(1), 0))  # slots have no token
-        qk, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (qk, v))  # (B, H + Hkv, T, D), (B, Hkv, T, D)
+        qk, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (qk, v))
         if self.qk_norm:
             qk = rms_norm(qk)
-        if ctx.rope is not None:
-            qk = rotate(qk, *ctx.rope)
+        return (qk if ctx.rope is None else rotate(qk, *ctx.rope)), v
+
+    def remember(self, x, ctx, cache):
+        """Put x (B, T, C) into the cache, as forward does, for others to attend to; nothing else."""
+        cache.append(*self.heads(*self.c_attn.rows(x, self.sizes[0]).chunk(2, dim=-1), ctx), ctx.pos)
+
+    def forward(self, x, ctx, cache=None):
+        B, T, C = x.shape
+        qk, v = self.heads(*self.c_attn(x).split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=-1), ctx)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
         if cache is not None:
             k, v = cache.append(k, v, ctx.pos)
@@ -575,7 +611,8 @@ class Recurrence(nn.Module):
     """Gated linear recurrence h_t = a_t h_{t-1} + (1 - |a_t|) v_t (after Martin and Cundy 2018, arXiv:1709.04057, and De et
     al. 2024, arXiv:2402.19427), a_t and v_t linear in x_t, read through a SiLU gate. A gate in (0, 1) cannot count; one that
     can be negative solves parity, one that turns solves cycles (Grazzi et al. 2024, arXiv:2411.12537). A turning gate is a
-    positive one in a frame that turns along. Documents begin with h = 0. (B, T, C) -> (B, T, C)."""
+    positive one in a frame that turns along; channel pair i settles on n-ths of a full turn, n = 2 + i mod 8, so that it counts
+    modulo n and cannot drift. Documents begin with h = 0. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, cfg, i, table=False):
         super().__init__()
@@ -585,6 +622,12 @@ class Recurrence(nn.Module):
         self.c_in.weight.parts = (C, C, C)
         self.rate = nn.Parameter(torch.empty(C // 2 if cfg.gate == "complex" else C))  # of keeping, when x says nothing
         self.c_proj = Linear(C, C, bias=cfg.bias)
+        self.register_buffer("stops", 2.0 + torch.arange(C // 2) % 8 if cfg.gate == "complex" else None, persistent=False)
+
+    def settle(self, turn):
+        """Half turns (.., C/2) -> near the closest n-th of a full turn: a smooth staircase, level on its stairs. A free angle
+        drifts, and need not wrap at all within the lengths that training sees."""
+        return turn - torch.sin(math.pi * self.stops * turn) / (math.pi * self.stops)
 
     def full(self, a):
         """A gate reaches 1 itself, not only in the limit: then it keeps for ever, and takes in nothing."""
@@ -598,7 +641,7 @@ class Recurrence(nn.Module):
         v, g = v.float(), g.float()
         if self.gate == "complex":
             g, turn = g.chunk(2, dim=-1)
-            frame = (math.pi * turn).cumsum(1)  # (B, T, C/2) radians since the first of these positions
+            frame = (math.pi * self.settle(turn)).cumsum(1)  # (B, T, C/2) radians since the first of these positions
             cos, sin = frame.cos(), frame.sin()
             a = self.full(torch.sigmoid(g + self.rate)).repeat(1, 1, 2)
             v = rotate(v, cos, -sin)
@@ -706,21 +749,32 @@ class Block(nn.Module):
         self.cross = Cross(cfg, i) if reads_plan else None
         self.ln_2 = NORMS[cfg.norm](cfg) if width else None
         self.mlp = feed_forward(cfg, width) if width else None
-        self.drop = Drop(cfg)
+        self.drop, self.i = Drop(cfg), i
 
     def init_state(self, B, L, states, device, dtype):
         """Of a stack of L positions; states: how many of them the level before this block has."""
         own = self.attn.init_state(B, L, device, dtype)
         return own if self.cross is None else Parts([own, self.cross.init_state(B, states, device, dtype)])
 
+    def remember(self, x, ctx, part):
+        """Update the state by x (B, T, C), as forward does, without computing what comes out."""
+        own, seen = part if isinstance(part, Parts) else (part, None)
+        if isinstance(self.attn, Attention):
+            self.attn.remember(self.ln_1(x), ctx, own)
+        else:
+            self.attn(self.ln_1(x), ctx, own)
+        if self.cross is not None and ctx.plan is not None and ctx.plan.concepts is not None:
+            self.cross(self.ln_x(x), ctx, seen)
+
     def forward(self, x, ctx, part=None):
         own, seen = part if isinstance(part, Parts) else (part, None)
+        before = x
         x = x + self.drop(self.attn(self.ln_1(x), ctx, own))
         if self.cross is not None and ctx.plan is not None:
             x = x + self.drop(self.cross(self.ln_x(x), ctx, seen))
         if self.mlp is not None:
             x = x + self.drop(self.mlp(self.ln_2(x)))
-        return x
+        return x if ctx.keep is None else before + ctx.keep[self.i].to(x.dtype) * (x - before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -744,7 +798,10 @@ class Stack(nn.Module):
         blocks, for levels that run those."""
         plain = tree.count("A") - (cfg.n_value_embed if depth == 0 else 0)  # blocks A without a table of values
         self.blocks, self.levels, inside = nn.ModuleList(), nn.ModuleList(), []
+        self.exits = {}  # place in the order: number of blocks before it, those inside levels too
         for item in tree:  # blocks first: levels may share them
+            if item == ".":
+                continue
             if isinstance(item, list):
                 inside.append([next(number) for c in str(item) if c in BLOCKS])
             elif shared is None:
@@ -754,7 +811,10 @@ class Stack(nn.Module):
         blocks, self.order = iter(self.blocks if shared is None else shared), []  # a plain list: nothing is registered twice
         if cfg.share_levels and depth == 0:
             shared = list(self.blocks)
-        for item in tree:
+        for i, item in enumerate(tree):
+            if item == ".":
+                self.exits[len(self.order)] = sum(c in BLOCKS for c in str(tree[:i]))
+                continue
             if isinstance(item, list):
                 self.levels.append(Level(cfg, item, iter(inside[len(self.levels)]), depth + 1, shared))
             self.order.append(next(blocks) if isinstance(item, str) else self.levels[-1])
@@ -767,11 +827,20 @@ class Stack(nn.Module):
             states = parts[-1].inner.capacity if isinstance(layer, Level) else states
         return parts
 
-    def run(self, x, ctx, state=None):
-        """x (B, L, C) through all layers."""
-        for i, layer in enumerate(self.order):
-            x = layer(x, ctx, None if state is None else state.parts[i])
+    def run(self, x, ctx, state=None, first=0, last=None):
+        """x (B, L, C) through all layers, or those from place `first` of the order up to `last`."""
+        for i, layer in enumerate(self.order[first:last], first):
+            if ctx.exits is not None and i in self.exits:
+                ctx.exits.append(x)
+            y = layer(x, ctx, None if state is None else state.parts[i])
+            x = y if ctx.gone is None else torch.where(ctx.gone[..., None], x, y)
         return x
+
+    def remember(self, x, ctx, state, first):
+        """Update the state by x (B, L, C) as the layers from place `first` on would, without computing what comes out: how
+        positions that have left at an exit are seen by those after them."""
+        for layer, part in zip(self.order[first:], state.parts[first:]):
+            (layer.remember if isinstance(layer, Block) else layer)(x, ctx, part)
 
     def flops(self, L):
         """Of forward and backward over L positions: 6 per weight of a matrix and position, and 12 H D for every pair of
@@ -993,7 +1062,7 @@ class Level(Stack):
         if state is not None:
             state.begun, state.pos = not ctx.begins, closed + 1 - n
         first = closed + 1 - n
-        inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels,
+        inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels, keep=ctx.keep,
                              real=F.pad(exists, (n, 0), value=True),
                              scored=None if scored is None else F.pad(scored, (n, 0)))
         u = self.ln(self.run(h, inner, state))
@@ -1110,6 +1179,18 @@ def semantic_loss(kind, z, logits, e, targets, temp):
     return loss.masked_fill(targets < 0, 0.0).sum()
 
 
+class Sure(nn.Module):
+    """How sure an exit may be that the last layer would choose as it does: output vectors (.., C) -> logit (..). One for all exits,
+    trained beside the model without a gradient into it (the classifier of CALM, arXiv:2207.07061)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.proj = Linear(cfg.n_embd, 1, bias=True)
+
+    def forward(self, h):
+        return self.proj(h).float()[..., 0]
+
+
 class Thoughts:
     """What thinking adds to a State: for each position the distribution (B, L, V) that the model put out there, and how many
     think tokens (B, L) there were up to it."""
@@ -1131,6 +1212,7 @@ class Output:
     logits: torch.Tensor  # (B, T, V)
     loss: torch.Tensor | None  # scalar: the weighted sum of `losses`, None without targets
     losses: dict  # name: scalar; "ce" is the plain cross-entropy, nats a scored token
+    early: torch.Tensor | None = None  # (B, T, V) logits of the exit that was asked for
 
     def __iter__(self):
         return iter((self.logits, self.loss))
@@ -1154,6 +1236,7 @@ class GPT(Stack):
         nearest = cfg.head == "nearest"
         self.lm_head = None if nearest else Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.point = Point(cfg) if nearest or (cfg.semantic_weight and cfg.semantic != "soft_ce") else None
+        self.sure = Sure(cfg) if cfg.exit_classifier else None
         if cfg.n_think and not 0 <= cfg.think_token < cfg.vocab_size:
             raise ValueError(f"think_token must be an id below {cfg.vocab_size}, not {cfg.think_token}")
         if cfg.tie:
@@ -1208,7 +1291,27 @@ class GPT(Stack):
 
     def random(self):
         """Whether training computes something else than evaluation does."""
-        return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate)
+        return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate or self.cfg.layer_drop)
+
+    def plan_step(self, seed, step):
+        """What a training step draws as a whole, from (seed, step) alone, as numbers: n_layer of them, 0 where a block is left
+        out (LayerSkip, Elhoushi et al. 2024, arXiv:2404.16710: with a chance that grows exponentially from 0 for the first block to
+        layer_drop for the last), then the weight of each exit. None where there is nothing to draw."""
+        cfg, n = self.cfg, self.cfg.n_layer
+        weight = self.exit_weights()
+        if not cfg.layer_drop and not weight:
+            return None
+        chance = cfg.layer_drop * (torch.exp2(torch.arange(n) / max(n - 1, 1)) - 1)
+        g = torch.Generator().manual_seed(hash((seed, step)) % 2 ** 63)
+        kept = (torch.rand(n, generator=g) >= chance).float()
+        if cfg.exit_loss == "rotate":
+            weight = [float(i == step % len(weight)) for i in range(len(weight))]
+        return torch.cat((kept, torch.tensor(weight)))
+
+    def exit_weights(self):
+        """What each exit's loss counts, by its depth; [] where they are not trained."""
+        depths = list(self.exits.values()) if self.cfg.exit_weight else []
+        return [k / sum(depths) for k in depths]
 
     def flops_per_token(self):
         """Floating-point operations of forward and backward per scored token, slots counted as positions. A pass of thinking
@@ -1217,8 +1320,9 @@ class GPT(Stack):
         outside = [p for m in (self.lm_head or self.wte, self.point) if m is not None for p in m.parameters()]
         head = 6 * sum(p.numel() for p in outside if p.dim() == 2)
         passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3
+        reads = passes + (len(self.exits) if cfg.exit_weight else 0)
         history = self.flops(cfg.n_slot + cfg.history) / 3 if cfg.enrich else 0
-        return head * passes + (self.flops(cfg.n_slot + cfg.block_size) * passes + history) / cfg.block_size
+        return head * reads + (self.flops(cfg.n_slot + cfg.block_size) * passes + history) / cfg.block_size
 
     def init_state(self, B, dtype=None):
         """An empty decoding State for B rows, with room for every slot and the whole window."""
@@ -1259,9 +1363,8 @@ class GPT(Stack):
         x = x.to(self.dtype)
         return self.drop(rms_norm(x) if self.cfg.embed_norm else x), S
 
-    def context(self, x, S, tokens, state, have=None, targets=None, losses=None, levels=None):
+    def context(self, x, S, tokens, state, have=None, targets=None, losses=None, **more):
         """What all blocks and levels share of these inputs x (B, S + T, C)."""
-        more = {}
         if self.cfg.eot >= 0 or self.space is not None:
             ids = tokens.argmax(-1) if tokens.is_floating_point() else tokens
             more["fresh"] = F.pad(ids == self.cfg.eot, (S, 0)) if self.cfg.eot >= 0 else None
@@ -1271,15 +1374,64 @@ class GPT(Stack):
         if targets is not None and losses is not None:  # a token that is a target is scored where it stands
             more["scored"] = F.pad((targets[:, :-1] >= 0).float(), (S + 1, 0))
         table = (self.cos, self.sin) if self.cfg.pos == "rope" else None
-        return Context.make(x, table, state, have, prefix=S, tokens=tokens, losses=losses, levels=levels,
-                            **more)
+        return Context.make(x, table, state, have, prefix=S, tokens=tokens, losses=losses, **more)
 
-    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None):
+    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None, exits=None, keep=None):
         """The trunk: tokens, ids (B, T) or distributions (B, T, V) -> normalised output vectors (B, T, C). have (B, T) is
-        False where there is no token. Levels leave what they lose in `losses`, over the scored ones of targets (B, T)."""
+        False where there is no token. Levels leave what they lose in `losses`, over the scored ones of targets (B, T); exits
+        leave their output vectors in the list `exits`. keep (n_layer,) is 0 for blocks to leave out."""
         x, S = self.embed(tokens, history, state)
-        x = self.run(x, self.context(x, S, tokens, state, have, targets, losses), state)
+        ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep)
+        x = self.run(x, ctx, state)
+        if exits is not None:
+            exits[:] = [self.ln_f(h[:, S:]) for h in ctx.exits]
         return self.ln_f(x[:, S:])
+
+    def exit_place(self, blocks):
+        """Where in the order the exit after so many blocks stands; ValueError names those that there are."""
+        for place, k in self.exits.items():
+            if k == blocks:
+                return place
+        raise ValueError(f"the model has no exit after {blocks} blocks" + (
+            f"; it has them after {', '.join(map(str, self.exits.values()))}" if self.exits else " and none at all; train one "
+            "with a . in layers"))
+
+    def first_part(self, tokens, state, place):
+        """The layers up to an exit's place: tokens (B, T) that continue a state -> what goes on from there x (B, T, C), and the
+        exit's logits (B, T, V)."""
+        x, S = self.embed(tokens, None, state)
+        x = self.run(x, self.context(x, S, tokens, state), state, last=place)
+        return x, self.read(self.ln_f(x))[0]
+
+    def second_part(self, x, tokens, state, place):
+        """The layers from an exit's place on, over what first_part left x (B, T, C), in a state that was rolled back to before it:
+        logits (B, T, V). Blocks that read a plan from before the exit need it again: then all layers run."""
+        if self.cfg.plan == "cross" and self.levels:
+            return self(tokens, state=state).logits
+        x = self.run(x, self.context(x, 0, tokens, state), state, first=place)
+        return self.read(self.ln_f(x))[0]
+
+    def leaving(self, tokens, leave, history=None, state=None):
+        """A forward in which positions may leave at an exit: -> logits (B, T, V), each at its own depth, and blocks run (B, T).
+        leave(h, before, place) of normalised vectors h (B, T, C) at an exit and at the one before it (at first the inputs') says
+        which (B, T) leave. The later layers see a position that left as it was then (CALM, Schuster et al. 2022,
+        arXiv:2207.07061), so over a whole window or a token at a time the result is the same. With a state, once all have left
+        the layers only remember."""
+        x, S = self.embed(tokens, history, state)
+        ctx = self.context(x, S, tokens, state)
+        gone, before = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device), self.ln_f(x[:, S:])
+        depth = torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
+        for a, b in itertools.pairwise((0, *self.exits, None)):
+            if a:
+                h = self.ln_f(x[:, S:])
+                now = F.pad(leave(h, before, a), (S, 0)) & ~gone  # slots stay to the end
+                depth, gone, before = depth.masked_fill(now, self.exits[a]), gone | now, h
+            if state is not None and bool(gone.all()):
+                self.remember(x, ctx, state, a)
+                break
+            ctx.gone = gone if bool(gone.any()) else None
+            x = self.run(x, ctx, state, a, b)
+        return self.read(self.ln_f(x[:, S:]))[0], depth[:, S:]
 
     def concepts(self, tokens, history=None):
         """What each level makes of tokens (B, T): a list of Made, the slowest of nested levels first."""
@@ -1310,7 +1462,7 @@ class GPT(Stack):
         hard = F.one_hot(idx, self.cfg.vocab_size).to(p.dtype)
         return torch.cat((hard[:, :1], torch.where(soft, p[:, :-1], hard[:, 1:])), dim=1)
 
-    def think(self, tokens, history, state, targets, losses):
+    def think(self, tokens, history, state, **more):
         """hidden, but each of the first n_think think tokens in the window reads the distribution that the model put out one
         step before, and gradients flow through it (Coconut, Hao et al. 2024, arXiv:2412.06769, with expected embeddings
         for hidden states). n_think further passes over all places: after the i-th the first i are right."""
@@ -1327,14 +1479,14 @@ class GPT(Stack):
             first, count = thoughts.p[rows, last][:, None], count + thoughts.count[rows, last][:, None] * can
         soft = (thinks & (count <= n))[..., None]
         first = torch.where(soft[:, :1] & can[..., None], first, hard[:, :1])
-        tokens = torch.cat((first, hard[:, 1:]), dim=1)
-        h = self.hidden(tokens, history, state)
-        for i in range(n := min(n, T - 1)):
-            if state is not None:
-                state.pos, state.begun = before
-            p = self.read(h)[0].softmax(-1)
-            tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
-            h = self.hidden(tokens, history, state, None, targets, losses if i == n - 1 else None)
+        tokens, n = torch.cat((first, hard[:, 1:]), dim=1), min(n, T - 1)
+        for i in range(n + 1):
+            if i:
+                p = self.read(h)[0].softmax(-1)
+                tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
+                if state is not None:
+                    state.pos, state.begun = before
+            h = self.hidden(tokens, history, state, **({"keep": more["keep"]} if i < n else more))
         if state is not None:
             rows = torch.arange(B, device=hard.device)[:, None]
             pos = state.pos[:, None] - T + torch.arange(T, device=hard.device)
@@ -1342,22 +1494,28 @@ class GPT(Stack):
             state.parts[-1].count[rows, pos] = count
         return h
 
-    def forward(self, idx, targets=None, history=None, state=None, denom=None):
+    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0):
         """idx (B, T) token ids, or (B, T, V) distributions over them (soft tokens) -> Output.
 
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed cross-entropy over `denom`
         (default: how many are scored; a trainer passes the count over all ranks and micro-steps).
         history (B, cfg.history): the ids before the window, oldest first, -1 where missing; None: all missing.
         state: decoding State that idx continues; it is updated in place.
+        drawn: what plan_step drew for this step; None: no block is left out, and exits count by depth.
+        at_exit: also read the exit after so many blocks, as Output.early.
         """
         cfg = self.cfg
         if self.training and cfg.soft_rate:
             idx = self.soften(idx, history)
-        trunk, of_levels = self.think if cfg.n_think else self.hidden, {}
-        h = trunk(idx, history, state, targets=targets, losses=of_levels)
+        trunk, of_levels, exits = self.think if cfg.n_think else self.hidden, {}, None
+        if at_exit or (targets is not None and self.exits and (cfg.exit_weight or self.sure is not None)):
+            exits = []
+        keep = drawn[:cfg.n_layer] if self.training and cfg.layer_drop and drawn is not None else None
+        h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep)
         logits, z, e = self.read(h, regress=targets is not None)
+        early = self.read(exits[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
         if targets is None:
-            return Output(logits, None, {})
+            return Output(logits, None, {}, early)
         denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom
         ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
         losses = {"ce": ce / denom}
@@ -1368,7 +1526,36 @@ class GPT(Stack):
         for depth, value in of_levels.items():
             losses[f"concept_{depth}"] = value / denom
             loss = loss + cfg.level_weight(depth) * losses[f"concept_{depth}"]
-        return Output(logits, loss, losses)
+        if exits:
+            loss = loss + self.exit_losses(exits, logits, targets, denom, drawn, losses)
+        return Output(logits, loss, losses, early)
+
+    def exit_losses(self, exits, logits, targets, denom, drawn, losses):
+        """What exits with output vectors `exits`, (B, T, C) each, add to the loss: cross-entropy, with exit_distill the divergence
+        from logits (B, T, V) in part, weighted as drawn; and the classifier's, which no gradient leaves."""
+        cfg, total, scored = self.cfg, 0.0, targets >= 0
+        weights = self.exit_weights() if drawn is None else drawn[cfg.n_layer:].unbind()
+        names, read = [f"exit_{k}" for k in self.exits.values()], exits
+        if cfg.exit_loss == "rotate" and len(weights) > 1 and drawn is not None:  # one exit counts: read it alone
+            read = [sum(w.to(h.dtype) * h for w, h in zip(weights, exits))]
+            weights, names = (1.0,), ["exit"]
+        for name, h, w in zip(names, read, weights):
+            out = self.read(h)[0]
+            losses[name] = F.cross_entropy(out.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum") / denom
+            loss = (1 - cfg.exit_distill) * losses[name]
+            if cfg.exit_distill:
+                p = logits.detach().log_softmax(-1)
+                far = (p.exp() * (p - out.log_softmax(-1))).sum(-1)
+                loss = loss + cfg.exit_distill * far.masked_fill(~scored, 0.0).sum() / denom
+            total = total + cfg.exit_weight * w * loss
+        if self.sure is not None:
+            with torch.no_grad():
+                right = torch.stack([self.read(h)[0].argmax(-1) == logits.argmax(-1) for h in exits]).float()
+            said = self.sure(torch.stack([h.detach() for h in exits]))  # (exits, B, T)
+            wrong = F.binary_cross_entropy_with_logits(said, right, reduction="none").mean(0)
+            losses["sure"] = wrong.masked_fill(~scored, 0.0).sum() / denom
+            total = total + losses["sure"]
+        return total
 
 
 def settings(cfg):

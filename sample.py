@@ -4,13 +4,21 @@
     python sample.py --prompt="ROMEO:" --n=3 --top_p=0.9
     python sample.py --prompt=FILE:scene.txt --temperature=0
     python sample.py --amateur=out/small/ckpt.pt            contrastive decoding against a weaker model
+    python sample.py --exit=softmax --trace                 a token leaves at the first exit that is sure of it
+    python sample.py --speculate=4 --draft_exit=2           the first 2 blocks draft, the rest verifies: the same text, sooner
+    python sample.py --beams=8                              the likeliest text; --best_of=8: the likeliest of 8 samples
     python sample.py --soft --collapse=entropy --trace      tokens stay soft until the model is sure
+    python sample.py --interactive                          go on from what is typed, turn by turn
+    python sample.py calibrate --exit=softmax --risk=0.02   find the exit_threshold that keeps a risk, and store it
 
 There is no upper bound on max_new_tokens: when the window is full, its oldest quarter folds into the context slots, or is
 dropped where the model has none.
 """
 import codecs
+import contextlib
+import copy
 import glob
+import html
 import json
 import math
 import os
@@ -24,7 +32,7 @@ from torch.nn import functional as F
 
 import prepare
 from config import UserError
-from model import GPT, GPTConfig, Level, rms_norm
+from model import GPT, GPTConfig, Level, Linear, rms_norm
 
 
 @dataclass
@@ -39,7 +47,7 @@ class SampleConfig:
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the most likely one
     repetition_penalty: float = 1.0  # divide the odds of tokens in the window (CTRL, arXiv:1909.05858); 1: off
     stop: str = ""  # end a sample before this text
-    amateur: str = ""  # contrastive decoding against this checkpoint
+    amateur: str = ""  # contrastive decoding against a checkpoint, exit:K (the exit after K blocks) or context:N (the last N tokens)
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the expert's first
     beta: float = 0.5  # contrastive: strength
     soft: bool = False  # the next input is the expected embedding of the next token until it collapses to a symbol
@@ -51,17 +59,52 @@ class SampleConfig:
     collapse_back: int = -1  # collapse only the last n earlier soft tokens; -1: all, 0: none
     n_think: int = 0  # think tokens after the prompt, for a model trained with n_think, which thinks so often in a window
     think_after: str = ""  # think tokens after each occurrence of this text (they count towards max_new_tokens)
-    trace: bool = False  # show soft tokens in colour on a terminal
+    exit: str = ""  # leave at the first exit that is sure by softmax | margin | cosine | classifier
+    exit_threshold: float = -1.0  # how sure, from 0 (leave at once) to 1 (never); -1: what calibrate stored
+    exit_decay: float = 0.0  # lower the threshold along the sample: 0.9 of it, and 0.1 e^(-exit_decay t / max_new_tokens); 0: do not
+    risk: float = 0.02  # calibrate: share of tokens that may differ from the last layer's first choice
+    confidence: float = 0.95  # calibrate: chance that the risk is kept
+    sequences: int = 1000  # calibrate: how many stretches of held-out text
+    length: int = 64  # calibrate: tokens in each
+    data_dir: str = "data"  # calibrate: where datasets are kept
+    speculate: int = 0  # draft so many tokens at a time and verify them in one pass; 0: off
+    draft_exit: int = 0  # speculate: draft with the first K blocks, which an exit follows
+    draft: str = ""  # speculate: draft with this checkpoint
+    beams: int = 0  # beam search over so many texts, of which the n likeliest are shown; 0: off
+    best_of: int = 0  # make so many samples and show the n likeliest; 0: off
+    interactive: bool = False  # go on from what is typed, turn by turn, with all turns in view
+    trace: bool = False  # colour each token by its exit, by whether it was drafted, by contrastive shift, or by entropy
+    trace_html: str = ""  # write that as a page for a browser
     json: bool = False  # a JSON line a token: its entropy, whether it was soft, which before it were when it was chosen
     seed: int = 1337  # of the choices
     device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | mps
     dtype: str = "float32"  # float32 | bfloat16
+    int8: bool = False  # matrices of the blocks as 8-bit integers, with dtype = bfloat16 on a CPU
     compile: bool = False  # compile the decoding step: half a minute once, then several times as fast on a CPU
 
     def __post_init__(self):
-        config.within(self, 1, None, "n")
-        config.within(self, 0, None, "max_new_tokens", "temperature", "top_k", "beta", "seed")
+        config.within(self, 1, None, "n", "sequences", "length")
+        config.within(self, 0, None, "max_new_tokens", "temperature", "top_k", "beta", "seed", "exit_decay", "speculate", "draft_exit",
+                      "beams", "best_of")
         config.within(self, 0, 1, "top_p", "min_p", "alpha")
+        config.within(self, 1e-6, 1 - 1e-6, "risk", "confidence")
+        if self.exit and self.exit not in CONFIDENCE:
+            raise ValueError(f"exit is one of {', '.join(CONFIDENCE)}, not {self.exit!r}")
+        if not (self.exit_threshold == -1 or 0 <= self.exit_threshold <= 1):
+            raise ValueError(f"exit_threshold must lie in [0, 1], not {self.exit_threshold}")
+        ways = [k for k in ("soft", "exit", "speculate", "beams", "best_of") if getattr(self, k)]
+        if len(ways) > 1:
+            raise ValueError(f"{ways[0]} and {ways[1]} are two ways to decode; choose one")
+        for k in ("exit", "speculate"):
+            if self.amateur and getattr(self, k):
+                raise ValueError(f"amateur reads every layer of every token, which {k} saves; choose one")
+        if bool(self.speculate) != bool(self.draft_exit or self.draft) or (self.draft_exit and self.draft):
+            raise ValueError("speculate needs a draft: either draft_exit or draft, and they need speculate")
+        for k in ("beams", "best_of"):
+            if 0 < getattr(self, k) < self.n:
+                raise ValueError(f"{k} = {getattr(self, k)} cannot show n = {self.n} texts; give at least as many")
+        if self.interactive and (self.n > 1 or self.beams or self.best_of or self.json):
+            raise ValueError("interactive shows one sample as it is made; leave n, beams, best_of and json out")
         config.within(self, 0.01, 100, "repetition_penalty")
         config.within(self, 0, None, "soft_top_k", "gumbel", "n_think")
         config.within(self, -1, None, "collapse_back", "collapse_threshold")
@@ -75,6 +118,8 @@ class SampleConfig:
             raise ValueError(f"collapse is always, never, entropy, distance or every:N, not {self.collapse!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is float32 or bfloat16, not {self.dtype!r}")
+        if self.int8 and self.dtype != "bfloat16":
+            raise ValueError("int8 needs dtype = bfloat16: beside fp32 torch's 8-bit product is slower than the plain one")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,9 +171,83 @@ def distribution(logits, cfg):
     return logits.softmax(-1)
 
 
+def probabilities(logits, seen, cfg):
+    """Of the next token (B, V), by all that the settings say of logits (B, V); seen (B, V): the tokens in each window."""
+    if cfg.repetition_penalty != 1:
+        logits = penalize(logits, seen, cfg.repetition_penalty)
+    return distribution(logits, cfg)
+
+
 def choose(p, generator):
     """A token per row (B,), drawn from p (B, V)."""
     return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# early exit: how sure an exit is, and how sure is enough
+
+
+def top_two(model, h):
+    return model.read(h)[0].softmax(-1).topk(2, dim=-1).values.unbind(-1)
+
+
+CONFIDENCE = {  # of output vectors h (B, T, C) at an exit, and of those at the exit before it -> (B, T) in [0, 1]
+    "softmax": lambda model, h, before: top_two(model, h)[0],
+    "margin": lambda model, h, before: torch.sub(*top_two(model, h)),
+    "cosine": lambda model, h, before: F.cosine_similarity(h.float(), before.float(), dim=-1).clamp(0, 1),
+    "classifier": lambda model, h, before: model.sure(h).sigmoid(),
+}
+
+
+def exit_rule(model, kind, threshold, decay=0.0, total=1):
+    """leave(h, before, place) for GPT.leaving: where the confidence is above the threshold. With decay it falls along the
+    text (CALM, arXiv:2207.07061): leave.t, the number of tokens made so far, is for the caller to set."""
+    def leave(h, before, place):
+        limit = threshold
+        if decay:
+            t = leave.t + torch.arange(h.size(1), device=h.device)
+            limit = (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
+        return CONFIDENCE[kind](model, h, before) > limit
+    leave.t = 0
+    return leave
+
+
+THRESHOLDS = [1 / (1 + math.exp(-z / 4)) for z in range(36, -13, -1)]  # from strict (0.9999) to lax (0.05)
+
+
+@torch.inference_mode()
+def exit_risks(model, rows, kind, thresholds=THRESHOLDS, size=64):
+    """For rows of text (n, T) and each threshold: the share of places whose first choice differs from the last layer's, and the
+    mean of blocks run, (n, thresholds) each. Places see those before them as they left, so it is as if each row had been
+    decoded token by token."""
+    risk, depth = [], []
+    for x in rows.split(size):
+        full = model(x).logits.argmax(-1)
+        each = [model.leaving(x, exit_rule(model, kind, t)) for t in thresholds]
+        risk.append(torch.stack([(logits.argmax(-1) != full).float().mean(1) for logits, _ in each], 1))
+        depth.append(torch.stack([d.float().mean(1) for _, d in each], 1))
+    return torch.cat(risk), torch.cat(depth)
+
+
+def p_value(mean, n, risk):
+    """Of the hypothesis that n independent losses in [0, 1] with this mean have an expectation above risk: the smaller of the
+    bounds of Hoeffding and of Bentkus (Angelopoulos et al. 2021, arXiv:2110.01052)."""
+    if mean >= risk:
+        return 1.0
+    kl = (mean * math.log(mean / risk) if mean else 0.0) + (1 - mean) * math.log((1 - mean) / (1 - risk))
+    log_pmf = lambda k: (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(risk)
+                         + (n - k) * math.log(1 - risk))
+    below = sum(math.exp(log_pmf(k)) for k in range(math.ceil(n * mean - 1e-9) + 1))
+    return min(math.exp(-n * kl), math.e * below, 1.0)
+
+
+def laxest(risks, risk, confidence):
+    """Learn then Test by fixed-sequence testing: risks (n, thresholds) of n sequences, thresholds from strict to lax -> the index
+    of the last one before the first that is not shown to keep the risk; -1 where none is."""
+    for i, mean in enumerate(risks.double().mean(0).tolist()):
+        if p_value(mean, len(risks), risk) > 1 - confidence:
+            return i - 1
+    return risks.size(1) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,10 +295,14 @@ class Decoder:
     window are computed anew in one pass.
     """
 
-    def __init__(self, model, rows, eot=None, compile=False):
-        self.model, self.eot = model, eot
-        self.step = torch.compile(model, dynamic=False) if compile else model
+    def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None):
+        """context: a window of so many tokens, and no history; at_exit: keep the logits `early` of the exit after so many blocks
+        too; leave: an exit_rule by which tokens leave early."""
+        self.model, self.eot, self.at_exit, self.leave = model, eot, at_exit, leave
+        self.step = compiled(model) if compile else model
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
+        if context:
+            self.T, self.H = min(context, self.T), 0
         self.rows = []  # (history, window) per row, lists of ids, oldest first
         self.soft = []  # per row {place in the window: distribution (V,)} of the tokens that are soft
         for ids in rows:
@@ -229,12 +352,14 @@ class Decoder:
         device = self.model.wte.weight.device
         width = max(len(w) for _, w in self.rows)
         self.state = self.model.init_state(len(self.rows))
-        logits = self.model(self.inputs([0] * len(self.rows), width), history=self.history(), state=self.state).logits
+        out = self.model(self.inputs([0] * len(self.rows), width), history=self.history(), state=self.state, at_exit=self.at_exit)
         short = torch.tensor([width - len(w) for _, w in self.rows], device=device)
         if bool(short.any()):
             self.state.rollback(short)
-        self.logits = logits[torch.arange(len(self.rows), device=device), width - 1 - short]
-        return logits
+        last = torch.arange(len(self.rows), device=device), width - 1 - short
+        self.logits, self.early = out.logits[last], out.early[last] if self.at_exit else None
+        self.depth = [self.model.cfg.n_layer] * len(self.rows)  # of the last token
+        return out.logits
 
     @torch.inference_mode()
     def push(self, tokens, soft=None):
@@ -242,9 +367,26 @@ class Decoder:
         (B, V) of the next."""
         if any([self.keep(b, t, soft and soft[b]) for b, t in enumerate(tokens)]):
             self.fill()
+            return self.logits
+        idx = self.inputs([len(w) - 1 for _, w in self.rows], 1)
+        if self.leave is not None:
+            logits, depth = self.step.leaving(idx, self.leave, state=self.state)
+            self.logits, self.depth = logits[:, -1], depth[:, -1].tolist()
         else:
-            self.logits = self.step(self.inputs([len(w) - 1 for _, w in self.rows], 1), state=self.state).logits[:, -1]
+            out = self.step(idx, state=self.state, at_exit=self.at_exit)
+            self.logits, self.early = out.logits[:, -1], out.early[:, -1] if self.at_exit else None
         return self.logits
+
+    @torch.inference_mode()
+    def extend(self, ids):
+        """Append the same ids to every row, in one pass where they fit."""
+        if not ids:
+            return
+        if any([self.keep(b, t) for b in range(len(self.rows)) for t in ids]):
+            self.fill()
+            return
+        out = self.model(self.inputs([len(w) - len(ids) for _, w in self.rows], len(ids)), state=self.state, at_exit=self.at_exit)
+        self.logits, self.early = out.logits[:, -1], out.early[:, -1] if self.at_exit else None
 
     @torch.inference_mode()
     def harden(self, changes):
@@ -276,6 +418,7 @@ class Decoder:
         new.soft = [dict(self.soft[r]) for r in rows]
         at = torch.tensor(rows, device=self.logits.device)
         new.state, new.logits = self.state.select(at), self.logits[at]
+        new.early, new.depth = self.early[at] if self.at_exit else None, [self.depth[r] for r in rows]
         return new
 
     def planned(self):
@@ -306,24 +449,71 @@ class Decoder:
         return out
 
 
+def compiled(model):
+    """The model with its forward compiled, and what decoding runs in pieces compiled piece by piece: shapes are those of one
+    token, so nothing is compiled twice. Shares the weights."""
+    fast = copy.copy(model)
+    for name in ("run", "remember", "first_part", "second_part", "forward"):
+        setattr(fast, name, torch.compile(getattr(model, name), dynamic=False))
+    return fast
+
+
+class Int8(torch.nn.Module):
+    """A Linear with its weights as 8-bit integers and a scale per output (torch's own weight-only product)."""
+
+    def __init__(self, linear):
+        super().__init__()
+        w = linear.weight.detach().float()
+        scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("q", (w / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def rows(self, x, first):
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.q[first:], self.scale[first:]).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias[first:].to(y.dtype)
+
+    def forward(self, x):
+        return self.rows(x, 0)
+
+
+def to_int8(model):
+    """Put Int8 in the place of every Linear of the blocks."""
+    for part in [m for m in model.blocks.modules()] + [m for m in model.levels.modules()]:
+        for name, child in part.named_children():
+            if isinstance(child, Linear):
+                setattr(part, name, Int8(child))
+    return model
+
+
 @dataclass
 class Made:
-    """A token of a sample: its id, whether it was made soft, the entropy of its choice in nats, and which places before it
-    (-1 is the one before) were soft when it was chosen."""
-    token: int
-    soft: bool
-    entropy: float
-    behind: list
+    """A token of a sample."""
+    token: int  # its id
+    soft: bool = False  # whether it was made soft
+    entropy: float = 0.0  # of its choice, nats
+    behind: list | tuple = ()  # which places before it (-1 is the one before) were soft when it was chosen
+    logp: float = 0.0  # its log-probability under the model, without filters
+    depth: int | None = None  # blocks that ran for its choice
+    drafted: bool | None = None  # whether a draft proposed it
+    shift: float | None = None  # contrastive: by how much its log-probability rose
 
 
 def next_token(expert, amateur, cfg):
     """Probabilities (B, V) of the next token by all that the settings say."""
-    logits = expert.logits.float()
-    if amateur is not None:
-        logits = contrast(logits, amateur.logits.float(), cfg.alpha, cfg.beta)
-    if cfg.repetition_penalty != 1:
-        logits = penalize(logits, expert.seen(), cfg.repetition_penalty)
-    return distribution(logits, cfg)
+    return probabilities(contrasted(expert, amateur, cfg), expert.seen() if cfg.repetition_penalty != 1 else None, cfg)
+
+
+def log_probability(logits, tokens):
+    """Of a token per row, a list of B ids, under logits (B, V): a list."""
+    at = torch.tensor(tokens, device=logits.device)[:, None]
+    return logits.float().log_softmax(-1).gather(1, at)[:, 0].tolist()
+
+
+def contrasted(expert, amateur, cfg):
+    """The expert's logits (B, V), against those of an amateur or of an exit where there is one."""
+    logits, weak = expert.logits.float(), expert.early if amateur is None else amateur.logits
+    return logits if weak is None else contrast(logits, weak.float(), cfg.alpha, cfg.beta)
 
 
 def collapse_earlier(expert, amateur, rows, made, cfg, generator):
@@ -358,6 +548,8 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
     made, forced = [[] for _ in range(B)], [[] for _ in range(B)]  # what waits to be shown; what follows of itself
     delimiter, thoughts = list(think[0]), list(think[1])
     for step in range(cfg.max_new_tokens):
+        if expert.leave is not None:
+            expert.leave.t = step
         p, hard, soft = next_token(expert, amateur, cfg), [True] * B, [None] * B
         if cfg.soft:
             now = collapses(p, table, cfg, step).tolist()
@@ -372,10 +564,15 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
             tokens = [t if h else n for t, h, n in zip(tokens, hard, near)]
             soft = [None if h else m for h, m in zip(hard, mixed)]
         tokens = [f.pop(0) if f else t for t, f in zip(tokens, forced)]
+        logp = log_probability(expert.logits, tokens)
+        shift = [None] * B
+        if amateur is not None or expert.early is not None:
+            shift = [a - b for a, b in zip(log_probability(contrasted(expert, amateur, cfg), tokens), logp)]
         ready = []
         for b, token in enumerate(tokens):
             behind = sorted(at - len(expert.rows[b][1]) for at in expert.soft[b])
-            made[b].append(Made(token, not hard[b], entropy[b], behind))
+            made[b].append(Made(token, not hard[b], entropy[b], behind, logp[b], expert.depth[b] if expert.leave else None,
+                                shift=shift[b]))
             recent = expert.rows[b][1][-len(delimiter):] + [token]
             if delimiter and recent[-len(delimiter):] == delimiter:
                 forced[b] = list(thoughts)
@@ -389,6 +586,150 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
                 d.push(tokens, soft)
     if any(made):
         yield made
+
+
+def residual(p, q):
+    """What is left of p (B, V) where q (B, V) has drawn and been refused: max(p - q, 0), to sum 1."""
+    left = (p - q).clamp(min=0)
+    total = left.sum(-1, keepdim=True)
+    return torch.where(total > 0, left / total.clamp(min=1e-30), p)
+
+
+class Speculation:
+    """Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192) over a Decoder, cfg.speculate tokens ahead: a draft proposes
+    them one by one, the model verifies them in one pass, and what is kept is distributed exactly as the model's own. The draft
+    is another Decoder (a smaller model), or the model's first blocks up to an exit, which then verifies from there on
+    (LayerSkip, arXiv:2404.16710): both share one cache."""
+
+    def __init__(self, expert, cfg, generator, draft=None):
+        self.expert, self.cfg, self.generator, self.draft = expert, cfg, generator, draft
+        self.place = expert.model.exit_place(cfg.draft_exit) if draft is None else None
+        self.proposed = self.accepted = 0
+
+    def decoders(self):
+        return [d for d in (self.expert, self.draft) if d is not None]
+
+    def propose(self, tokens, n, seen):
+        """n tokens after tokens (B,): drafted (B, n), their distributions n x (B, V), and what the model goes on from, (B, n + 1, C).
+        The draft's state then stands behind them all."""
+        drafted, q, hidden = [], [], []
+        for i in range(n + 1):
+            if self.draft is None:
+                x, logits = self.expert.step.first_part(tokens[:, None], self.expert.state, self.place)
+                hidden.append(x.clone())  # (a compiled graph may use its memory again)
+            else:
+                logits = self.draft.step(tokens[:, None], state=self.draft.state).logits
+            if i == n:
+                break
+            seen = seen.scatter(1, tokens[:, None], True)
+            q.append(probabilities(logits[:, -1].float(), seen, self.cfg))
+            tokens = choose(q[-1], self.generator)
+            drafted.append(tokens)
+        return torch.stack(drafted, 1), q, torch.cat(hidden, 1) if hidden else None
+
+    def verify(self, tokens, hidden):
+        """The model's logits (B, n + 1, V) after each of tokens (B, n + 1)."""
+        if hidden is None:
+            return self.expert.step(tokens, state=self.expert.state).logits
+        self.expert.state.rollback(tokens.size(1))
+        return self.expert.step.second_part(hidden, tokens, self.expert.state, self.place)
+
+    @torch.inference_mode()
+    def generate(self):
+        """Yield lists of B lists of Made: as generate does, but several tokens at once."""
+        cfg, B = self.cfg, len(self.expert.rows)
+        at, count = torch.arange(B, device=self.expert.logits.device), [0] * B
+        p = next_token(self.expert, None, cfg)
+        first, entropy = choose(p, self.generator), torch.special.entr(p).sum(-1)
+        logp = log_probability(self.expert.logits, first.tolist())
+        while min(count) < cfg.max_new_tokens:
+            ready = [[Made(t, entropy=e, logp=l, drafted=False)] for t, e, l in zip(first.tolist(), entropy.tolist(), logp)]
+            room = min(d.T - len(w) for d in self.decoders() for _, w in d.rows)
+            n = min(cfg.speculate, room - 1)
+            if n < 1:  # somebody folds
+                for d in self.decoders():
+                    d.push(first.tolist())
+                p = next_token(self.expert, None, cfg)
+                first, entropy = choose(p, self.generator), torch.special.entr(p).sum(-1)
+            else:
+                seen = self.expert.seen()
+                drafted, q, hidden = self.propose(first, n, seen)
+                logits = self.verify(torch.cat((first[:, None], drafted), 1), hidden).float()
+                kept, going = torch.zeros(B, dtype=torch.long, device=at.device), torch.ones(B, dtype=torch.bool, device=at.device)
+                chosen, sure = torch.zeros_like(first), torch.zeros(B, device=at.device)
+                for i in range(n + 1):
+                    seen = seen.scatter(1, (drafted[:, i - 1] if i else first)[:, None], True)
+                    p = probabilities(logits[:, i], seen, cfg)
+                    if i < n:
+                        odds = p[at, drafted[:, i]] / q[i][at, drafted[:, i]]
+                        yes = going & (torch.rand(B, generator=self.generator, device=at.device) < odds)
+                        other = choose(residual(p, q[i]), self.generator)
+                    else:
+                        yes, other = torch.zeros_like(going), choose(p, self.generator)
+                    ends = going & ~yes
+                    e = torch.special.entr(p).sum(-1)
+                    chosen, sure = torch.where(ends, other, chosen), torch.where(ends, e, sure)
+                    if i < n:
+                        l = log_probability(logits[:, i], drafted[:, i].tolist())
+                        for b in yes.nonzero()[:, 0].tolist():
+                            ready[b].append(Made(drafted[b, i].item(), entropy=e[b].item(), logp=l[b], drafted=True))
+                    kept, going = kept + yes, yes
+                for d in self.decoders():
+                    d.state.rollback(n - kept)
+                    for b, tokens in enumerate(ready):
+                        for made in tokens:
+                            d.keep(b, made.token)
+                self.expert.logits = logits[at, kept]
+                self.proposed, self.accepted = self.proposed + B * n, self.accepted + int(kept.sum())
+                first, entropy = chosen, sure
+            logp = log_probability(self.expert.logits, first.tolist())
+            yield [row[:max(cfg.max_new_tokens - c, 0)] for row, c in zip(ready, count)]
+            count = [c + len(row) for c, row in zip(count, ready)]
+
+
+@torch.inference_mode()
+def beam_search(expert, cfg, tok, amateur=None):
+    """The cfg.beams likeliest texts found from each row of expert (a Decoder over G rows), by the sum of log-probabilities; a
+    text with the stop string grows no more. -> G lists of lists of Made, the likeliest first (by its mean, as lengths differ)."""
+    G, N = len(expert.rows), cfg.beams
+    expert, amateur = (d and d.select([g for g in range(G) for _ in range(N)]) for d in (expert, amateur))
+    device, V = expert.logits.device, expert.V
+    score = torch.full((G, N), -math.inf, device=device)
+    score[:, 0] = 0.0  # the beams of a row are the same at first
+    texts = [([], Text(tok, cfg.stop)) for _ in range(G * N)]
+    for _ in range(cfg.max_new_tokens):
+        logits = contrasted(expert, amateur, cfg)
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1).tolist()
+        logp = logits.log_softmax(-1)
+        done = torch.tensor([t.done for _, t in texts], device=device)
+        still = torch.full((V,), -math.inf, device=device)
+        still[0] = 0.0  # a finished text has one way to go on, at no cost
+        step = torch.where(done[:, None], still, logp)
+        score, best = (score[..., None] + step.view(G, N, V)).flatten(1).topk(N)
+        parents = (best // V + torch.arange(G, device=device)[:, None] * N).flatten().tolist()
+        tokens, grown = (best % V).flatten().tolist(), []
+        for parent, token in zip(parents, tokens):
+            made, text = texts[parent]
+            text = copy.copy(text)
+            if not text.done:
+                text.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+                text.utf8.setstate(texts[parent][1].utf8.getstate())
+                text.add(token)
+                made = made + [Made(token, entropy=entropy[parent], logp=step[parent, token].item())]
+            grown.append((made, text))
+        texts = grown
+        if all(t.done for _, t in texts):
+            break
+        for d in (expert, amateur):
+            if d is not None:
+                d.__dict__.update(d.select(parents).__dict__)
+                d.push(tokens)
+    return [sorted((made for made, _ in texts[g * N:(g + 1) * N]), key=likelihood, reverse=True) for g in range(G)]
+
+
+def likelihood(made):
+    """The mean log-probability of a text of Made."""
+    return sum(m.logp for m in made) / max(len(made), 1)
 
 
 class Text:
@@ -474,16 +815,120 @@ def read_prompt(prompt):
     return text
 
 
+def held_out(ckpt, cfg, T):
+    """Rows (n, T) of the validation split of the dataset that a checkpoint was trained on, apart from each other, in an order drawn
+    once; UserError where the dataset is another one now, or too short."""
+    tokens, _, _, _, sha = prepare.open_bin(os.path.join(cfg.data_dir, ckpt["dataset"], "val.bin"))
+    if sha[:16] != ckpt["data"]["val.bin"]:
+        raise UserError(f"{cfg.data_dir}/{ckpt['dataset']} is not the dataset that the checkpoint was trained on; make that again with "
+                        f"prepare.py")
+    n = len(tokens) // T
+    if n < cfg.sequences:
+        raise UserError(f"the validation split of {ckpt['dataset']} holds {n} stretches of {T} tokens, fewer than sequences = "
+                        f"{cfg.sequences}; give a smaller length or fewer sequences")
+    rows = torch.from_numpy(np.asarray(tokens[:n * T]).astype(np.int64)).view(n, T)
+    return rows[torch.randperm(n, generator=torch.Generator().manual_seed(cfg.seed))]
+
+
+def calibrate(cfg, model, ckpt, path):
+    """Find and store the laxest exit_threshold that keeps the risk on held-out text: Learn then Test (Angelopoulos et al. 2021), as
+    CALM does."""
+    kind = cfg.exit or "softmax"
+    check_exits(model, kind)
+    if cfg.length > model.cfg.block_size:
+        raise UserError(f"length ({cfg.length}) is larger than the model's block_size ({model.cfg.block_size}); give less")
+    if cfg.exit_decay:
+        raise UserError("calibrate tests thresholds that stay as they are; leave exit_decay out")
+    rows = held_out(ckpt, cfg, cfg.length)[:cfg.sequences].to(cfg.device)
+    risks, depth = exit_risks(model, rows, kind)
+    at = laxest(risks, cfg.risk, cfg.confidence)
+    for i in sorted({*range(0, len(THRESHOLDS), 6), max(at, 0)}):
+        print(f"threshold {THRESHOLDS[i]:.4f}: {depth[:, i].mean():.2f} of {model.cfg.n_layer} blocks, {risks[:, i].mean():.2%} differ"
+              f"{'   <- kept' if i == at else ''}")
+    if at < 0:
+        raise UserError(f"no threshold keeps a risk of {cfg.risk} with confidence {cfg.confidence} on {len(rows)} sequences; ask for "
+                        f"more risk, or give more sequences")
+    found = {"threshold": THRESHOLDS[at], "risk": cfg.risk, "confidence": cfg.confidence, "sequences": len(rows), "length": cfg.length,
+             "observed": risks[:, at].mean().item(), "blocks": depth[:, at].mean().item(), "step": ckpt["step"]}
+    stored = stored_thresholds(path)
+    stored[kind] = found
+    with prepare.replacing(thresholds_path(path)) as f:
+        f.write((json.dumps(stored, indent=1) + "\n").encode())
+    print(f"{thresholds_path(path)}: {kind} {THRESHOLDS[at]:.4f}")
+    return 0
+
+
+def thresholds_path(path):
+    return os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "exits.json")
+
+
+def stored_thresholds(path):
+    """{confidence: what calibrate found} beside a checkpoint; {} where nothing is stored."""
+    try:
+        with open(thresholds_path(path), encoding="utf-8") as f:
+            stored = json.load(f)
+        return {k: {**v, "threshold": float(v["threshold"]), "step": int(v["step"])} for k, v in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{thresholds_path(path)} cannot be read ({str(e)[:80]}); delete it and run sample.py calibrate again") from None
+
+
+def check_exits(model, kind):
+    """UserError unless the model can leave early by this confidence."""
+    if not model.exits:
+        raise UserError("the model has no exits; train one with a . in layers, such as --layers=AA.AA.AA")
+    if kind == "classifier" and model.sure is None:
+        raise UserError("the model has no classifier of exits; train one with --exit_classifier, or use softmax, margin or cosine")
+    if model.cfg.n_think:
+        raise UserError("a model that thinks (n_think) reads its own last layer and cannot leave early; leave exit out")
+
+
+def make_rule(cfg, model, ckpt, path):
+    """The exit_rule of the settings, None without exits."""
+    if not cfg.exit:
+        return None
+    check_exits(model, cfg.exit)
+    threshold = cfg.exit_threshold
+    if threshold < 0:
+        found = stored_thresholds(path).get(cfg.exit)
+        if found is None or found["step"] != ckpt["step"]:
+            raise UserError(f"no exit_threshold is stored for {cfg.exit} at step {ckpt['step']} of {path}; run python sample.py calibrate "
+                            f"--exit={cfg.exit}, or give one")
+        threshold = found["threshold"]
+    return exit_rule(model, cfg.exit, threshold, cfg.exit_decay, max(cfg.max_new_tokens, 1))
+
+
+def other_model(name, path, cfg, tokenizer):
+    """The checkpoint that a setting names, with the tokenizer that it must have."""
+    model, ckpt = load(path, cfg.device, cfg.dtype)
+    if ckpt["tokenizer"] != tokenizer:
+        raise UserError(f"{name} {path} has another tokenizer than the model; it must be the same")
+    return model
+
+
+def after_kind(name, text, low=1):
+    """The number behind `name:` of an amateur such as exit:2."""
+    number = text.partition(":")[2]
+    if not (number.isascii() and number.isdecimal() and int(number) >= low):
+        raise UserError(f"amateur {text} needs a number of at least {low}, as {name}:{low}")
+    return int(number)
+
+
 def main(argv):
-    values, _ = config.parse(argv, SampleConfig, doc=__doc__)
+    values, words = config.parse(argv, SampleConfig, doc=__doc__, words=["calibrate"])
     cfg = config.build(SampleConfig, **values)
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     missing = config.compiler_missing(cfg.device) if cfg.compile else ""
     if missing:
         raise UserError(f"compile needs {missing}, which was not found; install it or leave --compile out")
+    if cfg.int8 and cfg.device != "cpu":
+        raise UserError(f"int8 is for a CPU, not {cfg.device}; leave it out")
     path = cfg.out_dir or newest()
     model, ckpt = load(path, cfg.device, cfg.dtype)
+    if words:
+        return calibrate(cfg, model, ckpt, path)
     tok = prepare.Tokenizer(ckpt["tokenizer"])
     prompt = read_prompt(cfg.prompt)
     ids = tok.encode(prompt)
@@ -495,26 +940,83 @@ def main(argv):
             raise UserError(f"{path} thinks {model.cfg.n_think} times in a window, not {cfg.n_think}; give a smaller n_think")
         one = model.cfg.think_token
         think, ids = (tok.encode(cfg.think_after), [one] * (cfg.n_think or model.cfg.n_think)), ids + [one] * cfg.n_think
-    generator = torch.Generator(device=cfg.device).manual_seed(cfg.seed)
-    expert, amateur = Decoder(model, [ids], tok.eot, cfg.compile).select([0] * cfg.n), None
-    if cfg.amateur:
-        weak, weak_ckpt = load(cfg.amateur, cfg.device, cfg.dtype)
-        if weak_ckpt["tokenizer"] != ckpt["tokenizer"]:
-            raise UserError(f"amateur {cfg.amateur} has another tokenizer than {path}; it must be the same")
-        amateur = Decoder(weak, [ids], tok.eot, cfg.compile).select([0] * cfg.n)
-    texts = [Text(tok, cfg.stop, model.cfg.think_token if model.cfg.n_think else -1) for _ in range(cfg.n)]
-    others = [[] for _ in texts]  # the first sample is shown as it is made, the others when they are whole
+    if cfg.speculate and model.cfg.n_think:
+        raise UserError(f"{path} thinks (n_think), and a draft cannot; leave speculate out")
+    leave, at_exit, rows = make_rule(cfg, model, ckpt, path), 0, [0] * (cfg.best_of or cfg.n)
+    if cfg.amateur.startswith("exit:"):
+        at_exit = after_kind("exit", cfg.amateur)
+    try:
+        if at_exit or cfg.draft_exit:
+            model.exit_place(at_exit or cfg.draft_exit)
+    except ValueError as e:
+        raise UserError(f"{'amateur' if at_exit else 'draft_exit'}: {e}") from None
+    others = {}
+    for name in ("amateur", "draft"):
+        if getattr(cfg, name) and not getattr(cfg, name).startswith(("exit:", "context:")):
+            others[name] = other_model(name, getattr(cfg, name), cfg, ckpt["tokenizer"])
+    if cfg.int8:
+        for m in (model, *others.values()):
+            to_int8(m)
+    rows = rows if not cfg.beams else [0]
+    start = lambda m, **more: Decoder(m, [ids], tok.eot, cfg.compile, **more).select(rows)
+    expert, others = start(model, at_exit=at_exit, leave=leave), {name: start(m) for name, m in others.items()}
+    if cfg.amateur.startswith("context:"):
+        others["amateur"] = start(model, context=after_kind("context", cfg.amateur))
+    amateur, generator = others.get("amateur"), torch.Generator(device=cfg.device).manual_seed(cfg.seed)
     print(f"[{path}, step {ckpt['step']}]", file=sys.stderr)
     if cfg.soft and not model.cfg.soft_rate:
         print("[this model never read soft tokens in training; expect poor text, or train one with --soft_rate=0.3]",
               file=sys.stderr)
+    page = [[] for _ in range(cfg.n)]  # (text, Made) of each sample, for a page
+    speculation = Speculation(expert, cfg, generator, others.get("draft")) if cfg.speculate else None
+    tokens = lambda: speculation.generate() if speculation else generate(expert, cfg, amateur, generator, think)
+    if cfg.interactive:
+        converse(expert, others.values(), tokens, cfg, tok, model.cfg, prompt)
+        return 0
     print("" if cfg.json else prompt, end="", flush=True)
-    for ready in generate(expert, cfg, amateur, generator, think):
+    if cfg.beams or cfg.best_of:
+        ranked = beam_search(expert, cfg, tok, amateur)[0] if cfg.beams else best(tokens(), cfg, tok)
+        steps = [ranked[:cfg.n]]  # all at once
+    else:
+        steps = tokens()
+    write(steps, cfg, tok, model.cfg, prompt, page)
+    if cfg.trace and not cfg.json and expert.planned() and not (cfg.beams or cfg.best_of):
+        print("\n" + "\n".join(expert.plan_lines(tok)))
+    if speculation and speculation.proposed:
+        print(f"[{speculation.accepted / speculation.proposed:.0%} of {speculation.proposed} drafted tokens accepted]", file=sys.stderr)
+    if cfg.trace_html:
+        write_page(cfg.trace_html, prompt, page, model.cfg)
+    return 0
+
+
+def best(steps, cfg, tok):
+    """All samples of an iterator of steps, each up to its stop string, the likeliest first."""
+    rows, texts = [[] for _ in range(cfg.best_of)], [Text(tok, cfg.stop) for _ in range(cfg.best_of)]
+    for ready in steps:
+        for row, text, tokens in zip(rows, texts, ready):
+            for made in tokens:
+                if not text.done:
+                    text.add(made.token)
+                    row.append(made)
+        if all(t.done for t in texts):
+            break
+    return sorted(rows, key=likelihood, reverse=True)
+
+
+def write(steps, cfg, tok, mcfg, prompt, page=None):
+    """Print what an iterator of steps gives, the first sample as it is made, the others when they are whole; page: a list per
+    sample that takes (text, Made). -> the text of the first."""
+    texts = [Text(tok, cfg.stop, mcfg.think_token if mcfg.n_think else -1) for _ in range(cfg.n)]
+    others = [[] for _ in texts]
+    for ready in steps:
         for i, (text, tokens) in enumerate(zip(texts, ready)):
             for made in tokens:
                 if text.done:
                     break
-                piece = show(made, text.add(made.token), i, tok, cfg)
+                piece = text.add(made.token)
+                if page is not None:
+                    page[i].append((piece, made))
+                piece = show(made, piece, i, tok, cfg, mcfg)
                 if i:
                     others[i].append(piece)
                 else:
@@ -523,20 +1025,74 @@ def main(argv):
             break
     ends = ["" if cfg.json else t.end() for t in texts]
     print(ends[0], end="" if cfg.json else "\n")
-    if cfg.trace and not cfg.json and expert.planned():
-        print("\n" + "\n".join(expert.plan_lines(tok)))
     for pieces, end in zip(others[1:], ends[1:]):
         print(*([] if cfg.json else ["-" * 40 + "\n" + prompt]), *pieces, end, sep="", end="" if cfg.json else "\n")
-    return 0
+    return texts[0].text
 
 
-def show(made, text, i, tok, cfg):
-    """What is printed of a token of sample i, whose certain text is `text`: as it is, with soft ones in colour, or as a line
-    of JSON with the token's own text."""
+def converse(expert, others, tokens, cfg, tok, mcfg, prompt):
+    """Turn by turn: a line is read, appended to all that stands there, and gone on from."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (input() then knows the arrow keys, and the lines typed before)
+    print(prompt, end="" if prompt.endswith("\n") else "\n")
+    while True:
+        try:
+            line = tok.encode(input("> ") + "\n")
+        except EOFError:
+            print()
+            return
+        except UserError as e:
+            print(e, file=sys.stderr)
+            continue
+        for d in (expert, *others):
+            d.extend(line)
+        write(tokens(), cfg, tok, mcfg, prompt)
+
+
+HEAT = (40, 148, 220, 208, 196)  # of a terminal: from green to red
+
+
+def heat(made, mcfg):
+    """(0 to 1, what it says) of a token: by its exit, its draft, its contrastive shift or else its entropy."""
+    if made.depth is not None:
+        return made.depth / mcfg.n_layer, f"{made.depth} of {mcfg.n_layer} blocks"
+    if made.drafted is not None:
+        return float(not made.drafted), "drafted" if made.drafted else "not drafted"
+    if made.shift is not None:
+        return min(max(made.shift / 2 + 0.5, 0.0), 1.0), f"shift {made.shift:+.2f}"
+    return min(made.entropy / math.log(mcfg.vocab_size), 1.0), f"entropy {made.entropy:.2f}"
+
+
+def show(made, text, i, tok, cfg, mcfg):
+    """What is printed of a token of sample i, whose certain text is `text`: as it is, in colour, or as a line of JSON with the
+    token's own text."""
     if cfg.json:
+        more = {k: getattr(made, k) for k in ("depth", "drafted", "shift") if getattr(made, k) is not None}
         return json.dumps({"sample": i, "token": made.token, "text": tok.decode([made.token]), "soft": made.soft,
-                           "entropy": round(made.entropy, 4), "soft_behind": made.behind}) + "\n"
-    return f"\033[36;4m{text}\033[0m" if cfg.trace and made.soft and text and sys.stdout.isatty() else text
+                           "entropy": round(made.entropy, 4), "logp": round(made.logp, 4), "soft_behind": made.behind, **more}) + "\n"
+    if not (cfg.trace and text and sys.stdout.isatty()):
+        return text
+    if cfg.soft:
+        return f"\033[36;4m{text}\033[0m" if made.soft else text
+    return f"\033[38;5;{HEAT[min(int(heat(made, mcfg)[0] * len(HEAT)), len(HEAT) - 1)]}m{text}\033[0m"
+
+
+def write_page(path, prompt, samples, mcfg):
+    """Samples, lists of (text, Made), as a page: each token on its colour, what it says under the pointer."""
+    out = ["<!doctype html><meta charset=utf-8><title>trace</title><style>body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;"
+           "white-space:pre-wrap}hr{border:0;border-top:1px solid #ccc}</style>"]
+    for pieces in samples:
+        out.append(html.escape(prompt))
+        for text, made in pieces:
+            value, says = heat(made, mcfg)
+            out.append(f'<span title="{html.escape(says)}, {math.exp(made.logp):.0%}" style="background:hsl({120 * (1 - value):.0f},70%,'
+                       f'85%)">{html.escape(text)}</span>')
+        out.append("<hr>")
+    try:
+        with prepare.replacing(path) as f:
+            f.write("".join(out).encode())
+    except OSError as e:
+        raise UserError(f"trace_html {path} cannot be written ({e.strerror}); choose another file") from None
 
 
 if __name__ == "__main__":

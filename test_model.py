@@ -80,6 +80,11 @@ VARIANTS = {  # name: config overrides
     "levels+gru+slots+enrich": dict(SLOTS, layers="((G)R)A", chunk="space,2", space=(1, 2, 3), plan="cross", eot=7, enrich=True,
                                     n_value_embed=1),
     "level+think+soft_rate": dict(layers="(R)A", soft_rate=0.3, n_think=2, think_token=3),
+    "exits": dict(layers="A.A.A"),
+    "exits_distilled": dict(layers="A.AA", exit_distill=0.5, exit_classifier=True),
+    "exits_rotate+layer_drop": dict(layers="A.A.A", exit_loss="rotate", layer_drop=0.5, head="nearest"),
+    "exits+level+slots": dict(SLOTS, layers="(A).R.A", plan="cross", concept_weight=0.1, eot=5, exit_classifier=True),
+    "exits+think": dict(layers="A.A", n_think=2, think_token=3),
     "nearest+think+nanogpt": dict({**NANOGPT, "tie": False}, head="nearest", n_think=2, think_token=3),
 }
 variants = pytest.mark.parametrize("name", VARIANTS)
@@ -162,7 +167,7 @@ def test_training_differs_from_evaluation_only_where_it_says_so(name):
     out = []
     for training, seed in ((True, 0), (True, 1), (False, 0)):
         torch.manual_seed(seed)
-        out.append(m.train(training)(x, x, history=h).losses["ce"])
+        out.append(m.train(training)(x, x, history=h, drawn=m.plan_step(seed, 6) if training else None).losses["ce"])
     assert (out[0].item() == out[1].item() == out[2].item()) == (not m.random())
 
 
@@ -314,10 +319,12 @@ def test_every_parameter_trains(name):
     for step in range(60):
         x, h = inputs(m, 8, seed=step % 2)
         torch.manual_seed(step)
-        out = m(x[:, :-1], x[:, 1:], history=h)
+        out = m(x[:, :-1], x[:, 1:], history=h, drawn=m.plan_step(0, step))
         depth = max(n.count("levels.") for n, _ in m.named_parameters())
         concepts = {f"concept_{d}" for d in range(1, depth + 1) if m.cfg.level_weight(d)}
-        assert set(out.losses) == {"ce", *concepts, *(["semantic"] if m.cfg.semantic_weight else [])} and torch.isfinite(out.loss)
+        exits = ["exit"] if m.cfg.exit_loss == "rotate" else [f"exit_{k}" for k in m.exits.values()]
+        assert set(out.losses) == {"ce", *concepts, *exits, *(["semantic"] if m.cfg.semantic_weight else []),
+                                   *(["sure"] if m.sure else [])} and torch.isfinite(out.loss)
         out.loss.backward()
         if step < 3:
             moved |= {n for n, p in m.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -341,7 +348,7 @@ def test_one_graph(name):
         out = []
         for g in (m, f):
             torch.manual_seed(1)
-            out.append(g(x, x, history=h).loss)
+            out.append(g(x, x, history=h, drawn=m.plan_step(0, 0) if mode else None).loss)
         torch.testing.assert_close(*out)
 
 
@@ -1426,6 +1433,7 @@ def trained(data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     run(data_dir, out / "strong", SLOTS, max_iters=60, lr_decay_iters=60, batch_size=16)
     run(data_dir, out / "weak", max_iters=8, lr_decay_iters=8)
+    run(data_dir, out / "exits", dict(layers="A.A.A", exit_classifier=True, exit_distill=0.5), max_iters=60, lr_decay_iters=60, batch_size=16)
     os.utime(out / "strong" / "ckpt.pt")
     return out
 
@@ -1482,8 +1490,12 @@ def test_sample_main(trained, capsys, tmp_path, monkeypatch):
     assert "\033[36;4m" not in text(*soft) and text(*soft).startswith("It was")  # no terminal
     made = sample.Made(3, True, 0.5, [])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert sample.show(made, "x", 0, None, sample.SampleConfig(trace=True)) == "\033[36;4mx\033[0m"
-    assert sample.show(made, "x", 0, None, sample.SampleConfig()) == "x"
+    mcfg = GPTConfig(**TINY, vocab_size=24)
+    assert sample.show(made, "x", 0, None, sample.SampleConfig(trace=True, soft=True), mcfg) == "\033[36;4mx\033[0m"
+    for more, colour in ((dict(depth=1), 220), (dict(depth=2), 196), (dict(drafted=True), 40), (dict(shift=0.1), 220), ({}, 40)):
+        assert sample.show(dataclasses.replace(made, **more), "x", 0, None, sample.SampleConfig(trace=True), mcfg) == \
+            f"\033[38;5;{colour}mx\033[0m"
+    assert sample.show(made, "x", 0, None, sample.SampleConfig(), mcfg) == "x"
     lines = text("--prompt=It was", "--max_new_tokens=30", "--soft", "--collapse=every:3", "--collapse_by=context", "--json",
                  "--soft_top_k=5", "--gumbel=0.5").splitlines()
     lines = [json.loads(line) for line in lines]
@@ -1496,6 +1508,281 @@ def test_sample_main(trained, capsys, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not trained to think"):
         text("--n_think=2")
     assert sample.newest(str(trained)) == str(trained / "strong" / "ckpt.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# early exit, speculation, beams
+
+
+EXITS = ["exits", "exits_distilled", "exits_rotate+layer_drop", "exits+level+slots"]
+
+
+@pytest.mark.parametrize("name", EXITS)
+def test_leaving_token_by_token_is_leaving_over_the_window(name):
+    """Positions that left are seen by the later ones as they were, so one pass over a window and decoding agree, in what they give
+    and in when they leave; nobody leaving is the full forward; and what comes later changes nothing."""
+    m = make(name).eval()
+    x, h = inputs(m)
+    full = m(x, history=h).logits
+    never, depth = m.leaving(x, lambda h, before, place: torch.zeros(h.shape[:2], dtype=torch.bool), history=h)
+    torch.testing.assert_close(never, full, atol=2e-5, rtol=0)
+    assert (depth == m.cfg.n_layer).all()
+    for kind in ("softmax", "margin", "cosine") + ("classifier",) * (m.sure is not None):
+        sure = sample.CONFIDENCE[kind](m, m.hidden(x, h), m.hidden(x.flip(1), h))
+        rule = sample.exit_rule(m, kind, sure.median().item())
+        logits, depth = m.leaving(x, rule, history=h)
+        assert kind == "cosine" or len(depth.unique()) > 1
+        for n in (1, 7):
+            part, d = m.leaving(x[:, :n], rule, history=h)
+            torch.testing.assert_close(part, logits[:, :n], atol=2e-5, rtol=0)
+            assert torch.equal(d, depth[:, :n])
+        for rows in ([0, 1, 2], [1]):  # all rows leave at once only when there is one
+            state = m.init_state(len(rows))
+            got = [m.leaving(x[rows, t:t + 1], rule, history=None if h is None else h[rows], state=state) for t in range(x.size(1))]
+            torch.testing.assert_close(torch.cat([l for l, _ in got], 1), logits[rows], atol=2e-5, rtol=0)
+            assert torch.equal(torch.cat([d for _, d in got], 1), depth[rows])
+
+
+def test_exit_losses_are_their_formulas():
+    x, h = inputs(make("exits"))
+    m = make("exits", exit_distill=0.25)
+    out = m(x, x)
+    ends = [m.read(m.hidden(x, exits=(e := [])))[0], *(m.read(v)[0] for v in e)]
+    ce = [F.cross_entropy(l.flatten(0, 1), x.flatten()) for l in ends]
+    kl = [F.kl_div(l.log_softmax(-1).flatten(0, 1), ends[0].softmax(-1).flatten(0, 1), reduction="batchmean") for l in ends[1:]]
+    want = ce[0] + sum(w / 3 * (0.75 * c + 0.25 * k) for w, c, k in zip((1, 2), ce[1:], kl))
+    torch.testing.assert_close(out.loss, want)
+    torch.testing.assert_close(out.losses["exit_2"], ce[2])
+    torch.testing.assert_close(m(x, at_exit=1).early, ends[1])
+    m = make("exits_rotate+layer_drop", layer_drop=0.0)
+    drawn = [m.plan_step(1, i) for i in range(4)]
+    assert [d[3:].tolist() for d in drawn] == [[1, 0], [0, 1]] * 2 and all(d[:3].eq(1).all() for d in drawn)
+    torch.testing.assert_close(m(x, x, drawn=drawn[1]).losses["exit"], m(x, x).losses["exit_2"])
+
+
+def test_dropped_layers_grow_with_depth():
+    m = make("exits_rotate+layer_drop")
+    kept = torch.stack([m.plan_step(3, i)[:3] for i in range(2000)])
+    assert torch.equal(kept, torch.stack([m.plan_step(3, i)[:3] for i in range(2000)]))
+    torch.testing.assert_close(1 - kept.mean(0), torch.tensor([0.0, 0.5 * (2 ** 0.5 - 1), 0.5]), atol=0.03, rtol=0)
+    x, h = inputs(m)
+    without = m.train()(x, drawn=torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])).logits
+    torch.testing.assert_close(without, m.read(m.hidden(x, exits=(e := [])) * 0 + e[1])[0], atol=2e-5, rtol=0)
+
+
+def test_exit_thresholds():
+    """A threshold of 1 keeps everybody and 0 nobody; with decay it falls from above along the text as CALM has it."""
+    m = make("exits").eval()
+    x, _ = inputs(m)
+    assert (m.leaving(x, sample.exit_rule(m, "softmax", 1.0))[1] == 3).all() and (m.leaving(x, sample.exit_rule(m, "softmax", 0.0))[1] == 1).all()
+    rule = sample.exit_rule(m, "softmax", 0.5, decay=4.0, total=16)
+    h = torch.zeros(1, 16, 32)
+    seen = []
+    sample.CONFIDENCE["probe"] = lambda model, h, before: seen.append(h) or torch.full(h.shape[:2], 0.5)
+    try:
+        rule = sample.exit_rule(m, "probe", 0.5, decay=4.0, total=16)
+        leaves = rule(h, h, 1)
+        rule.t = 15
+        late = rule(h[:, :1], h[:, :1], 1)
+    finally:
+        del sample.CONFIDENCE["probe"]
+    assert not leaves[0, 0] and leaves[0, -1] and late.item()  # 0.45 + 0.1 at the start, 0.45 + 0.1 e^-3.75 at the end
+    assert leaves[0].int().diff().ge(0).all()
+
+
+def test_calibration_keeps_its_promise():
+    """p-values against figures known otherwise, and, over 300 repetitions with known risks, a promise kept 95 times in 100."""
+    assert sample.p_value(0.03, 500, 0.02) == 1.0
+    assert sample.p_value(0.0, 500, 0.02) == pytest.approx(0.98 ** 500)
+    # Hoeffding at 0.1 against 0.2: exp(-100 kl(0.1, 0.2)); Bentkus: e times the chance of at most 10 of 100
+    binomial = sum(math.comb(100, k) * 0.2 ** k * 0.8 ** (100 - k) for k in range(11))
+    kl = 0.1 * math.log(0.5) + 0.9 * math.log(0.9 / 0.8)
+    assert sample.p_value(0.1, 100, 0.2) == pytest.approx(min(math.exp(-100 * kl), math.e * binomial))
+    g, truth, broken, chosen = torch.Generator().manual_seed(0), torch.linspace(0.0021, 0.0401, 20), 0, []
+    for _ in range(300):
+        risks = (torch.rand(2000, 1, generator=g) < truth).float()  # all or nothing: as far from the mean as losses can be
+        at = sample.laxest(risks, 0.02, 0.95)
+        chosen.append(at)
+        broken += at >= 0 and truth[at].item() > 0.02
+    assert broken <= 15 and max(chosen) >= 6, (broken, max(chosen))
+    assert sample.laxest(torch.ones(500, 3), 0.02, 0.95) == -1 and sample.laxest(torch.zeros(500, 3), 0.02, 0.95) == 2
+
+
+def speculated(d, draft, cfg, seed=0):
+    """The tokens of a Speculation over a Decoder, a list per row."""
+    out = [[] for _ in d.rows]
+    s = sample.Speculation(d, cfg, torch.Generator().manual_seed(seed), draft)
+    for ready in s.generate():
+        for row, tokens in zip(out, ready):
+            row += tokens
+    return out, s
+
+
+@pytest.mark.parametrize("name,draft", [("exits", 0), ("exits+level+slots", 0), ("plain", "gru"), ("slots", "exits")])
+@pytest.mark.parametrize("B", [1, 3])
+def test_speculation_is_greedy_decoding(name, draft, B):
+    """Across many folds, rows of unequal length: the text of plain decoding, with a repetition penalty too."""
+    m = make(name).eval()
+    prompts = [[1, 2, 3], [5], [7, 8]][:B]
+    for more in ({}, dict(repetition_penalty=1.3)):
+        cfg = sample.SampleConfig(temperature=0, max_new_tokens=70, speculate=3, **(dict(draft="x") if draft else dict(draft_exit=1)), **more)
+        other = sample.Decoder(make(draft, seed=4).eval(), prompts) if draft else None
+        got, s = speculated(sample.Decoder(m, prompts), other, cfg)
+        want = [[] for _ in range(B)]
+        plain = sample.SampleConfig(temperature=0, max_new_tokens=70, **more)
+        for ready in sample.generate(sample.Decoder(m, prompts), plain):
+            for row, tokens in zip(want, ready):
+                row += tokens
+        assert [[t.token for t in row] for row in got] == [[t.token for t in row] for row in want]
+        for a, b in zip(got, want):
+            assert [t.logp for t in a] == pytest.approx([t.logp for t in b], abs=1e-4)
+        assert s.proposed > 0 and {t.drafted for row in got for t in row} >= {False}
+
+
+@pytest.mark.parametrize("itself", [True, False])
+def test_speculation_draws_from_the_model(itself):
+    """Chi-square of the joint of three tokens, 20,000 draws with a poor draft, against the model's own probabilities."""
+    m, V = make("exits", vocab_size=4).eval(), 4
+    with torch.no_grad():
+        m.lm_head.weight.mul_(2.0)
+    prompt, exact = [1, 2], torch.zeros(V, V, V)
+    cfg = sample.SampleConfig(temperature=0.9, max_new_tokens=3, speculate=2, **(dict(draft_exit=1) if itself else dict(draft="x")))
+    for a, b in itertools.product(range(V), repeat=2):
+        p = sample.distribution(m(torch.tensor([prompt + [a, b]])).logits[0, 1:], cfg)
+        exact[a, b] = p[0, a] * p[1, b] * p[2]
+    counts, accepted, proposed = torch.zeros(V, V, V), 0, 0
+    for seed in range(10):
+        draft = None if itself else sample.Decoder(make("exits", seed=9, vocab_size=4).eval(), [prompt]).select([0] * 2000)
+        rows, s = speculated(sample.Decoder(m, [prompt]).select([0] * 2000), draft, cfg, seed)
+        for row in rows:
+            counts[tuple(t.token for t in row)] += 1
+        accepted, proposed = accepted + s.accepted, proposed + s.proposed
+    want = exact.flatten().double() * 20_000
+    assert want.min() > 5 and counts.sum() == 20_000
+    chi = ((counts.flatten() - want) ** 2 / want).sum().item()
+    assert chi < 63 + 4 * (2 * 63) ** 0.5, chi  # 63 degrees of freedom, 4 standard deviations
+    assert 0.2 < accepted / proposed < 0.9
+
+
+def test_beams():
+    """With room for every text the search is exhaustive: the likeliest of all; and several rows are searched apart."""
+    m = make("exits", vocab_size=4).eval()
+    tok = prepare.Tokenizer({"kind": "char", "chars": list("abcd"), "eot": False})
+    cfg = sample.SampleConfig(beams=64, max_new_tokens=3)
+    found = sample.beam_search(sample.Decoder(m, [[1, 2], [3]]), cfg, tok)
+    for prompt, texts in zip(([1, 2], [3]), found):
+        scores = {}
+        for text in itertools.product(range(4), repeat=3):
+            logp = m(torch.tensor([prompt + list(text)])).logits[0].log_softmax(-1)
+            scores[text] = sum(logp[len(prompt) - 1 + i, t].item() for i, t in enumerate(text))
+        want = sorted(scores, key=scores.get, reverse=True)
+        got = [tuple(t.token for t in made) for made in texts]
+        assert len(got) == 64 and got[0] == want[0] and set(got) == set(want)
+        assert sum(t.logp for t in texts[0]) == pytest.approx(scores[want[0]], abs=1e-4)
+    greedy = sample.beam_search(sample.Decoder(m, [[1]]), sample.SampleConfig(beams=1, max_new_tokens=40), tok)[0][0]
+    plain = [r[0][0].token for r in sample.generate(sample.Decoder(m, [[1]]), sample.SampleConfig(temperature=0, max_new_tokens=40))]
+    assert [t.token for t in greedy] == plain  # beyond the window too
+    stop = chr(ord("a") + plain[2])
+    texts = sample.beam_search(sample.Decoder(m, [[1]]), sample.SampleConfig(beams=3, max_new_tokens=12, stop=stop), tok)[0]
+    assert any(t[-1].token == plain[2] and len(t) < 12 for t in texts)
+
+
+def test_amateurs_of_the_model_itself():
+    """exit:K is the exit's logits; context:N sees the last N tokens at most, and no slots."""
+    m = make("exits+level+slots").eval()
+    d = sample.Decoder(m, [[1, 2, 3]], at_exit=1)
+    short = sample.Decoder(m, [[1, 2, 3]], context=8)
+    for t in range(30):
+        for one in (d, short):
+            one.push([t % 7])
+        ring, window = d.rows[0]
+        h = torch.tensor([[-1] * (16 - len(ring)) + ring])
+        torch.testing.assert_close(d.early[0], m(torch.tensor([window]), history=h, at_exit=1).early[0, -1], atol=2e-5, rtol=0)
+        torch.testing.assert_close(short.logits[0], m(torch.tensor([short.rows[0][1]])).logits[0, -1], atol=2e-5, rtol=0)
+        assert 1 <= len(short.rows[0][1]) <= 8 and window[-len(short.rows[0][1]):] == short.rows[0][1][-len(window):]
+    cfg = sample.SampleConfig(temperature=0, max_new_tokens=5)
+    made = [r[0][0] for r in sample.generate(d, cfg)]
+    assert all(t.shift is not None for t in made)
+    d.extend([1, 2])
+    torch.testing.assert_close(d.logits[0], m(torch.tensor([d.rows[0][1]]), history=d.history()).logits[0, -1], atol=2e-5, rtol=0)
+
+
+def test_int8_is_close():
+    m = make("exits").eval().bfloat16()
+    m.dtype = torch.bfloat16
+    x, _ = inputs(m)
+    before = m(x).logits
+    ref = (m(x) .logits - make("exits").eval()(x).logits).abs().mean()
+    after = sample.to_int8(m)(x).logits
+    assert 0 < (after - before).abs().mean() < 3 * ref + 0.05
+    state = m.init_state(1)
+    m.leaving(x[:1, :1], sample.exit_rule(m, "softmax", 0.0), state=state)
+
+
+def test_decoding_from_the_shell(trained, data_dir, capsys, tmp_path, monkeypatch):
+    where = f"--out_dir={trained}/exits"
+
+    def text(*argv):
+        sample.main([where, "--prompt=It was", "--max_new_tokens=40", *argv])
+        return capsys.readouterr().out
+    refused(sample.main, [where, "--exit=softmax"], "exit_threshold", "calibrate")
+    calibrating = ["calibrate", where, f"--data_dir={data_dir}", "--sequences=30", "--length=16", "--risk=0.3", "--confidence=0.8"]
+    sample.main(calibrating)
+    stored = json.load(open(trained / "exits" / "exits.json"))["softmax"]
+    assert "<- kept" in capsys.readouterr().out and stored["observed"] <= 0.3
+    greedy = text("--temperature=0")
+    assert text("--temperature=0", "--exit=softmax", "--exit_threshold=1") == greedy
+    assert len(text("--exit=softmax")) == len(greedy)
+    depths = [json.loads(l)["depth"] for l in text("--exit=classifier", "--exit_threshold=0.5", "--exit_decay=4", "--json").splitlines()]
+    assert len(depths) == 40 and set(depths) <= {1, 2, 3}
+    for draft in ("--draft_exit=1", f"--draft={trained}/weak"):
+        assert text("--temperature=0", "--speculate=3", draft) == greedy
+        assert text("--temperature=0", "--speculate=3", draft, "--n=2").count("It was") >= 2
+    assert {json.loads(l)["drafted"] for l in text("--speculate=4", "--draft_exit=2", "--json").splitlines()} <= {True, False}
+    for amateur in ("exit:1", "context:4", f"{trained}/weak"):
+        assert len(text(f"--amateur={amateur}", "--seed=1")) == len(greedy)
+        assert text(f"--amateur={amateur}", "--beta=0", "--temperature=0") == greedy
+    assert len(text("--beams=3", "--n=2").split("-" * 40)) == 2
+    assert text("--best_of=4") and text("--dtype=bfloat16", "--int8")
+    text("--trace", f"--trace_html={tmp_path}/t.html", "--exit=margin", "--exit_threshold=0.2")
+    page = (tmp_path / "t.html").read_text()
+    assert page.count("<span") == 40 and "of 3 blocks" in page and page.startswith("<!doctype html>")
+    lines = iter(["It was", "\u2603", "There"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError()))
+    assert text("--interactive", "--max_new_tokens=10").startswith("It was\n")
+
+
+def test_bad_decoding(trained, data_dir, tmp_path):
+    where, strong = f"--out_dir={trained}/exits", f"--out_dir={trained}/strong"
+    quiet(prepare.main, ["--tokenizer=byte", f"--input={data_dir}/t.txt", "--name=bytes", f"--data_dir={tmp_path}"])
+    run(str(tmp_path), tmp_path / "bytes_out", dataset="bytes")
+    for name in ("amateur", "draft"):
+        refused(sample.main, [where, f"--{name}={tmp_path}/bytes_out", *(["--speculate=2"] * (name == "draft"))], name, "tokenizer")
+    refused(sample.main, [where, "--amateur=exit:9"], "after 9 blocks", "after 1, 2")
+    refused(sample.main, [where, "--amateur=exit:x"], "exit:1")
+    refused(sample.main, [where, "--amateur=context:0"], "context:1")
+    refused(sample.main, [where, "--speculate=2", "--draft_exit=3"], "draft_exit", "after 1, 2")
+    refused(sample.main, [strong, "--speculate=2", "--draft_exit=1"], "draft_exit", "layers")
+    refused(sample.main, [where, "--exit=softmax", "--exit_threshold=1.5"], "exit_threshold", "1.5")
+    refused(sample.main, [where, "--exit=luck"], "luck", "softmax")
+    refused(sample.main, [strong, "calibrate"], "no exits", "layers")
+    refused(sample.main, [strong, "--exit=softmax", "--exit_threshold=0.5"], "no exits")
+    refused(sample.main, [where, "calibrate", "--risk=0"], "risk")
+    refused(sample.main, [where, "calibrate", f"--data_dir={tmp_path}", "--length=16"], "text")
+    refused(sample.main, [where, "calibrate", f"--data_dir={data_dir}", "--length=999"], "length", "block_size")
+    refused(sample.main, [where, "calibrate", f"--data_dir={data_dir}", "--length=16", "--sequences=100000"], "sequences")
+    refused(sample.main, [where, "calibrate", f"--data_dir={data_dir}", "--length=16", "--sequences=20", "--risk=0.0001"], "no threshold")
+    for argv, words in ((["--exit=softmax", "--speculate=2", "--draft_exit=1"], ["exit and speculate"]), (["--speculate=2"], ["draft"]),
+                        (["--draft_exit=1"], ["speculate"]), (["--beams=2", "--n=3"], ["beams", "n = 3"]), (["--int8"], ["bfloat16"]),
+                        (["--amateur=exit:1", "--exit=softmax"], ["amateur"]), (["--interactive", "--n=2"], ["interactive"])):
+        refused(sample.main, [where, *argv], *words)
+    (trained / "exits" / "exits.json").write_text("{")
+    refused(sample.main, [where, "--exit=margin"], "exits.json", "delete")
+    (trained / "exits" / "exits.json").unlink()
+    for layers, word in ((".A", "between"), ("A.", "between"), ("A..A", "between"), ("(A.A)A", "inside a level")):
+        refused(train.main, [f"--layers={layers}"], "layers", word)
+    refused(train.main, ["--exit_classifier=True"], "exit_classifier")
+    refused(train.main, ["--layers=A.A", "--exit_distill=2"], "exit_distill")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

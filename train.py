@@ -525,7 +525,7 @@ class Runner:
         add nothing before they are trained. -> how many numbers were not in it; RuntimeError where it does not fit."""
         missing = {n for n in self.model.state_dict() if n not in weights} if not exactly else set()
         new = {n: p for n, p in self.model.named_parameters() if n in missing and
-               (n.startswith("levels.") or ".cross." in n or ".ln_x." in n)}
+               (n.startswith(("levels.", "sure.")) or ".cross." in n or ".ln_x." in n)}
         self.model.load_state_dict({**{n: p.detach() for n, p in new.items()}, **weights})
         return sum(p.numel() for p in new.values())
 
@@ -533,20 +533,25 @@ class Runner:
         """Share of the matmul peak that a step of so many seconds reaches."""
         return self.model.flops_per_token() * self.tokens / seconds / self.peak / self.place.world
 
+    def draw(self, step):
+        """What the model draws for a whole step, on the device; None where it draws nothing."""
+        drawn = self.model.plan_step(self.tcfg.seed, step)
+        return None if drawn is None else drawn.to(self.place.device)
+
     def step(self, step, x, y, h, n_scored):
         """One optimizer step on this process's rows. -> (loss, gradient norm); where either is not finite, on any process,
         nothing was updated. n_scored: scored tokens of the step over all processes."""
         for o in self.optimizers:
             for g in o.param_groups:
                 g["lr"] = g["peak_lr"] * lr_factor(step, self.tcfg)
-        place, losses = self.place, []
+        place, losses, drawn = self.place, [], self.draw(step)
         denom = torch.tensor(n_scored / place.world, dtype=torch.float32, device=place.device)  # DDP takes the mean
         for m in range(0, self.my_rows, self.micro):
             torch.manual_seed(hash((self.tcfg.seed, step, m // self.micro, place.rank)))  # dropout
             mx, my, mh = (t[m:m + self.micro].to(place.device, non_blocking=True) for t in (x, y, h))
             last = m + self.micro == self.my_rows
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
-                out = self.forward(mx, my, mh if self.mcfg.n_slot else None, denom=denom)
+                out = self.forward(mx, my, mh if self.mcfg.n_slot else None, denom=denom, drawn=drawn)
                 out.loss.backward()
             losses.append(out.losses["ce"].detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.tcfg.grad_clip or float("inf"))
@@ -568,12 +573,13 @@ class Runner:
         batches = data.whole(self.place, self.micro)
         # a model that computes the same in training takes the graph that is compiled already: a cold start is 10 s shorter
         reuse = self.compiled and not self.model.random()
+        drawn = self.draw(0) if reuse else None
         self.model.train(reuse)
         with torch.set_grad_enabled(reuse):
             for x, y, h in prepare.bar(batches, desc="validate") if self.place.rank == 0 else batches:
                 x, y, h = (t.to(self.place.device) for t in (x, y, h))
                 h = alter(h) if alter else h
-                total += self.inner(x, y, h if self.mcfg.n_slot else None, denom=one).losses["ce"].item()
+                total += self.inner(x, y, h if self.mcfg.n_slot else None, denom=one, drawn=drawn).losses["ce"].item()
                 count += int((y >= 0).sum())
         self.model.train()
         total, count = self.place.sum(total, count)
