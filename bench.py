@@ -840,12 +840,10 @@ def random_exits(model, depth):
 @torch.inference_mode()
 def exits(cfg, repetitions=100, tokens=200):
     """early exit: blocks, disagreement, a judge's loss and speed over thresholds, beside random exits; what calibration promises"""
-    model, ckpt = sample.load(kept(cfg, "exits", "exits_shakespeare"))
+    model, ckpt = sample.load(kept(cfg, "exits", "exits_shakespeare"), dtype="bfloat16")
     critic, n = judge_of(cfg), model.cfg.n_layer
-    rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=1000), 64)
-    rows = rows[:2000]
-    half, table, promise = len(rows) // 2, [], []
-    prompts = rows[half:half + 32, :32].tolist()
+    rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=1000), 64)[:4000]
+    table, promise, prompts = [], [], rows[-32:, :32].tolist()
 
     def text(rule):
         d, out = sample.Decoder(model, prompts, leave=rule), [[] for _ in prompts]
@@ -861,23 +859,24 @@ def exits(cfg, repetitions=100, tokens=200):
 
     arms = {"every block": None}
     for kind in sample.CONFIDENCE:
-        risks, depth = sample.exit_risks(model, rows, kind)
+        risks, depth = sample.exit_risks(model, rows if kind == "softmax" else rows[:1000], kind)
+        half = len(risks) // 2
         at = sample.laxest(risks[:half], 0.02, 0.95)
         g, broken = torch.Generator().manual_seed(0), 0
         for _ in range(repetitions):  # calibrated on 500, seen on the 500 or more that are left
-            order = torch.randperm(len(rows), generator=g)
+            order = torch.randperm(len(risks), generator=g)
             i = sample.laxest(risks[order[:500]], 0.02, 0.95)
             broken += i >= 0 and risks[order[500:], i].mean().item() > 0.02
-        promise.append({"confidence by": kind, "threshold at 2%": sample.THRESHOLDS[at], "blocks": depth[half:, at].mean().item(),
-                        "observed on fresh text": risks[half:, at].mean().item(), "repetitions under 2%": repetitions - broken})
-        lax = sorted({at, *(min(at + i, len(sample.THRESHOLDS) - 1) for i in ((4, 8, 16, 24) if kind == "softmax" else (8,)))})
-        for i in lax:
+        fresh = {"threshold at 2%": sample.THRESHOLDS[at], "blocks": depth[half:, at].mean().item(), "observed on fresh text":
+                 risks[half:, at].mean().item()} if at >= 0 else {"threshold at 2%": "none"}
+        promise.append({"confidence by": kind, "calibrated on": half, **fresh, "repetitions under 2%": repetitions - broken})
+        for i in sorted({max(at, 0), *((2, 6, 9, 12) if kind == "softmax" else (6,))}):
             name = f"{kind} > {sample.THRESHOLDS[i]:.4f}" + (" (2% risk)" if i == at else "")
             arms[name] = sample.exit_rule(model, kind, sample.THRESHOLDS[i])
             table.append({"rule": name, "blocks": depth[half:, i].mean().item(), "differ": risks[half:, i].mean().item()})
             if kind == "softmax":
                 rule = random_exits(model, table[-1]["blocks"])
-                x = rows[half:half + 500]
+                x = rows[-500:]
                 logits, deep = model.leaving(x, rule)
                 differ = (logits.argmax(-1) != model(x).logits.argmax(-1)).float().mean().item()
                 arms[f"random, as deep as {name}"] = rule
@@ -893,9 +892,9 @@ def exits(cfg, repetitions=100, tokens=200):
         row["judge"], row["blocks when writing"] = text(arms[row["rule"]])
         for compile, (faster, speed) in times.get(row["rule"], {}).items():
             row["tokens/s, compiled" if compile else "tokens/s"], row["x, compiled" if compile else "x"] = speed, faster
-    human = mean(judged(critic, rows[half:half + 500].tolist(), 32))
-    show(cfg, f"calibration: risk 2%, confidence 95%, {half} sequences of 64; fresh ones, and {repetitions} repetitions with 500", promise)
-    return show(cfg, f"early exit, 6 layers (judge: nats a character on 32 texts of {tokens}; human text {human:.3f})", table)
+    human = mean(judged(critic, rows[-500:].tolist(), 32))
+    show(cfg, f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, and {repetitions} repetitions with 500", promise)
+    return show(cfg, f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {tokens}; human text {human:.3f})", table)
 
 
 @torch.inference_mode()
@@ -911,7 +910,7 @@ def judged(critic, texts, skip):
 def speculate(cfg, n=1000, rows=10):
     """self-speculation at 12 layers, 512 wide: the same greedy text, acceptance, speed; and with a small model as the draft"""
     shape = dict(layers="AA.AAAAAAAAAA", n_embd=512, n_head=8, block_size=256, batch_size=8, exit_distill=0.5)
-    folder = kept(cfg, "deep", seed=1, max_iters=600, eval_interval=600, log_interval=50, **shape)
+    folder = kept(cfg, "deep", seed=1, max_iters=400, eval_interval=400, log_interval=50, **shape)
     small = kept(cfg, "small", seed=3, n_layer=2, n_head=4, n_embd=128, batch_size=16, max_iters=600, eval_interval=600)
     val, table = prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, "val.bin"))[0], []
     prompts = [np.asarray(val[i * 5000:i * 5000 + 100]).tolist() for i in range(rows)]
@@ -975,7 +974,7 @@ def contrast(cfg, n=200, length=256, skip=64):
     rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=n), skip + length)[:n].tolist()
     train_ids = prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, "train.bin"))[0]
     known, prompts = set(tok.decode(np.asarray(train_ids).tolist()).lower().split()), [r[:skip] for r in rows]
-    kinds = {"model (2 layers, 64 wide)": {}, "exit after 1": dict(at_exit=1), "exit after 3": dict(at_exit=3), "last 8 tokens": dict(context=8)}
+    kinds = {"model (2 layers, 64 wide)": {}, "exit after 2": dict(at_exit=2), "exit after 4": dict(at_exit=4), "last 8 tokens": dict(context=8)}
 
     def continuations(kind, **settings):
         more = kinds.get(kind, {})
@@ -1004,9 +1003,9 @@ def contrast(cfg, n=200, length=256, skip=64):
     for kind in kinds:
         got[f"contrast, {kind}"] = figures(continuations(kind, temperature=1.0))
     for beta in (0.25, 1.0):
-        got[f"sweep: exit after 1, beta {beta}"] = figures(continuations("exit after 1", temperature=1.0, beta=beta))
+        got[f"sweep: exit after 2, beta {beta}"] = figures(continuations("exit after 2", temperature=1.0, beta=beta))
     for alpha in (0.02, 0.3):
-        got[f"sweep: exit after 1, alpha {alpha}"] = figures(continuations("exit after 1", temperature=1.0, alpha=alpha))
+        got[f"sweep: exit after 2, alpha {alpha}"] = figures(continuations("exit after 2", temperature=1.0, alpha=alpha))
     table = []
     for name, each in got.items():
         row = {"decoding": name, **averages(each)}

@@ -76,6 +76,7 @@ class GPTConfig:
     exit_weight: float = 1.0  # weight of the losses at the exits, all together; 0: exits that are not trained
     exit_loss: str = "depth"  # depth (every exit, the deeper the more: CALM) | rotate (one exit a step, in turn: LayerSkip)
     exit_distill: float = 0.0  # share of an exit's loss that is its divergence from the last layer, in place of the target
+    exit_rate: float = 0.0  # share of training rows whose positions leave where an exit is sure, as they do in decoding
     exit_classifier: bool = False  # a classifier for all exits: is what this one would choose what the last layer will?
     layer_drop: float = 0.0  # chance that a training step leaves out the last block; earlier ones have less, the first none
 
@@ -127,8 +128,10 @@ class GPTConfig:
             raise ValueError("ce_weight, semantic_weight and n_think cannot be negative, and semantic_temp is positive")
         if not 0 <= self.soft_rate <= 1:
             raise ValueError(f"soft_rate must lie in [0, 1], not {self.soft_rate}")
-        if not 0 <= self.exit_distill <= 1 or self.exit_weight < 0:
-            raise ValueError("exit_distill must lie in [0, 1], and exit_weight cannot be negative")
+        if not (0 <= self.exit_distill <= 1 and 0 <= self.exit_rate <= 1) or self.exit_weight < 0:
+            raise ValueError("exit_distill and exit_rate must lie in [0, 1], and exit_weight cannot be negative")
+        if self.exit_rate and "." not in self.layers:
+            raise ValueError("exit_rate has no exit to leave by; put a . into layers")
         if "." in self.layers and self.head == "nearest" and not self.ce_weight:
             raise ValueError("exits are trained by cross-entropy, which ce_weight = 0 turns off; leave one of them out")
         if self.exit_classifier and "." not in self.layers:
@@ -450,6 +453,7 @@ class Context:
     levels: list | None = None  # where a level leaves what GPT.concepts returns
     exits: list | None = None  # where a stack leaves what it has got at each exit, (B, L, C)
     keep: torch.Tensor | None = None  # (n_layer,) 0 where a block is left out of this step; None: nowhere
+    leave: "Callable | None" = None  # leave(x (B, L, C), place) -> (B, L): which positions leave at the exit at that place
     gone: torch.Tensor | None = None  # (B, L) True where a position has left at an exit, and stays as it is; None: nowhere
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
     plan: "Plan | None" = None  # what the last level has predicted, for blocks that read it
@@ -830,11 +834,19 @@ class Stack(nn.Module):
     def run(self, x, ctx, state=None, first=0, last=None):
         """x (B, L, C) through all layers, or those from place `first` of the order up to `last`."""
         for i, layer in enumerate(self.order[first:last], first):
-            if ctx.exits is not None and i in self.exits:
-                ctx.exits.append(x)
+            if i in self.exits and i > first:
+                self.at_exit(x, ctx, i)
             y = layer(x, ctx, None if state is None else state.parts[i])
             x = y if ctx.gone is None else torch.where(ctx.gone[..., None], x, y)
         return x
+
+    def at_exit(self, x, ctx, place):
+        """What happens at an exit: x (B, L, C) is noted down, and the positions that ctx.leave says stay as they are from here on."""
+        if ctx.exits is not None:
+            ctx.exits.append(x)
+        if ctx.leave is not None:
+            now = ctx.leave(x, place)
+            ctx.gone = now if ctx.gone is None else ctx.gone | now
 
     def remember(self, x, ctx, state, first):
         """Update the state by x (B, L, C) as the layers from place `first` on would, without computing what comes out: how
@@ -1291,7 +1303,7 @@ class GPT(Stack):
 
     def random(self):
         """Whether training computes something else than evaluation does."""
-        return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate or self.cfg.layer_drop)
+        return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate or self.cfg.layer_drop or self.cfg.exit_rate)
 
     def plan_step(self, seed, step):
         """What a training step draws as a whole, from (seed, step) alone, as numbers: n_layer of them, 0 where a block is left
@@ -1382,10 +1394,23 @@ class GPT(Stack):
         leave their output vectors in the list `exits`. keep (n_layer,) is 0 for blocks to leave out."""
         x, S = self.embed(tokens, history, state)
         ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep)
+        if self.training and self.cfg.exit_rate:
+            ctx.leave = self.trial(len(x), S)
         x = self.run(x, ctx, state)
         if exits is not None:
             exits[:] = [self.ln_f(h[:, S:]) for h in ctx.exits]
         return self.ln_f(x[:, S:])
+
+    def trial(self, B, S):
+        """A rule by which positions leave in training, so that the layers learn to see those that left: in a share exit_rate of the
+        rows they do where the likeliest token has more than a probability that is drawn per row."""
+        limit = torch.rand(2, B, 1, device=self.wte.weight.device)
+        limit = torch.where(limit[0] < self.cfg.exit_rate, 0.5 + 0.5 * limit[1], 2.0)
+
+        def rule(x, place):
+            with torch.no_grad():
+                return F.pad(self.read(self.ln_f(x[:, S:]))[0].softmax(-1).amax(-1) > limit, (S, 0))
+        return rule
 
     def exit_place(self, blocks):
         """Where in the order the exit after so many blocks stands; ValueError names those that there are."""
@@ -1419,17 +1444,22 @@ class GPT(Stack):
         the layers only remember."""
         x, S = self.embed(tokens, history, state)
         ctx = self.context(x, S, tokens, state)
-        gone, before = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device), self.ln_f(x[:, S:])
-        depth = torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
+        before, depth = self.ln_f(x[:, S:]), torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
+
+        def rule(x, place):
+            nonlocal before
+            h = self.ln_f(x[:, S:])
+            now, before = leave(h, before, place), h
+            return F.pad(now, (S, 0))  # slots stay to the end
+
+        ctx.leave = rule
         for a, b in itertools.pairwise((0, *self.exits, None)):
             if a:
-                h = self.ln_f(x[:, S:])
-                now = F.pad(leave(h, before, a), (S, 0)) & ~gone  # slots stay to the end
-                depth, gone, before = depth.masked_fill(now, self.exits[a]), gone | now, h
-            if state is not None and bool(gone.all()):
-                self.remember(x, ctx, state, a)
-                break
-            ctx.gone = gone if bool(gone.any()) else None
+                self.at_exit(x, ctx, a)
+                depth = torch.where(ctx.gone, depth.clamp(max=self.exits[a]), depth)
+                if state is not None and bool(ctx.gone.all()):
+                    self.remember(x, ctx, state, a)
+                    break
             x = self.run(x, ctx, state, a, b)
         return self.read(self.ln_f(x[:, S:]))[0], depth[:, S:]
 

@@ -81,7 +81,7 @@ VARIANTS = {  # name: config overrides
                                     n_value_embed=1),
     "level+think+soft_rate": dict(layers="(R)A", soft_rate=0.3, n_think=2, think_token=3),
     "exits": dict(layers="A.A.A"),
-    "exits_distilled": dict(layers="A.AA", exit_distill=0.5, exit_classifier=True),
+    "exits_distilled": dict(layers="A.AA", exit_distill=0.5, exit_classifier=True, exit_rate=0.5),
     "exits_rotate+layer_drop": dict(layers="A.A.A", exit_loss="rotate", layer_drop=0.5, head="nearest"),
     "exits+level+slots": dict(SLOTS, layers="(A).R.A", plan="cross", concept_weight=0.1, eot=5, exit_classifier=True),
     "exits+think": dict(layers="A.A", n_think=2, think_token=3),
@@ -163,6 +163,8 @@ def test_pieces_of_attention_are_the_whole():
 def test_training_differs_from_evaluation_only_where_it_says_so(name):
     """Validation takes the graph of training unless the model says that training is random; so it must not be wrong."""
     m = make(name)
+    if m.cfg.exit_rate:
+        m.lm_head.weight.data.mul_(30)  # nobody leaves who is not sure
     x, h = inputs(m)
     out = []
     for training, seed in ((True, 0), (True, 1), (False, 0)):
