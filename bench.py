@@ -517,16 +517,18 @@ def decode(cfg):
     for size, shape in {"6 layers, 384 wide": SIZES["6 layers, 384 wide, 16 x 256"],
                         "12 layers, 768 wide": dict(n_layer=12, n_head=12, n_embd=768, block_size=256)}.items():
         m, _ = read_arm(**shape)
-        weights = sum(p.numel() for n, p in GPT(stand_in(m)).named_parameters() if p.dim() == 2 and not n.startswith("wte"))
+        model = GPT(stand_in(m))
+        inside, head = sum(p.numel() for p in model.blocks.parameters()), model.lm_head.weight.numel()
         before = bandwidth()
         times = decode_times(m, cfg.rounds, more=True)
         speed = max(before, bandwidth())
         for k, v in times.items():
-            limit = speed / weights / (1 if "int8" in k else 2 if "bf16" in k else 4)
+            each = (1, 2) if "int8" in k else (2, 2) if "bf16" in k else (4, 4)  # bytes a weight
+            limit = speed / (each[0] * inside + each[1] * head)
             rows.append({"size": size, "decoding": k, "tokens/s": 1 / median(v), "/ recomputing": compare(times["recomputing"], v),
                          **({"/ transformers": compare(times["transformers GPT-2"], v)} if "transformers GPT-2" in times else {}),
-                         **({"limit": limit, "of it": 1 / min(v) / limit} if "cache" in k else {})})
-    return show(cfg, f"decoding, window 256, one row (fp32 where not said; the limit: {speed / 1e9:.1f} GB/s over the weights)", rows)
+                         **({"GB/s": speed / 1e9, "limit": limit, "of it": 1 / median(v) / limit} if "cache" in k else {})})
+    return show(cfg, "decoding, window 256, one row (fp32 where not said; limit: measured memory bandwidth over the bytes of the weights)", rows)
 
 
 def profile(step):
@@ -892,7 +894,8 @@ def exits(cfg, repetitions=100, tokens=200):
         row["judge"], row["blocks when writing"] = text(arms[row["rule"]])
         for compile, (faster, speed) in times.get(row["rule"], {}).items():
             row["tokens/s, compiled" if compile else "tokens/s"], row["x, compiled" if compile else "x"] = speed, faster
-    human = mean(judged(critic, rows[-500:].tolist(), 32))
+    human = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=100), 32 + tokens)[:500]
+    human = mean(judged(critic, human.tolist(), 32))
     show(cfg, f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, and {repetitions} repetitions with 500", promise)
     return show(cfg, f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {tokens}; human text {human:.3f})", table)
 
@@ -966,7 +969,7 @@ def same_text(cfg, run, prompts, drafts, model, n):
     return show(cfg, "greedy text beside that of plain decoding, fp32, across folds", rows)
 
 
-def contrast(cfg, n=200, length=256, skip=64):
+def contrast(cfg, n=200, length=192, skip=64):
     """contrastive decoding with each kind of amateur beside greedy and nucleus: repetition, words, a judge's loss, paired intervals"""
     model, ckpt = sample.load(kept(cfg, "exits", "exits_shakespeare"))
     weak = sample.load(kept(cfg, "weak", seed=3, n_layer=2, n_head=2, n_embd=64, batch_size=16, max_iters=300, eval_interval=300))[0]
@@ -1006,14 +1009,14 @@ def contrast(cfg, n=200, length=256, skip=64):
         got[f"sweep: exit after 2, beta {beta}"] = figures(continuations("exit after 2", temperature=1.0, beta=beta))
     for alpha in (0.02, 0.3):
         got[f"sweep: exit after 2, alpha {alpha}"] = figures(continuations("exit after 2", temperature=1.0, alpha=alpha))
-    table = []
+    table, paired = [], []
     for name, each in got.items():
         row = {"decoding": name, **averages(each)}
-        for k in ("judge", "known words") if name.startswith("contrast") else ():  # paired with the masked expert, alone
-            d = np.array([a[k] - b[k] for a, b in zip(each, got["alpha 0.1 alone"])])
-            row[f"{k} - alone"] = f"{d.mean():+.3f} +- {1.96 * d.std(ddof=1) / len(d) ** 0.5:.3f}"
         table.append(row)
-    return show(cfg, f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5 (95% intervals, paired)", table)
+        d = {k: np.array([a[k] - b[k] for a, b in zip(each, got["nucleus 0.95"])]) for k in each[0]}
+        paired.append({"decoding": name, **{k: f"{v.mean():+.3f} +- {1.96 * v.std(ddof=1) / len(v) ** 0.5:.3f}" for k, v in d.items()}})
+    show(cfg, "the same, less nucleus 0.95 after the same prompt: mean and 95% interval", paired)
+    return show(cfg, f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5", table)
 
 
 @torch.inference_mode()

@@ -131,9 +131,9 @@ class GPTConfig:
             raise ValueError(f"soft_rate must lie in [0, 1], not {self.soft_rate}")
         if not (0 <= self.exit_distill <= 1 and 0 <= self.exit_rate <= 1) or self.exit_weight < 0:
             raise ValueError("exit_distill and exit_rate must lie in [0, 1], and exit_weight cannot be negative")
-        for name in ("exit_rate", "exit_keys"):
+        for name in ("exit_rate", "exit_keys", "exit_distill"):
             if getattr(self, name) and "." not in self.layers:
-                raise ValueError(f"{name} has no exit to leave by; put a . into layers")
+                raise ValueError(f"{name} has no exit to work on; put a . into layers")
         if "." in self.layers and self.head == "nearest" and not self.ce_weight:
             raise ValueError("exits are trained by cross-entropy, which ce_weight = 0 turns off; leave one of them out")
         if self.exit_classifier and "." not in self.layers:
@@ -621,8 +621,8 @@ class Recurrence(nn.Module):
     """Gated linear recurrence h_t = a_t h_{t-1} + (1 - |a_t|) v_t (after Martin and Cundy 2018, arXiv:1709.04057, and De et
     al. 2024, arXiv:2402.19427), a_t and v_t linear in x_t, read through a SiLU gate. A gate in (0, 1) cannot count; one that
     can be negative solves parity, one that turns solves cycles (Grazzi et al. 2024, arXiv:2411.12537). A turning gate is a
-    positive one in a frame that turns along; channel pair i settles on n-ths of a full turn, n = 2 + i mod 8, so that it counts
-    modulo n and cannot drift. Documents begin with h = 0. (B, T, C) -> (B, T, C)."""
+    positive one in a frame that turns along; channel pair i settles near n-ths of a full turn, n = 2 + i mod 8, so that it counts
+    modulo n and hardly drifts. Documents begin with h = 0. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, cfg, i, table=False):
         super().__init__()
@@ -637,7 +637,8 @@ class Recurrence(nn.Module):
     def settle(self, turn):
         """Half turns (.., C/2) -> near the closest n-th of a full turn: a smooth staircase, level on its stairs. A free angle
         drifts, and need not wrap at all within the lengths that training sees."""
-        return turn - torch.sin(math.pi * self.stops * turn) / (math.pi * self.stops)
+        n = math.pi * self.stops.float()
+        return turn - torch.sin(n * turn) / n
 
     def full(self, a):
         """A gate reaches 1 itself, not only in the limit: then it keeps for ever, and takes in nothing."""
@@ -1410,11 +1411,14 @@ class GPT(Stack):
         x = self.run(x, ctx, state)
         if exits is not None:
             exits[:] = [self.ln_f(h[:, S:]) for h in ctx.exits]
+            if ctx.gone is not None:  # rows that somebody left say nothing of what the last layer would have chosen
+                exits.append(~ctx.gone.any(1, keepdim=True))
         return self.ln_f(x[:, S:])
 
     def trial(self, B, S):
         """A rule by which positions leave in training, so that the layers learn to see those that left: in a share exit_rate of the
-        rows they do where the likeliest token has more than a probability that is drawn per row."""
+        rows they do where the likeliest token has more than a probability that is drawn per row. (Their own exits are then their last layer:
+        they teach neither exit_distill nor the classifier.)"""
         limit = torch.rand(2, B, 1, device=self.wte.weight.device)
         limit = torch.where(limit[0] < self.cfg.exit_rate, 0.5 + 0.5 * limit[1], 2.0)
 
@@ -1577,6 +1581,7 @@ class GPT(Stack):
         """What exits with output vectors `exits`, (B, T, C) each, add to the loss: cross-entropy, with exit_distill the divergence
         from logits (B, T, V) in part, weighted as drawn; and the classifier's, which no gradient leaves."""
         cfg, total, scored = self.cfg, 0.0, targets >= 0
+        whole, exits = (exits[-1], exits[:-1]) if len(exits) > len(self.exits) else (None, exits)
         weights = self.exit_weights() if drawn is None else drawn[cfg.n_layer:].unbind()
         names, read = [f"exit_{k}" for k in self.exits.values()], exits
         if cfg.exit_loss == "rotate" and len(weights) > 1 and drawn is not None:  # one exit counts: read it alone
@@ -1596,7 +1601,7 @@ class GPT(Stack):
                 right = torch.stack([self.read(h)[0].argmax(-1) == logits.argmax(-1) for h in exits]).float()
             said = self.sure(torch.stack([h.detach() for h in exits]))  # (exits, B, T)
             wrong = F.binary_cross_entropy_with_logits(said, right, reduction="none").mean(0)
-            losses["sure"] = wrong.masked_fill(~scored, 0.0).sum() / denom
+            losses["sure"] = wrong.masked_fill(~scored if whole is None else ~(scored & whole), 0.0).sum() / denom
             total = total + losses["sure"]
         return total
 

@@ -219,6 +219,12 @@ def load_checkpoint(path, map_location="cpu"):
                         f"loaded; {hint}") from None
 
 
+def checkpoint_id(path):
+    """What tells one checkpoint from another: the beginning of its SHA-256."""
+    with open(path, "rb") as f:
+        return f.read(40)[8:24].hex()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # tokenizer
 

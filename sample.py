@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 import prepare
 from config import UserError
-from model import GPT, GPTConfig, Level, Linear, rms_norm
+from model import GPT, GPTConfig, Level, Linear, Output, rms_norm
 
 
 @dataclass
@@ -47,7 +47,7 @@ class SampleConfig:
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the most likely one
     repetition_penalty: float = 1.0  # divide the odds of tokens in the window (CTRL, arXiv:1909.05858); 1: off
     stop: str = ""  # end a sample before this text
-    amateur: str = ""  # contrastive decoding against a checkpoint, exit:K (the exit after K blocks) or context:N (the last N tokens)
+    amateur: str = ""  # contrastive decoding against a checkpoint, exit:K (the exit after K blocks) or context:N (at most the last N tokens)
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the expert's first
     beta: float = 0.5  # contrastive: strength
     soft: bool = False  # the next input is the expected embedding of the next token until it collapses to a symbol
@@ -60,7 +60,7 @@ class SampleConfig:
     n_think: int = 0  # think tokens after the prompt, for a model trained with n_think, which thinks so often in a window
     think_after: str = ""  # think tokens after each occurrence of this text (they count towards max_new_tokens)
     exit: str = ""  # leave at the first exit that is sure by softmax | margin | cosine | classifier
-    exit_threshold: float = -1.0  # how sure, from 0 (leave at once) to 1 (never); -1: what calibrate stored
+    exit_threshold: float = -1.0  # how sure, from 0 (leave at once) to 1 (never); -1: what calibrate stored beside the checkpoint
     exit_decay: float = 0.0  # lower the threshold along the sample: 0.9 of it, and 0.1 e^(-exit_decay t / max_new_tokens); 0: do not
     risk: float = 0.02  # calibrate: share of tokens that may differ from the last layer's first choice
     confidence: float = 0.95  # calibrate: chance that the risk is kept
@@ -69,7 +69,7 @@ class SampleConfig:
     data_dir: str = "data"  # calibrate: where datasets are kept
     speculate: int = 0  # draft so many tokens at a time and verify them in one pass; 0: off
     draft_exit: int = 0  # speculate: draft with the first K blocks, which an exit follows
-    draft: str = ""  # speculate: draft with this checkpoint
+    draft: str = ""  # speculate: draft with this checkpoint, whose window should not be shorter
     beams: int = 0  # beam search over so many texts, of which the n likeliest are shown; 0: off
     best_of: int = 0  # make so many samples and show the n likeliest; 0: off
     interactive: bool = False  # go on from what is typed, turn by turn, with all turns in view
@@ -98,13 +98,20 @@ class SampleConfig:
         for k in ("exit", "speculate"):
             if self.amateur and getattr(self, k):
                 raise ValueError(f"amateur reads every layer of every token, which {k} saves; choose one")
+        if not self.exit and (self.exit_threshold >= 0 or self.exit_decay):
+            raise ValueError("exit_threshold and exit_decay need an exit, such as --exit=softmax")
+        if self.beams and (self.top_k or self.top_p < 1 or self.min_p or self.repetition_penalty != 1 or self.think_after):
+            raise ValueError("beams look for the likeliest text and draw nothing; leave top_k, top_p, min_p, repetition_penalty and "
+                             "think_after out")
         if bool(self.speculate) != bool(self.draft_exit or self.draft) or (self.draft_exit and self.draft):
             raise ValueError("speculate needs a draft: either draft_exit or draft, and they need speculate")
         for k in ("beams", "best_of"):
             if 0 < getattr(self, k) < self.n:
                 raise ValueError(f"{k} = {getattr(self, k)} cannot show n = {self.n} texts; give at least as many")
-        if self.interactive and (self.n > 1 or self.beams or self.best_of or self.json):
-            raise ValueError("interactive shows one sample as it is made; leave n, beams, best_of and json out")
+        if self.interactive and (self.n > 1 or self.beams or self.best_of or self.json or self.trace_html or self.n_think
+                                 or self.prompt == "-"):
+            raise ValueError("interactive reads lines and shows one sample as it is made; leave n, beams, best_of, json, trace_html, "
+                             "n_think and --prompt=- out")
         config.within(self, 0.01, 100, "repetition_penalty")
         config.within(self, 0, None, "soft_top_k", "gumbel", "n_think")
         config.within(self, -1, None, "collapse_back", "collapse_threshold")
@@ -200,14 +207,15 @@ CONFIDENCE = {  # of output vectors h (B, T, C) at an exit, and of those at the 
 
 
 def exit_rule(model, kind, threshold, decay=0.0, total=1):
-    """leave(h, before, place) for GPT.leaving: where the confidence is above the threshold. With decay it falls along the
-    text (CALM, arXiv:2207.07061): leave.t, the number of tokens made so far, is for the caller to set."""
+    """leave(h, before, place) for GPT.leaving: where the confidence is above the threshold; at 0 all leave. With decay it falls along
+    the text (CALM, arXiv:2207.07061): leave.t, how many tokens were made before the first place of h, a number or one per row
+    (B, 1) and negative within a prompt, is for the caller to set."""
     def leave(h, before, place):
-        limit = threshold
+        limit = torch.tensor(threshold, device=h.device)
         if decay:
-            t = leave.t + torch.arange(h.size(1), device=h.device)
+            t = (leave.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
             limit = (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
-        return CONFIDENCE[kind](model, h, before) > limit
+        return (CONFIDENCE[kind](model, h, before) > limit) | (limit <= 0)
     leave.t = 0
     return leave
 
@@ -220,13 +228,14 @@ def exit_risks(model, rows, kind, thresholds=THRESHOLDS, size=64):
     """For rows of text (n, T) and each threshold: the share of places whose first choice differs from the last layer's, and the
     mean of blocks run, (n, thresholds) each. Places see those before them as they left, so it is as if each row had been
     decoded token by token."""
-    risk, depth = [], []
+    each = []
     for x in rows.split(size):
-        full = model(x).logits.argmax(-1)
-        each = [model.leaving(x, exit_rule(model, kind, t)) for t in thresholds]
-        risk.append(torch.stack([(logits.argmax(-1) != full).float().mean(1) for logits, _ in each], 1))
-        depth.append(torch.stack([d.float().mean(1) for _, d in each], 1))
-    return torch.cat(risk), torch.cat(depth)
+        full, of_x = model(x).logits.argmax(-1), []
+        for t in thresholds:
+            logits, deep = model.leaving(x, exit_rule(model, kind, t))
+            of_x.append(torch.stack(((logits.argmax(-1) != full).float().mean(1), deep.float().mean(1))))
+        each.append(torch.stack(of_x, -1))
+    return torch.cat(each, 1).unbind(0)
 
 
 def p_value(mean, n, risk):
@@ -298,7 +307,7 @@ class Decoder:
     def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None):
         """context: a window of so many tokens, and no history; at_exit: keep the logits `early` of the exit after so many blocks
         too; leave: an exit_rule by which tokens leave early."""
-        self.model, self.eot, self.at_exit, self.leave = model, eot, at_exit, leave
+        self.model, self.eot, self.at_exit, self.leave, self.made = model, eot, at_exit, leave, 0
         self.step = compiled(model) if compile else model
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
@@ -352,14 +361,28 @@ class Decoder:
         device = self.model.wte.weight.device
         width = max(len(w) for _, w in self.rows)
         self.state = self.model.init_state(len(self.rows))
-        out = self.model(self.inputs([0] * len(self.rows), width), history=self.history(), state=self.state, at_exit=self.at_exit)
+        out = self.read(self.model, self.inputs([0] * len(self.rows), width), self.history())
         short = torch.tensor([width - len(w) for _, w in self.rows], device=device)
         if bool(short.any()):
             self.state.rollback(short)
-        last = torch.arange(len(self.rows), device=device), width - 1 - short
-        self.logits, self.early = out.logits[last], out.early[last] if self.at_exit else None
-        self.depth = [self.model.cfg.n_layer] * len(self.rows)  # of the last token
+        self.take(out, width - 1 - short)
         return out.logits
+
+    def read(self, model, idx, history=None):
+        """An Output over idx (B, T), which ends where each row ends or is padded behind that; with `leave` also the blocks run, as
+        Output.losses["depth"] (B, T). Tokens of a prompt leave early too: so the state is that of decoding from its first token."""
+        if self.leave is None:
+            return model(idx, history=history, state=self.state, at_exit=self.at_exit)
+        before = idx.size(1) if self.state.begun else torch.tensor([[len(w)] for _, w in self.rows], device=idx.device)
+        self.leave.t = self.made + 1 - before  # self.made: tokens before the last of these
+        logits, depth = model.leaving(idx, self.leave, history, self.state)
+        return Output(logits, None, {"depth": depth})
+
+    def take(self, out, last):
+        """Note what an Output says of the last token of each row, which stands at place last (B,)."""
+        at = torch.arange(len(self.rows), device=out.logits.device), last
+        self.logits, self.early = out.logits[at], out.early[at] if self.at_exit else None
+        self.depth = out.losses["depth"][at].tolist() if self.leave else [self.model.cfg.n_layer] * len(self.rows)
 
     @torch.inference_mode()
     def push(self, tokens, soft=None):
@@ -368,13 +391,7 @@ class Decoder:
         if any([self.keep(b, t, soft and soft[b]) for b, t in enumerate(tokens)]):
             self.fill()
             return self.logits
-        idx = self.inputs([len(w) - 1 for _, w in self.rows], 1)
-        if self.leave is not None:
-            logits, depth = self.step.leaving(idx, self.leave, state=self.state)
-            self.logits, self.depth = logits[:, -1], depth[:, -1].tolist()
-        else:
-            out = self.step(idx, state=self.state, at_exit=self.at_exit)
-            self.logits, self.early = out.logits[:, -1], out.early[:, -1] if self.at_exit else None
+        self.take(self.read(self.step, self.inputs([len(w) - 1 for _, w in self.rows], 1)), -1)
         return self.logits
 
     @torch.inference_mode()
@@ -384,9 +401,8 @@ class Decoder:
             return
         if any([self.keep(b, t) for b in range(len(self.rows)) for t in ids]):
             self.fill()
-            return
-        out = self.model(self.inputs([len(w) - len(ids) for _, w in self.rows], len(ids)), state=self.state, at_exit=self.at_exit)
-        self.logits, self.early = out.logits[:, -1], out.early[:, -1] if self.at_exit else None
+        else:
+            self.take(self.read(self.model, self.inputs([len(w) - len(ids) for _, w in self.rows], len(ids))), -1)
 
     @torch.inference_mode()
     def harden(self, changes):
@@ -404,8 +420,7 @@ class Decoder:
             return
         if -first < min(len(w) for _, w in self.rows):
             self.state.rollback(-first)
-            again = self.inputs([len(w) + first for _, w in self.rows], -first)
-            self.logits = self.model(again, state=self.state).logits[:, -1]
+            self.take(self.read(self.model, self.inputs([len(w) + first for _, w in self.rows], -first)), -1)
         else:
             self.fill()
 
@@ -451,7 +466,8 @@ class Decoder:
 
 def compiled(model):
     """The model with its forward compiled, and what decoding runs in pieces compiled piece by piece: shapes are those of one
-    token, so nothing is compiled twice. Shares the weights."""
+    token, or of one draft. Shares the weights."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a graph for each piece between exits
     fast = copy.copy(model)
     for name in ("run", "remember", "first_part", "second_part", "forward"):
         setattr(fast, name, torch.compile(getattr(model, name), dynamic=False))
@@ -463,6 +479,7 @@ class Int8(torch.nn.Module):
 
     def __init__(self, linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         w = linear.weight.detach().float()
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self.register_buffer("q", (w / scale).round().to(torch.int8))
@@ -494,7 +511,7 @@ class Made:
     entropy: float = 0.0  # of its choice, nats
     behind: list | tuple = ()  # which places before it (-1 is the one before) were soft when it was chosen
     logp: float = 0.0  # its log-probability under the model, without filters
-    depth: int | None = None  # blocks that ran for its choice
+    depth: int | None = None  # blocks after which it was chosen
     drafted: bool | None = None  # whether a draft proposed it
     shift: float | None = None  # contrastive: by how much its log-probability rose
 
@@ -548,8 +565,7 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
     made, forced = [[] for _ in range(B)], [[] for _ in range(B)]  # what waits to be shown; what follows of itself
     delimiter, thoughts = list(think[0]), list(think[1])
     for step in range(cfg.max_new_tokens):
-        if expert.leave is not None:
-            expert.leave.t = step
+        expert.made = step
         p, hard, soft = next_token(expert, amateur, cfg), [True] * B, [None] * B
         if cfg.soft:
             now = collapses(p, table, cfg, step).tolist()
@@ -645,8 +661,8 @@ class Speculation:
         while min(count) < cfg.max_new_tokens:
             ready = [[Made(t, entropy=e, logp=l, drafted=False)] for t, e, l in zip(first.tolist(), entropy.tolist(), logp)]
             room = min(d.T - len(w) for d in self.decoders() for _, w in d.rows)
-            n = min(cfg.speculate, room - 1)
-            if n < 1:  # somebody folds
+            n = cfg.speculate
+            if room <= n:  # somebody is about to fold
                 for d in self.decoders():
                     d.push(first.tolist())
                 p = next_token(self.expert, None, cfg)
@@ -724,7 +740,8 @@ def beam_search(expert, cfg, tok, amateur=None):
             if d is not None:
                 d.__dict__.update(d.select(parents).__dict__)
                 d.push(tokens)
-    return [sorted((made for made, _ in texts[g * N:(g + 1) * N]), key=likelihood, reverse=True) for g in range(G)]
+    found = [[made for (made, _), s in zip(texts[g * N:], score[g].tolist()) if s > -math.inf] for g in range(G)]
+    return [sorted(group, key=likelihood, reverse=True) for group in found]
 
 
 def likelihood(made):
@@ -776,9 +793,14 @@ def newest(root="out"):
     return max(found, key=os.path.getmtime)
 
 
+def checkpoint_path(path):
+    """The file of a checkpoint that is given as that file or as the folder it is in."""
+    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) or not path.endswith(".pt") else path
+
+
 def load(path, device="cpu", dtype="float32"):
     """(model in eval mode, checkpoint) of a checkpoint file or the folder it is in."""
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) or not path.endswith(".pt") else path
+    path = checkpoint_path(path)
     ckpt = prepare.load_checkpoint(path)
     try:
         model = GPT(GPTConfig(**ckpt["model_config"]))
@@ -834,11 +856,12 @@ def calibrate(cfg, model, ckpt, path):
     """Find and store the laxest exit_threshold that keeps the risk on held-out text: Learn then Test (Angelopoulos et al. 2021), as
     CALM does."""
     kind = cfg.exit or "softmax"
+    for name in ("exit_decay", "compile", "amateur", "speculate", "beams", "best_of", "soft", "interactive"):
+        if getattr(cfg, name):
+            raise UserError(f"calibrate tests thresholds that stay as they are, in one pass over each text; leave {name} out")
     check_exits(model, kind)
     if cfg.length > model.cfg.block_size:
         raise UserError(f"length ({cfg.length}) is larger than the model's block_size ({model.cfg.block_size}); give less")
-    if cfg.exit_decay:
-        raise UserError("calibrate tests thresholds that stay as they are; leave exit_decay out")
     rows = held_out(ckpt, cfg, cfg.length)[:cfg.sequences].to(cfg.device)
     risks, depth = exit_risks(model, rows, kind)
     at = laxest(risks, cfg.risk, cfg.confidence)
@@ -849,13 +872,18 @@ def calibrate(cfg, model, ckpt, path):
         raise UserError(f"no threshold keeps a risk of {cfg.risk} with confidence {cfg.confidence} on {len(rows)} sequences; ask for "
                         f"more risk, or give more sequences")
     found = {"threshold": THRESHOLDS[at], "risk": cfg.risk, "confidence": cfg.confidence, "sequences": len(rows), "length": cfg.length,
-             "observed": risks[:, at].mean().item(), "blocks": depth[:, at].mean().item(), "step": ckpt["step"]}
+             "observed": risks[:, at].mean().item(), "blocks": depth[:, at].mean().item(), "of": model_id(cfg, path)}
     stored = stored_thresholds(path)
     stored[kind] = found
     with prepare.replacing(thresholds_path(path)) as f:
         f.write((json.dumps(stored, indent=1) + "\n").encode())
     print(f"{thresholds_path(path)}: {kind} {THRESHOLDS[at]:.4f}")
     return 0
+
+
+def model_id(cfg, path):
+    """What a threshold was found for: the checkpoint, and how its weights are held."""
+    return f"{prepare.checkpoint_id(checkpoint_path(path))} {cfg.dtype}{' int8' if cfg.int8 else ''}"
 
 
 def thresholds_path(path):
@@ -867,7 +895,7 @@ def stored_thresholds(path):
     try:
         with open(thresholds_path(path), encoding="utf-8") as f:
             stored = json.load(f)
-        return {k: {**v, "threshold": float(v["threshold"]), "step": int(v["step"])} for k, v in stored.items()}
+        return {k: {**v, "threshold": float(v["threshold"]), "of": str(v["of"])} for k, v in stored.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -884,7 +912,7 @@ def check_exits(model, kind):
         raise UserError("a model that thinks (n_think) reads its own last layer and cannot leave early; leave exit out")
 
 
-def make_rule(cfg, model, ckpt, path):
+def make_rule(cfg, model, path):
     """The exit_rule of the settings, None without exits."""
     if not cfg.exit:
         return None
@@ -892,9 +920,9 @@ def make_rule(cfg, model, ckpt, path):
     threshold = cfg.exit_threshold
     if threshold < 0:
         found = stored_thresholds(path).get(cfg.exit)
-        if found is None or found["step"] != ckpt["step"]:
-            raise UserError(f"no exit_threshold is stored for {cfg.exit} at step {ckpt['step']} of {path}; run python sample.py calibrate "
-                            f"--exit={cfg.exit}, or give one")
+        if found is None or found["of"] != model_id(cfg, path) or cfg.exit_decay:
+            raise UserError(f"no exit_threshold is stored for {cfg.exit} of this {path} in {cfg.dtype}{', with exit_decay' * (cfg.exit_decay > 0)}; "
+                            f"run python sample.py calibrate --exit={cfg.exit}, or give one")
         threshold = found["threshold"]
     return exit_rule(model, cfg.exit, threshold, cfg.exit_decay, max(cfg.max_new_tokens, 1))
 
@@ -927,6 +955,8 @@ def main(argv):
         raise UserError(f"int8 is for a CPU, not {cfg.device}; leave it out")
     path = cfg.out_dir or newest()
     model, ckpt = load(path, cfg.device, cfg.dtype)
+    if cfg.int8:
+        to_int8(model)
     if words:
         return calibrate(cfg, model, ckpt, path)
     tok = prepare.Tokenizer(ckpt["tokenizer"])
@@ -942,7 +972,7 @@ def main(argv):
         think, ids = (tok.encode(cfg.think_after), [one] * (cfg.n_think or model.cfg.n_think)), ids + [one] * cfg.n_think
     if cfg.speculate and model.cfg.n_think:
         raise UserError(f"{path} thinks (n_think), and a draft cannot; leave speculate out")
-    leave, at_exit, rows = make_rule(cfg, model, ckpt, path), 0, [0] * (cfg.best_of or cfg.n)
+    leave, at_exit, rows = make_rule(cfg, model, path), 0, [0] * (1 if cfg.beams else cfg.best_of or cfg.n)
     if cfg.amateur.startswith("exit:"):
         at_exit = after_kind("exit", cfg.amateur)
     try:
@@ -952,12 +982,10 @@ def main(argv):
         raise UserError(f"{'amateur' if at_exit else 'draft_exit'}: {e}") from None
     others = {}
     for name in ("amateur", "draft"):
-        if getattr(cfg, name) and not getattr(cfg, name).startswith(("exit:", "context:")):
+        if getattr(cfg, name) and not (name == "amateur" and cfg.amateur.startswith(("exit:", "context:"))):
             others[name] = other_model(name, getattr(cfg, name), cfg, ckpt["tokenizer"])
-    if cfg.int8:
-        for m in (model, *others.values()):
-            to_int8(m)
-    rows = rows if not cfg.beams else [0]
+            if cfg.int8:
+                to_int8(others[name])
     start = lambda m, **more: Decoder(m, [ids], tok.eot, cfg.compile, **more).select(rows)
     expert, others = start(model, at_exit=at_exit, leave=leave), {name: start(m) for name, m in others.items()}
     if cfg.amateur.startswith("context:"):
@@ -968,11 +996,11 @@ def main(argv):
         print("[this model never read soft tokens in training; expect poor text, or train one with --soft_rate=0.3]",
               file=sys.stderr)
     page = [[] for _ in range(cfg.n)]  # (text, Made) of each sample, for a page
-    speculation = Speculation(expert, cfg, generator, others.get("draft")) if cfg.speculate else None
-    tokens = lambda: speculation.generate() if speculation else generate(expert, cfg, amateur, generator, think)
     if cfg.interactive:
-        converse(expert, others.values(), tokens, cfg, tok, model.cfg, prompt)
+        converse(expert, others, cfg, tok, model.cfg, prompt, generator, think)
         return 0
+    speculation = Speculation(expert, cfg, generator, others.get("draft")) if cfg.speculate else None
+    tokens = speculation.generate if speculation else lambda: generate(expert, cfg, amateur, generator, think)
     print("" if cfg.json else prompt, end="", flush=True)
     if cfg.beams or cfg.best_of:
         ranked = beam_search(expert, cfg, tok, amateur)[0] if cfg.beams else best(tokens(), cfg, tok)
@@ -982,8 +1010,8 @@ def main(argv):
     write(steps, cfg, tok, model.cfg, prompt, page)
     if cfg.trace and not cfg.json and expert.planned() and not (cfg.beams or cfg.best_of):
         print("\n" + "\n".join(expert.plan_lines(tok)))
-    if speculation and speculation.proposed:
-        print(f"[{speculation.accepted / speculation.proposed:.0%} of {speculation.proposed} drafted tokens accepted]", file=sys.stderr)
+    if speculation:
+        print(f"[{speculation.accepted} of {speculation.proposed} drafted tokens accepted]", file=sys.stderr)
     if cfg.trace_html:
         write_page(cfg.trace_html, prompt, page, model.cfg)
     return 0
@@ -1005,7 +1033,8 @@ def best(steps, cfg, tok):
 
 def write(steps, cfg, tok, mcfg, prompt, page=None):
     """Print what an iterator of steps gives, the first sample as it is made, the others when they are whole; page: a list per
-    sample that takes (text, Made). -> the text of the first."""
+    sample that takes (text, Made). -> the ids of the first that are shown."""
+    shown = []
     texts = [Text(tok, cfg.stop, mcfg.think_token if mcfg.n_think else -1) for _ in range(cfg.n)]
     others = [[] for _ in texts]
     for ready in steps:
@@ -1014,6 +1043,8 @@ def write(steps, cfg, tok, mcfg, prompt, page=None):
                 if text.done:
                     break
                 piece = text.add(made.token)
+                if not i:
+                    shown.append(made.token)
                 if page is not None:
                     page[i].append((piece, made))
                 piece = show(made, piece, i, tok, cfg, mcfg)
@@ -1024,14 +1055,18 @@ def write(steps, cfg, tok, mcfg, prompt, page=None):
         if all(t.done for t in texts):
             break
     ends = ["" if cfg.json else t.end() for t in texts]
+    for end, pieces in zip(ends, page or []):
+        if end and pieces:
+            pieces[-1] = (pieces[-1][0] + end, pieces[-1][1])
     print(ends[0], end="" if cfg.json else "\n")
     for pieces, end in zip(others[1:], ends[1:]):
         print(*([] if cfg.json else ["-" * 40 + "\n" + prompt]), *pieces, end, sep="", end="" if cfg.json else "\n")
-    return texts[0].text
+    return shown
 
 
-def converse(expert, others, tokens, cfg, tok, mcfg, prompt):
-    """Turn by turn: a line is read, appended to all that stands there, and gone on from."""
+def converse(expert, others, cfg, tok, mcfg, prompt, generator, think):
+    """Turn by turn: a line is read, appended to all that stands there, and gone on from; what was shown then stands there too. others:
+    {"amateur" or "draft": Decoder}."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then knows the arrow keys, and the lines typed before)
     print(prompt, end="" if prompt.endswith("\n") else "\n")
@@ -1044,9 +1079,14 @@ def converse(expert, others, tokens, cfg, tok, mcfg, prompt):
         except UserError as e:
             print(e, file=sys.stderr)
             continue
-        for d in (expert, *others):
+        for d in (expert, *others.values()):
             d.extend(line)
-        write(tokens(), cfg, tok, mcfg, prompt)
+        now, with_ = expert.select([0]), {name: d.select([0]) for name, d in others.items()}  # what is made and not shown goes
+        steps = Speculation(now, cfg, generator, with_.get("draft")).generate() if cfg.speculate else \
+            generate(now, cfg, with_.get("amateur"), generator, think)
+        shown = write(steps, cfg, tok, mcfg, prompt)
+        for d in (expert, *others.values()):
+            d.extend(shown)
 
 
 HEAT = (40, 148, 220, 208, 196)  # of a terminal: from green to red
@@ -1055,7 +1095,7 @@ HEAT = (40, 148, 220, 208, 196)  # of a terminal: from green to red
 def heat(made, mcfg):
     """(0 to 1, what it says) of a token: by its exit, its draft, its contrastive shift or else its entropy."""
     if made.depth is not None:
-        return made.depth / mcfg.n_layer, f"{made.depth} of {mcfg.n_layer} blocks"
+        return made.depth / mcfg.n_layer, f"left after {made.depth} of {mcfg.n_layer} blocks"
     if made.drafted is not None:
         return float(not made.drafted), "drafted" if made.drafted else "not drafted"
     if made.shift is not None:
