@@ -844,7 +844,7 @@ def exits(cfg, repetitions=100, tokens=200):
     """early exit: blocks, disagreement, a judge's loss and speed over thresholds, beside random exits; what calibration promises"""
     model, ckpt = sample.load(kept(cfg, "exits", "exits_shakespeare"), dtype="bfloat16")
     critic, n = judge_of(cfg), model.cfg.n_layer
-    rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=1000), 64)[:4000]
+    rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=1000), 64)[:3000]
     table, promise, prompts = [], [], rows[-32:, :32].tolist()
 
     def text(rule):
@@ -872,8 +872,8 @@ def exits(cfg, repetitions=100, tokens=200):
         fresh = {"threshold at 2%": sample.THRESHOLDS[at], "blocks": depth[half:, at].mean().item(), "observed on fresh text":
                  risks[half:, at].mean().item()} if at >= 0 else {"threshold at 2%": "none"}
         promise.append({"confidence by": kind, "calibrated on": half, **fresh, "repetitions under 2%": repetitions - broken})
-        for i in sorted({max(at, 0), *((2, 6, 9, 12) if kind == "softmax" else (6,))}):
-            name = f"{kind} > {sample.THRESHOLDS[i]:.4f}" + (" (2% risk)" if i == at else "")
+        for i in sorted({max(at, 0), *((3, 5, 9, 15) if kind == "softmax" else (9,))}):
+            name = f"{kind} > {sample.THRESHOLDS[i]:.3g}" + (" (2% risk)" if i == at else "")
             arms[name] = sample.exit_rule(model, kind, sample.THRESHOLDS[i])
             table.append({"rule": name, "blocks": depth[half:, i].mean().item(), "differ": risks[half:, i].mean().item()})
             if kind == "softmax":
@@ -1063,7 +1063,8 @@ def formal(cfg):
 
 def formal_more(cfg):
     """modular_arithmetic and reverse_string, likewise"""
-    return formal_tasks(cfg, {task: ["A", "R, gate = real", "R, gate = complex", "G"] for task in ("modular_arithmetic", "reverse_string")})
+    recurrent = ["A", "R, gate = real", "R, gate = complex"]
+    return formal_tasks(cfg, {"modular_arithmetic": [*recurrent, "G"], "reverse_string": recurrent})
 
 
 LEVELS = dict(n_embd=128, n_head=4, block_size=256, batch_size=8, eval_interval=10 ** 9, log_interval=200)

@@ -220,7 +220,7 @@ def exit_rule(model, kind, threshold, decay=0.0, total=1):
     return leave
 
 
-THRESHOLDS = [1 / (1 + math.exp(-z / 2)) for z in range(12, -1, -1)]  # from strict (0.9975) to lax (0.5)
+THRESHOLDS = [0.99, 0.97, 0.95, 0.9, 0.85, 0.8, 0.775, 0.75, 0.725, 0.7, 0.675, 0.65, 0.625, 0.6, 0.55, 0.5]  # from strict to lax
 
 
 @torch.inference_mode()
