@@ -841,7 +841,7 @@ def random_exits(model, depth):
 
 @torch.inference_mode()
 def exits(cfg, repetitions=100, tokens=200):
-    """early exit: blocks, disagreement, a judge's loss and speed over thresholds, beside random exits; what calibration promises"""
+    """early exit: blocks, disagreement and a judge's loss over thresholds, beside random exits; what calibration promises"""
     model, ckpt = sample.load(kept(cfg, "exits", "exits_shakespeare"), dtype="bfloat16")
     critic, n = judge_of(cfg), model.cfg.n_layer
     rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=1000), 64)[:3000]
@@ -854,10 +854,6 @@ def exits(cfg, repetitions=100, tokens=200):
                 row += made
         return mean(judged(critic, [p + [t.token for t in o] for p, o in zip(prompts, out)], 32)), mean(
             t.depth or n for o in out for t in o)
-
-    def steps(rule, compile):
-        return lambda: sample.generate(sample.Decoder(model, prompts[:1], compile=compile, leave=rule),
-                                       sample.SampleConfig(max_new_tokens=tokens), generator=torch.Generator().manual_seed(1))
 
     arms = {"every block": None}
     for kind in sample.CONFIDENCE:
@@ -883,21 +879,30 @@ def exits(cfg, repetitions=100, tokens=200):
                 differ = (logits.argmax(-1) != model(x).logits.argmax(-1)).float().mean().item()
                 arms[f"random, as deep as {name}"] = rule
                 table.append({"rule": f"random, as deep as {name}", "blocks": deep.float().mean().item(), "differ": differ})
-    times = {}
-    for compile in (False, True):
-        few = {k: steps(r, compile) for k, r in arms.items() if r is None or ("2%" in k and "random" not in k)}
-        got = timed_tokens(few, cfg.rounds, tokens)
-        for k, v in got.items():
-            times.setdefault(k, {})[compile] = compare(got["every block"], v), 1 / median(v)
     table.insert(0, {"rule": "every block", "blocks": float(n), "differ": 0.0})
     for row in table:
         row["judge"], row["blocks when writing"] = text(arms[row["rule"]])
-        for compile, (faster, speed) in times.get(row["rule"], {}).items():
-            row["tokens/s, compiled" if compile else "tokens/s"], row["x, compiled" if compile else "x"] = speed, faster
     human = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=100), 32 + tokens)[:500]
     human = mean(judged(critic, human.tolist(), 32))
     show(cfg, f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, and {repetitions} repetitions with 500", promise)
     return show(cfg, f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {tokens}; human text {human:.3f})", table)
+
+
+def exit_speed(cfg, tokens=200):
+    """early exit by softmax, one row: tokens/s over thresholds, in fp32, in bf16 and compiled"""
+    folder, rows = kept(cfg, "exits", "exits_shakespeare"), []
+    for dtype, compile in (("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)):
+        model, ckpt = sample.load(folder, dtype=dtype)
+        prompt = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=100), 64)[-1:, :32].tolist()
+        rules = {"every block": None, **{f"softmax > {t}": sample.exit_rule(model, "softmax", t) for t in (0.8, 0.7, 0.6, 0.5)}}
+        start = lambda rule: sample.generate(sample.Decoder(model, prompt, compile=compile, leave=rule), sample.SampleConfig(
+            max_new_tokens=tokens), generator=torch.Generator().manual_seed(1))
+        times = timed_tokens({k: lambda rule=rule: start(rule) for k, rule in rules.items()}, cfg.rounds, tokens)
+        for k, rule in rules.items():
+            blocks = mean(made[0][0].depth or model.cfg.n_layer for made in start(rule))
+            rows.append({"weights": dtype + (", compiled" if compile else ""), "rule": k, "blocks": blocks, "tokens/s": 1 / median(times[k]),
+                         "x": compare(times["every block"], times[k])})
+    return show(cfg, f"early exit, 6 layers, 512 wide, one row, {tokens} tokens", rows)
 
 
 @torch.inference_mode()
@@ -917,10 +922,10 @@ def speculate(cfg, n=1000, rows=10):
     small = kept(cfg, "small", seed=3, n_layer=2, n_head=4, n_embd=128, batch_size=16, max_iters=600, eval_interval=600)
     val, table = prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, "val.bin"))[0], []
     prompts = [np.asarray(val[i * 5000:i * 5000 + 100]).tolist() for i in range(rows)]
-    for dtype, compile in (("float32", False), ("float32", True), ("bfloat16", True)):
+    for dtype, compile in (("float32", False), ("bfloat16", True)):
         model, _ = sample.load(folder, dtype=dtype)
         draft, _ = sample.load(small, dtype=dtype)
-        drafts = {f"{k} ahead, {name}": dict(speculate=k, **more) for k in (2, 4, 6)
+        drafts = {f"{k} ahead, {name}": dict(speculate=k, **more) for k in (3, 5)
                   for name, more in (("exit 2", dict(draft_exit=2)), ("small model", dict(draft="small")))}
 
         def run(ps, how, temperature, count):
@@ -932,7 +937,7 @@ def speculate(cfg, n=1000, rows=10):
             return s.generate(), s
 
         for temperature in (0.0, 0.8):
-            arms = {"plain": {}, **(drafts if temperature == 0.8 or dtype == "bfloat16" else {k: drafts[k] for k in list(drafts)[2:4]})}
+            arms = {"plain": {}, **drafts}
             times = timed_tokens({k: lambda how=how: run(prompts[:1], how, temperature, 10 ** 9)[0] for k, how in arms.items()},
                                  cfg.rounds, 300)
             for k, how in arms.items():
@@ -957,7 +962,7 @@ def same_text(cfg, run, prompts, drafts, model, n):
                 row += [t.token for t in made]
         return out
     plain, rows = texts({}), []
-    for k in list(drafts)[2:4]:
+    for k in list(drafts)[:2]:
         first = [next((i for i, (a, b) in enumerate(zip(p, q)) if a != b), None) for p, q in zip(plain, texts(drafts[k]))]
         gaps = []
         for prompt, p, i in zip(prompts, plain, first):
@@ -1181,7 +1186,7 @@ def variants(cfg):
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
           "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "formal_more": formal_more, "levels": levels, "concepts": concepts,
-          "blocks": blocks, "exits": exits, "speculate": speculate, "contrast": contrast}
+          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast}
 
 
 def main(argv):

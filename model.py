@@ -1467,14 +1467,18 @@ class GPT(Stack):
             nonlocal before
             h = self.ln_f(x[:, S:])
             now, before = leave(h, before, place), h
-            return F.pad(now, (S, 0))  # slots stay to the end
+            return F.pad(now, (S, 0)) if S else now  # slots stay to the end
 
         ctx.leave = rule
         for a, b in itertools.pairwise((0, *self.exits, None)):
             if a:
                 self.at_exit(x, ctx, a)
-                depth = torch.where(ctx.gone, depth.clamp(max=self.exits[a]), depth)
-                if state is not None and bool(ctx.gone.all()):
+                n = int(ctx.gone.sum())
+                if not n:
+                    ctx.gone = None
+                else:
+                    depth = torch.where(ctx.gone, depth.clamp(max=self.exits[a]), depth)
+                if n == depth.numel() and state is not None:
                     self.remember(x, ctx, state, a)
                     break
             x = self.run(x, ctx, state, a, b)

@@ -211,11 +211,11 @@ def exit_rule(model, kind, threshold, decay=0.0, total=1):
     the text (CALM, arXiv:2207.07061): leave.t, how many tokens were made before the first place of h, a number or one per row
     (B, 1) and negative within a prompt, is for the caller to set."""
     def leave(h, before, place):
-        limit = torch.tensor(threshold, device=h.device)
-        if decay:
-            t = (leave.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
-            limit = (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
-        return (CONFIDENCE[kind](model, h, before) > limit) | (limit <= 0)
+        sure = CONFIDENCE[kind](model, h, before)
+        if not decay:
+            return sure > threshold if threshold > 0 else torch.ones_like(sure, dtype=torch.bool)
+        t = (leave.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
+        return sure > (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
     leave.t = 0
     return leave
 
