@@ -363,7 +363,8 @@ def attend(q, k, v, mask, dropout):
     runs about ten times slower in bf16 than in fp32 there.
     """
     B, H, T, D = q.shape
-    if T == 1 and mask is not None and q.device.type == "cpu":  # one query: sums, which the compiler fuses
+    if T == 1 and mask is not None and q.device.type == "cpu" and (q.dtype != torch.float32 or torch.compiler.is_compiling()):
+        # one query: sums, which the compiler fuses
         q = (q * D ** -0.5).reshape(B, k.size(1), -1, 1, D)
         att = (q.float() * k.float().unsqueeze(2)).sum(-1).masked_fill(~mask, float("-inf")).softmax(-1)  # (B, Hkv, G, L)
         return (att[..., None] * v.float().unsqueeze(2)).sum(-2).to(q.dtype).view(B, H, T, D)
