@@ -1010,10 +1010,9 @@ def contrast(cfg, n=200, length=192, skip=64):
            "alpha 0.1 alone": figures(continuations("model (2 layers, 64 wide)", temperature=1.0, beta=0.0))}
     for kind in kinds:
         got[f"contrast, {kind}"] = figures(continuations(kind, temperature=1.0))
-    for beta in (0.25, 1.0):
-        got[f"sweep: exit after 2, beta {beta}"] = figures(continuations("exit after 2", temperature=1.0, beta=beta))
-    for alpha in (0.02, 0.3):
-        got[f"sweep: exit after 2, alpha {alpha}"] = figures(continuations("exit after 2", temperature=1.0, alpha=alpha))
+    for more in (dict(beta=0.25), dict(beta=1.0), dict(alpha=0.3)):
+        name = f"sweep: exit after 2, {' '.join(f'{k} {v}' for k, v in more.items())}"
+        got[name] = figures(continuations("exit after 2", temperature=1.0, **more))
     table, paired = [], []
     for name, each in got.items():
         row = {"decoding": name, **averages(each)}
@@ -1069,7 +1068,7 @@ def formal(cfg):
 def formal_more(cfg):
     """modular_arithmetic and reverse_string, likewise"""
     recurrent = ["A", "R, gate = real", "R, gate = complex"]
-    return formal_tasks(cfg, {"modular_arithmetic": [*recurrent, "G"], "reverse_string": recurrent})
+    return formal_tasks(cfg, {"modular_arithmetic": recurrent, "reverse_string": recurrent})
 
 
 LEVELS = dict(n_embd=128, n_head=4, block_size=256, batch_size=8, eval_interval=10 ** 9, log_interval=200)
