@@ -789,10 +789,8 @@ def coherence(cfg, total=20_000):
     rows = [{"text": "human (validation split)", **text_figures(np.asarray(val[:total]).tolist(), tok, critic, known)}]
     for collapse in ("always", "entropy", "distance", "never"):
         scfg = sample.SampleConfig(soft=True, collapse=collapse, max_new_tokens=total)
-        d, made = sample.Decoder(model, [[int(val[0])]], tok.eot).select([0] * cfg.seeds), [[] for _ in range(cfg.seeds)]
-        for ready in sample.generate(d, scfg, generator=torch.Generator().manual_seed(1)):
-            for row, tokens in zip(made, ready):
-                row += tokens
+        d = sample.Decoder(model, [[int(val[0])]], tok.eot).select([0] * cfg.seeds)
+        made = sample.gather(sample.generate(d, scfg, generator=torch.Generator().manual_seed(1)), cfg.seeds)
         figures = [{**text_figures([t.token for t in row], tok, critic, known), "share soft": mean(t.soft for t in row)}
                    for row in made]
         rows.append({"text": f"collapse = {collapse}", **averages(figures)})
@@ -836,7 +834,7 @@ def random_exits(model, depth):
     for _ in range(40):
         low, high = ((low + high) / 2, high) if mean((low + high) / 2) > depth else (low, (low + high) / 2)
     g = torch.Generator().manual_seed(0)
-    return lambda h, before, place: torch.rand(h.shape[:2], generator=g) < low
+    return lambda h, before: torch.rand(h.shape[:2], generator=g) < low
 
 
 @torch.inference_mode()
@@ -848,10 +846,9 @@ def exits(cfg, repetitions=100, tokens=200):
     table, promise, prompts = [], [], rows[-32:, :32].tolist()
 
     def text(rule):
-        d, out = sample.Decoder(model, prompts, leave=rule), [[] for _ in prompts]
-        for ready in sample.generate(d, sample.SampleConfig(max_new_tokens=tokens), generator=torch.Generator().manual_seed(1)):
-            for row, made in zip(out, ready):
-                row += made
+        d = sample.Decoder(model, prompts, leave=rule)
+        out = sample.gather(sample.generate(d, sample.SampleConfig(max_new_tokens=tokens), generator=torch.Generator().manual_seed(1)),
+                            len(prompts))
         return mean(judged(critic, [p + [t.token for t in o] for p, o in zip(prompts, out)], 32)), mean(
             t.depth or n for o in out for t in o)
 
@@ -942,8 +939,7 @@ def speculate(cfg, n=1000, rows=10):
                                  cfg.rounds, 300)
             for k, how in arms.items():
                 steps, s = run(prompts[:1], how, temperature, 500)
-                for _ in steps:
-                    pass
+                sample.gather(steps, 1)
                 table.append({"decoding": k, "type": dtype + (", compiled" if compile else ""), "temperature": temperature,
                               "tokens/s": 1 / median(times[k]), "x": compare(times["plain"], times[k]),
                               **({"accepted": s.accepted / s.proposed} if s else {})})
@@ -956,11 +952,7 @@ def speculate(cfg, n=1000, rows=10):
 def same_text(cfg, run, prompts, drafts, model, n):
     """Whether greedy texts of n tokens are those of plain decoding, and where not, how near the two likeliest tokens were."""
     def texts(how):
-        out = [[] for _ in prompts]
-        for ready in run(prompts, how, 0.0, n)[0]:
-            for row, made in zip(out, ready):
-                row += [t.token for t in made]
-        return out
+        return [[t.token for t in row] for row in sample.gather(run(prompts, how, 0.0, n)[0], len(prompts))]
     plain, rows = texts({}), []
     for k in list(drafts)[:2]:
         first = [next((i for i, (a, b) in enumerate(zip(p, q)) if a != b), None) for p, q in zip(plain, texts(drafts[k]))]
@@ -990,20 +982,13 @@ def contrast(cfg, n=200, length=192, skip=64):
         amateur = None
         if kind and "at_exit" not in more:
             amateur = sample.Decoder(model if more else weak, prompts, **more)
-        out = [list(p) for p in prompts]
-        for ready in sample.generate(expert, sample.SampleConfig(max_new_tokens=length, **settings), amateur, torch.Generator().manual_seed(1)):
-            for row, made in zip(out, ready):
-                row += [t.token for t in made]
-        return out
+        scfg, g = sample.SampleConfig(max_new_tokens=length, **settings), torch.Generator().manual_seed(1)
+        made = sample.gather(sample.generate(expert, scfg, amateur, g), n)
+        return [p + [t.token for t in row] for p, row in zip(prompts, made)]
 
     def figures(texts):
-        each = []
-        for text, nats in zip(texts, judged(critic, texts, skip)):
-            words = tok.decode(text[skip:]).lower().split()[1:-1]  # the first and the last may be cut
-            grams, pairs = ([tuple(words[i:i + k]) for i in range(max(len(words) - k + 1, 1))] for k in (4, 2))
-            each.append({"repeated 4-grams": 1 - len(set(grams)) / len(grams), "distinct-1": len(set(words)) / max(len(words), 1),
-                         "distinct-2": len(set(pairs)) / len(pairs), "known words": mean([w in known for w in words] or [0]), "judge": nats})
-        return each
+        return [{**word_figures(tok.decode(text[skip:]).lower().split()[1:-1], known), "judge": nats}  # words at the ends may be cut
+                for text, nats in zip(texts, judged(critic, texts, skip))]
 
     got = {"human": figures(rows), "greedy": figures(continuations("", temperature=0.0)),
            "nucleus 0.95": figures(continuations("", temperature=1.0, top_p=0.95)),
@@ -1027,14 +1012,20 @@ def contrast(cfg, n=200, length=192, skip=64):
 def text_figures(ids, tok, critic, known):
     """Figures of a text: word 4-grams that occurred before, distinct words, words that the training text has, and its
     nats a character under another model."""
-    words = tok.decode(ids).lower().split() or [""]
-    grams = [tuple(words[i:i + 4]) for i in range(max(1, len(words) - 3))]
     T = critic.cfg.block_size
     n = (len(ids) - 1) // T
     x, y = (torch.tensor(ids[i:i + n * T]).view(n, T) for i in (0, 1))
     loss = sum(critic(a, b, denom=torch.ones(())).losses["ce"].item() for a, b in zip(x.split(16), y.split(16))) / (n * T)
-    return {"repeated 4-grams": 1 - len(set(grams)) / len(grams), "distinct words": len(set(words)) / len(words),
-            "known words": mean(w in known for w in words), "judge": loss}
+    return {**word_figures(tok.decode(ids).lower().split(), known), "judge": loss}
+
+
+def word_figures(words, known):
+    """Of a list of words: 4-grams that occurred before, distinct words and pairs of words, and words that the training text has."""
+    words = words or [""]
+    grams = {k: [tuple(words[i:i + k]) for i in range(max(1, len(words) - k + 1))] for k in (1, 2, 4)}
+    distinct = {k: len(set(g)) / len(g) for k, g in grams.items()}
+    return {"repeated 4-grams": 1 - distinct[4], "distinct words": distinct[1], "distinct pairs": distinct[2],
+            "known words": mean(w in known for w in words)}
 
 
 FORMAL_MODELS = {"A": dict(preset="formal_a"), "A, pos = none": dict(preset="formal_a", pos="none"), "G": dict(preset="formal_g"),

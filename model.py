@@ -131,13 +131,11 @@ class GPTConfig:
             raise ValueError(f"soft_rate must lie in [0, 1], not {self.soft_rate}")
         if not (0 <= self.exit_distill <= 1 and 0 <= self.exit_rate <= 1) or self.exit_weight < 0:
             raise ValueError("exit_distill and exit_rate must lie in [0, 1], and exit_weight cannot be negative")
-        for name in ("exit_rate", "exit_keys", "exit_distill"):
+        for name in ("exit_rate", "exit_keys", "exit_distill", "exit_classifier"):
             if getattr(self, name) and "." not in self.layers:
                 raise ValueError(f"{name} has no exit to work on; put a . into layers")
         if "." in self.layers and self.head == "nearest" and not self.ce_weight:
             raise ValueError("exits are trained by cross-entropy, which ce_weight = 0 turns off; leave one of them out")
-        if self.exit_classifier and "." not in self.layers:
-            raise ValueError("exit_classifier has no exit to judge; put a . into layers")
         if not self.ce_weight and not self.semantic_weight:
             raise ValueError("ce_weight = 0 and semantic_weight = 0 leave nothing to learn; set one of them")
         if not self.ce_weight and self.head == "softmax" and self.semantic != "soft_ce":
@@ -456,7 +454,7 @@ class Context:
     levels: list | None = None  # where a level leaves what GPT.concepts returns
     exits: list | None = None  # where a stack leaves what it has got at each exit, (B, L, C)
     keep: torch.Tensor | None = None  # (n_layer,) 0 where a block is left out of this step; None: nowhere
-    leave: "Callable | None" = None  # leave(x (B, L, C), place) -> (B, L): which positions leave at the exit at that place
+    leave: "Callable | None" = None  # leave(x (B, L, C)) -> (B, L): which positions leave at the exit that is reached
     source: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: of what queries are
     gone: torch.Tensor | None = None  # (B, L) True where a position has left at an exit, and stays as it is; None: nowhere
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
@@ -812,7 +810,7 @@ class Stack(nn.Module):
         blocks, for levels that run those."""
         plain = tree.count("A") - (cfg.n_value_embed if depth == 0 else 0)  # blocks A without a table of values
         self.blocks, self.levels, inside = nn.ModuleList(), nn.ModuleList(), []
-        self.cfg, self.exits = cfg, {}  # place in the order: number of blocks before it, those inside levels too
+        self.exits = {}  # place in the order: number of blocks before it, those inside levels too
         for item in tree:  # blocks first: levels may share them
             if item == ".":
                 continue
@@ -845,21 +843,10 @@ class Stack(nn.Module):
         """x (B, L, C) through all layers, or those from place `first` of the order up to `last`."""
         for i, layer in enumerate(self.order[first:last], first):
             if i in self.exits and i > first:
-                self.at_exit(x, ctx, i)
+                self.reach_exit(x, ctx)
             y = layer(x, ctx, None if state is None else state.parts[i])
             x = y if ctx.gone is None else torch.where(ctx.gone[..., None], x, y)
         return x
-
-    def at_exit(self, x, ctx, place):
-        """What happens at an exit: x (B, L, C) is noted down, and the positions that ctx.leave says stay as they are from here on. With
-        exit_keys what the first exit sees is what keys and values are made of from here on."""
-        if self.cfg.exit_keys and ctx.source is None:
-            ctx.source = x
-        if ctx.exits is not None:
-            ctx.exits.append(x)
-        if ctx.leave is not None:
-            now = ctx.leave(x, place)
-            ctx.gone = now if ctx.gone is None else ctx.gone | now
 
     def remember(self, x, ctx, state, first):
         """Update the state by x (B, L, C) as the layers from place `first` on would, without computing what comes out: how
@@ -1232,6 +1219,13 @@ class Thoughts:
 
 
 @dataclass
+class Exits:
+    """What a forward leaves of its exits."""
+    h: list = dataclasses.field(default_factory=list)  # output vectors (B, T, C) at each
+    whole: torch.Tensor | None = None  # (B, 1) rows that nobody left at one; None: all
+
+
+@dataclass
 class Output:
     """What GPT.forward returns, whatever the variant. Unpacks as `logits, loss = model(idx, targets)`."""
     logits: torch.Tensor  # (B, T, V)
@@ -1403,18 +1397,28 @@ class GPT(Stack):
 
     def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None, exits=None, keep=None):
         """The trunk: tokens, ids (B, T) or distributions (B, T, V) -> normalised output vectors (B, T, C). have (B, T) is
-        False where there is no token. Levels leave what they lose in `losses`, over the scored ones of targets (B, T); exits
-        leave their output vectors in the list `exits`. keep (n_layer,) is 0 for blocks to leave out."""
+        False where there is no token. Levels leave what they lose in `losses`, over the scored ones of targets (B, T); what
+        there is of exits goes to `exits`, an Exits. keep (n_layer,) is 0 for blocks to leave out."""
         x, S = self.embed(tokens, history, state)
         ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep)
         if self.training and self.cfg.exit_rate:
             ctx.leave = self.trial(len(x), S)
         x = self.run(x, ctx, state)
         if exits is not None:
-            exits[:] = [self.ln_f(h[:, S:]) for h in ctx.exits]
-            if ctx.gone is not None:  # rows that somebody left say nothing of what the last layer would have chosen
-                exits.append(~ctx.gone.any(1, keepdim=True))
+            exits.h = [self.ln_f(h[:, S:]) for h in ctx.exits]
+            exits.whole = None if ctx.gone is None else ~ctx.gone.any(1, keepdim=True)
         return self.ln_f(x[:, S:])
+
+    def reach_exit(self, x, ctx):
+        """What happens at an exit: x (B, L, C) is noted down, and the positions that ctx.leave says stay as they are from here on. With
+        exit_keys what the first exit sees is what keys and values are made of from here on."""
+        if self.cfg.exit_keys and ctx.source is None:
+            ctx.source = x
+        if ctx.exits is not None:
+            ctx.exits.append(x)
+        if ctx.leave is not None:
+            now = ctx.leave(x)
+            ctx.gone = now if ctx.gone is None else ctx.gone | now
 
     def trial(self, B, S):
         """A rule by which positions leave in training, so that the layers learn to see those that left: in a share exit_rate of the
@@ -1423,7 +1427,7 @@ class GPT(Stack):
         limit = torch.rand(2, B, 1, device=self.wte.weight.device)
         limit = torch.where(limit[0] < self.cfg.exit_rate, 0.5 + 0.5 * limit[1], 2.0)
 
-        def rule(x, place):
+        def rule(x):
             with torch.no_grad():
                 return F.pad(self.read(self.ln_f(x[:, S:]))[0].softmax(-1).amax(-1) > limit, (S, 0))
         return rule
@@ -1456,24 +1460,24 @@ class GPT(Stack):
 
     def leaving(self, tokens, leave, history=None, state=None):
         """A forward in which positions may leave at an exit: -> logits (B, T, V), each at its own depth, and blocks run (B, T).
-        leave(h, before, place) of normalised vectors h (B, T, C) at an exit and at the one before it (at first the inputs') says
-        which (B, T) leave. The later layers see a position that left as it was then (CALM, Schuster et al. 2022,
+        leave(h, before) of normalised vectors (B, T, C) at an exit and at the one before it (at first the inputs') says which (B, T)
+        leave. The later layers see a position that left as it was then (CALM, Schuster et al. 2022,
         arXiv:2207.07061), so over a whole window or a token at a time the result is the same. With a state, once all have left
         the layers only remember."""
         x, S = self.embed(tokens, history, state)
         ctx = self.context(x, S, tokens, state)
         before, depth = self.ln_f(x[:, S:]), torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
 
-        def rule(x, place):
+        def rule(x):
             nonlocal before
             h = self.ln_f(x[:, S:])
-            now, before = leave(h, before, place), h
+            now, before = leave(h, before), h
             return F.pad(now, (S, 0)) if S else now  # slots stay to the end
 
         ctx.leave = rule
         for a, b in itertools.pairwise((0, *self.exits, None)):
             if a:
-                self.at_exit(x, ctx, a)
+                self.reach_exit(x, ctx)
                 n = int(ctx.gone.sum())
                 if not n:
                     ctx.gone = None
@@ -1561,11 +1565,11 @@ class GPT(Stack):
             idx = self.soften(idx, history)
         trunk, of_levels, exits = self.think if cfg.n_think else self.hidden, {}, None
         if at_exit or (targets is not None and self.exits and (cfg.exit_weight or self.sure is not None)):
-            exits = []
+            exits = Exits()
         keep = drawn[:cfg.n_layer] if self.training and cfg.layer_drop and drawn is not None else None
         h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep)
         logits, z, e = self.read(h, regress=targets is not None)
-        early = self.read(exits[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
+        early = self.read(exits.h[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
         if targets is None:
             return Output(logits, None, {}, early)
         denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom
@@ -1578,19 +1582,18 @@ class GPT(Stack):
         for depth, value in of_levels.items():
             losses[f"concept_{depth}"] = value / denom
             loss = loss + cfg.level_weight(depth) * losses[f"concept_{depth}"]
-        if exits:
+        if exits is not None:
             loss = loss + self.exit_losses(exits, logits, targets, denom, drawn, losses)
         return Output(logits, loss, losses, early)
 
     def exit_losses(self, exits, logits, targets, denom, drawn, losses):
-        """What exits with output vectors `exits`, (B, T, C) each, add to the loss: cross-entropy, with exit_distill the divergence
-        from logits (B, T, V) in part, weighted as drawn; and the classifier's, which no gradient leaves."""
+        """What exits, an Exits, add to the loss: cross-entropy, with exit_distill the divergence from logits (B, T, V) in part, weighted
+        as drawn; and the classifier's, which no gradient leaves."""
         cfg, total, scored = self.cfg, 0.0, targets >= 0
-        whole, exits = (exits[-1], exits[:-1]) if len(exits) > len(self.exits) else (None, exits)
         weights = self.exit_weights() if drawn is None else drawn[cfg.n_layer:].unbind()
-        names, read = [f"exit_{k}" for k in self.exits.values()], exits
+        names, read = [f"exit_{k}" for k in self.exits.values()], exits.h
         if cfg.exit_loss == "rotate" and len(weights) > 1 and drawn is not None:  # one exit counts: read it alone
-            read = [sum(w.to(h.dtype) * h for w, h in zip(weights, exits))]
+            read = [sum(w.to(h.dtype) * h for w, h in zip(weights, exits.h))]
             weights, names = (1.0,), ["exit"]
         for name, h, w in zip(names, read, weights):
             out = self.read(h)[0]
@@ -1603,10 +1606,11 @@ class GPT(Stack):
             total = total + cfg.exit_weight * w * loss
         if self.sure is not None:
             with torch.no_grad():
-                right = torch.stack([self.read(h)[0].argmax(-1) == logits.argmax(-1) for h in exits]).float()
-            said = self.sure(torch.stack([h.detach() for h in exits]))  # (exits, B, T)
+                right = torch.stack([self.read(h)[0].argmax(-1) == logits.argmax(-1) for h in exits.h]).float()
+            said = self.sure(torch.stack([h.detach() for h in exits.h]))  # (exits, B, T)
             wrong = F.binary_cross_entropy_with_logits(said, right, reduction="none").mean(0)
-            losses["sure"] = wrong.masked_fill(~scored if whole is None else ~(scored & whole), 0.0).sum() / denom
+            judged = scored if exits.whole is None else scored & exits.whole  # other rows' last layer is the exit itself
+            losses["sure"] = wrong.masked_fill(~judged, 0.0).sum() / denom
             total = total + losses["sure"]
         return total
 

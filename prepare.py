@@ -214,7 +214,9 @@ def load_checkpoint(path, map_location="cpu"):
         raise UserError(f"checkpoint {path} is truncated or damaged (its SHA-256 does not fit); {hint}")
     try:
         return torch.load(io.BytesIO(payload), map_location=map_location, weights_only=True)
-    except Exception:  # whatever the unpickler says of a planted or foreign payload, nothing of it was run
+    except MemoryError:
+        raise UserError(f"checkpoint {path} does not fit into memory; close other programs, or use a smaller one") from None
+    except Exception:  # the unpickler has a dozen ways to refuse a planted or foreign payload; nothing of it was run
         raise UserError(f"checkpoint {path} holds something other than tensors, numbers and strings, and was not "
                         f"loaded; {hint}") from None
 

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 import prepare
 from config import UserError
-from model import GPT, GPTConfig, Level, Linear, Output, rms_norm
+from model import GPT, GPTConfig, Level, Linear, rms_norm
 
 
 @dataclass
@@ -207,10 +207,10 @@ CONFIDENCE = {  # of output vectors h (B, T, C) at an exit, and of those at the 
 
 
 def exit_rule(model, kind, threshold, decay=0.0, total=1):
-    """leave(h, before, place) for GPT.leaving: where the confidence is above the threshold; at 0 all leave. With decay it falls along
+    """leave(h, before) for GPT.leaving: where the confidence is above the threshold; at 0 all leave. With decay it falls along
     the text (CALM, arXiv:2207.07061): leave.t, how many tokens were made before the first place of h, a number or one per row
     (B, 1) and negative within a prompt, is for the caller to set."""
-    def leave(h, before, place):
+    def leave(h, before):
         sure = CONFIDENCE[kind](model, h, before)
         if not decay:
             return sure > threshold if threshold > 0 else torch.ones_like(sure, dtype=torch.bool)
@@ -361,28 +361,29 @@ class Decoder:
         device = self.model.wte.weight.device
         width = max(len(w) for _, w in self.rows)
         self.state = self.model.init_state(len(self.rows))
-        out = self.read(self.model, self.inputs([0] * len(self.rows), width), self.history())
+        made = self.read(self.model, self.inputs([0] * len(self.rows), width), self.history())
         short = torch.tensor([width - len(w) for _, w in self.rows], device=device)
         if bool(short.any()):
             self.state.rollback(short)
-        self.take(out, width - 1 - short)
-        return out.logits
+        self.take(made, width - 1 - short)
+        return made[0]
 
     def read(self, model, idx, history=None):
-        """An Output over idx (B, T), which ends where each row ends or is padded behind that; with `leave` also the blocks run, as
-        Output.losses["depth"] (B, T). Tokens of a prompt leave early too: so the state is that of decoding from its first token."""
+        """Logits over idx (B, T), which ends where each row ends or is padded behind that, with `at_exit` those of the exit, and with
+        `leave` the blocks run. Tokens of a prompt leave early too: so the state is that of decoding from its first token."""
         if self.leave is None:
-            return model(idx, history=history, state=self.state, at_exit=self.at_exit)
+            out = model(idx, history=history, state=self.state, at_exit=self.at_exit)
+            return out.logits, out.early, None
         before = idx.size(1) if self.state.begun else torch.tensor([[len(w)] for _, w in self.rows], device=idx.device)
         self.leave.t = self.made + 1 - before  # self.made: tokens before the last of these
         logits, depth = model.leaving(idx, self.leave, history, self.state)
-        return Output(logits, None, {"depth": depth})
+        return logits, None, depth
 
-    def take(self, out, last):
-        """Note what an Output says of the last token of each row, which stands at place last (B,)."""
-        at = torch.arange(len(self.rows), device=out.logits.device), last
-        self.logits, self.early = out.logits[at], out.early[at] if self.at_exit else None
-        self.depth = out.losses["depth"][at].tolist() if self.leave else [self.model.cfg.n_layer] * len(self.rows)
+    def take(self, made, last):
+        """Note what `read` made of the last token of each row, which stands at place last (B,)."""
+        at = torch.arange(len(self.rows), device=made[0].device), last
+        self.logits, self.early, depth = (None if t is None else t[at] for t in made)
+        self.depth = [self.model.cfg.n_layer] * len(self.rows) if depth is None else depth.tolist()
 
     @torch.inference_mode()
     def push(self, tokens, soft=None):
@@ -390,8 +391,8 @@ class Decoder:
         (B, V) of the next."""
         if any([self.keep(b, t, soft and soft[b]) for b, t in enumerate(tokens)]):
             self.fill()
-            return self.logits
-        self.take(self.read(self.step, self.inputs([len(w) - 1 for _, w in self.rows], 1)), -1)
+        else:
+            self.take(self.read(self.step, self.inputs([len(w) - 1 for _, w in self.rows], 1)), -1)
         return self.logits
 
     @torch.inference_mode()
@@ -496,7 +497,7 @@ class Int8(torch.nn.Module):
 
 def to_int8(model):
     """Put Int8 in the place of every Linear of the blocks."""
-    for part in [m for m in model.blocks.modules()] + [m for m in model.levels.modules()]:
+    for part in (*model.blocks.modules(), *model.levels.modules()):
         for name, child in part.named_children():
             if isinstance(child, Linear):
                 setattr(part, name, Int8(child))
@@ -650,57 +651,64 @@ class Speculation:
         self.expert.state.rollback(tokens.size(1))
         return self.expert.step.second_part(hidden, tokens, self.expert.state, self.place)
 
+    def judge(self, first, drafted, q, logits):
+        """Keep of drafted (B, n), drawn from q (n x (B, V)) behind the tokens first (B,), what the model's logits (B, n + 1, V) agree to.
+        -> how many of each row (B,), the token that follows those (B,), and the distribution at each place, n + 1 x (B, V)."""
+        n, at, seen, p = drafted.size(1), torch.arange(len(first), device=first.device), self.expert.seen(), []
+        kept, follows = torch.zeros_like(first), torch.zeros_like(first)
+        going = torch.ones_like(first, dtype=torch.bool)
+        for i in range(n + 1):
+            seen = seen.scatter(1, (drafted[:, i - 1] if i else first)[:, None], True)
+            p.append(probabilities(logits[:, i], seen, self.cfg))
+            yes, left = torch.zeros_like(going), p[i]
+            if i < n:
+                odds = p[i][at, drafted[:, i]] / q[i][at, drafted[:, i]]
+                yes = going & (torch.rand(len(first), generator=self.generator, device=at.device) < odds)
+                left = residual(p[i], q[i])
+            follows = torch.where(going & ~yes, choose(left, self.generator), follows)
+            kept, going = kept + yes, yes
+        return kept, follows, p
+
     @torch.inference_mode()
     def generate(self):
         """Yield lists of B lists of Made: as generate does, but several tokens at once."""
         cfg, B = self.cfg, len(self.expert.rows)
-        at, count = torch.arange(B, device=self.expert.logits.device), [0] * B
-        p = next_token(self.expert, None, cfg)
-        first, entropy = choose(p, self.generator), torch.special.entr(p).sum(-1)
-        logp = log_probability(self.expert.logits, first.tolist())
+        at, count, n = torch.arange(B, device=self.expert.logits.device), [0] * B, cfg.speculate
+        p, first = next_token(self.expert, None, cfg), None
         while min(count) < cfg.max_new_tokens:
-            ready = [[Made(t, entropy=e, logp=l, drafted=False)] for t, e, l in zip(first.tolist(), entropy.tolist(), logp)]
-            room = min(d.T - len(w) for d in self.decoders() for _, w in d.rows)
-            n = cfg.speculate
-            if room <= n:  # somebody is about to fold
+            first = choose(p, self.generator) if first is None else first
+            logp, entropy = log_probability(self.expert.logits, first.tolist()), torch.special.entr(p).sum(-1).tolist()
+            ready = [[Made(t, entropy=e, logp=l, drafted=False)] for t, e, l in zip(first.tolist(), entropy, logp)]
+            if min(d.T - len(w) for d in self.decoders() for _, w in d.rows) <= n:  # somebody is about to fold
                 for d in self.decoders():
                     d.push(first.tolist())
-                p = next_token(self.expert, None, cfg)
-                first, entropy = choose(p, self.generator), torch.special.entr(p).sum(-1)
+                p, first = next_token(self.expert, None, cfg), None
             else:
-                seen = self.expert.seen()
-                drafted, q, hidden = self.propose(first, n, seen)
+                drafted, q, hidden = self.propose(first, n, self.expert.seen())
                 logits = self.verify(torch.cat((first[:, None], drafted), 1), hidden).float()
-                kept, going = torch.zeros(B, dtype=torch.long, device=at.device), torch.ones(B, dtype=torch.bool, device=at.device)
-                chosen, sure = torch.zeros_like(first), torch.zeros(B, device=at.device)
-                for i in range(n + 1):
-                    seen = seen.scatter(1, (drafted[:, i - 1] if i else first)[:, None], True)
-                    p = probabilities(logits[:, i], seen, cfg)
-                    if i < n:
-                        odds = p[at, drafted[:, i]] / q[i][at, drafted[:, i]]
-                        yes = going & (torch.rand(B, generator=self.generator, device=at.device) < odds)
-                        other = choose(residual(p, q[i]), self.generator)
-                    else:
-                        yes, other = torch.zeros_like(going), choose(p, self.generator)
-                    ends = going & ~yes
-                    e = torch.special.entr(p).sum(-1)
-                    chosen, sure = torch.where(ends, other, chosen), torch.where(ends, e, sure)
-                    if i < n:
-                        l = log_probability(logits[:, i], drafted[:, i].tolist())
-                        for b in yes.nonzero()[:, 0].tolist():
-                            ready[b].append(Made(drafted[b, i].item(), entropy=e[b].item(), logp=l[b], drafted=True))
-                    kept, going = kept + yes, yes
+                kept, first, each = self.judge(first, drafted, q, logits)
+                for i in range(int(kept.max())):
+                    logp, entropy = log_probability(logits[:, i], drafted[:, i].tolist()), torch.special.entr(each[i]).sum(-1).tolist()
+                    for b in (kept > i).nonzero()[:, 0].tolist():
+                        ready[b].append(Made(drafted[b, i].item(), entropy=entropy[b], logp=logp[b], drafted=True))
                 for d in self.decoders():
                     d.state.rollback(n - kept)
                     for b, tokens in enumerate(ready):
                         for made in tokens:
                             d.keep(b, made.token)
-                self.expert.logits = logits[at, kept]
+                self.expert.logits, p = logits[at, kept], torch.stack(each)[kept, at]
                 self.proposed, self.accepted = self.proposed + B * n, self.accepted + int(kept.sum())
-                first, entropy = chosen, sure
-            logp = log_probability(self.expert.logits, first.tolist())
             yield [row[:max(cfg.max_new_tokens - c, 0)] for row, c in zip(ready, count)]
             count = [c + len(row) for c, row in zip(count, ready)]
+
+
+def gather(steps, B):
+    """All that an iterator of decoding steps gives: a list of Made for each of B rows."""
+    rows = [[] for _ in range(B)]
+    for ready in steps:
+        for row, tokens in zip(rows, ready):
+            row += tokens
+    return rows
 
 
 @torch.inference_mode()
