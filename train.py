@@ -47,6 +47,7 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # False: save only when the validation loss improved
     optimizer: str = "muon"  # muon (matrices inside blocks and slots; AdamW for the rest) | adamw
     learning_rate: float = 4e-3  # of AdamW
+    value_lr: float = 2.0  # of the values of featural memories, times learning_rate
     muon_lr: float = 0.02  # of Muon
     momentum: float = 0.95  # of Muon
     ns_steps: int = 5  # Newton-Schulz iterations of Muon
@@ -334,19 +335,24 @@ class Muon(torch.optim.Optimizer):
 
 
 def param_groups(model, tcfg):
-    """{"muon": [...], "adamw": [...], "plain": [...]}: linear layers inside blocks, levels and slots; everything else with two
-    dimensions, heads among it; gains and biases, which never decay. With optimizer = adamw the first is part of the second."""
-    out = {"muon": [], "adamw": [], "plain": []}
+    """{"muon": [...], "adamw": [...], "values": [...], "plain": [...]}: linear layers inside blocks, levels and slots; everything else
+    with two dimensions, heads among it; values of memories, at a rate of their own; gains and biases, which never decay. With
+    optimizer = adamw the first is part of the second."""
+    out = {"muon": [], "adamw": [], "values": [], "plain": []}
     for name, p in model.named_parameters():
         inside = name.startswith(("blocks.", "levels.", "slots.proj")) and p.dim() == 2 and not (
-            name.endswith("embed.weight") or ".head." in name)
+            name.endswith(("embed.weight", "values.weight")) or ".head." in name)
+        if name.endswith("values.weight"):
+            out["values"].append(p)
+            continue
         out["plain" if p.dim() < 2 else "muon" if inside and tcfg.optimizer == "muon" else "adamw"].append(p)
     return out
 
 
 def make_optimizers(model, tcfg):
     groups = param_groups(model, tcfg)
-    adam = [{"params": groups["adamw"], "weight_decay": tcfg.weight_decay}, {"params": groups["plain"], "weight_decay": 0.0}]
+    adam = [{"params": groups["adamw"], "weight_decay": tcfg.weight_decay}, {"params": groups["plain"], "weight_decay": 0.0},
+            {"params": groups["values"], "weight_decay": 0.0, "lr": tcfg.learning_rate * tcfg.value_lr}]
     out = [torch.optim.AdamW([g for g in adam if g["params"]], lr=tcfg.learning_rate, betas=(tcfg.beta1, tcfg.beta2),
                              fused=next(model.parameters()).device.type in ("cpu", "cuda"))]
     if groups["muon"]:
