@@ -83,6 +83,7 @@ class GPTConfig:
     exit_loss: str = "depth"  # depth (every exit, the deeper the more: CALM) | rotate (one exit a step, in turn: LayerSkip)
     exit_distill: float = 0.0  # share of an exit's loss that is its divergence from the last layer, in place of the target
     exit_rate: float = 0.0  # share of training rows whose positions leave where an exit is sure, as they do in decoding
+    exit_keys: bool = False  # attention behind the first exit takes keys and values from there: leaving changes nothing for others
     exit_classifier: bool = False  # a classifier for all exits: is what this one would choose what the last layer will?
     layer_drop: float = 0.0  # chance that a training step leaves out the last block; earlier ones have less, the first none
 
@@ -140,8 +141,9 @@ class GPTConfig:
             raise ValueError(f"soft_rate must lie in [0, 1], not {self.soft_rate}")
         if not (0 <= self.exit_distill <= 1 and 0 <= self.exit_rate <= 1) or self.exit_weight < 0:
             raise ValueError("exit_distill and exit_rate must lie in [0, 1], and exit_weight cannot be negative")
-        if self.exit_rate and "." not in self.layers:
-            raise ValueError("exit_rate has no exit to leave by; put a . into layers")
+        for name in ("exit_rate", "exit_keys"):
+            if getattr(self, name) and "." not in self.layers:
+                raise ValueError(f"{name} has no exit to leave by; put a . into layers")
         if "." in self.layers and self.head == "nearest" and not self.ce_weight:
             raise ValueError("exits are trained by cross-entropy, which ce_weight = 0 turns off; leave one of them out")
         if self.exit_classifier and "." not in self.layers:
@@ -269,11 +271,11 @@ class Linear(nn.Linear):
     def reset_parameters(self):
         """Nothing: GPT.init_weights gives every parameter its value, and building draws no random number."""
 
-    def rows(self, x, first):
-        """The outputs from the first-th on."""
+    def rows(self, x, first=0, last=None):
+        """The outputs from the first-th on, up to the last."""
         weight, bias = self.weight, self.bias
-        if first:
-            weight, bias = weight[first:], None if bias is None else bias[first:]
+        if first or last:
+            weight, bias = weight[first:last], None if bias is None else bias[first:last]
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if x.numel() == x.size(-1) and torch.compiler.is_compiling() and x.device.type == "cpu":
             # one token: the fused sum reads weights at memory speed, BLAS's matrix-vector product at a third of it
@@ -282,7 +284,7 @@ class Linear(nn.Linear):
         return F.linear(x, weight, bias)
 
     def forward(self, x):
-        return self.rows(x, 0)
+        return self.rows(x)
 
 
 class Embedding(nn.Embedding):
@@ -464,6 +466,7 @@ class Context:
     exits: list | None = None  # where a stack leaves what it has got at each exit, (B, L, C)
     keep: torch.Tensor | None = None  # (n_layer,) 0 where a block is left out of this step; None: nowhere
     leave: "Callable | None" = None  # leave(x (B, L, C), place) -> (B, L): which positions leave at the exit at that place
+    source: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: of what queries are
     gone: torch.Tensor | None = None  # (B, L) True where a position has left at an exit, and stays as it is; None: nowhere
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
     values: nn.Module | None = None  # the table that all featural memories read, where they share one
@@ -520,9 +523,12 @@ class Attention(nn.Module):
         """Put x (B, T, C) into the cache, as forward does, for others to attend to; nothing else."""
         cache.append(*self.heads(*self.c_attn.rows(x, self.sizes[0]).chunk(2, dim=-1), ctx), ctx.pos)
 
-    def forward(self, x, ctx, cache=None):
+    def forward(self, x, ctx, cache=None, source=None):
+        """source (B, T, C): what keys and values are made of, where that is not x."""
         B, T, C = x.shape
-        qk, v = self.heads(*self.c_attn(x).split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=-1), ctx)
+        n = self.sizes[0]
+        qkv = self.c_attn(x) if source is None else torch.cat((self.c_attn.rows(x, 0, n), self.c_attn.rows(source, n)), dim=-1)
+        qk, v = self.heads(*qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=-1), ctx)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
         if cache is not None:
             k, v = cache.append(k, v, ctx.pos)
@@ -814,7 +820,7 @@ class Block(nn.Module):
         """Update the state by x (B, T, C), as forward does, without computing what comes out."""
         own, seen = part if isinstance(part, Parts) else (part, None)
         if isinstance(self.attn, Attention):
-            self.attn.remember(self.ln_1(x), ctx, own)
+            self.attn.remember(self.ln_1(x if ctx.source is None else ctx.source), ctx, own)
         else:
             self.attn(self.ln_1(x), ctx, own)
         if self.cross is not None and ctx.plan is not None and ctx.plan.concepts is not None:
@@ -822,8 +828,10 @@ class Block(nn.Module):
 
     def forward(self, x, ctx, part=None):
         own, seen = part if isinstance(part, Parts) else (part, None)
-        before = x
-        x = x + self.drop(self.attn(self.ln_1(x), ctx, own))
+        before, more = x, ()
+        if ctx.source is not None and isinstance(self.attn, Attention):
+            more = (self.ln_1(ctx.source),)
+        x = x + self.drop(self.attn(self.ln_1(x), ctx, own, *more))
         if self.cross is not None and ctx.plan is not None:
             x = x + self.drop(self.cross(self.ln_x(x), ctx, seen))
         if self.mlp is not None:
@@ -852,7 +860,7 @@ class Stack(nn.Module):
         blocks, for levels that run those."""
         plain = tree.count("A") - (cfg.n_value_embed if depth == 0 else 0)  # blocks A without a table of values
         self.blocks, self.levels, inside = nn.ModuleList(), nn.ModuleList(), []
-        self.exits = {}  # place in the order: number of blocks before it, those inside levels too
+        self.cfg, self.exits = cfg, {}  # place in the order: number of blocks before it, those inside levels too
         for item in tree:  # blocks first: levels may share them
             if item == ".":
                 continue
@@ -891,7 +899,10 @@ class Stack(nn.Module):
         return x
 
     def at_exit(self, x, ctx, place):
-        """What happens at an exit: x (B, L, C) is noted down, and the positions that ctx.leave says stay as they are from here on."""
+        """What happens at an exit: x (B, L, C) is noted down, and the positions that ctx.leave says stay as they are from here on. With
+        exit_keys what the first exit sees is what keys and values are made of from here on."""
+        if self.cfg.exit_keys and ctx.source is None:
+            ctx.source = x
         if ctx.exits is not None:
             ctx.exits.append(x)
         if ctx.leave is not None:
@@ -1483,10 +1494,12 @@ class GPT(Stack):
 
     def second_part(self, x, tokens, state, place):
         """The layers from an exit's place on, over what first_part left x (B, T, C), in a state that was rolled back to before it:
-        logits (B, T, V). Blocks that read a plan from before the exit need it again: then all layers run."""
-        if self.cfg.plan == "cross" and self.levels:
+        logits (B, T, V). Blocks that read a plan or keys from before the exit need it again: then all layers run."""
+        if (self.cfg.plan == "cross" and self.levels) or (self.cfg.exit_keys and place != next(iter(self.exits))):
             return self(tokens, state=state).logits
-        x = self.run(x, self.context(x, 0, tokens, state), state, first=place)
+        ctx = self.context(x, 0, tokens, state)
+        ctx.source = x if self.cfg.exit_keys else None
+        x = self.run(x, ctx, state, first=place)
         return self.read(self.ln_f(x))[0]
 
     def leaving(self, tokens, leave, history=None, state=None):

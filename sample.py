@@ -469,12 +469,12 @@ class Int8(torch.nn.Module):
         self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
         self.bias = linear.bias
 
-    def rows(self, x, first):
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.q[first:], self.scale[first:]).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias[first:].to(y.dtype)
+    def rows(self, x, first=0, last=None):
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.q[first:last], self.scale[first:last]).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias[first:last].to(y.dtype)
 
     def forward(self, x):
-        return self.rows(x, 0)
+        return self.rows(x)
 
 
 def to_int8(model):

@@ -85,6 +85,7 @@ VARIANTS = {  # name: config overrides
     "exits": dict(layers="A.A.A"),
     "exits_distilled": dict(layers="A.AA", exit_distill=0.5, exit_classifier=True, exit_rate=0.5),
     "exits_rotate+layer_drop": dict(layers="A.A.A", exit_loss="rotate", layer_drop=0.5, head="nearest"),
+    "exits_keys": dict(layers="A.A.RA", exit_keys=True, exit_rate=0.5, n_kv_head=1, n_value_embed=1),
     "exits+level+slots": dict(SLOTS, layers="(A).R.A", plan="cross", concept_weight=0.1, eot=5, exit_classifier=True),
     "exits+think": dict(layers="A.A", n_think=2, think_token=3),
     "nearest+think+nanogpt": dict({**NANOGPT, "tie": False}, head="nearest", n_think=2, think_token=3),
@@ -1518,7 +1519,7 @@ def test_sample_main(trained, capsys, tmp_path, monkeypatch):
 # early exit, speculation, beams
 
 
-EXITS = ["exits", "exits_distilled", "exits_rotate+layer_drop", "exits+level+slots"]
+EXITS = ["exits", "exits_keys", "exits_distilled", "exits_rotate+layer_drop", "exits+level+slots"]
 
 
 @pytest.mark.parametrize("name", EXITS)
@@ -1545,6 +1546,17 @@ def test_leaving_token_by_token_is_leaving_over_the_window(name):
             got = [m.leaving(x[rows, t:t + 1], rule, history=None if h is None else h[rows], state=state) for t in range(x.size(1))]
             torch.testing.assert_close(torch.cat([l for l, _ in got], 1), logits[rows], atol=2e-5, rtol=0)
             assert torch.equal(torch.cat([d for _, d in got], 1), depth[rows])
+
+
+def test_keys_of_the_first_exit_make_leaving_harmless():
+    """With exit_keys and attention alone, who stays gives the same whoever left."""
+    m = make("exits_keys", layers="A.A.AA").eval()
+    x, _ = inputs(m)
+    g = torch.Generator().manual_seed(0)
+    logits, depth = m.leaving(x, lambda h, before, place: torch.rand(h.shape[:2], generator=g) < 0.4)
+    stays = depth == 4
+    assert 0.1 < stays.float().mean() < 0.9
+    torch.testing.assert_close(logits[stays], m(x).logits[stays], atol=2e-5, rtol=0)
 
 
 def test_exit_losses_are_their_formulas():
@@ -1622,7 +1634,7 @@ def speculated(d, draft, cfg, seed=0):
     return out, s
 
 
-@pytest.mark.parametrize("name,draft", [("exits", 0), ("exits+level+slots", 0), ("plain", "gru"), ("slots", "exits")])
+@pytest.mark.parametrize("name,draft", [("exits", 0), ("exits_keys", 0), ("exits+level+slots", 0), ("plain", "gru"), ("slots", "exits")])
 @pytest.mark.parametrize("B", [1, 3])
 def test_speculation_is_greedy_decoding(name, draft, B):
     """Across many folds, rows of unequal length: the text of plain decoding, with a repetition penalty too."""
