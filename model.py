@@ -469,6 +469,7 @@ class Context:
     source: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: of what queries are
     gone: torch.Tensor | None = None  # (B, L) True where a position has left at an exit, and stays as it is; None: nowhere
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
+    fed: list | None = None  # where blocks leave what their feed-forward layer gave, (B, L, C)
     values: nn.Module | None = None  # the table that all featural memories read, where they share one
     plan: "Plan | None" = None  # what the last level has predicted, for blocks that read it
 
@@ -835,7 +836,10 @@ class Block(nn.Module):
         if self.cross is not None and ctx.plan is not None:
             x = x + self.drop(self.cross(self.ln_x(x), ctx, seen))
         if self.mlp is not None:
-            x = x + self.drop(self.mlp(self.ln_2(x), ctx))
+            y = self.mlp(self.ln_2(x), ctx)
+            if ctx.fed is not None:
+                ctx.fed.append((self.i, y))
+            x = x + self.drop(y)
         return x if ctx.keep is None else before + ctx.keep[self.i].to(x.dtype) * (x - before)
 
 
@@ -1291,6 +1295,16 @@ class Output:
         return iter((self.logits, self.loss))
 
 
+@dataclass
+class Taught:
+    """What a teacher says of the same inputs, and what each part of it counts."""
+    logits: torch.Tensor  # (B, T, V)
+    fed: list  # [(block, (B, S + T, C))]: what its feed-forward layers gave
+    weight: float = 1.0  # of the divergence from its distribution
+    match: float = 0.0  # of matching what its feed-forward layers gave, where the student has a memory in their place
+    ce: float = 0.0  # of the student's own loss
+
+
 class GPT(Stack):
     """A decoder-only transformer and its variants. All weights are drawn from (seed, parameter name)."""
 
@@ -1452,12 +1466,13 @@ class GPT(Stack):
         table = (self.cos, self.sin) if self.cfg.pos == "rope" else None
         return Context.make(x, table, state, have, prefix=S, tokens=tokens, losses=losses, values=self.values, **more)
 
-    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None, exits=None, keep=None):
+    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None, exits=None, keep=None, fed=None):
         """The trunk: tokens, ids (B, T) or distributions (B, T, V) -> normalised output vectors (B, T, C). have (B, T) is
         False where there is no token. Levels leave what they lose in `losses`, over the scored ones of targets (B, T); exits
-        leave their output vectors in the list `exits`. keep (n_layer,) is 0 for blocks to leave out."""
+        leave their output vectors in the list `exits`, token-level feed-forward layers what they gave in `fed`. keep (n_layer,) is
+        0 for blocks to leave out."""
         x, S = self.embed(tokens, history, state)
-        ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep)
+        ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep, fed=fed)
         if self.training and self.cfg.exit_rate:
             ctx.leave = self.trial(len(x), S)
         x = self.run(x, ctx, state)
@@ -1590,7 +1605,7 @@ class GPT(Stack):
             state.parts[-1].count[rows, pos] = count
         return h
 
-    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0):
+    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0, taught=None, fed=None):
         """idx (B, T) token ids, or (B, T, V) distributions over them (soft tokens) -> Output.
 
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed cross-entropy over `denom`
@@ -1599,6 +1614,7 @@ class GPT(Stack):
         state: decoding State that idx continues; it is updated in place.
         drawn: what plan_step drew for this step; None: no block is left out, and exits count by depth.
         at_exit: also read the exit after so many blocks, as Output.early.
+        taught: what a teacher says, to learn from that. fed: a list that takes what a student is taught.
         """
         cfg = self.cfg
         if self.training and cfg.soft_rate:
@@ -1607,7 +1623,8 @@ class GPT(Stack):
         if at_exit or (targets is not None and self.exits and (cfg.exit_weight or self.sure is not None)):
             exits = []
         keep = drawn[:cfg.n_layer] if self.training and cfg.layer_drop and drawn is not None else None
-        h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep)
+        fed = [] if taught is not None else fed
+        h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep, fed=fed)
         logits, z, e = self.read(h, regress=targets is not None)
         early = self.read(exits[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
         if targets is None:
@@ -1624,7 +1641,22 @@ class GPT(Stack):
             loss = loss + cfg.level_weight(depth) * losses[f"concept_{depth}"]
         if exits:
             loss = loss + self.exit_losses(exits, logits, targets, denom, drawn, losses)
+        if taught is not None:
+            loss = taught.ce * loss + self.taught_losses(taught, logits, fed, targets, denom, losses)
         return Output(logits, loss, losses, early)
+
+    def taught_losses(self, taught, logits, fed, targets, denom, losses):
+        """Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531): the divergence of logits (B, T, V) from the teacher's, and how far
+        what memories give is from what the teacher's feed-forward layers in their places gave, as a share of its square."""
+        p = taught.logits.float().log_softmax(-1)
+        far = (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
+        losses["teacher"] = far.masked_fill(targets < 0, 0.0).sum() / denom
+        total, theirs = taught.weight * losses["teacher"], dict(taught.fed)
+        pairs = [(y, theirs[i]) for i, y in fed if self.cfg.layers.replace("(", "").replace(")", "").replace(".", "")[i] == "F" and i in theirs]
+        if taught.match and pairs:
+            losses["match"] = sum(((y - t).float().square().mean() / t.float().square().mean().clamp(min=1e-8)) for y, t in pairs) / len(pairs)
+            total = total + taught.match * losses["match"] * (targets >= 0).sum() / denom
+        return total
 
     def exit_losses(self, exits, logits, targets, denom, drawn, losses):
         """What exits with output vectors `exits`, (B, T, C) each, add to the loss: cross-entropy, with exit_distill the divergence
