@@ -6,6 +6,7 @@ the plain GPT, bit for bit. `layers` describes the network, a character a block:
     A   causal self-attention + MLP
     R   gated linear recurrence + MLP
     G   GRU + MLP
+    F   causal self-attention + featural memory: learned slots in place of the MLP
     ( ) a level: what stands inside runs once a chunk of what stands outside
     .   an early exit: the model's one head reads what it has got so far
 
@@ -55,6 +56,11 @@ class GPTConfig:
     share_levels: bool = False  # levels run the blocks of the token level, one set of weights for all
     eot: int = -1  # id that ends a document, where recurrences and chunks begin again; -1: that of the dataset
     space: tuple[int, ...] = ()  # ids that end a word, for chunk = space; (): those of the dataset
+    n_mem: int = 4096  # slots of a featural memory (F), a square number
+    mem_head: int = 4  # queries that each position puts to a memory
+    mem_top: int = 16  # slots that a query reads
+    mem_dim: int = 64  # channels of a query and of a key
+    mem_share: bool = False  # all blocks F read one table of values
     n_value_embed: int = 0  # the last n token-level blocks A that add a token embedding of their own to their attention values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
     channel_drop: float = 0.0  # on residual branches, whole channels of a row at a time: unlike dropout it costs no time
@@ -97,6 +103,10 @@ class GPTConfig:
         choice("compose", "sum", "mlp")
         choice("concept", "cos", "mse", "energy", "flow")
         choice("exit_loss", "depth", "rotate")
+        if "F" in self.layers and (min(self.mem_head, self.mem_top) < 1 or math.isqrt(max(self.n_mem, 0)) ** 2 != self.n_mem or
+                                   not 0 < self.mem_top <= self.n_mem or self.mem_dim < 2 or self.mem_dim % 2):
+            raise ValueError(f"a memory F needs n_mem ({self.n_mem}) to be a square number of at least mem_top ({self.mem_top}) slots, "
+                             f"mem_dim ({self.mem_dim}) to be even, and mem_head at least 1")
         self.layers = self.layers or "A" * self.n_layer
         tree = parse_layers(self.layers)
         self.n_layer = sum(c in BLOCKS for c in self.layers)
@@ -458,6 +468,8 @@ class Context:
     source: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: of what queries are
     gone: torch.Tensor | None = None  # (B, L) True where a position has left at an exit, and stays as it is; None: nowhere
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
+    fed: list | None = None  # where blocks leave what their feed-forward layer gave, (B, L, C)
+    values: nn.Module | None = None  # the table that all featural memories read, where they share one
     plan: "Plan | None" = None  # what the last level has predicted, for blocks that read it
 
     @classmethod
@@ -730,7 +742,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(cfg.n_embd, width * (2 if cfg.mlp == "swiglu" else 1), bias=cfg.bias)
         self.c_proj = Linear(width, cfg.n_embd, bias=cfg.bias)
 
-    def forward(self, x):
+    def forward(self, x, ctx=None):
         x = self.c_fc(x)
         if self.kind == "relu2":
             x = F.relu(x).square()
@@ -742,7 +754,47 @@ class MLP(nn.Module):
         return self.c_proj(x)
 
 
-BLOCKS = {"A": (Attention, MLP), "R": (Recurrence, MLP), "G": (GRU, MLP)}  # character: (mixer over positions, feed-forward)
+class FeaturalMemory(nn.Module):
+    """In place of an MLP: each of mem_head queries finds the mem_top nearest of n_mem learned keys, and takes the sum of their
+    values, weighted by nearness. Keys are pairs of half keys, sqrt(n_mem) of each, so that all of them are searched by two short
+    lists, exactly (product keys, Lample et al. 2019, arXiv:1907.05242). Queries and half keys have one length, so their product is
+    their distance. What is found is chosen without a gradient, and weighted with one. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, cfg, i):
+        super().__init__()
+        self.n_head, self.top, self.side = cfg.mem_head, cfg.mem_top, math.isqrt(cfg.n_mem)
+        self.c_q = Linear(cfg.n_embd, cfg.mem_head * cfg.mem_dim, bias=cfg.bias)
+        self.keys = nn.Parameter(torch.empty(cfg.mem_head, 2, self.side, cfg.mem_dim // 2))
+        self.values = None if cfg.mem_share else Embedding(cfg.n_mem, cfg.n_embd)
+        self.c_proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def find(self, x):
+        """x (B, T, C) -> slots (B, T, H, top) and how near they are."""
+        B, T, _ = x.shape
+        q = rms_norm(self.c_q(x).view(B, T, self.n_head, 2, -1))
+        near = torch.einsum("bthpd,hpnd->bthpn", q, rms_norm(self.keys.to(x.dtype))).float() * q.size(-1) ** -0.5
+        score, half = near.topk(min(self.top, self.side), dim=-1)  # the best pairs are among the best halves
+        pairs = (score[..., 0, :, None] + score[..., 1, None, :]).flatten(-2)
+        slots = (half[..., 0, :, None] * self.side + half[..., 1, None, :]).flatten(-2)
+        score, best = pairs.topk(self.top, dim=-1)
+        return slots.gather(-1, best), score
+
+    def forward(self, x, ctx):
+        B, T, C = x.shape
+        slots, score = self.find(x)
+        table = (ctx.values if self.values is None else self.values).weight
+        y = F.embedding_bag(slots.view(B * T, -1), table, per_sample_weights=score.softmax(-1).view(B * T, -1).to(table.dtype), mode="sum")
+        return self.c_proj(y.view(B, T, C).to(x.dtype))
+
+
+def mlp_of(cfg, i):
+    """The MLP of block i, None where its width is 0."""
+    width = cfg.mlp_width(i)
+    return MLP(cfg, width) if width else None
+
+
+BLOCKS = {"A": (Attention, mlp_of), "R": (Recurrence, mlp_of), "G": (GRU, mlp_of),
+          "F": (Attention, FeaturalMemory)}  # character: (mixer over positions, feed-forward)
 
 
 class Block(nn.Module):
@@ -752,13 +804,12 @@ class Block(nn.Module):
     def __init__(self, cfg, char, i, table, reads_plan):
         super().__init__()
         mixer, feed_forward = BLOCKS[char]
-        width = cfg.mlp_width(i)
         self.ln_1 = NORMS[cfg.norm](cfg)
         self.attn = mixer(cfg, i, table)
         self.ln_x = NORMS[cfg.norm](cfg) if reads_plan else None
         self.cross = Cross(cfg, i) if reads_plan else None
-        self.ln_2 = NORMS[cfg.norm](cfg) if width else None
-        self.mlp = feed_forward(cfg, width) if width else None
+        self.mlp = feed_forward(cfg, i)
+        self.ln_2 = NORMS[cfg.norm](cfg) if self.mlp is not None else None
         self.drop, self.i = Drop(cfg), i
 
     def init_state(self, B, L, states, device, dtype):
@@ -785,7 +836,10 @@ class Block(nn.Module):
         if self.cross is not None and ctx.plan is not None:
             x = x + self.drop(self.cross(self.ln_x(x), ctx, seen))
         if self.mlp is not None:
-            x = x + self.drop(self.mlp(self.ln_2(x)))
+            y = self.mlp(self.ln_2(x), ctx)
+            if ctx.fed is not None:
+                ctx.fed.append((self.i, y))
+            x = x + self.drop(y)
         return x if ctx.keep is None else before + ctx.keep[self.i].to(x.dtype) * (x - before)
 
 
@@ -1074,7 +1128,7 @@ class Level(Stack):
         if state is not None:
             state.begun, state.pos = not ctx.begins, closed + 1 - n
         first = closed + 1 - n
-        inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels, keep=ctx.keep,
+        inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels, keep=ctx.keep, values=ctx.values,
                              real=F.pad(exists, (n, 0), value=True),
                              scored=None if scored is None else F.pad(scored, (n, 0)))
         u = self.ln(self.run(h, inner, state))
@@ -1237,6 +1291,16 @@ class Output:
         return iter((self.logits, self.loss))
 
 
+@dataclass
+class Taught:
+    """What a teacher says of the same inputs, and what each part of it counts."""
+    logits: torch.Tensor  # (B, T, V)
+    fed: list  # [(block, (B, S + T, C))]: what its feed-forward layers gave
+    weight: float = 1.0  # of the divergence from its distribution
+    match: float = 0.0  # of matching what its feed-forward layers gave, where the student has a memory in their place
+    ce: float = 0.0  # of the student's own loss
+
+
 class GPT(Stack):
     """A decoder-only transformer and its variants. All weights are drawn from (seed, parameter name)."""
 
@@ -1251,6 +1315,7 @@ class GPT(Stack):
         self.drop = nn.Dropout(cfg.dropout)
         tree = parse_layers(cfg.layers)
         self.add_layers(cfg, tree, itertools.count())
+        self.values = Embedding(cfg.n_mem, cfg.n_embd) if cfg.mem_share and "F" in cfg.layers else None
         self.ln_f = NORMS[cfg.norm](cfg)
         nearest = cfg.head == "nearest"
         self.lm_head = None if nearest else Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -1284,6 +1349,8 @@ class GPT(Stack):
             g = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
             if name.endswith("bias") or ".rnn.bias_" in name:
                 p.zero_()
+            elif name.endswith(".keys") or name.endswith("values.weight"):
+                p.normal_(0.0, 1.0, generator=g)
             elif name.endswith(".rate"):  # of recurrences: memories from a few positions to some hundred
                 p.uniform_(0.0, 3.0, generator=g)
             elif p.dim() == 1 and not name.endswith(("slots.empty", ".bos")):  # gains of norms
@@ -1393,14 +1460,15 @@ class GPT(Stack):
         if targets is not None and losses is not None:  # a token that is a target is scored where it stands
             more["scored"] = F.pad((targets[:, :-1] >= 0).float(), (S + 1, 0))
         table = (self.cos, self.sin) if self.cfg.pos == "rope" else None
-        return Context.make(x, table, state, have, prefix=S, tokens=tokens, losses=losses, **more)
+        return Context.make(x, table, state, have, prefix=S, tokens=tokens, losses=losses, values=self.values, **more)
 
-    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None, exits=None, keep=None):
+    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None, exits=None, keep=None, fed=None):
         """The trunk: tokens, ids (B, T) or distributions (B, T, V) -> normalised output vectors (B, T, C). have (B, T) is
         False where there is no token. Levels leave what they lose in `losses`, over the scored ones of targets (B, T); what
-        there is of exits goes to `exits`, an Exits. keep (n_layer,) is 0 for blocks to leave out."""
+        there is of exits goes to `exits`, an Exits; token-level feed-forward layers leave what they gave in `fed`. keep
+        (n_layer,) is 0 for blocks to leave out."""
         x, S = self.embed(tokens, history, state)
-        ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep)
+        ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep, fed=fed)
         if self.training and self.cfg.exit_rate:
             ctx.leave = self.trial(len(x), S)
         x = self.run(x, ctx, state)
@@ -1550,7 +1618,7 @@ class GPT(Stack):
             state.parts[-1].count[rows, pos] = count
         return h
 
-    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0):
+    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0, taught=None, fed=None):
         """idx (B, T) token ids, or (B, T, V) distributions over them (soft tokens) -> Output.
 
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed cross-entropy over `denom`
@@ -1559,6 +1627,7 @@ class GPT(Stack):
         state: decoding State that idx continues; it is updated in place.
         drawn: what plan_step drew for this step; None: no block is left out, and exits count by depth.
         at_exit: also read the exit after so many blocks, as Output.early.
+        taught: what a teacher says, to learn from that. fed: a list that takes what a student is taught.
         """
         cfg = self.cfg
         if self.training and cfg.soft_rate:
@@ -1567,7 +1636,8 @@ class GPT(Stack):
         if at_exit or (targets is not None and self.exits and (cfg.exit_weight or self.sure is not None)):
             exits = Exits()
         keep = drawn[:cfg.n_layer] if self.training and cfg.layer_drop and drawn is not None else None
-        h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep)
+        fed = [] if taught is not None else fed
+        h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep, fed=fed)
         logits, z, e = self.read(h, regress=targets is not None)
         early = self.read(exits.h[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
         if targets is None:
@@ -1584,7 +1654,22 @@ class GPT(Stack):
             loss = loss + cfg.level_weight(depth) * losses[f"concept_{depth}"]
         if exits is not None:
             loss = loss + self.exit_losses(exits, logits, targets, denom, drawn, losses)
+        if taught is not None:
+            loss = taught.ce * loss + self.taught_losses(taught, logits, fed, targets, denom, losses)
         return Output(logits, loss, losses, early)
+
+    def taught_losses(self, taught, logits, fed, targets, denom, losses):
+        """Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531): the divergence of logits (B, T, V) from the teacher's, and how far
+        what memories give is from what the teacher's feed-forward layers in their places gave, as a share of its square."""
+        p = taught.logits.float().log_softmax(-1)
+        far = (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
+        losses["teacher"] = far.masked_fill(targets < 0, 0.0).sum() / denom
+        total, theirs = taught.weight * losses["teacher"], dict(taught.fed)
+        pairs = [(y, theirs[i]) for i, y in fed if self.cfg.layers.replace("(", "").replace(")", "").replace(".", "")[i] == "F" and i in theirs]
+        if taught.match and pairs:
+            losses["match"] = sum(((y - t).float().square().mean() / t.float().square().mean().clamp(min=1e-8)) for y, t in pairs) / len(pairs)
+            total = total + taught.match * losses["match"] * (targets >= 0).sum() / denom
+        return total
 
     def exit_losses(self, exits, logits, targets, denom, drawn, losses):
         """What exits, an Exits, add to the loss: cross-entropy, with exit_distill the divergence from logits (B, T, V) in part, weighted

@@ -81,6 +81,8 @@ VARIANTS = {  # name: config overrides
     "levels+gru+slots+enrich": dict(SLOTS, layers="((G)R)A", chunk="space,2", space=(1, 2, 3), plan="cross", eot=7, enrich=True,
                                     n_value_embed=1),
     "level+think+soft_rate": dict(layers="(R)A", soft_rate=0.3, n_think=2, think_token=3),
+    "featural": dict(layers="AF", n_mem=64, mem_top=4, mem_dim=16),
+    "featural_shared+level": dict(layers="(F)FA", n_mem=25, mem_head=2, mem_dim=8, mem_share=True),
     "exits": dict(layers="A.A.A"),
     "exits_distilled": dict(layers="A.AA", exit_distill=0.5, exit_classifier=True, exit_rate=0.5),
     "exits_rotate+layer_drop": dict(layers="A.A.A", exit_loss="rotate", layer_drop=0.5, head="nearest"),

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import prepare
 from config import UserError
-from model import GPT, GPTConfig, settings
+from model import GPT, GPTConfig, Taught, settings
 
 
 @dataclass
@@ -38,6 +38,10 @@ class TrainConfig:
     dataset: str = "shakespeare"  # folder under data_dir, made by prepare.py
     data_dir: str = "data"  # where datasets are kept
     init_from: str = "scratch"  # scratch | resume | auto (resume if there is something to resume) | PATH of a checkpoint
+    teacher: str = ""  # checkpoint to learn from, which has the same tokenizer; what fits of its weights is where training starts
+    distill: float = 1.0  # teacher: weight of the divergence from its distribution
+    distill_match: float = 1.0  # teacher: weight of matching its feed-forward layers where this model has a memory (F)
+    distill_ce: float = 0.0  # teacher: weight of the text itself
     max_iters: int = 750  # optimizer steps
     batch_size: int = 16  # rows a micro-step, over all processes
     gradient_accumulation_steps: int = 1  # micro-steps a step, over all processes
@@ -47,6 +51,7 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # False: save only when the validation loss improved
     optimizer: str = "muon"  # muon (matrices inside blocks and slots; AdamW for the rest) | adamw
     learning_rate: float = 4e-3  # of AdamW
+    value_lr: float = 2.0  # of the values of featural memories, times learning_rate
     muon_lr: float = 0.02  # of Muon
     momentum: float = 0.95  # of Muon
     ns_steps: int = 5  # Newton-Schulz iterations of Muon
@@ -79,7 +84,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
         config.within(self, 1, None, "batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "max_iters",
                       "ns_steps")
-        config.within(self, 0, None, "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "score_last",
+        config.within(self, 0, None, "distill", "distill_match", "distill_ce", "value_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "score_last",
                       "muon_lr", "seed")
         config.within(self, 0, 1, "history_drop", "cooldown")
         config.within(self, 0, 0.99999, "momentum", "beta1", "beta2")
@@ -334,19 +339,24 @@ class Muon(torch.optim.Optimizer):
 
 
 def param_groups(model, tcfg):
-    """{"muon": [...], "adamw": [...], "plain": [...]}: linear layers inside blocks, levels and slots; everything else with two
-    dimensions, heads among it; gains and biases, which never decay. With optimizer = adamw the first is part of the second."""
-    out = {"muon": [], "adamw": [], "plain": []}
+    """{"muon": [...], "adamw": [...], "values": [...], "plain": [...]}: linear layers inside blocks, levels and slots; everything else
+    with two dimensions, heads among it; values of memories, at a rate of their own; gains and biases, which never decay. With
+    optimizer = adamw the first is part of the second."""
+    out = {"muon": [], "adamw": [], "values": [], "plain": []}
     for name, p in model.named_parameters():
         inside = name.startswith(("blocks.", "levels.", "slots.proj")) and p.dim() == 2 and not (
-            name.endswith("embed.weight") or ".head." in name)
+            name.endswith(("embed.weight", "values.weight")) or ".head." in name)
+        if name.endswith("values.weight"):
+            out["values"].append(p)
+            continue
         out["plain" if p.dim() < 2 else "muon" if inside and tcfg.optimizer == "muon" else "adamw"].append(p)
     return out
 
 
 def make_optimizers(model, tcfg):
     groups = param_groups(model, tcfg)
-    adam = [{"params": groups["adamw"], "weight_decay": tcfg.weight_decay}, {"params": groups["plain"], "weight_decay": 0.0}]
+    adam = [{"params": groups["adamw"], "weight_decay": tcfg.weight_decay}, {"params": groups["plain"], "weight_decay": 0.0},
+            {"params": groups["values"], "weight_decay": 0.0, "lr": tcfg.learning_rate * tcfg.value_lr}]
     out = [torch.optim.AdamW([g for g in adam if g["params"]], lr=tcfg.learning_rate, betas=(tcfg.beta1, tcfg.beta2),
                              fused=next(model.parameters()).device.type in ("cpu", "cuda"))]
     if groups["muon"]:
@@ -514,7 +524,7 @@ class Runner:
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
         self.model.dtype = place.dtype
         self.optimizers = make_optimizers(self.model, tcfg)
-        self.compiled = can_compile(place, tcfg, say)
+        self.compiled, self.teacher = can_compile(place, tcfg, say), None
         self.inner = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         self.forward = DDP(self.inner, forward_sync_buffers=False) if place.world > 1 else self.inner
         self.tokens = self.n_rows * mcfg.block_size  # of a step
@@ -532,6 +542,33 @@ class Runner:
     def mfu(self, seconds):
         """Share of the matmul peak that a step of so many seconds reaches."""
         return self.model.flops_per_token() * self.tokens / seconds / self.peak / self.place.world
+
+    def learn_from(self, saved, path):
+        """Take a checkpoint as the teacher, and what fits of its weights as a start. -> how many of this model's numbers those are."""
+        try:
+            model = GPT(GPTConfig(**saved["model_config"]))
+            model.load_state_dict(saved["model"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"teacher {path} does not fit this version ({str(e)[:100]}); train it again") from None
+        if model.cfg.block_size < self.mcfg.block_size or model.cfg.history != self.mcfg.history:
+            raise UserError(f"teacher {path} reads {model.cfg.block_size} tokens and a history of {model.cfg.history}; the student cannot read "
+                            f"{self.mcfg.block_size} and {self.mcfg.history}")
+        model.dtype = self.place.dtype
+        model = model.eval().requires_grad_(False).to(self.place.device)
+        self.teacher = torch.compile(model, dynamic=False) if self.compiled else model
+        mine = self.model.state_dict()
+        fits = {n: p for n, p in saved["model"].items() if n in mine and mine[n].shape == p.shape}
+        self.model.load_state_dict({**mine, **fits})
+        return sum(p.numel() for p in fits.values())
+
+    def taught(self, x, h):
+        """What the teacher says of inputs x (B, T) and histories h, None without one."""
+        if self.teacher is None:
+            return None
+        fed = []
+        with torch.no_grad():
+            out = self.teacher(x, history=h if self.mcfg.n_slot else None, fed=fed)
+        return Taught(out.logits, fed, self.tcfg.distill, self.tcfg.distill_match, self.tcfg.distill_ce)
 
     def draw(self, step):
         """What the model draws for a whole step, on the device; None where it draws nothing."""
@@ -551,7 +588,7 @@ class Runner:
             mx, my, mh = (t[m:m + self.micro].to(place.device, non_blocking=True) for t in (x, y, h))
             last = m + self.micro == self.my_rows
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
-                out = self.forward(mx, my, mh if self.mcfg.n_slot else None, denom=denom, drawn=drawn)
+                out = self.forward(mx, my, mh if self.mcfg.n_slot else None, denom=denom, drawn=drawn, taught=self.taught(mx, mh))
                 out.loss.backward()
             losses.append(out.losses["ce"].detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.tcfg.grad_clip or float("inf"))
@@ -648,6 +685,17 @@ def train(mcfg, tcfg, say=print):
                 o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
         except (RuntimeError, ValueError) as e:
             raise UserError(f"{start} is of another shape: {str(e).splitlines()[-1].strip()[:200]}") from None
+    if tcfg.teacher:
+        teacher = prepare.load_checkpoint(tcfg.teacher)
+        if teacher["data"]["tokenizer"] != data["tokenizer"]:
+            raise UserError(f"teacher {tcfg.teacher} has another tokenizer than dataset {tcfg.dataset}; it must be the same")
+        if saved is None:
+            taken = run.learn_from(teacher, tcfg.teacher)
+            say(f"{taken:,} of {sum(p.numel() for p in run.model.parameters()):,} weights start as those of {tcfg.teacher}")
+        else:
+            weights = {n: p.clone() for n, p in run.model.state_dict().items()}
+            run.learn_from(teacher, tcfg.teacher)
+            run.model.load_state_dict(weights)
     if resumed:
         step, best, saved_val = saved["step"], saved["best_val_loss"], saved["val_loss"]
         step_seconds, block_loss = saved["step_seconds"], saved["block_loss"]
