@@ -580,13 +580,47 @@ def fork(cfg, rng):
     return chars, {}, document
 
 
+ATTRIBUTES = ("home", "food", "bird", "work")
+
+
+def random_facts(rng, n):
+    """n different facts (what it is of, its value), as in ("kelomarit home", "samuduti"): names of 8 to 10 letters of which the first 4 are
+    one of 32 stems, values of 6 to 8 of which the first 3 are one of 16."""
+    word = lambda length: "".join(chr(97 + c) for c in rng.integers(26, size=length))
+    names, values, found = [word(4) for _ in range(32)], [word(3) for _ in range(16)], {}
+    while len(found) < n:
+        name = names[rng.integers(32)] + word(rng.integers(4, 7))
+        for attribute in rng.permutation(ATTRIBUTES)[:min(rng.integers(1, 4), n - len(found))]:
+            found.setdefault(f"{name} {attribute}", values[rng.integers(16)] + word(rng.integers(3, 6)))
+    return list(found.items())
+
+
+def facts(cfg, rng):
+    """Facts, each told once, `!name attribute value`, and asked once, `?name attribute value`, some time later."""
+    chars = "\n !?" + "".join(map(chr, range(97, 123)))
+    ids = {c: i for i, c in enumerate(chars)}
+
+    def document(train):
+        new, told, text, mask = random_facts(rng, rng.integers(8, 120)), [], [], []
+        while new or told:
+            tell = new and (not told or rng.random() < 0.5)
+            key, value = new.pop() if tell else told.pop(rng.integers(len(told)))
+            if tell:
+                told.append((key, value))
+            text.append(f"{'!' if tell else '?'}{key} {value}\n")
+            mask.append(np.arange(len(text[-1])) >= (len(text[-1]) if tell else len(key) + 2))
+        return np.array([ids[c] for c in "".join(text)]), np.concatenate(mask)
+
+    return chars, {}, document
+
+
 FORMAL = {"parity": formal("01", lambda s: str(s.count("1") % 2)),
           "even_pairs": formal("01", lambda s: str(int(s[0] != s[-1]))),  # 01 and 10 together are odd in number
           "cycle_navigation": formal("+-.", lambda s: str((s.count("+") - s.count("-")) % 5)),
           "modular_arithmetic": formal("01234+-*", calculate, expression),
           "reverse_string": formal("01", lambda s: s[::-1])}
 TASKS = {"cipher": (cipher, 3600, 400), "chain": (chain, 180_000, 20_000),  # documents of the two splits
-         "plan": (plan, 20_000, 1000), "fork": (fork, 5000, 500),
+         "facts": (facts, 2000, 40), "plan": (plan, 20_000, 1000), "fork": (fork, 5000, 500),
          **{name: (task, 200_000, 4600) for name, task in FORMAL.items()}}
 
 

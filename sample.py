@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 import prepare
 from config import UserError
-from model import GPT, GPTConfig, Level, Linear, rms_norm
+from model import GPT, GPTConfig, Level, Linear, Memory, rms_norm
 
 
 @dataclass
@@ -304,14 +304,15 @@ class Decoder:
     window are computed anew in one pass.
     """
 
-    def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None):
-        """context: a window of so many tokens, and no history; at_exit: keep the logits `early` of the exit after so many blocks
+    def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None, memory=None):
+        """memory {block: Memory}: what blocks M find, and write to when the window is full (a copy, where one row stands for all); context: a window of so many tokens, and no history; at_exit: keep the logits `early` of the exit after so many blocks
         too; leave: an exit_rule by which tokens leave early."""
         self.model, self.eot, self.at_exit, self.leave, self.made = model, eot, at_exit, leave, 0
         self.step = compiled(model) if compile else model
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
             self.T, self.H = min(context, self.T), 0
+        self.memory, self.known = memory or {}, [0] * len(rows)  # known: tokens of each window that memory holds
         self.rows = []  # (history, window) per row, lists of ids, oldest first
         self.soft = []  # per row {place in the window: distribution (V,)} of the tokens that are soft
         for ids in rows:
@@ -327,6 +328,9 @@ class Decoder:
         fold = len(window) == self.T
         if fold:
             n = max(1, self.T // 4)
+            if self.memory:
+                self.write(b)
+                self.known[b] = self.T - n
             ring.extend(window[:n])
             del window[:n]
             del ring[:max(0, len(ring) - self.H)]
@@ -336,12 +340,25 @@ class Decoder:
         window.append(token)
         return fold
 
-    def inputs(self, first, width):
-        """What the model reads of each row from place first[b] on, `width` tokens padded at the right: ids (B, width), or
-        distributions (B, width, V) where one of them is soft."""
-        idx = torch.tensor([(w[f:f + width] + [0] * width)[:width] for f, (_, w) in zip(first, self.rows)],
+    @torch.inference_mode()
+    def write(self, b):
+        """Write what row b's window has into its memory, in one pass."""
+        for i, m in self.memory.items():
+            if len(m.crf) < len(self.known):
+                self.memory[i] = Memory(*(t.expand(len(self.known), *t.shape[1:]).clone() for t in (m.keys, m.values, m.crf)))
+        mine, history = {i: m.select(slice(b, b + 1)) for i, m in self.memory.items()}, self.history()
+        out = self.model(self.inputs([0], self.T, [b]), history=None if history is None else history[b:b + 1], memory=mine,
+                         known=torch.tensor([self.known[b]], device=self.model.wte.weight.device))
+        for i, m in mine.items():
+            m.write(out.wrote[i])
+
+    def inputs(self, first, width, rows=None):
+        """What the model reads of each of these rows (all) from place first[i] on, `width` tokens padded at the right: ids (B,
+        width), or distributions (B, width, V) where one of them is soft."""
+        rows = range(len(self.rows)) if rows is None else rows
+        idx = torch.tensor([(self.rows[b][1][f:f + width] + [0] * width)[:width] for f, b in zip(first, rows)],
                            device=self.model.wte.weight.device)
-        soft = [(b, at - f, p) for b, f in enumerate(first) for at, p in self.soft[b].items() if f <= at < f + width]
+        soft = [(i, at - f, p) for i, (f, b) in enumerate(zip(first, rows)) for at, p in self.soft[b].items() if f <= at < f + width]
         if soft:
             idx = F.one_hot(idx, self.V).float()
             for b, at, p in soft:
@@ -360,7 +377,8 @@ class Decoder:
         """Slots, window and state from what is kept, in one pass over rows padded at the right."""
         device = self.model.wte.weight.device
         width = max(len(w) for _, w in self.rows)
-        self.state = self.model.init_state(len(self.rows))
+        more = dict(memory=self.memory, known=torch.tensor(self.known, device=device)) if self.memory else {}
+        self.state = self.model.init_state(len(self.rows), **more)
         made = self.read(self.model, self.inputs([0] * len(self.rows), width), self.history())
         short = torch.tensor([width - len(w) for _, w in self.rows], device=device)
         if bool(short.any()):
@@ -431,8 +449,9 @@ class Decoder:
         new = object.__new__(Decoder)
         new.__dict__.update(self.__dict__)
         new.rows = [(list(self.rows[r][0]), list(self.rows[r][1])) for r in rows]
-        new.soft = [dict(self.soft[r]) for r in rows]
+        new.soft, new.known = [dict(self.soft[r]) for r in rows], [self.known[r] for r in rows]
         at = torch.tensor(rows, device=self.logits.device)
+        new.memory = {i: m.select(at) for i, m in self.memory.items()}
         new.state, new.logits = self.state.select(at), self.logits[at]
         new.early, new.depth = self.early[at] if self.at_exit else None, [self.depth[r] for r in rows]
         return new
@@ -463,6 +482,35 @@ class Decoder:
         for b, (_, window) in enumerate(self.rows):
             out[b, window] = True
         return out
+
+
+@torch.inference_mode()
+def absorb(model, ids, pieces=16):
+    """Read ids into memory, without a gradient: the text is cut into pieces that are read side by side, each into a memory of its own, half
+    a window at a time behind the half before. -> {block: [(keys (n, D), values (n, D), places in ids (n,)) for each head]}."""
+    T, n, device = model.cfg.block_size, len(ids), model.wte.weight.device
+    ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+    each = max(-(-n // pieces), T)
+    first = torch.arange(0, n, each)
+    last = (first + each).clamp(max=n)
+    memory, read = model.init_memory(len(first), size=each), first.clone()
+    source = {i: torch.full(m.crf.shape, -1) for i, m in memory.items()}
+    for _ in prepare.bar(range(-(-each // (T // 2))), desc="read"):
+        end = torch.minimum(torch.where(read < T, T, read + T // 2), last)
+        start = (end - T).clamp(min=0)
+        x = ids[(start[:, None] + torch.arange(T)).clamp(max=n - 1)].to(device)
+        have = min(T, n)
+        wrote = model(x[:, :have], memory=memory, known=torch.where(read < last, read - start, T).to(device)).wrote
+        for i, m in memory.items():
+            slot, at, better = (t.cpu() for t in m.write(wrote[i]))
+            place = start[:, None, None] + at
+            source[i].scatter_(2, slot, torch.where(better, place, source[i].gather(2, slot)))
+        read = end
+    found = {}
+    for i, m in memory.items():
+        there = m.crf > 0
+        found[i] = [tuple(t[:, h][there[:, h]].cpu() for t in (m.keys, m.values, source[i].to(device))) for h in range(m.crf.size(1))]
+    return found
 
 
 def compiled(model):
