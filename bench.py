@@ -32,7 +32,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import GPT, GPTConfig, Level
+from model import Clusters, FeaturalMemory, GPT, GPTConfig, Level, rms_norm, search
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1155,6 +1155,106 @@ def blocks(cfg):
     return show(cfg, "time of a training step by window, 128 wide, 4,096 tokens a step", rows)
 
 
+@torch.inference_mode()
+def text_keys(cfg, n_query, n_key):
+    """{kind: (queries of held-out text, keys of training text)}, 64 wide, of a small model: what its head reads, through a random
+    projection, and the queries and keys of an attention head, before they are turned by their place."""
+    model, ckpt = sample.load(kept(cfg, "keys", n_layer=4, n_head=2, n_embd=128, batch_size=16, max_iters=400, eval_interval=400))
+    T, attn, out = model.cfg.block_size, model.blocks[2].attn, {}
+    shrink = torch.linalg.qr(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)))[0]
+    for split, n in (("val", n_query), ("train", n_key)):
+        tokens = prepare.open_bin(os.path.join(cfg.data_dir, ckpt["dataset"], f"{split}.bin"))[0]
+        starts = torch.randperm(len(tokens) // T, generator=torch.Generator().manual_seed(0))[:n // T] * T
+        hidden, qkv = [], []
+        hooks = [model.lm_head.register_forward_pre_hook(lambda _, x: hidden.append(x[0].view(-1, 128))),
+                 attn.c_attn.register_forward_hook(lambda _, x, y: qkv.append(y.view(-1, 6, 64)))]
+        for some in starts.split(32):
+            model(torch.stack([torch.from_numpy(tokens[i:i + T].astype(np.int64)) for i in some]))
+        for h in hooks:
+            h.remove()
+        out.setdefault("hidden", []).append(rms_norm(torch.cat(hidden) @ shrink))
+        out.setdefault("attention", []).append(rms_norm(torch.cat(qkv)[:, 0 if split == "val" else 2].contiguous()))
+    return out
+
+
+def recall(found, true):
+    """Share of the true places (Q, k) that were found (Q, k)."""
+    return mean((t[:, :, None] == f[:, None]).any(-1).float().mean().item() for f, t in zip(found.split(256), true.split(256)))
+
+
+@torch.inference_mode()
+def retrieval(cfg, Q=4096, N=65536, k=32):
+    """32 of 64K keys for 4,096 queries: exact, beside faiss (pip install faiss-cpu), product keys, and by clusters; where those pay"""
+    def ask(f, n):
+        t0 = time.perf_counter()
+        for _ in range(n):
+            f()
+        return (time.perf_counter() - t0) / n
+
+    g = torch.Generator().manual_seed(0)
+    kinds = {"Gaussian": [torch.randn(n, 64, generator=g) for n in (Q, N)], **text_keys(cfg, Q, 4 * N)}
+    more = {kind: keys for kind, (_, keys) in kinds.items()}
+    kinds = {kind: (q, keys[:N].clone()) for kind, (q, keys) in kinds.items()}
+    memory = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=64, n_head=1, layers="F", n_mem=N, mem_head=1, mem_top=k), 0)
+    memory.c_q.weight.copy_(torch.eye(64))
+    memory.keys.normal_(generator=g)
+    first, second = rms_norm(memory.keys[0]) * 32 ** -0.5
+    x = torch.randn(1, Q, 64, generator=g)
+    kinds["grid"] = rms_norm(x.view(Q, 2, 32)).flatten(1), torch.cat((first.repeat_interleave(256, 0), second.repeat(256, 1)), dim=-1)
+    true = {kind: search(*a, k)[1] for kind, a in kinds.items()}
+
+    q, keys = kinds["hidden"]
+    find = torch.compile(memory.find, fullgraph=True, dynamic=False)
+    arms = {("exact", "hidden"): lambda: search(q, keys, k)[1],
+            ("product and topk", "hidden"): lambda: torch.cat([(part @ keys.t()).topk(k)[1] for part in q.split(512)]),
+            ("exact", "grid"): lambda: search(*kinds["grid"], k)[1],
+            ("product keys", "grid"): lambda: memory.find(x)[0][0, :, 0], ("product keys, compiled", "grid"): lambda: find(x)[0][0, :, 0]}
+    if importlib.util.find_spec("faiss"):
+        import faiss
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        flat = faiss.IndexFlatIP(64)
+        flat.add(keys.numpy())
+        arms["faiss, flat", "hidden"] = lambda: torch.from_numpy(flat.search(q.numpy(), k)[1])
+    else:
+        print("faiss is not installed, so that its row is missing; pip install faiss-cpu", file=sys.stderr)
+    index = {}
+    for kind in ("hidden", "attention", "Gaussian"):
+        index[kind] = Clusters(64)
+        index[kind].add(kinds[kind][1])
+        for probes in (8, 16, 32):
+            arms[f"clusters, {probes} of {index[kind].n_page} pages", kind] = \
+                lambda c=index[kind], q=kinds[kind][0], p=probes: c.search(q, k, p)[1]
+    found = {name: f() for name, f in arms.items()}
+    times = turns(arms, cfg.rounds, ask, seconds=0.5)
+    rows = []
+    for name, (what, kind) in zip(arms, arms):
+        exact = times["exact", "grid" if kind == "grid" else "hidden"]
+        rows.append({"search": what, "keys": kind, "recall": recall(found[what, kind], true[kind]), "ms": 1000 * median(times[what, kind]),
+                     "x exact": compare(exact, times[what, kind]), **({"x faiss": compare(times["faiss, flat", "hidden"], times[what, kind])}
+                                                                     if ("faiss, flat", "hidden") in times else {})})
+    show(cfg, f"{k} of {N:,} keys for {Q:,} queries, fp32, {torch.get_num_threads()} threads", rows)
+
+    rows = []
+    for n in (N // 16, N // 4, N, 4 * N):
+        keys = more["attention"][:n].clone()
+        q, c = kinds["attention"][0], Clusters(64)
+        t0 = time.perf_counter()
+        c.add(keys[:-100])
+        build = time.perf_counter() - t0
+        t0 = time.perf_counter()
+        for key in keys[-100:].split(1):
+            c.add(key)
+        each = (time.perf_counter() - t0) / 100
+        row = {"keys": n, "build, s": build, "add one, ms": 1000 * each, "MB": c.keys.nbytes / 2 ** 20, "exact, MB": keys.nbytes / 2 ** 20,
+               "recall": recall(c.search(q, k)[1], search(q, keys, k)[1])}
+        for some in (1, 64, Q):
+            arms = {"exact": lambda: search(q[:some], keys, k), "clusters": lambda: c.search(q[:some], k)}
+            t = turns(arms, cfg.rounds, ask, seconds=0.2)
+            row.update({f"{some:,} queries, ms": 1000 * median(t["clusters"]), f"x exact, {some:,}": compare(t["exact"], t["clusters"])})
+        rows.append(row)
+    return show(cfg, "clusters (16 pages a query) by the number of keys of attention", rows)
+
+
 def variants(cfg):
     """each flag of the plain model switched, one at a time: loss and time of a step at nanoGPT's CPU shape, 500 steps"""
     shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=500, eval_interval=10 ** 9,
@@ -1176,7 +1276,8 @@ def variants(cfg):
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
           "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "formal_more": formal_more, "levels": levels, "concepts": concepts,
-          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast}
+          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast,
+          "retrieval": retrieval}
 
 
 def main(argv):

@@ -35,7 +35,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import Embedding, Exits, GPT, GPTConfig
+from model import Clusters, Embedding, Exits, FeaturalMemory, GPT, GPTConfig, rms_norm, search, top
 from train import Data, TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -492,6 +492,111 @@ def test_enriched_slots_hold_outputs():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # levels and recurrences
+
+
+@pytest.mark.parametrize("shape, k", [((3, 40), 7), ((2, 3, 4, 2048), 16), ((5, 4099), 32), ((2, 65536), 8), ((4, 8), 8)])
+def test_top_is_topk(shape, k):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g).masked_fill(torch.rand(shape, generator=g) < 0.3, float("-inf")).requires_grad_()
+    ours, theirs = top(x, k), x.topk(k)
+    assert torch.equal(ours[0], theirs.values) and torch.equal(x.gather(-1, ours[1]), ours[0])
+    finite = ours[0].isfinite()  # equal values may stand at either of their places
+    assert torch.equal(ours[1][finite], theirs.indices[finite])
+    assert all(len(set(row)) == k for row in ours[1].view(-1, k).tolist()), "no place is taken twice"
+    w = torch.randn(ours[0].shape, generator=g)
+    grads = [torch.autograd.grad((values.masked_fill(~finite, 0) * w).sum(), x)[0] for values, _ in (ours, theirs)]
+    assert torch.equal(*grads) and grads[0].any()
+
+
+def test_top_of_rows_that_are_masked_and_of_signed_values():
+    assert torch.equal(top(torch.full((2, 4096), float("-inf")), 16)[0], torch.full((2, 16), float("-inf")))
+    one = torch.full((1, 4096), float("-inf"))
+    one[0, 4095] = -3.0
+    assert top(one, 4)[1][0, 0] == 4095
+    x = torch.cat((-torch.rand(3000), torch.rand(3)))[torch.randperm(3003, generator=torch.Generator().manual_seed(0))]
+    for t in (x, x.double(), x.bfloat16()):
+        assert torch.equal(top(t, 20)[0], t.topk(20).values)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_top_in_one_graph(backend):
+    f = torch.compile(lambda x: top(x.masked_fill(x > 2.5, float("-inf")), 4)[0].sum(-1), fullgraph=True, dynamic=False, backend=backend)
+    x = torch.randn(2, 3, 515, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    want = x.masked_fill(x > 2.5, float("-inf")).topk(4).values.sum(-1)
+    assert torch.allclose(f(x), want)
+    assert torch.equal(torch.autograd.grad(f(x).sum(), x)[0], torch.autograd.grad(want.sum(), x)[0])
+
+
+def test_search_is_exact():
+    g = torch.Generator().manual_seed(0)
+    q, keys = torch.randn(37, 16, generator=g), torch.randn(1000, 16, generator=g)
+    want = (q @ keys.t()).topk(9)
+    for room, span in ((2 ** 25, 2 ** 16), (5000, 300), (1, 64), (10 ** 5, 7)):
+        values, places = search(q, keys, 9, room, span)
+        assert torch.allclose(values, want.values, atol=1e-5) and torch.equal(places, want.indices)
+    assert torch.equal(search(q[:1], keys, 9)[1], want.indices[:1])
+    assert torch.equal(search(q, keys[:5], 9)[1], (q @ keys[:5].t()).topk(5).indices), "fewer keys than asked for"
+    half = keys.half()
+    assert torch.equal(search(q, half, 9, 5000, 300)[1], (q @ half.float().t()).topk(9).indices)
+
+
+@pytest.mark.parametrize("n_mem, k", [(25, 9), (256, 1), (256, 32), (256, 256), (4096, 16)])
+def test_product_keys_find_what_flat_search_finds(n_mem, k):
+    m = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=16, n_head=1, layers="F", n_mem=n_mem, mem_head=2, mem_top=k, mem_dim=16), 0)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in (m.c_q.weight, m.keys):
+            p.normal_(generator=g)
+        x = torch.randn(2, 11, 16, generator=g)
+        slots, score = m.find(x)
+    side = m.side
+    q = rms_norm(m.c_q(x).view(22, 2, 2, 8)).flatten(2)
+    for h in range(2):
+        a, b = rms_norm(m.keys[h])
+        grid = torch.cat((a.repeat_interleave(side, 0), b.repeat(side, 1)), dim=-1) * 8 ** -0.5
+        values, places = search(q[:, h], grid, k)
+        assert torch.allclose(score[:, :, h].reshape(22, k), values, atol=1e-5)
+        assert torch.equal(slots[:, :, h].reshape(22, k).sort(-1)[0], places.sort(-1)[0])
+
+
+def test_clusters():
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(60, 16, generator=g)
+    draw = lambda n: centres[torch.randint(60, (n,), generator=g)] + 0.4 * torch.randn(n, 16, generator=g)
+    keys, q = draw(6000), draw(200)
+    share = lambda ids, true: bench.recall(ids, true)
+    grown, batch = Clusters(16), Clusters(16)
+    batch.add(keys)
+    for part in (*keys[:50].split(1), *keys[50:].split(330)):
+        grown.add(part)
+        assert len(grown) == grown.n_key
+    values, places = search(q, keys, 10)
+    for index in (grown, batch):
+        everything = index.search(q, 10, probes=10 ** 6)
+        assert torch.equal(everything[1], places) and torch.allclose(everything[0], values, atol=1e-5)
+        found, ids = index.search(q, 10, probes=8)
+        assert share(ids, places) > 0.95 and torch.allclose(found, (q[:, None] * keys[ids]).sum(-1), atol=1e-5)
+        assert 8 * index.size < 0.25 * len(keys), "it reads a small part of the keys"
+        one = torch.cat([index.search(x, 10, probes=8)[1] for x in q.split(1)])
+        assert share(one, ids) > 0.999, "a few queries take another way to the same keys"
+    # what is dropped is not found, what comes later is, under the id it is given
+    gone = places[:, 0].unique()
+    grown.drop(gone)
+    assert len(grown) == 6000 - len(gone) and not torch.isin(grown.search(q, 10)[1], gone).any()
+    grown.add(keys[gone], gone + 10 ** 6)
+    assert torch.equal(grown.search(q, 10, probes=10 ** 6)[1] % 10 ** 6, places)
+
+
+def test_clusters_of_few_and_of_equal_keys():
+    index = Clusters(4, size=8)
+    scores, _ = index.search(torch.ones(2, 4), 3)
+    assert scores.isinf().all(), "an empty index has nothing to find"
+    index.add(torch.ones(100, 4))
+    index.add(torch.zeros(1, 4))
+    scores, ids = index.search(torch.ones(1, 4), 100, probes=10 ** 6)
+    assert len(index) == 101 and sorted(ids[0].tolist()) == list(range(100)) and (scores == 4).all()
+    index.drop(torch.arange(101))
+    assert len(index) == 0 and index.search(torch.ones(1, 4), 2)[0].isinf().all()
 
 
 def test_scan_is_the_loop():
