@@ -805,6 +805,22 @@ def kept(cfg, name, preset=None, **overrides):
     return fit(cfg, preset, out_dir=name, **overrides)["out_dir"]
 
 
+@torch.inference_mode()
+def answers(model, tok, facts, memory, rows=64):
+    """Share of facts [(what of, value)] whose whole value is the likeliest text behind the question."""
+    right, end = 0, tok.encode("\n")[0]
+    for some in (facts[i:i + rows] for i in range(0, len(facts), rows)):
+        d = sample.Decoder(model, [tok.encode(f"\n?{key} ") for key, _ in some], memory=memory)
+        made = [[] for _ in some]
+        for _ in range(max(len(value) for _, value in some) + 1):
+            chosen = d.logits.argmax(-1).tolist()
+            for row, token in zip(made, chosen):
+                row.append(token)
+            d.push(chosen)
+        right += sum(tok.decode(row[:row.index(end)] if end in row else row) == value for row, (_, value) in zip(made, some))
+    return right / len(facts)
+
+
 def judge_of(cfg):
     """A model that others' texts are judged by: another shape, another seed."""
     return sample.load(kept(cfg, "judge", seed=2, **dict(SMALL, block_size=256, batch_size=16, max_iters=750)))[0]
@@ -1271,6 +1287,47 @@ def variants(cfg):
              "spread": g["spread"], "params M": g["params"] / 1e6, "step time": compare(times[k], times["defaults"])}
             for k, g in got.items()]
     return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 500 steps, mean of {cfg.seeds} seeds", rows)
+
+
+def facts(cfg):
+    """random facts, each read once and asked far outside the window, by how many are stored: right answers, seconds"""
+    have(cfg, "facts")
+    model, ckpt = sample.load(kept(cfg, "facts", "facts", dataset="facts"))
+    tok, rows = prepare.Tokenizer(ckpt["tokenizer"]), []
+    for n in (100, 1000, 10_000, 100_000):
+        known = prepare.random_facts(np.random.default_rng(n), n)
+        asked = [known[i] for i in np.random.default_rng(0).permutation(n)[:1000 if n <= 10_000 else 200]]
+        start = time.perf_counter()
+        found = sample.absorb(model, tok.encode("\n" + "".join(f"!{key} {value}\n" for key, value in known)))
+        read, memory = time.perf_counter() - start, sample.remembered(model, found)
+        times = {}
+        for k, m in {"with": memory, "without": None}.items():
+            d = sample.Decoder(model, [tok.encode("\n?")], memory=m)
+            times[k] = median(timeit(lambda: d.push([4])) for _ in range(20))
+        per_row = 2 ** 21 // max(len(keys) for heads in found.values() for keys, *_ in heads)
+        rows.append({"facts": n, "entries a head": max(len(keys) for heads in found.values() for keys, *_ in heads),
+                     "GB": sum(t.numel() * t.element_size() for m in memory.values() for t in (m.keys, m.values)) / 1e9,
+                     "right": answers(model, tok, asked, memory, rows=max(1, min(64, 8 * per_row))),
+                     "cleared": answers(model, tok, asked, None), "read s": read,
+                     "ms a token": 1e3 * times["with"], "without": 1e3 * times["without"]})
+        del memory
+    return show(cfg, "facts told once (whole values right, greedy; 1,000 questions, 200 of 100,000; one row, eager)", rows)
+
+
+PLAYS = dict(n_embd=192, n_head=3, block_size=64, mem_chunk=16, mem_head=2, mem_top=16, batch_size=32, stream=256, max_iters=1500,
+             eval_interval=10 ** 9, log_interval=250)
+
+
+def plays(cfg):
+    """held-out plays at a window of 64: validation loss by what an associative memory keeps"""
+    arms = {"AAAA, no memory": dict(PLAYS, layers="AAAA")}
+    arms.update({f"AAMA, {n:,}": dict(PLAYS, layers="AAMA", mem_size=n) for n in (0, 512, 2048, 8192)})
+    arms["RR(RM)R, words, 2,048"] = dict(PLAYS, layers="RR(RM)R", chunk="space", mem_chunk=4, mem_size=2048)
+    rows = [{"arm": k, "val loss": (r := fit(cfg, seed=1, **a))["val_loss"], "params M": r["params"] / 1e6,
+             "ms a step": 1e3 * r["step_seconds"] / (r["step"] - 1)} for k, a in arms.items()]
+    for r in rows:
+        r["- memory 0"] = r["val loss"] - rows[1]["val loss"]
+    return show(cfg, f"{cfg.dataset}, windows of 64 in turn, {PLAYS['max_iters']} steps, one seed", rows)
 
 
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,

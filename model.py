@@ -1122,12 +1122,19 @@ class Near:
         self.keys = F.pad(w.keys, (0, 0, s, 0))[:, :, :self.L]  # of entries: what stood before
         same = F.pad(w.docs, (s, 0), value=-1)[:, :self.L] == w.docs
         self.ok = w.ok & F.pad(w.ok, (s, 0))[:, :self.L] & same
-        self.old = None if base is None or not N else tuple(t.to(dtype).expand(len(w.ok), -1, -1, -1) for t in (base.keys, base.values))
+        self.old = None if base is None or not N else tuple(t.to(dtype) for t in (base.keys, base.values))
 
     def score(self, q):
         """Cosines of q (B, H, T, D) with all entries, (B, H, T, N + L)."""
         new = q @ self.keys.mT
-        return (new if self.old is None else torch.cat((q @ self.old[0].mT, new), dim=-1)).float()
+        if self.old is None:
+            return new.float()
+        keys, (B, H, T, D) = self.old[0], q.shape
+        if len(keys) == 1:  # one row stands for all: one product, and no copies of it
+            old = (q.transpose(0, 1).reshape(1, H, B * T, D) @ keys.mT).view(H, B, T, -1).transpose(0, 1)
+        else:
+            old = q @ keys.mT
+        return torch.cat((old, new), dim=-1).float()
 
     def doc(self, c):
         """Documents begun before chunk c (B,)."""
@@ -1142,13 +1149,14 @@ class Near:
         see = (w.crf[rows, c] > 0)[:, :, None] & (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
         with torch.no_grad():
             score = self.score(q).masked_fill(~see, float("-inf"))
-            best, found = score.topk(w.found.size(-1))
+            best, found = top(score, w.found.size(-1))
         here = (q @ self.keys.mT).float()
         chosen = see[..., N:] & (score[..., N:] >= best[..., -1:])
         keys, values = [self.keys], [w.values]
         if self.old is not None:
             at = found.clamp(max=N - 1)
-            old_k, old_v = (t.gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1))).view(*at.shape, -1) for t in self.old)
+            old_k, old_v = (t.expand(len(c), -1, -1, -1).gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1)))
+                            .view(*at.shape, -1) for t in self.old)
             there = (q[..., None, :] * old_k).sum(-1).float()
             here, chosen = torch.cat((there, here), -1), torch.cat(((found < N) & (best > float("-inf")), chosen), -1)
         if training and cfg.mem_drop:

@@ -601,7 +601,7 @@ def facts(cfg, rng):
     ids = {c: i for i, c in enumerate(chars)}
 
     def document(train):
-        new, told, text, mask = random_facts(rng, rng.integers(8, 120)), [], [], []
+        new, told, text, mask = random_facts(rng, int(8 * 50 ** rng.random())), [], [], []
         while new or told:
             tell = new and (not told or rng.random() < 0.5)
             key, value = new.pop() if tell else told.pop(rng.integers(len(told)))

@@ -485,32 +485,42 @@ class Decoder:
 
 
 @torch.inference_mode()
-def absorb(model, ids, pieces=16):
-    """Read ids into memory, without a gradient: the text is cut into pieces that are read side by side, each into a memory of its own, half
-    a window at a time behind the half before. -> {block: [(keys (n, D), values (n, D), places in ids (n,)) for each head]}."""
+def absorb(model, ids, piece=8192, rows=32):
+    """Read ids into memory, without a gradient: pieces of the text are read side by side, each into a memory of its own, half a
+    window at a time behind the half before. -> {block: [(keys (n, D), values (n, D), places in ids (n,)) for each head]}."""
     T, n, device = model.cfg.block_size, len(ids), model.wte.weight.device
     ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
-    each = max(-(-n // pieces), T)
-    first = torch.arange(0, n, each)
-    last = (first + each).clamp(max=n)
-    memory, read = model.init_memory(len(first), size=each), first.clone()
-    source = {i: torch.full(m.crf.shape, -1) for i, m in memory.items()}
-    for _ in prepare.bar(range(-(-each // (T // 2))), desc="read"):
-        end = torch.minimum(torch.where(read < T, T, read + T // 2), last)
-        start = (end - T).clamp(min=0)
-        x = ids[(start[:, None] + torch.arange(T)).clamp(max=n - 1)].to(device)
-        have = min(T, n)
-        wrote = model(x[:, :have], memory=memory, known=torch.where(read < last, read - start, T).to(device)).wrote
+    firsts, found = torch.arange(0, n, max(piece, T)), {}
+    for first in prepare.bar(firsts.split(rows), desc="read"):
+        last = (first + max(piece, T)).clamp(max=n)
+        memory, read = model.init_memory(len(first), size=int((last - first).max())), first.clone()
+        source = {i: torch.full(m.crf.shape, -1) for i, m in memory.items()}
+        while bool((read < last).any()):
+            end = torch.minimum(torch.where(read < T, T, read + T // 2), last)
+            start = (end - T).clamp(min=0)
+            x = ids[(start[:, None] + torch.arange(min(T, n))).clamp(max=n - 1)].to(device)
+            wrote = model(x, memory=memory, known=torch.where(read < last, read - start, T).to(device)).wrote
+            for i, m in memory.items():
+                slot, at, better = (t.cpu() for t in m.write(wrote[i]))
+                source[i].scatter_(2, slot, torch.where(better, start[:, None, None] + at, source[i].gather(2, slot)))
+            read = end
         for i, m in memory.items():
-            slot, at, better = (t.cpu() for t in m.write(wrote[i]))
-            place = start[:, None, None] + at
-            source[i].scatter_(2, slot, torch.where(better, place, source[i].gather(2, slot)))
-        read = end
-    found = {}
-    for i, m in memory.items():
-        there = m.crf > 0
-        found[i] = [tuple(t[:, h][there[:, h]].cpu() for t in (m.keys, m.values, source[i].to(device))) for h in range(m.crf.size(1))]
-    return found
+            there = m.crf > 0
+            for h in range(m.crf.size(1)):
+                of = found.setdefault(i, [[] for _ in range(m.crf.size(1))])[h]
+                of.append([t[:, h][there[:, h]].cpu() for t in (m.keys, m.values, source[i].to(device))])
+    return {i: [tuple(map(torch.cat, zip(*of))) for of in heads] for i, heads in found.items()}
+
+
+def remembered(model, found, room=0):
+    """What absorb found as {block: Memory} of one row, with room for more."""
+    memory = {}
+    for i, heads in found.items():
+        n = max(len(keys) for keys, *_ in heads)
+        memory[i] = m = model.init_memory(1, size=n + room)[i]
+        for h, (keys, values, *_) in enumerate(heads):
+            m.keys[0, h, :len(keys)], m.values[0, h, :len(keys)], m.crf[0, h, :len(keys)] = keys, values, 1.0
+    return memory
 
 
 def compiled(model):

@@ -938,7 +938,7 @@ def test_reading_into_memory():
     """Each position once, with its place in the text; read in pieces, or in one."""
     m = memory_model(mem_novelty=2.0)
     ids = torch.randint(6, 24, (150,), generator=torch.Generator().manual_seed(2)).tolist()
-    one, many = (sample.absorb(m, ids, pieces=n) for n in (1, 4))
+    one, many = (sample.absorb(m, ids, piece=n, rows=2) for n in (150, 40))
     for keys, values, place in one[1]:
         assert sorted(place.tolist()) == list(range(1, 150))
     for (keys, _, place), (k1, _, p1) in zip(many[1], one[1]):
