@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import GPT, GPTConfig, Level
+from model import GPT, GPTConfig, Level, search
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1173,15 +1174,84 @@ def variants(cfg):
     return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 500 steps, mean of {cfg.seeds} seeds", rows)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# memory
+
+
+STORED = dict(model="nobody", kind="memory", key=(64, "float32"), value=(64, "float32"))
+
+
+def batch_of(b, n=200):
+    """The b-th batch of a store that is written to be killed: keys, values, texts."""
+    keys, values = np.random.default_rng(b).standard_normal((2, n, 64), dtype=np.float32)
+    return keys, values, [f"entry {i} of batch {b}" for i in range(n)]
+
+
+def write_on(path):
+    """The child of kill_writers: batch after batch into a store, the uses of the batch before along with it, told before and after, until
+    it is killed."""
+    with sample.Store(path, **STORED, write=True) as store:
+        n = len(batch_of(0)[2])
+        for b in itertools.count(store.stats()["entries"] // n):
+            batch = batch_of(b)
+            print("begin", b, flush=True)
+            with store.batch():
+                ids = store.add(0, [0] * n, *batch)
+                if b:
+                    store.touch(ids - n)
+            print("done", b, flush=True)
+
+
+def kill_writers(path, kills, seed=0):
+    """A store that is written by one process after another, each killed (SIGKILL) after a random part of a quarter of a second; what this
+    process then finds in it -> figures."""
+    g, out = np.random.default_rng(seed), dict.fromkeys(("kills", "in the middle of a batch", "batches told committed", "of them lost",
+                                                         "damaged or half written", "same answers"), 0)
+    q = torch.from_numpy(g.standard_normal((8, 64), dtype=np.float32))
+    for _ in range(kills):
+        p = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_writer", path], stdout=subprocess.PIPE, text=True)
+        said = [p.stdout.readline()]
+        time.sleep(g.uniform(0, 0.25))
+        p.kill()
+        said = [line.split() for line in said + p.stdout.readlines() if line.endswith("\n")]
+        p.wait()
+        told = 1 + max((int(b) for what, b in said if what == "done"), default=int(said[0][1]) - 1)  # batches
+        with sample.Store(path, STORED["model"]) as store:
+            a, texts = store.arrays(0), store.texts(store.arrays(0)["ids"])
+            sound = store.db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        batches = [batch_of(b) for b in range(-(-len(texts) // len(batch_of(0)[2])))]
+        keys, values = (np.concatenate([b[i] for b in batches]) for i in (0, 1))
+        uses = np.repeat([1] * (len(batches) - 1) + [0], len(batch_of(0)[2]))
+        whole = sound and texts == [t for b in batches for t in b[2]] and all(
+            np.array_equal(a[k], v) for k, v in (("keys", keys), ("values", values), ("uses", uses)))
+        answers = [search(q, torch.from_numpy(k), 32) for k in (a["keys"], keys)] if whole else []
+        out["kills"] += 1
+        out["in the middle of a batch"] += said[-1][0] == "begin"
+        out["batches told committed"] = told
+        out["of them lost"] += max(told - len(batches), 0)
+        out["damaged or half written"] += not whole
+        out["same answers"] += bool(answers) and all(torch.equal(x, y) for x, y in zip(*answers))
+    return out
+
+
+def crash(cfg, kills=50):
+    """a store whose writer is killed 50 times in the middle of writing: nothing committed is lost, nothing is half written"""
+    path = os.path.join(scratch(), "store.db")
+    figures = kill_writers(path, kills)
+    return show(cfg, "SIGKILL while writing, then read by another process", [{**figures, "MB": os.path.getsize(path) / 2 ** 20}])
+
+
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
           "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "formal_more": formal_more, "levels": levels, "concepts": concepts,
-          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast}
+          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast, "crash": crash}
 
 
 def main(argv):
     if argv[:1] == ["_arm"]:
         return serve()
+    if argv[:1] == ["_writer"]:
+        return write_on(argv[1])
     doc = __doc__.replace("CLAIMS", "\n".join(f"{'' if i == 0 else ' ' * 38}{k:14} {f.__doc__}"
                                               for i, (k, f) in enumerate(CLAIMS.items())))
     values, claims = config.parse(argv, BenchConfig, doc=doc, words=list(CLAIMS))

@@ -1272,6 +1272,17 @@ class Thoughts:
 # GPT
 
 
+def search(q, keys, k, size=2 ** 16):
+    """The k largest inner products of q (Q, D) with keys (N, D), exact, the largest first -> scores (Q, k), indices (Q, k)."""
+    score = at = None
+    for first in range(0, len(keys), size):
+        s = q @ keys[first:first + size].T
+        s, i = s.topk(min(k, s.size(1)))
+        score, at = (s, i) if at is None else (torch.cat((score, s), 1), torch.cat((at, i + first), 1))
+    score, i = score.topk(min(k, score.size(1)))
+    return score, at.gather(1, i)
+
+
 @dataclass
 class Exits:
     """What a forward leaves of its exits."""
@@ -1286,6 +1297,7 @@ class Output:
     loss: torch.Tensor | None  # scalar: the weighted sum of `losses`, None without targets
     losses: dict  # name: scalar; "ce" is the plain cross-entropy, nats a scored token
     early: torch.Tensor | None = None  # (B, T, V) logits of the exit that was asked for
+    h: torch.Tensor | None = None  # (B, T, C) normalised vectors that the head reads, None with targets
 
     def __iter__(self):
         return iter((self.logits, self.loss))
@@ -1641,7 +1653,7 @@ class GPT(Stack):
         logits, z, e = self.read(h, regress=targets is not None)
         early = self.read(exits.h[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
         if targets is None:
-            return Output(logits, None, {}, early)
+            return Output(logits, None, {}, early, h)
         denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom
         ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
         losses = {"ce": ce / denom}

@@ -84,6 +84,21 @@ def replacing(path, previous=None):
         os.close(fd)
 
 
+def hold(path, refusal):
+    """The file `path`, made if need be and locked as long as what is returned is open; UserError(refusal) where another has it."""
+    f = open(path, "a")
+    try:
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    except OSError:  # a file system without locks
+        pass
+    return f
+
+
 def bar(things=None, **k):
     """A progress bar for what may take over a second; none where nobody watches."""
     return tqdm(things, leave=False, delay=1, disable=None, **k)
