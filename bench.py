@@ -15,6 +15,7 @@ import glob
 import importlib.util
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -806,9 +807,12 @@ def kept(cfg, name, preset=None, **overrides):
     return fit(cfg, preset, out_dir=name, **overrides)["out_dir"]
 
 
+JUDGE = dict(SMALL, seed=2, block_size=256, batch_size=16, max_iters=750)
+
+
 def judge_of(cfg):
     """A model that others' texts are judged by: another shape, another seed."""
-    return sample.load(kept(cfg, "judge", seed=2, **dict(SMALL, block_size=256, batch_size=16, max_iters=750)))[0]
+    return sample.load(kept(cfg, "judge", **JUDGE))[0]
 
 
 def timed_tokens(makers, rounds, n):
@@ -1241,10 +1245,93 @@ def crash(cfg, kills=50):
     return show(cfg, "SIGKILL while writing, then read by another process", [{**figures, "MB": os.path.getsize(path) / 2 ** 20}])
 
 
+LAMBDAS, TEMPS, KS = np.linspace(0, 0.8, 21), 2.0 ** np.arange(-7, 2), (16, 64, 256, 1024)  # temperatures: times the channels
+
+
+def tuned(logp, far, hits, C, fits):
+    """The weight, temperature and k of a kNN-LM that are best where fits (n,) says, and the nats (n,) of each place with them. logp (n,): of
+    the right token by the model; far, hits (n, K): distances of the entries found, and whether the right token stood behind each."""
+    best = (math.inf,)
+    for k, temp in itertools.product(KS, C * TEMPS):
+        p = ((-far[:, :k] / temp).softmax(1) * hits[:, :k]).sum(1)
+        for lam in LAMBDAS:
+            nats = -(logp.exp() * (1 - lam) + lam * p).log()
+            here = nats[fits].mean().item()
+            if here < best[0] - 1e-7:
+                best = here, lam, temp, k, nats
+    return best[1:]
+
+
+def behind(h, places, k, size=64):
+    """Squared distances and rows (n, k) of the entries of a text h (N, C) nearest to each of its places, of those before the place alone."""
+    out = []
+    for p in places.split(size):
+        keys = h[:p[-1]].float()
+        far = torch.cdist(h[p].float(), keys).square().masked_fill(torch.arange(len(keys)) >= p[:, None], math.inf)
+        out.append(far.topk(k, largest=False))
+    return [torch.cat(t) for t in zip(*out)]
+
+
+@torch.inference_mode()
+def knn(cfg, sizes=(30_000, 100_000, 300_000, 1_000_000), n=8000):
+    """kNN-LM: validation loss with the training text, or with what stands before in the text itself; tuned and scored on different halves"""
+    folder = kept(cfg, "judge", **JUDGE)
+    model, ckpt = sample.load(folder)
+    tok, C, K = prepare.Tokenizer(ckpt["tokenizer"]), model.cfg.n_embd, max(KS)
+    train_ids, val_ids = (np.asarray(prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, f"{s}.bin"))[0]).tolist()
+                          for s in ("train", "val"))
+    right, h, logp = torch.tensor(val_ids[1:]), [], []
+    for vectors, logits in sample.outputs(model, val_ids):
+        logp.append(logits.log_softmax(-1).gather(1, right[sum(map(len, h)):][:len(logits), None])[:, 0])
+        h.append(vectors.half())
+    h, logp = torch.cat(h), torch.cat(logp)
+    at = torch.linspace(K, len(right) - 1, 2 * n).long()  # what is scored: places evenly over the split, of which the first half tunes
+    fits = torch.arange(2 * n) < n
+    rows = [{"datastore": "none", "val loss": -logp[at][~fits].mean().item()}]
+
+    def row(name, entries, far, tokens, **more):
+        lam, temp, k, nats = tuned(logp[at], far, tokens == right[at, None], C, fits)
+        gain = (-logp[at] - nats)[~fits]
+        rows.append({"datastore": name, "entries": entries, "lambda": lam, "temp": temp, "k": k, "val loss": nats[~fits].mean().item(),
+                     "gain": gain.mean().item(), "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more})
+
+    def look(near, own=False):
+        return [torch.cat(t) for t in zip(*(near.find(h[p], p if own else None) for p in at.split(256)))]
+
+    def each(near, k):
+        """Seconds to look for one place, mean of k."""
+        t0 = time.perf_counter()
+        for p in at[:k]:
+            near.find(h[p, None])
+        return (time.perf_counter() - t0) / min(k, len(at))
+
+    path = os.path.join(scratch(), "knn.db")
+    with sample.Store(path, prepare.checkpoint_id(sample.checkpoint_path(folder)), "knn", (C, "float16"), (1, "int32"), True) as store:
+        for before, size in itertools.pairwise((0, *sizes)):
+            sample.learn_knn(store, model, tok, train_ids[before:size + 1])
+            t0 = time.perf_counter()
+            near = sample.Neighbours.open(store, K, 0.25, 10.0)
+            read = time.perf_counter() - t0
+            far, found = look(near)
+            one = turns({"find": near}, cfg.rounds, each, 0.5)["find"]
+            row("training text", size, far, near.tokens[found], **{"ms a token": 1000 * median(one), "MB": store.stats()["bytes"] / 2 ** 20,
+                                                                   "read, s": read})
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    row("training text, its tokens shuffled", size, far, near.tokens[order][found])
+    recent, back = behind(h, at, K)
+    row("this text, before the place", len(h), recent, right[back])
+    both, order = torch.cat((far, recent), 1).sort(1)
+    row("both", size + len(h), both[:, :K], torch.cat((near.tokens[found], right[back]), 1).gather(1, order)[:, :K])
+    far, found = look(sample.Neighbours(h, right, K, 0.25, 10.0), own=True)
+    row("this text but for the place: its future too", len(h), far, right[found])
+    return show(cfg, f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of the validation split, scored on {n:,} of the "
+                     f"other", rows)
+
+
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
           "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "formal_more": formal_more, "levels": levels, "concepts": concepts,
-          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast, "crash": crash}
+          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast, "crash": crash, "knn": knn}
 
 
 def main(argv):
