@@ -1314,8 +1314,8 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000, 1_000_000), n=8000):
             read = time.perf_counter() - t0
             far, found = look(near)
             one = turns({"find": near}, cfg.rounds, each, 0.5)["find"]
-            row("training text", size, far, near.tokens[found], **{"ms a token": 1000 * median(one), "MB": store.stats()["bytes"] / 2 ** 20,
-                                                                   "read, s": read})
+            row("training text", size, far, near.tokens[found], **{
+                "ms a token": 1000 * median(one), "MB": store.stats()["bytes"] / 2 ** 20, "read, s": read})
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     row("training text, its tokens shuffled", size, far, near.tokens[order][found])
     recent, back = behind(h, at, K)
@@ -1324,8 +1324,8 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000, 1_000_000), n=8000):
     row("both", size + len(h), both[:, :K], torch.cat((near.tokens[found], right[back]), 1).gather(1, order)[:, :K])
     far, found = look(sample.Neighbours(h, right, K, 0.25, 10.0), own=True)
     row("this text but for the place: its future too", len(h), far, right[found])
-    return show(cfg, f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of the validation split, scored on {n:,} of the "
-                     f"other", rows)
+    return show(cfg, f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of the validation split, scored on "
+                     f"{n:,} of the other", rows)
 
 
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,

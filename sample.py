@@ -877,9 +877,10 @@ class Store:
 
     def __init__(self, path, model=None, kind=None, key=None, value=None, write=False):
         self.path, self.depth, self.held, self.db = str(path), 0, None, None
-        if not write and not os.path.isfile(path):
+        wanted = {"format": STORE_FORMAT, "kind": kind, "model": model, "key": key and f"{key[0]} {key[1]}",
+                  "value": value and f"{value[0]} {value[1]}"}
+        if not os.path.isfile(path) and (not write or None in wanted.values()):
             raise UserError(f"store {path} does not exist; python sample.py learn makes one")
-        wanted = {"format": STORE_FORMAT, "kind": kind, "model": model, "key": key and f"{key[0]} {key[1]}", "value": value and f"{value[0]} {value[1]}"}
         try:
             if write:
                 self.held = prepare.hold(f"{path}.lock", f"store {path} is being written by another process; wait for it to end")
@@ -958,7 +959,8 @@ class Store:
                 if self.depth == 1:
                     self.db.commit()
         except BaseException:
-            self.db.rollback()
+            with contextlib.suppress(sqlite3.Error):
+                self.db.rollback()
             raise
         finally:
             self.depth -= 1
@@ -1001,7 +1003,7 @@ class Store:
             try:
                 yield
             finally:
-                if alone:
+                if alone and self.db.in_transaction:
                     self.db.rollback()
 
     def entries(self, where="", *values, size=4096):
@@ -1024,11 +1026,11 @@ class Store:
                     parts.append(self.columns(some, raw))
             told = self.state()["counts"].get(str(layer), 0)
         if bad:
-            raise UserError(f"store {self.path} has a damaged entry ({bad[0]}{f', and {len(bad) - 1} more' * (len(bad) > 1)}: the checksum does not "
-                            f"fit); take it out with python sample.py memory {self.path} forget {' '.join(map(str, bad[:20]))}")
+            raise UserError(f"store {self.path} has a damaged entry ({bad[0]}{f', and {len(bad) - 1} more' * (len(bad) > 1)}: the checksum "
+                            f"does not fit); take it out with python sample.py memory {self.path} forget {' '.join(map(str, bad[:20]))}")
         if n != told:
-            raise UserError(f"store {self.path} is damaged (layer {layer} has {n:,} of its {told:,} entries); put a copy of it back, or learn it "
-                            f"again")
+            raise UserError(f"store {self.path} is damaged (layer {layer} has {n:,} of its {told:,} entries); put a copy of it back, or "
+                            f"learn it again")
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def columns(self, some, raw):
@@ -1068,7 +1070,7 @@ class Store:
         """Keep the n entries whose uses, the writing counted as one, are worth most: LRFU (Lee et al. 2001), each use counts half
         a HALF_LIFE later -> how many went."""
         with self.batch():
-            all_ = np.array(list(self.db.execute("SELECT id, worth, last FROM entries ORDER BY id"))).reshape(-1, 3)
+            all_ = np.array(list(self.db.execute("SELECT id, CAST(worth AS REAL), CAST(last AS REAL) FROM entries ORDER BY id"))).reshape(-1, 3)
             rank = np.log2(all_[:, 1]) + all_[:, 2] / HALF_LIFE  # the order is the same at any time
             return self.forget(all_[np.argsort(rank, kind="stable")[:max(len(all_) - n, 0)], 0])
 

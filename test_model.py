@@ -2115,8 +2115,10 @@ def test_bad_stores(trained, data_dir, tmp_path):
         refused(sample.main, [where, f"--knn={knn}", *argv], *words)
     for argv, words in (([], ["memory", "list"]), ([knn, "frob"], ["list", "stats"]), ([knn, "show"], ["show", "number"]),
                         ([knn, "show", "999"], ["999"]), ([knn, "forget"], ["forget"]), ([knn, "forget", " "], ["forget"]),
-                        ([knn, "prune", "x"], ["prune", "x"]), ([str(tmp_path / "none.db"), "list"], ["none.db", "does not exist"])):
+                        ([knn, "prune", "x"], ["prune", "x"]), ([str(tmp_path / "none.db"), "list"], ["none.db", "does not exist"]),
+                        ([str(tmp_path / "none.db"), "forget", "1"], ["none.db", "does not exist"])):
         refused(sample.main, ["memory", *argv], *words)
+    assert not (tmp_path / "none.db").exists()
     refused(sample.main, ["calibrate", "learn"], "calibrate", "learn")
     refused(sample.main, ["lern"], "lern", "learn")
 
