@@ -1718,6 +1718,7 @@ class Output:
     losses: dict  # name: scalar; "ce" is the plain cross-entropy, nats a scored token
     early: torch.Tensor | None = None  # (B, T, V) logits of the exit that was asked for
     wrote: dict | None = None  # {block: Wrote} of blocks M, where forward was given a memory
+    h: torch.Tensor | None = None  # (B, T, C) normalised vectors that the head reads, None with targets
 
     def __iter__(self):
         return iter((self.logits, self.loss))
@@ -1852,6 +1853,13 @@ class GPT(Stack):
         if self.cfg.n_think:
             parts.append(Thoughts(torch.zeros(B, L, V, device=device), torch.zeros(B, L, dtype=torch.long, device=device)))
         return State(torch.zeros(B, dtype=torch.long, device=device), parts, L, memory=memory, known=known)
+
+    def recalled(self, state):
+        """Of each token-level block M, what the last position of each row found: yields (block, places (B, H, k), weights (B, H, k))."""
+        for layer, part in zip(self.order, state.parts):
+            if isinstance(layer, Block) and part[2] is not None:
+                rows, at = torch.arange(len(state.pos), device=state.pos.device), state.pos - 1
+                yield layer.i, part[2].found[rows, :, at], part[2].weight[rows, :, at]
 
     def init_memory(self, B, size=None):
         """{block: an empty Memory} for B rows of blocks M, `size` entries each (mem_size); {} where there are none."""
@@ -2087,7 +2095,7 @@ class GPT(Stack):
         logits, z, e = self.read(h, regress=targets is not None)
         early = self.read(exits.h[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
         if targets is None:
-            return Output(logits, None, {}, early, wrote)
+            return Output(logits, None, {}, early, wrote, h)
         denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom
         ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
         losses = {"ce": ce / denom}

@@ -18,6 +18,7 @@ import os
 import pickle
 import platform
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -2109,6 +2110,259 @@ def test_bad_decoding(trained, data_dir, tmp_path):
     refused(train.main, ["--exit_classifier=True"], "exit_classifier")
     refused(train.main, ["--layers=A.A", "--exit_distill=2"], "exit_distill")
     refused(train.main, ["--exit_keys=True"], "exit_keys", "layers")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the store, and what it is for at the output
+
+
+def entries(n, D=8, E=4, seed=0):
+    g = np.random.default_rng(seed)
+    return g.integers(2, size=n), g.standard_normal((n, D), dtype=np.float32), g.standard_normal((n, E), dtype=np.float32), \
+        [f"text {seed} of {i}: na\u00efve 100%" for i in range(n)]
+
+
+MEMORY = dict(model="m1", kind="memory", key=(8, "float32"), value=(4, "float32"))
+
+
+def test_a_store_gives_back_what_was_written(tmp_path):
+    path = str(tmp_path / "a b?#.db")
+    with sample.Store(path, **MEMORY, write=True) as store:
+        with store.batch():
+            first, second = (store.add(layer, *entries(100, seed=layer), now=50.0) for layer in (2, 5))
+        with pytest.raises(UserError, match="being written by another process; wait"):
+            sample.Store(path, **MEMORY, write=True)
+        with sample.Store(path, "m1") as reader:  # beside the writer, and only what is committed
+            with pytest.raises(KeyError), store.batch():
+                store.add(2, *entries(7))
+                assert len(reader.arrays(2)["ids"]) == 100
+                raise KeyError
+            a = reader.arrays(2)
+            with pytest.raises(UserError, match="cannot be used"):
+                reader.forget([1])
+    assert sorted(os.listdir(tmp_path)) == ["a b?#.db"] and not set(first) & set(second)
+    with sample.Store(path) as store:
+        for layer, ids in ((2, first), (5, second)):
+            head, keys, values, texts = entries(100, seed=layer)
+            got = store.arrays(layer)
+            for k, v in dict(ids=ids, head=head, keys=keys, values=values, uses=np.zeros(100), last=np.full(100, 50.0)).items():
+                assert np.array_equal(got[k], v) and np.array_equal(got[k], a[k] if layer == 2 else got[k])
+            assert store.texts(ids[::-1]) == texts[::-1] and store.texts([10 ** 6]) == [""]
+        assert store.arrays(3)["keys"].shape == (0, 8)
+
+
+def test_forgetting_and_pruning(tmp_path):
+    with sample.Store(tmp_path / "s.db", **MEMORY, write=True) as store:
+        ids = store.add(0, *entries(10), now=0.0)
+        week = sample.HALF_LIFE
+        store.touch(ids[:3], [8, 2, 1], now=0.0)  # worth 9, 3, 2 at 0; others 1
+        store.touch(ids[3:4], 1, now=3 * week)  # 1 + 1/8, three half-lives later: more than 8 + 1 then
+        got = store.arrays(0)
+        assert got["uses"].tolist() == [8, 2, 1, 1] + [0] * 6 and got["last"].tolist() == [0, 0, 0, 3 * week] + [0] * 6
+        assert store.db.execute("SELECT worth FROM entries WHERE id = ?", (int(ids[3]),)).fetchone()[0] == pytest.approx(1.125)
+        for n, left in ((12, 10), (4, 4), (3, 3), (2, 2)):
+            store.prune(n)
+            assert store.stats()["entries"] == left
+        assert sorted(store.arrays(0)["ids"]) == [ids[0], ids[3]]
+        store.prune(1)
+        assert store.arrays(0)["ids"].tolist() == [ids[3]]  # 1.125 now against 9 / 8
+        with store.batch():
+            later = store.add(0, [0, 0], np.zeros((2, 8)), np.zeros((2, 4)), ["100%", "100 of them"])
+        assert later.min() > ids.max()  # no number is given twice
+        assert store.forget("0%") == 2 and store.forget("0%") == 0 and store.forget([int(later[1]), 999]) == 1
+        assert store.stats()["entries"] == 0
+
+
+def test_a_damaged_store_is_named(tmp_path):
+    path, ids = str(tmp_path / "s.db"), None
+    with sample.Store(path, **MEMORY, write=True) as store:
+        ids = store.add(0, *entries(50))
+    good, (_, keys, values, texts) = open(path, "rb").read(), entries(50)
+    for what in (keys[7].tobytes(), values[7].tobytes(), texts[7].encode()):
+        for bit in (0, 8 * len(what) - 1):
+            at = good.index(what) + bit // 8
+            open(path, "wb").write(good[:at] + bytes([good[at] ^ 1 << bit % 8]) + good[at + 1:])
+            with sample.Store(path) as store, pytest.raises(UserError, match=rf"damaged entry \({ids[7]}: .*forget {ids[7]}$"):
+                store.arrays(0)
+    refused(sample.main, ["memory", path, "forget", "999"], "999")
+    sample.main(["memory", path, "list"])
+    sample.main(["memory", path, "forget", str(ids[7])])
+    with sample.Store(path) as store:  # and the others are all there
+        assert np.array_equal(np.delete(keys, 7, 0), store.arrays(0)["keys"])
+    for at in (0, 30):
+        open(path, "wb").write(good[:at] + b"\xff" * 8 + good[at + 8:])
+        refused(sample.main, ["memory", path, "list"], path, "not a store")
+    page = 4096
+    open(path, "wb").write(good[:page] + os.urandom(len(good) - page))
+    for argv in (["list"], ["forget", "1"], ["stats"]):
+        refused(sample.main, ["memory", path, *argv], path, "damaged")
+
+
+def test_flipped_bits_anywhere_are_found_or_harmless(tmp_path):
+    """Whatever bit of the file is flipped: what is read is right, or one sentence says that it is not."""
+    path, g, refusals = str(tmp_path / "s.db"), np.random.default_rng(0), 0
+    with sample.Store(path, **MEMORY, write=True) as store:
+        store.add(0, *entries(100))
+    good = bytearray(open(path, "rb").read())
+    _, keys, values, _ = entries(100)
+    for at in g.integers(len(good), size=300):
+        bad = good.copy()
+        bad[at] ^= 1 << g.integers(8)
+        open(path, "wb").write(bad)
+        try:
+            with sample.Store(path, **MEMORY) as store:
+                a = store.arrays(0)
+                assert np.array_equal(a["keys"], keys) and np.array_equal(a["values"], values) and a["ids"].tolist() == list(range(1, 101))
+        except UserError as e:
+            refusals += 1
+            assert path in str(e) and "\n" not in str(e)
+    assert refusals > 50
+
+
+def test_a_full_disk_loses_no_entry(tmp_path):
+    path = str(tmp_path / "s.db")
+    with sample.Store(path, **MEMORY, write=True) as store:
+        store.add(0, *entries(50))
+        store.db.execute(f"PRAGMA max_page_count = {store.db.execute('PRAGMA page_count').fetchone()[0] + 2}")
+        with pytest.raises(UserError, match="full.*untouched"):
+            store.add(0, *entries(1000))
+        assert len(store.arrays(0)["ids"]) == 50
+    with sample.Store(path) as store:
+        assert np.array_equal(store.arrays(0)["keys"], entries(50)[1])
+
+
+def test_killed_writers_lose_nothing(tmp_path):
+    figures = bench.kill_writers(str(tmp_path / "s.db"), 3)
+    assert figures["kills"] == 3 and figures["batches told committed"] > 3
+    assert not figures["of them lost"] and not figures["damaged or half written"] and figures["same answers"] == 3
+
+
+def test_mixture_is_the_formula():
+    g = torch.Generator().manual_seed(0)
+    keys, h, logits = torch.randn(50, 16, generator=g), torch.randn(4, 16, generator=g), torch.randn(4, 9, generator=g) * 3
+    tokens, k, lam, temp = torch.randint(6, (50,), generator=g), 7, 0.3, 5.0
+    near = sample.Neighbours(keys, tokens, k, lam, temp)
+    want = torch.zeros(4, 9, dtype=torch.double)
+    for b in range(4):
+        d2 = sorted((((h[b] - key) ** 2).sum().item(), t) for key, t in zip(keys, tokens.tolist()))[:k]
+        for d, t in d2:
+            want[b, t] += math.exp(-d / temp) / sum(math.exp(-d / temp) for d, _ in d2)
+    mixed, _ = near.mix(logits, h)
+    torch.testing.assert_close(mixed.softmax(-1).double(), lam * want + (1 - lam) * logits.double().softmax(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed.logsumexp(-1), logits.logsumexp(-1))  # on the scale of the model's own
+    near.lam = 1.0
+    torch.testing.assert_close(near.mix(logits, h)[0].softmax(-1).double(), want, atol=1e-6, rtol=1e-5)
+    near.lam = 0.0
+    assert torch.equal(near.mix(logits, h)[0], logits)
+    # a place does not find itself, and finds all others
+    far, at = near.find(keys, own=torch.arange(50))
+    assert not (at == torch.arange(50)[:, None]).any()
+    d2 = (keys[:, None] - keys).square().sum(-1)
+    assert at.tolist() == d2.fill_diagonal_(math.inf).argsort(1)[:, :k].tolist()
+    torch.testing.assert_close(far, d2.gather(1, at), atol=1e-4, rtol=1e-4)
+    assert near.find(keys)[1][:, 0].tolist() == list(range(50))
+    near.k = 80  # more than there are
+    assert near.find(h)[1].shape == (4, 50) and math.isfinite(near.mix(logits, h)[0].sum().item())
+
+
+@pytest.mark.parametrize("name", ["plain", "slots", "hierarchy", "think", "nearest"])
+@pytest.mark.parametrize("n", [2, 16, 17, 18, 60])
+def test_output_vectors_of_a_text(name, n):
+    """Each place once, with what a forward over its window gives; nothing of what comes after it."""
+    m, step = make(name).eval(), 8
+    ids = torch.randint(24, (n,), generator=torch.Generator().manual_seed(1))
+    h, logits = (torch.cat(t) for t in zip(*sample.outputs(m, ids.tolist(), rows=3)))
+    assert len(h) == len(logits) == n - 1
+    for t in range(n - 1):
+        a = max(0, -(-(t + 1 - 16) // step) * step)  # the first window that holds it
+        history = F.pad(ids[:a], (m.cfg.history, 0), value=-1)[a:][None] if m.cfg.history else None
+        with torch.no_grad():
+            out = m(ids[None, a:t + 1], history=history)
+        torch.testing.assert_close(h[t], out.h[0, -1], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[t], out.logits[0, -1], atol=2e-5, rtol=1e-4)
+
+
+def test_knn_from_the_shell(trained, data_dir, capsys, tmp_path, monkeypatch):
+    where, store, text = f"--out_dir={trained}/strong", str(tmp_path / "k.db"), open(f"{data_dir}/t.txt").read()[:3000]
+    (tmp_path / "t.txt").write_text(text)
+    (tmp_path / "u.py").write_text(text[:500])  # a text is a text, whatever its name
+
+    def said(*argv):
+        capsys.readouterr()
+        sample.main([where, *argv])
+        return capsys.readouterr().out
+    assert said("learn", f"--knn={store}", f"{tmp_path}/t.txt", f"{tmp_path}/u.py").splitlines()[-1] == f"{store}: 3,498 entries"
+    model, ckpt = sample.load(f"{trained}/strong")
+    with sample.Store(store) as s:
+        a = s.arrays(-1)
+        tok = prepare.Tokenizer(ckpt["tokenizer"])
+        assert tok.decode(a["values"][:, 0].tolist()) == text[1:] + text[1:500]
+        assert s.texts(a["ids"][[0, 99]]) == [text[:2], text[61:101]]
+        h = torch.cat([h for h, _ in sample.outputs(model, tok.encode(text))])
+        torch.testing.assert_close(torch.from_numpy(a["keys"][:2999]).float(), h, atol=2e-3, rtol=2e-3)
+    go = ("--prompt=It was", "--max_new_tokens=40", "--seed=1")
+    plain = said(*go)
+    assert said(*go, f"--knn={store}", "--knn_lambda=0") == plain and said(*go, f"--knn={store}", "--knn_lambda=0.9") != plain
+    learnt = said("--prompt=" + text[:60], "--max_new_tokens=100", "--temperature=0", f"--knn={store}", "--knn_lambda=1", "--knn_k=1")
+    assert learnt[60:].strip() and learnt.strip() in text  # the nearest place of a text that was learned is that place
+    for more in (["--n=3"], ["--beams=2"], ["--best_of=2"], ["--soft"], [f"--amateur={trained}/weak"], ["--dtype=bfloat16"]):
+        assert len(said(*go, f"--knn={store}", *more)) >= 40
+    rows = [json.loads(l) for l in said(*go, "--json", f"--knn={store}").splitlines()]
+    with sample.Store(store) as s:
+        assert all(s.texts([f["id"]]) == [f["text"]] for r in rows for f in r["found"]) and len(rows[0]["found"]) == 3
+    traced = said(*go, "--trace", f"--trace_html={tmp_path}/t.html", f"--knn={store}").splitlines()
+    assert sum(" | " in line for line in traced) == 40 and traced[0].startswith("It was")
+    assert rows[0]["found"][0]["text"][-10:].encode("unicode_escape").decode() in traced[-40]
+    assert (tmp_path / "t.html").read_text().count("<span") == 40
+    assert "3,498 entries" in said("memory", store, "stats")
+    assert said("memory", store, "list", "--limit=4").count("\n") == 6 and said("memory", store, "list", "It was", "--limit=0").count("\n") > 20
+    assert "x float16" in said("memory", store, "show", "17")
+    assert "forgot 2 of 3,498" in said("memory", store, "forget", "17", "18")
+    assert "pruned 3,396 of 3,496" in said("memory", store, "prune", "100")
+
+
+def test_bad_stores(trained, data_dir, tmp_path):
+    where, knn, facts = f"--out_dir={trained}/strong", str(tmp_path / "k.db"), str(tmp_path / "f.db")
+    (tmp_path / "t.txt").write_text("It was the best of times")
+    (tmp_path / "bad.txt").write_text("It was \u2603")
+    (tmp_path / "short.txt").write_text("I")
+    learning = [where, "learn", f"--knn={knn}"]
+    refused(sample.main, [where, "learn", f"{tmp_path}/t.txt"], "learn", "--knn")
+    refused(sample.main, learning, "texts")
+    for name, word in (("gone.txt", "cannot be read"), ("bad.txt", "\u2603"), ("short.txt", "2 tokens")):
+        refused(sample.main, [*learning, f"{tmp_path}/t.txt", f"{tmp_path}/{name}"], name, word)
+        assert not os.path.exists(knn)
+    refused(sample.main, [where, "learn", f"--knn={tmp_path}/no/k.db", f"{tmp_path}/t.txt"], "no/k.db", "No such file")
+    sample.main([*learning, f"{tmp_path}/t.txt"])
+    refused(sample.main, [f"--out_dir={trained}/weak", f"--knn={knn}"], knn, "another model")
+    refused(sample.main, [f"--out_dir={trained}/weak", "learn", f"--knn={knn}", f"{tmp_path}/t.txt"], knn, "another model")
+    with sample.Store(facts, prepare.checkpoint_id(trained / "strong" / "ckpt.pt"), "memory", (32, "float16"), (1, "int32"), True) as store:
+        refused(sample.main, ["memory", facts, "prune", "3"], "another process")
+        store.add(0, [0], np.zeros((1, 32)), np.zeros((1, 1)), ["x"])
+    refused(sample.main, [where, f"--knn={facts}"], facts, "memory", "knn")
+    refused(sample.main, [where, f"--knn={tmp_path}/gone.db"], "gone.db", "does not exist", "learn")
+    refused(sample.main, [where, f"--knn={tmp_path}/t.txt"], "t.txt", "not a store")
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as db:
+        db.execute("CREATE TABLE mine (x)")
+        db.commit()
+    before = (tmp_path / "other.db").read_bytes()
+    refused(sample.main, [where, "learn", f"--knn={tmp_path}/other.db", f"{tmp_path}/t.txt"], "other.db", "not a store")
+    assert (tmp_path / "other.db").read_bytes() == before
+    sample.main(["memory", knn, "prune", "0"])
+    refused(sample.main, [where, f"--knn={knn}"], knn, "no entries")
+    for argv, words in ((["--knn_lambda=1.5"], ["knn_lambda", "1.5"]), (["--knn_lambda=-0.1"], ["knn_lambda"]), (["--knn_k=0"], ["knn_k"]),
+                        (["--knn_temp=0"], ["knn_temp"]), (["--exit=softmax", "--exit_threshold=0.5"], ["knn", "exit"]),
+                        (["--speculate=2", "--draft_exit=1"], ["knn", "speculate"]), (["--soft", "--collapse_by=context"], ["collapse_by", "knn"]),
+                        (["calibrate"], ["calibrate", "knn"])):
+        refused(sample.main, [where, f"--knn={knn}", *argv], *words)
+    for argv, words in (([], ["memory", "list"]), ([knn, "frob"], ["list", "stats"]), ([knn, "show"], ["show", "number"]),
+                        ([knn, "show", "999"], ["999"]), ([knn, "forget"], ["forget"]), ([knn, "forget", " "], ["forget"]),
+                        ([knn, "prune", "x"], ["prune", "x"]), ([str(tmp_path / "none.db"), "list"], ["none.db", "does not exist"]),
+                        ([str(tmp_path / "none.db"), "forget", "1"], ["none.db", "does not exist"])):
+        refused(sample.main, ["memory", *argv], *words)
+    assert not (tmp_path / "none.db").exists()
+    refused(sample.main, ["calibrate", "learn"], "calibrate", "learn")
+    refused(sample.main, ["lern"], "lern", "learn")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -477,20 +477,10 @@ class Log:
 def lock(out_dir):
     """A lock on out_dir that lasts as long as the returned file is open; UserError when another run holds it."""
     prepare.make_dir(out_dir)
-    path = os.path.join(out_dir, "lock")
     try:
-        f = open(path, "a")
+        f = prepare.hold(os.path.join(out_dir, "lock"), f"another run is writing to {out_dir}; wait for it or choose another --out_dir")
     except OSError as e:
         raise UserError(f"out_dir {out_dir} cannot be written ({e.strerror}); choose another with --out_dir") from None
-    try:
-        import fcntl
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {out_dir}; wait for it or choose another --out_dir") from None
-    except OSError:  # a file system without locks
-        pass
     for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp*")):  # of a run that was killed while writing
         os.unlink(left)
     return f

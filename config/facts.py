@@ -1,5 +1,5 @@
 """Facts that are told once and asked later, far outside the window, kept by an associative memory. python prepare.py facts makes the
-data; about five minutes on two cores. Then read facts of your own into it: python sample.py learn --help."""
+data; about seven minutes on two cores. Then read facts of your own into it: python sample.py learn --help."""
 out_dir = "out/facts"
 dataset = "facts"
 layers = "AAM"
@@ -13,5 +13,5 @@ mem_top = 8
 mem_novelty = 2.0
 stream = 64
 batch_size = 8
-max_iters = 1500
+max_iters = 2500
 eval_interval = 500
