@@ -838,7 +838,7 @@ def test_facts_task():
     assert len(dict(prepare.random_facts(np.random.default_rng(1), 500))) == 500
 
 
-MEMORY = dict(layers="AMA", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24, eot=5)
+ASSOCIATIVE = dict(layers="AMA", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24, eot=5)
 
 
 def filled(m, B, seed=0):
@@ -851,7 +851,7 @@ def filled(m, B, seed=0):
 
 
 def memory_model(**more):
-    return wake(GPT(GPTConfig(**{**BASE, **MEMORY, **more}), seed=0)).eval()
+    return wake(GPT(GPTConfig(**{**BASE, **ASSOCIATIVE, **more}), seed=0)).eval()
 
 
 def test_a_memory_is_searched_and_belongs_to_its_row():
