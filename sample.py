@@ -326,12 +326,12 @@ class Decoder:
     window are computed anew in one pass.
     """
 
-    def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None, memory=None, neighbours=None):
+    def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None, memory=None, sources=None, neighbours=None):
         """context: a window of so many tokens, and no history; at_exit: keep the logits `early` of the exit after so many blocks
         too; leave: an exit_rule by which tokens leave early; memory {block: Memory}: what blocks M find, and write to when the window is full
-        (a copy, where one row stands for all); neighbours: what its logits are mixed with."""
+        (a copy, where one row stands for all); sources {block: (store, ids (H, N))}: which entries those are; neighbours: what its logits are mixed with."""
         self.model, self.eot, self.at_exit, self.leave, self.made = model, eot, at_exit, leave, 0
-        self.neighbours, self.sources = neighbours, {}  # sources {block: (store, ids (H, N))} of what memory holds
+        self.neighbours, self.sources = neighbours, sources or {}
         self.step = compiled(model) if compile else model
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
@@ -433,11 +433,12 @@ class Decoder:
         self.depth = [self.model.cfg.n_layer] * len(self.rows) if depth is None else depth.tolist()
 
     def recall(self, store, ids, places, weights):
-        """Note which entries of a store the last token of each row found: ids (H, N), places a list of H * k in each row, weights (B, H, k)."""
+        """Note which entries of a store the last token of each row found, as long as nothing took their places: ids (H, N), places a list of
+        H * k in each row, weights (B, H, k)."""
         for b, (at, w) in enumerate(zip(places, weights.flatten(1))):
             for j in w.topk(min(TRACED, len(w)))[1].tolist():
                 h = j // weights.size(2)
-                if w[j] > 0.1 and at[j] < ids.shape[1] and ids[h, at[j]] >= 0 and not self.known[b]:
+                if w[j] > 0.05 and at[j] < ids.shape[1] and ids[h, at[j]] >= 0 and not self.known[b]:
                     self.found[b].append((store, int(ids[h, at[j]])))
 
     @torch.inference_mode()
@@ -1615,8 +1616,7 @@ def decode(cfg, stores):
     if cfg.knn:
         store = stores.enter_context(open_store("knn", cfg.knn, model, path))
         neighbours = Neighbours.open(store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp, cfg.device)
-    expert, others = start(model, at_exit=at_exit, leave=leave, neighbours=neighbours, memory=memory), {k: start(m) for k, m in others.items()}
-    expert.sources = sources
+    expert, others = start(model, at_exit=at_exit, leave=leave, neighbours=neighbours, memory=memory, sources=sources), {k: start(m) for k, m in others.items()}
     if cfg.amateur.startswith("context:"):
         others["amateur"] = start(model, context=after_kind("context", cfg.amateur))
     amateur, generator = others.get("amateur"), torch.Generator(device=cfg.device).manual_seed(cfg.seed)

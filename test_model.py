@@ -2282,6 +2282,48 @@ def test_output_vectors_of_a_text(name, n):
         torch.testing.assert_close(logits[t], out.logits[0, -1], atol=2e-5, rtol=1e-4)
 
 
+def test_memory_from_the_shell(trained, data_dir, capsys, tmp_path):
+    """What was learned from a file is found, shown with its text, and gone when it is forgotten; the wrong model is refused."""
+    run(data_dir, tmp_path / "m", dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8, mem_size=64, mem_novelty=2.0), stream=4, max_iters=20)
+    store, text = str(tmp_path / "m.db"), open(f"{data_dir}/t.txt").read()[:400]
+    (tmp_path / "t.txt").write_text(text)
+
+    def said(*argv, out=tmp_path / "m"):
+        capsys.readouterr()
+        sample.main([f"--out_dir={out}", *argv])
+        return capsys.readouterr().out
+    assert said("learn", f"--memory={store}", f"{tmp_path}/t.txt").splitlines()[-1] == f"{store}: {399 * 4:,} entries"
+    with sample.Store(store) as s:
+        a = s.arrays(1)
+        assert sorted(a["head"].tolist()) == sorted(list(range(4)) * 399)
+        assert s.texts(a["ids"][a["head"] == 0][:2]) and all(piece in text for piece in s.texts(a["ids"][:50]))
+    go = ("--prompt=" + text[:8], "--max_new_tokens=30", "--seed=1", "--temperature=0")
+    plain = said(*go)
+    with_it = said(*go, f"--memory={store}")
+    assert plain.startswith(text[:8]) and len(with_it) == len(plain)
+    rows = [json.loads(line) for line in said(*go, "--json", f"--memory={store}").splitlines()]
+    assert len(rows) == 30 and any("found" in r for r in rows[:7])  # as long as the window is the first
+    assert all(f["text"] in text for r in rows for f in r.get("found", ()))
+    model, ckpt = sample.load(str(tmp_path / "m"))
+    with sample.Store(store) as s:
+        memory, sources = sample.open_memory(s, model, room=16)
+    direct = sample.remembered(model, sample.absorb(model, prepare.Tokenizer(ckpt["tokenizer"]).encode(text)), room=16)
+    a, b = (sample.Decoder(model, [[1, 2, 3]], memory=m).logits for m in (memory, direct))
+    torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)  # half precision on disk
+    for more in (["--n=2"], ["--best_of=2"], ["--dtype=bfloat16"], ["--speculate=2", f"--draft={tmp_path / 'm'}"]):
+        assert len(said("--prompt=a", "--max_new_tokens=40", f"--memory={store}", *more)) >= 40
+    said("memory", store, "forget", text[3:6])
+    with pytest.raises(UserError, match="no block M.*config/facts.py"):
+        said(*go, f"--memory={store}", out=trained / "strong")
+    run(data_dir, tmp_path / "n", dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8), max_iters=3)
+    with pytest.raises(UserError, match="belongs to another model"):
+        said(*go, f"--memory={store}", out=tmp_path / "n")
+    with pytest.raises(UserError, match="where to: --memory=PATH.*one at a time"):
+        said("learn", f"--memory={store}", f"--knn={store}", f"{tmp_path}/t.txt")
+    with pytest.raises(UserError, match="does not exist"):
+        said(*go, f"--memory={tmp_path}/none.db")
+
+
 def test_knn_from_the_shell(trained, data_dir, capsys, tmp_path, monkeypatch):
     where, store, text = f"--out_dir={trained}/strong", str(tmp_path / "k.db"), open(f"{data_dir}/t.txt").read()[:3000]
     (tmp_path / "t.txt").write_text(text)
