@@ -975,6 +975,7 @@ class Memory:
     keys: torch.Tensor
     values: torch.Tensor
     crf: torch.Tensor
+    index: list | None = None  # Clusters of the keys of each head, for one row with very many; None: search is exact
 
     @classmethod
     def empty(cls, B, cfg, size=None, device=None, dtype=torch.float32):
@@ -1003,6 +1004,10 @@ class Memory:
             i, j = (t[..., None].expand(*t.shape, mine.size(-1)) for t in (slot, at))
             mine.scatter_(2, i, torch.where(better[..., None], new.gather(2, j).to(mine.dtype), mine.gather(2, i)))
         self.crf.scatter_(2, slot, torch.where(better, high, low))
+        for index, keys, some in zip(self.index or (), self.keys[0], zip(slot[0], better[0])):
+            places = some[0][some[1]]
+            index.drop(places)
+            index.add(keys[places], places)
         return slot, at, better
 
 
@@ -1122,19 +1127,22 @@ class Near:
         self.keys = F.pad(w.keys, (0, 0, s, 0))[:, :, :self.L]  # of entries: what stood before
         same = F.pad(w.docs, (s, 0), value=-1)[:, :self.L] == w.docs
         self.ok = w.ok & F.pad(w.ok, (s, 0))[:, :self.L] & same
-        self.old = None if base is None or not N else tuple(t.to(dtype) for t in (base.keys, base.values))
+        self.base = base if N else None
 
-    def score(self, q):
-        """Cosines of q (B, H, T, D) with all entries, (B, H, T, N + L)."""
-        new = q @ self.keys.mT
-        if self.old is None:
-            return new.float()
-        keys, (B, H, T, D) = self.old[0], q.shape
+    def old(self, q, there, n):
+        """The n nearest to q (B, H, T, D) of the old entries that are there (B, H, N): cosines, -inf where there are no more, and
+        places, (B, H, T, n) each. A large memory may have an index, which finds almost all of them."""
+        (B, H, T, D), base, there = q.shape, self.base, there[:, :, None]
+        if base.index is not None:
+            score, at = (torch.stack(t, 1) for t in zip(*(i.search(x.reshape(-1, D).float(), n) for i, x in zip(base.index, q.unbind(1)))))
+            score, at = (t.view(B, T, H, n).transpose(1, 2) for t in (score, at))
+            return score.masked_fill(~there.expand(-1, -1, T, -1).gather(3, at), float("-inf")), at
+        keys = base.keys.to(q.dtype)
         if len(keys) == 1:  # one row stands for all: one product, and no copies of it
-            old = (q.transpose(0, 1).reshape(1, H, B * T, D) @ keys.mT).view(H, B, T, -1).transpose(0, 1)
+            score = (q.transpose(0, 1).reshape(1, H, B * T, D) @ keys.mT).view(H, B, T, -1).transpose(0, 1)
         else:
-            old = q @ keys.mT
-        return torch.cat((old, new), dim=-1).float()
+            score = q @ keys.mT
+        return top(score.float().masked_fill(~there, float("-inf")), n)
 
     def doc(self, c):
         """Documents begun before chunk c (B,)."""
@@ -1146,38 +1154,39 @@ class Near:
         with their weights."""
         cfg, w, N = self.of.cfg, self.w, self.N
         rows = torch.arange(len(c), device=c.device)
-        see = (w.crf[rows, c] > 0)[:, :, None] & (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
+        there, mine = w.crf[rows, c] > 0, (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
+        cosine, n, values = (q @ self.keys.mT).float(), 0, w.values
         with torch.no_grad():
-            score = self.score(q).masked_fill(~see, float("-inf"))
-            best, found = top(score, w.found.size(-1))
-        here = (q @ self.keys.mT).float()
-        chosen = see[..., N:] & (score[..., N:] >= best[..., -1:])
-        keys, values = [self.keys], [w.values]
-        if self.old is not None:
-            at = found.clamp(max=N - 1)
-            old_k, old_v = (t.expand(len(c), -1, -1, -1).gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1)))
-                            .view(*at.shape, -1) for t in self.old)
-            there = (q[..., None, :] * old_k).sum(-1).float()
-            here, chosen = torch.cat((there, here), -1), torch.cat(((found < N) & (best > float("-inf")), chosen), -1)
+            score = cosine.masked_fill(~(there[:, :, None, N:] & mine), float("-inf"))  # (B, H, T, L)
+            if self.base is not None:
+                n = min(cfg.mem_top, N)
+                best, at = self.old(q, there[..., :N], n)
+                score = torch.cat((best.masked_fill(~mine, float("-inf")), score), dim=-1)
+            low, found = top(score, w.found.size(-1))
+            chosen = (score >= low[..., -1:]) & (score > float("-inf"))  # no gradient flows into the choice, only into what is chosen
+        if n:
+            old_k, old_v = (t.to(q.dtype).expand(len(c), -1, -1, -1).gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1)))
+                            .view(*at.shape, -1) for t in (self.base.keys, self.base.values))
+            cosine = torch.cat(((q[..., None, :] * old_k).sum(-1).float(), cosine), -1)
         if training and cfg.mem_drop:
-            chosen = chosen & (torch.rand_like(here) >= cfg.mem_drop)
-        logits = (10 * self.of.scale.view(-1, 1, 1) * here).masked_fill(~chosen, float("-inf"))
+            chosen = chosen & (torch.rand_like(cosine) >= cfg.mem_drop)
+        logits = (10 * self.of.scale.view(-1, 1, 1) * cosine).masked_fill(~chosen, float("-inf"))
         none = (5 * self.of.none).view(-1, 1, 1).expand(*logits.shape[:3], 1)
         p = torch.cat((logits, none), -1).softmax(-1)[..., :-1]
-        k = p.size(-1) - self.L
-        weight = p[..., k:].gather(-1, (found - N).clamp(min=0))
-        weight = weight if self.old is None else torch.where(found < N, p[..., :k], weight)
 
         def read(new, old):
-            if training and cfg.mem_noise:
-                new = new + cfg.mem_noise * torch.randn_like(new) * new.detach().square().mean(-1, keepdim=True).sqrt()
-            y = p[..., k:].to(new.dtype) @ new
-            return y if old is None else y + (p[..., :k, None].to(new.dtype) * old).sum(-2)
+            y = p[..., n:].to(new.dtype) @ new
+            return y + (p[..., :n, None].to(new.dtype) * old).sum(-2) if n else y
 
-        y = read(w.values, None if self.old is None else old_v)
+        if training and cfg.mem_noise:
+            values = values + cfg.mem_noise * torch.randn_like(values) * values.detach().square().mean(-1, keepdim=True).sqrt()
+        y = read(values, old_v if n else None)
         if cfg.mem_straight:
-            y = torch.cat((y, read(self.keys, None if self.old is None else old_k) + q - q.detach()), -1)
-        return y, found, weight.detach()
+            y = torch.cat((y, read(self.keys, old_k if n else None) + q - q.detach()), -1)
+        places = N + found - n
+        if n:
+            places = torch.where(found < n, at.gather(-1, found.clamp(max=n - 1)), places)
+        return y, places, p.detach().gather(-1, found)
 
     def close(self, c, last):
         """Write what chunk c (B,) has at places up to `last` (B,): the crf before the next chunk."""
@@ -1199,7 +1208,11 @@ class Near:
         gain = torch.ones_like(new, dtype=crf.dtype)
         if cfg.mem_novelty <= 1:
             keys = pick(self.keys)
-            best, at = self.score(keys).masked_fill(~stored[:, :, None], -1.0).max(-1)
+            best, at = (keys @ self.keys.mT).float().masked_fill(~stored[:, :, None, N:], -1.0).max(-1)
+            at = at + N
+            if self.base is not None:
+                old, where = (t[..., 0] for t in self.old(keys, stored[..., :N], 1))
+                best, at = torch.maximum(best, old), torch.where(old > best, where, at)
             near = (best >= cfg.mem_novelty) & new
             gain = gain + near * crf.gather(2, at)
             crf = crf * (1 - torch.zeros_like(crf).scatter_add(2, at, near.float()).clamp(max=1))  # the newer one takes its place
