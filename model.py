@@ -1034,6 +1034,21 @@ class Window:
     def select(self, rows):
         return Window(*(t[rows] for t in self.parts), self.front)
 
+    def note(self, ctx, pos):
+        """Note of positions pos (B, T) which count, their documents, and which are in memory already -> tokens read at each (B, T)."""
+        rows, before = torch.arange(len(pos), device=pos.device)[:, None], pos[:, :1] - 1
+        if ctx.begins:
+            self.front = ctx.prefix
+        docs = torch.zeros_like(pos) if ctx.fresh is None else ctx.fresh.cumsum(1)
+        self.docs[rows, pos] = docs + self.docs.gather(1, before.clamp(min=0)) * (before >= 0)
+        ok = pos >= self.front
+        for there in (ctx.have, ctx.real):
+            ok = ok if there is None else ok & there
+        self.ok[rows, pos] = ok
+        when = pos - self.front + 1 if ctx.when is None else ctx.when
+        self.skip[rows, pos] = False if ctx.known is None else when <= ctx.known[:, None]
+        return when
+
 
 class AssociativeMemory(nn.Module):
     """In place of an MLP: each position searches what was written before, and attends to the mem_top nearest entries, or to
@@ -1048,16 +1063,16 @@ class AssociativeMemory(nn.Module):
         H, D, C = cfg.mem_head, cfg.mem_dim, cfg.n_embd
         self.cfg, self.shape, self.i = cfg, (H, D), i
         self.c_q, self.c_k, self.c_v = (Linear(C, H * D, bias=cfg.bias) for _ in range(3))
-        self.scale = nn.Parameter(torch.empty(H))  # of cosines, in tens
-        self.none = nn.Parameter(torch.empty(H))  # what "nothing" scores, in fives
+        self.scale = nn.Parameter(torch.empty(H))  # of cosines, in twenties
+        self.none = nn.Parameter(torch.empty(H))  # what "nothing" scores, in tens
         self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, bias=cfg.bias)
 
     def window(self, B, L, N, keys, values):
         """An empty Window of L places over N entries."""
         H, k, K = self.shape[0], min(self.cfg.mem_top, N + L), -(-L // self.cfg.mem_chunk)
         new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, device=keys.device, dtype=dtype)
-        return Window(keys, values, new(L, dtype=torch.bool), new(L, dtype=torch.long), new(L, dtype=torch.bool), new(H, L + 1, k, dtype=torch.long), new(H, L + 1, k),
-                      new(K + 1, H, N + L))
+        return Window(keys, values, new(L, dtype=torch.bool), new(L, dtype=torch.long), new(L, dtype=torch.bool),
+                      new(H, L + 1, k, dtype=torch.long), new(H, L + 1, k), new(K + 1, H, N + L))
 
     def init_state(self, B, L, memory, device, dtype):
         base = memory.get(self.i)
@@ -1073,61 +1088,44 @@ class AssociativeMemory(nn.Module):
         q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
         base = None if ctx.memory is None else ctx.memory.get(self.i)
         N = 0 if base is None else base.crf.size(-1)
-        rows, at = torch.arange(B, device=x.device), torch.arange(T, device=x.device)
+        rows, at = torch.arange(B, device=x.device)[:, None], torch.arange(T, device=x.device)
         if part is None:
-            w, pos = self.window(B, T, N, k, v), at.expand(B, T)
+            w, pos, chunks = self.window(B, T, N, k, v), at.expand(B, T), -(-(T - ctx.prefix) // m)
             w.crf[:, 0, :, :N] = 0 if base is None else base.crf
         else:
-            w, pos = part, ctx.pos
-            w.keys[rows[:, None], :, pos], w.values[rows[:, None], :, pos] = k.transpose(1, 2), v.transpose(1, 2)
-        if ctx.begins:
-            w.front = ctx.prefix
-        docs = torch.zeros(B, T, dtype=torch.long, device=x.device) if ctx.fresh is None else ctx.fresh.cumsum(1)
-        ok = pos >= w.front
-        for there in (ctx.have, ctx.real):
-            ok = ok if there is None else ok & there
-        before = pos[:, :1] - 1
-        w.docs[rows[:, None], pos] = docs + w.docs.gather(1, before.clamp(min=0)) * (before >= 0)
-        w.ok[rows[:, None], pos] = ok
-        when = pos - w.front + 1 if ctx.when is None else ctx.when
-        w.skip[rows[:, None], pos] = False if ctx.known is None else when <= ctx.known[:, None]
-        near = Near(self, w, base, N, x.dtype)
-        chunk = (pos - w.front).div(m, rounding_mode="floor")
-        first, size, out = chunk[:, 0].clamp(min=0), min(m, T), []
-        n = -(-(T - (ctx.prefix if part is None else 0)) // m) + (part is not None and T > 1)
-        start = lambda c: (w.front + c * m - pos[:, 0]).clamp(min=0)  # (B,) where chunk c begins among these positions
-        for c in ((first + j).clamp(max=w.crf.size(1) - 2) for j in range(n)):
-            inside = start(c)[:, None] + at[:size]  # (B, size)
-            mine, inside = inside < T, inside.clamp(max=T - 1)
-            mine = mine & (chunk.gather(1, inside) == c[:, None])
-            y, found, weight = near.search(q.gather(2, inside[:, None, :, None].expand(B, H, size, D)), c, pos.gather(1, inside), self.training)
+            w, pos, chunks = part, ctx.pos, -(-T // m) + (T > 1)  # rows may begin anywhere in a chunk
+            w.keys[rows, :, pos], w.values[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+        when = w.note(ctx, pos)
+        near, y = Near(self, w, base if N else None), x.new_zeros(B, T + 1, self.c_proj.in_features)
+        chunk = (pos - w.front).div(m, rounding_mode="floor")  # (B, T)
+        for j in range(chunks):
+            c = (chunk[:, 0].clamp(min=0) + j).clamp(max=w.crf.size(1) - 2)  # (B,)
+            of = (w.front + c * m - pos[:, 0]).clamp(min=0)[:, None] + at[:m]  # (B, m or T) where the chunk stands in x
+            mine = (of < T) & (chunk.gather(1, of.clamp(max=T - 1)) == c[:, None])
+            of = of.clamp(max=T - 1)
+            place = pos.gather(1, of)
+            got, found, weight = near.search(q.gather(2, of[:, None, :, None].expand(-1, H, -1, D)), c, place, self.training)
+            y[rows, torch.where(mine, of, T)] = got.transpose(1, 2).flatten(2)
             with torch.no_grad():
-                there = torch.where(mine, pos.gather(1, inside), near.L)
-                w.found.transpose(1, 2)[rows[:, None], there] = found.transpose(1, 2)
-                w.weight.transpose(1, 2)[rows[:, None], there] = weight.transpose(1, 2)
+                place = torch.where(mine, place, near.L)
+                w.found.transpose(1, 2)[rows, place], w.weight.transpose(1, 2)[rows, place] = found.transpose(1, 2), weight.transpose(1, 2)
                 if part is None or torch.compiler.is_compiling() or bool((pos[:, -1] >= w.front + (c + 1) * m - 1).any()):
                     near.close(c, pos[:, -1])
-            out.append(y)
         if part is None and ctx.wrote is not None:
-            ends = (w.front + torch.arange(1, n + 1, device=x.device) * m - 1).clamp(max=T - 1).expand(B, n)
+            ends = (w.front + torch.arange(1, chunks + 1, device=x.device) * m - 1).clamp(max=T - 1).expand(B, -1)
             ctx.wrote[self.i] = Wrote(near.keys.detach(), w.values.detach(), w.crf, when.gather(1, ends))
-        c = chunk.clamp(min=0)
-        place = ((c - first[:, None]) * size + at - (w.front + c * m - pos[:, :1]).clamp(min=0)).clamp(0, n * size - 1)
-        y = torch.cat(out, dim=2)
-        y = y.gather(2, place[:, None, :, None].expand(B, H, T, y.size(-1))) * (chunk >= 0)[:, None, :, None].to(y.dtype)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.c_proj(y[:, :T])
 
 
 class Near:
     """One forward's view of what an associative memory can find: old entries and those of the window, in one row of numbers."""
 
-    def __init__(self, of, w, base, N, dtype):
-        self.of, self.w, self.N, self.L = of, w, N, w.ok.size(1)
+    def __init__(self, of, w, base):
+        self.of, self.w, self.base, self.N, self.L = of, w, base, 0 if base is None else base.crf.size(-1), w.ok.size(1)
         s = of.cfg.mem_shift
         self.keys = F.pad(w.keys, (0, 0, s, 0))[:, :, :self.L]  # of entries: what stood before
         same = F.pad(w.docs, (s, 0), value=-1)[:, :self.L] == w.docs
         self.ok = w.ok & F.pad(w.ok, (s, 0))[:, :self.L] & same
-        self.base = base if N else None
 
     def old(self, q, there, n):
         """The n nearest to q (B, H, T, D) of the old entries that are there (B, H, N): cosines, -inf where there are no more, and
@@ -1170,8 +1168,8 @@ class Near:
             cosine = torch.cat(((q[..., None, :] * old_k).sum(-1).float(), cosine), -1)
         if training and cfg.mem_drop:
             chosen = chosen & (torch.rand_like(cosine) >= cfg.mem_drop)
-        logits = (10 * self.of.scale.view(-1, 1, 1) * cosine).masked_fill(~chosen, float("-inf"))
-        none = (5 * self.of.none).view(-1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = (20 * self.of.scale.view(-1, 1, 1) * cosine).masked_fill(~chosen, float("-inf"))
+        none = (10 * self.of.none).view(-1, 1, 1).expand(*logits.shape[:3], 1)
         p = torch.cat((logits, none), -1).softmax(-1)[..., :-1]
 
         def read(new, old):
