@@ -1063,8 +1063,8 @@ class AssociativeMemory(nn.Module):
         H, D, C = cfg.mem_head, cfg.mem_dim, cfg.n_embd
         self.cfg, self.shape, self.i = cfg, (H, D), i
         self.c_q, self.c_k, self.c_v = (Linear(C, H * D, bias=cfg.bias) for _ in range(3))
-        self.scale = nn.Parameter(torch.empty(H))  # of cosines, in twenties
-        self.none = nn.Parameter(torch.empty(H))  # what "nothing" scores, in tens
+        self.scale = nn.Parameter(torch.empty(H))  # of cosines, in tens, and by the logarithm of how many entries there are
+        self.none = nn.Parameter(torch.empty(H))  # the cosine of "nothing", in halves
         self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, bias=cfg.bias)
 
     def window(self, B, L, N, keys, values):
@@ -1117,6 +1117,9 @@ class AssociativeMemory(nn.Module):
         return self.c_proj(y[:, :T])
 
 
+PROBES = 64  # pages of an index that a query reads
+
+
 class Near:
     """One forward's view of what an associative memory can find: old entries and those of the window, in one row of numbers."""
 
@@ -1132,7 +1135,7 @@ class Near:
         places, (B, H, T, n) each. A large memory may have an index, which finds almost all of them."""
         (B, H, T, D), base, there = q.shape, self.base, there[:, :, None]
         if base.index is not None:
-            score, at = (torch.stack(t, 1) for t in zip(*(i.search(x.reshape(-1, D).float(), n) for i, x in zip(base.index, q.unbind(1)))))
+            score, at = (torch.stack(t, 1) for t in zip(*(i.search(x.reshape(-1, D).float(), n, PROBES) for i, x in zip(base.index, q.unbind(1)))))
             score, at = (t.view(B, T, H, n).transpose(1, 2) for t in (score, at))
             return score.masked_fill(~there.expand(-1, -1, T, -1).gather(3, at), float("-inf")), at
         keys = base.keys.to(q.dtype)
@@ -1168,8 +1171,9 @@ class Near:
             cosine = torch.cat(((q[..., None, :] * old_k).sum(-1).float(), cosine), -1)
         if training and cfg.mem_drop:
             chosen = chosen & (torch.rand_like(cosine) >= cfg.mem_drop)
-        logits = (20 * self.of.scale.view(-1, 1, 1) * cosine).masked_fill(~chosen, float("-inf"))
-        none = (10 * self.of.none).view(-1, 1, 1).expand(*logits.shape[:3], 1)
+        sharp = 10 * self.of.scale * (there.sum(-1) + 2).log()  # (B, H): the more there are, the nearer the best false one (arXiv:2501.19399)
+        logits = (sharp[..., None, None] * cosine).masked_fill(~chosen, float("-inf"))
+        none = (sharp * self.of.none / 2)[..., None, None].expand(*logits.shape[:3], 1)
         p = torch.cat((logits, none), -1).softmax(-1)[..., :-1]
 
         def read(new, old):
