@@ -1326,7 +1326,7 @@ def facts(cfg):
     return show(cfg, "facts told once, questions for whole values, greedy, eager, fp32; ms a token: one row", rows)
 
 
-PLAYS = dict(n_embd=192, n_head=3, block_size=64, mem_chunk=16, mem_head=2, mem_top=16, batch_size=32, stream=256, max_iters=1500,
+PLAYS = dict(n_embd=128, n_head=4, block_size=64, mem_chunk=16, mem_head=2, mem_top=16, batch_size=16, stream=256, max_iters=1000,
              eval_interval=10 ** 9, log_interval=250)
 
 
