@@ -812,10 +812,11 @@ JUDGE = dict(SMALL, seed=2, block_size=256, batch_size=16, max_iters=750)
 
 @torch.inference_mode()
 def answers(model, tok, facts, memory, rows=64):
-    """Share of facts [(what of, value)] whose whole value is the likeliest text behind the question."""
+    """Share of facts [(what of, value)] whose whole value is the likeliest text behind the question, which follows 6 unrelated facts."""
     right, end = 0, tok.encode("\n")[0]
+    before = "\n" + "".join(f"!{key} {value}\n" for key, value in prepare.random_facts(np.random.default_rng(0), 6))
     for some in (facts[i:i + rows] for i in range(0, len(facts), rows)):
-        d = sample.Decoder(model, [tok.encode(f"\n?{key} ") for key, _ in some], memory=memory)
+        d = sample.Decoder(model, [tok.encode(f"{before}?{key} ") for key, _ in some], memory=memory)
         made = [[] for _ in some]
         for _ in range(max(len(value) for _, value in some) + 1):
             chosen = d.logits.argmax(-1).tolist()

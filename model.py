@@ -67,7 +67,7 @@ class GPTConfig:
     mem_shift: int = 1  # an entry pairs the key of a position with the value of the one so many later: what came next
     mem_novelty: float = 0.98  # a key as near as that (cosine) to a stored one takes its place; above 1: all are stored
     mem_drop: float = 0.0  # share of what is found that is dropped in training
-    mem_noise: float = 0.0  # standard deviation of noise on stored values in training, in units of theirs
+    mem_noise: float = 0.0  # standard deviation of noise on a query's channels in training: what is found must be nearer than that
     mem_straight: bool = False  # return keys too, whose gradient counts as the query's
     n_value_embed: int = 0  # the last n token-level blocks A that add a token embedding of their own to their attention values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
@@ -1085,6 +1085,8 @@ class AssociativeMemory(nn.Module):
     def forward(self, x, ctx, part=None):
         (B, T, _), (H, D), m = x.shape, self.shape, self.cfg.mem_chunk
         q, k, v = (f(x).view(B, T, H, D).transpose(1, 2) for f in (self.c_q, self.c_k, self.c_v))
+        if self.training and self.cfg.mem_noise:
+            q = F.normalize(q.float(), dim=-1) + self.cfg.mem_noise * torch.randn(q.shape, device=q.device)
         q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
         base = None if ctx.memory is None else ctx.memory.get(self.i)
         N = 0 if base is None else base.crf.size(-1)
@@ -1156,7 +1158,7 @@ class Near:
         cfg, w, N = self.of.cfg, self.w, self.N
         rows = torch.arange(len(c), device=c.device)
         there, mine = w.crf[rows, c] > 0, (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
-        cosine, n, values = (q @ self.keys.mT).float(), 0, w.values
+        cosine, n = (q @ self.keys.mT).float(), 0
         with torch.no_grad():
             score = cosine.masked_fill(~(there[:, :, None, N:] & mine), float("-inf"))  # (B, H, T, L)
             if self.base is not None:
@@ -1180,9 +1182,7 @@ class Near:
             y = p[..., n:].to(new.dtype) @ new
             return y + (p[..., :n, None].to(new.dtype) * old).sum(-2) if n else y
 
-        if training and cfg.mem_noise:
-            values = values + cfg.mem_noise * torch.randn_like(values) * values.detach().square().mean(-1, keepdim=True).sqrt()
-        y = read(values, old_v if n else None)
+        y = read(w.values, old_v if n else None)
         if cfg.mem_straight:
             y = torch.cat((y, read(self.keys, old_k if n else None) + q - q.detach()), -1)
         places = N + found - n

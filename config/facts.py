@@ -1,5 +1,5 @@
 """Facts that are told once and asked later, far outside the window, kept by an associative memory. python prepare.py facts makes the
-data; about seven minutes on two cores. Then read facts of your own into it: python sample.py learn --help."""
+data; about ten minutes on two cores. Then read facts of your own into it: python sample.py learn --help."""
 out_dir = "out/facts"
 dataset = "facts"
 layers = "AAAM"
@@ -12,6 +12,7 @@ mem_head = 2
 mem_dim = 64
 mem_top = 8
 mem_novelty = 2.0
+mem_noise = 0.1
 stream = 96
 batch_size = 8
 max_iters = 3000
