@@ -1407,7 +1407,7 @@ def crash(cfg, kills=50):
     return show(cfg, "SIGKILL while writing, then read by another process", [{**figures, "MB": os.path.getsize(path) / 2 ** 20}])
 
 
-LAMBDAS, TEMPS, KS = np.linspace(0, 0.8, 21), 2.0 ** np.arange(-7, 2), (16, 64, 256, 1024)  # temperatures: times the channels
+LAMBDAS, TEMPS, KS = np.linspace(0, 0.8, 21), 2.0 ** np.arange(-7, 2), (16, 64, 256)  # temperatures: times the channels
 
 
 def tuned(logp, far, hits, C, fits):
@@ -1435,7 +1435,7 @@ def behind(h, places, k, size=64):
 
 
 @torch.inference_mode()
-def knn(cfg, sizes=(30_000, 100_000, 300_000, 1_000_000), n=8000):
+def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     """kNN-LM: validation loss with the training text, or with what stands before in the text itself; tuned and scored on different halves"""
     folder = kept(cfg, "judge", **JUDGE)
     model, ckpt = sample.load(folder)

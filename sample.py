@@ -83,7 +83,7 @@ class SampleConfig:
     memory: str = ""  # a store that learn --memory wrote with this model: what blocks M find besides what they read
     knn: str = ""  # a datastore that learn --knn wrote with this model: mix in what came next at the places most like this one
     knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
-    knn_k: int = 1024  # knn: how many places
+    knn_k: int = 256  # knn: how many places
     knn_temp: float = 10.0  # knn: a place at the distance d counts exp(-d^2 / knn_temp)
     limit: int = 20  # memory list: entries to show; 0: all
     interactive: bool = False  # go on from what is typed, turn by turn, with all turns in view
