@@ -975,6 +975,7 @@ class Memory:
     keys: torch.Tensor
     values: torch.Tensor
     crf: torch.Tensor
+    index: list | None = None  # Clusters of the keys of each head, for one row with very many; None: search is exact
 
     @classmethod
     def empty(cls, B, cfg, size=None, device=None, dtype=torch.float32):
@@ -1003,6 +1004,10 @@ class Memory:
             i, j = (t[..., None].expand(*t.shape, mine.size(-1)) for t in (slot, at))
             mine.scatter_(2, i, torch.where(better[..., None], new.gather(2, j).to(mine.dtype), mine.gather(2, i)))
         self.crf.scatter_(2, slot, torch.where(better, high, low))
+        for index, keys, some in zip(self.index or (), self.keys[0], zip(slot[0], better[0])):
+            places = some[0][some[1]]
+            index.drop(places)
+            index.add(keys[places], places)
         return slot, at, better
 
 
@@ -1029,6 +1034,21 @@ class Window:
     def select(self, rows):
         return Window(*(t[rows] for t in self.parts), self.front)
 
+    def note(self, ctx, pos):
+        """Note of positions pos (B, T) which count, their documents, and which are in memory already -> tokens read at each (B, T)."""
+        rows, before = torch.arange(len(pos), device=pos.device)[:, None], pos[:, :1] - 1
+        if ctx.begins:
+            self.front = ctx.prefix
+        docs = torch.zeros_like(pos) if ctx.fresh is None else ctx.fresh.cumsum(1)
+        self.docs[rows, pos] = docs + self.docs.gather(1, before.clamp(min=0)) * (before >= 0)
+        ok = pos >= self.front
+        for there in (ctx.have, ctx.real):
+            ok = ok if there is None else ok & there
+        self.ok[rows, pos] = ok
+        when = pos - self.front + 1 if ctx.when is None else ctx.when
+        self.skip[rows, pos] = False if ctx.known is None else when <= ctx.known[:, None]
+        return when
+
 
 class AssociativeMemory(nn.Module):
     """In place of an MLP: each position searches what was written before, and attends to the mem_top nearest entries, or to
@@ -1043,16 +1063,16 @@ class AssociativeMemory(nn.Module):
         H, D, C = cfg.mem_head, cfg.mem_dim, cfg.n_embd
         self.cfg, self.shape, self.i = cfg, (H, D), i
         self.c_q, self.c_k, self.c_v = (Linear(C, H * D, bias=cfg.bias) for _ in range(3))
-        self.scale = nn.Parameter(torch.empty(H))  # of cosines, in tens
-        self.none = nn.Parameter(torch.empty(H))  # what "nothing" scores, in fives
+        self.scale = nn.Parameter(torch.empty(H))  # of cosines, in tens, and by the logarithm of how many entries there are
+        self.none = nn.Parameter(torch.empty(H))  # the cosine of "nothing", in halves
         self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, bias=cfg.bias)
 
     def window(self, B, L, N, keys, values):
         """An empty Window of L places over N entries."""
         H, k, K = self.shape[0], min(self.cfg.mem_top, N + L), -(-L // self.cfg.mem_chunk)
         new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, device=keys.device, dtype=dtype)
-        return Window(keys, values, new(L, dtype=torch.bool), new(L, dtype=torch.long), new(L, dtype=torch.bool), new(H, L + 1, k, dtype=torch.long), new(H, L + 1, k),
-                      new(K + 1, H, N + L))
+        return Window(keys, values, new(L, dtype=torch.bool), new(L, dtype=torch.long), new(L, dtype=torch.bool),
+                      new(H, L + 1, k, dtype=torch.long), new(H, L + 1, k), new(K + 1, H, N + L))
 
     def init_state(self, B, L, memory, device, dtype):
         base = memory.get(self.i)
@@ -1068,73 +1088,62 @@ class AssociativeMemory(nn.Module):
         q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
         base = None if ctx.memory is None else ctx.memory.get(self.i)
         N = 0 if base is None else base.crf.size(-1)
-        rows, at = torch.arange(B, device=x.device), torch.arange(T, device=x.device)
+        rows, at = torch.arange(B, device=x.device)[:, None], torch.arange(T, device=x.device)
         if part is None:
-            w, pos = self.window(B, T, N, k, v), at.expand(B, T)
+            w, pos, chunks = self.window(B, T, N, k, v), at.expand(B, T), -(-(T - ctx.prefix) // m)
             w.crf[:, 0, :, :N] = 0 if base is None else base.crf
         else:
-            w, pos = part, ctx.pos
-            w.keys[rows[:, None], :, pos], w.values[rows[:, None], :, pos] = k.transpose(1, 2), v.transpose(1, 2)
-        if ctx.begins:
-            w.front = ctx.prefix
-        docs = torch.zeros(B, T, dtype=torch.long, device=x.device) if ctx.fresh is None else ctx.fresh.cumsum(1)
-        ok = pos >= w.front
-        for there in (ctx.have, ctx.real):
-            ok = ok if there is None else ok & there
-        before = pos[:, :1] - 1
-        w.docs[rows[:, None], pos] = docs + w.docs.gather(1, before.clamp(min=0)) * (before >= 0)
-        w.ok[rows[:, None], pos] = ok
-        when = pos - w.front + 1 if ctx.when is None else ctx.when
-        w.skip[rows[:, None], pos] = False if ctx.known is None else when <= ctx.known[:, None]
-        near = Near(self, w, base, N, x.dtype)
-        chunk = (pos - w.front).div(m, rounding_mode="floor")
-        first, size, out = chunk[:, 0].clamp(min=0), min(m, T), []
-        n = -(-(T - (ctx.prefix if part is None else 0)) // m) + (part is not None and T > 1)
-        start = lambda c: (w.front + c * m - pos[:, 0]).clamp(min=0)  # (B,) where chunk c begins among these positions
-        for c in ((first + j).clamp(max=w.crf.size(1) - 2) for j in range(n)):
-            inside = start(c)[:, None] + at[:size]  # (B, size)
-            mine, inside = inside < T, inside.clamp(max=T - 1)
-            mine = mine & (chunk.gather(1, inside) == c[:, None])
-            y, found, weight = near.search(q.gather(2, inside[:, None, :, None].expand(B, H, size, D)), c, pos.gather(1, inside), self.training)
+            w, pos, chunks = part, ctx.pos, -(-T // m) + (T > 1)  # rows may begin anywhere in a chunk
+            w.keys[rows, :, pos], w.values[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+        when = w.note(ctx, pos)
+        near, y = Near(self, w, base if N else None), x.new_zeros(B, T + 1, self.c_proj.in_features)
+        chunk = (pos - w.front).div(m, rounding_mode="floor")  # (B, T)
+        for j in range(chunks):
+            c = (chunk[:, 0].clamp(min=0) + j).clamp(max=w.crf.size(1) - 2)  # (B,)
+            of = (w.front + c * m - pos[:, 0]).clamp(min=0)[:, None] + at[:m]  # (B, m or T) where the chunk stands in x
+            mine = (of < T) & (chunk.gather(1, of.clamp(max=T - 1)) == c[:, None])
+            of = of.clamp(max=T - 1)
+            place = pos.gather(1, of)
+            got, found, weight = near.search(q.gather(2, of[:, None, :, None].expand(-1, H, -1, D)), c, place, self.training)
+            y[rows, torch.where(mine, of, T)] = got.transpose(1, 2).flatten(2)
             with torch.no_grad():
-                there = torch.where(mine, pos.gather(1, inside), near.L)
-                w.found.transpose(1, 2)[rows[:, None], there] = found.transpose(1, 2)
-                w.weight.transpose(1, 2)[rows[:, None], there] = weight.transpose(1, 2)
+                place = torch.where(mine, place, near.L)
+                w.found.transpose(1, 2)[rows, place], w.weight.transpose(1, 2)[rows, place] = found.transpose(1, 2), weight.transpose(1, 2)
                 if part is None or torch.compiler.is_compiling() or bool((pos[:, -1] >= w.front + (c + 1) * m - 1).any()):
                     near.close(c, pos[:, -1])
-            out.append(y)
         if part is None and ctx.wrote is not None:
-            ends = (w.front + torch.arange(1, n + 1, device=x.device) * m - 1).clamp(max=T - 1).expand(B, n)
+            ends = (w.front + torch.arange(1, chunks + 1, device=x.device) * m - 1).clamp(max=T - 1).expand(B, -1)
             ctx.wrote[self.i] = Wrote(near.keys.detach(), w.values.detach(), w.crf, when.gather(1, ends))
-        c = chunk.clamp(min=0)
-        place = ((c - first[:, None]) * size + at - (w.front + c * m - pos[:, :1]).clamp(min=0)).clamp(0, n * size - 1)
-        y = torch.cat(out, dim=2)
-        y = y.gather(2, place[:, None, :, None].expand(B, H, T, y.size(-1))) * (chunk >= 0)[:, None, :, None].to(y.dtype)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.c_proj(y[:, :T])
+
+
+PROBES = 64  # pages of an index that a query reads
 
 
 class Near:
     """One forward's view of what an associative memory can find: old entries and those of the window, in one row of numbers."""
 
-    def __init__(self, of, w, base, N, dtype):
-        self.of, self.w, self.N, self.L = of, w, N, w.ok.size(1)
+    def __init__(self, of, w, base):
+        self.of, self.w, self.base, self.N, self.L = of, w, base, 0 if base is None else base.crf.size(-1), w.ok.size(1)
         s = of.cfg.mem_shift
         self.keys = F.pad(w.keys, (0, 0, s, 0))[:, :, :self.L]  # of entries: what stood before
         same = F.pad(w.docs, (s, 0), value=-1)[:, :self.L] == w.docs
         self.ok = w.ok & F.pad(w.ok, (s, 0))[:, :self.L] & same
-        self.old = None if base is None or not N else tuple(t.to(dtype) for t in (base.keys, base.values))
 
-    def score(self, q):
-        """Cosines of q (B, H, T, D) with all entries, (B, H, T, N + L)."""
-        new = q @ self.keys.mT
-        if self.old is None:
-            return new.float()
-        keys, (B, H, T, D) = self.old[0], q.shape
+    def old(self, q, there, n):
+        """The n nearest to q (B, H, T, D) of the old entries that are there (B, H, N): cosines, -inf where there are no more, and
+        places, (B, H, T, n) each. A large memory may have an index, which finds almost all of them."""
+        (B, H, T, D), base, there = q.shape, self.base, there[:, :, None]
+        if base.index is not None:
+            score, at = (torch.stack(t, 1) for t in zip(*(i.search(x.reshape(-1, D).float(), n, PROBES) for i, x in zip(base.index, q.unbind(1)))))
+            score, at = (t.view(B, T, H, n).transpose(1, 2) for t in (score, at))
+            return score.masked_fill(~there.expand(-1, -1, T, -1).gather(3, at), float("-inf")), at
+        keys = base.keys.to(q.dtype)
         if len(keys) == 1:  # one row stands for all: one product, and no copies of it
-            old = (q.transpose(0, 1).reshape(1, H, B * T, D) @ keys.mT).view(H, B, T, -1).transpose(0, 1)
+            score = (q.transpose(0, 1).reshape(1, H, B * T, D) @ keys.mT).view(H, B, T, -1).transpose(0, 1)
         else:
-            old = q @ keys.mT
-        return torch.cat((old, new), dim=-1).float()
+            score = q @ keys.mT
+        return top(score.float().masked_fill(~there, float("-inf")), n)
 
     def doc(self, c):
         """Documents begun before chunk c (B,)."""
@@ -1146,38 +1155,40 @@ class Near:
         with their weights."""
         cfg, w, N = self.of.cfg, self.w, self.N
         rows = torch.arange(len(c), device=c.device)
-        see = (w.crf[rows, c] > 0)[:, :, None] & (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
+        there, mine = w.crf[rows, c] > 0, (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
+        cosine, n, values = (q @ self.keys.mT).float(), 0, w.values
         with torch.no_grad():
-            score = self.score(q).masked_fill(~see, float("-inf"))
-            best, found = top(score, w.found.size(-1))
-        here = (q @ self.keys.mT).float()
-        chosen = see[..., N:] & (score[..., N:] >= best[..., -1:])
-        keys, values = [self.keys], [w.values]
-        if self.old is not None:
-            at = found.clamp(max=N - 1)
-            old_k, old_v = (t.expand(len(c), -1, -1, -1).gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1)))
-                            .view(*at.shape, -1) for t in self.old)
-            there = (q[..., None, :] * old_k).sum(-1).float()
-            here, chosen = torch.cat((there, here), -1), torch.cat(((found < N) & (best > float("-inf")), chosen), -1)
+            score = cosine.masked_fill(~(there[:, :, None, N:] & mine), float("-inf"))  # (B, H, T, L)
+            if self.base is not None:
+                n = min(cfg.mem_top, N)
+                best, at = self.old(q, there[..., :N], n)
+                score = torch.cat((best.masked_fill(~mine, float("-inf")), score), dim=-1)
+            low, found = top(score, w.found.size(-1))
+            chosen = (score >= low[..., -1:]) & (score > float("-inf"))  # no gradient flows into the choice, only into what is chosen
+        if n:
+            old_k, old_v = (t.to(q.dtype).expand(len(c), -1, -1, -1).gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1)))
+                            .view(*at.shape, -1) for t in (self.base.keys, self.base.values))
+            cosine = torch.cat(((q[..., None, :] * old_k).sum(-1).float(), cosine), -1)
         if training and cfg.mem_drop:
-            chosen = chosen & (torch.rand_like(here) >= cfg.mem_drop)
-        logits = (10 * self.of.scale.view(-1, 1, 1) * here).masked_fill(~chosen, float("-inf"))
-        none = (5 * self.of.none).view(-1, 1, 1).expand(*logits.shape[:3], 1)
+            chosen = chosen & (torch.rand_like(cosine) >= cfg.mem_drop)
+        sharp = 10 * self.of.scale * (there.sum(-1) + 2).log()  # (B, H): the more there are, the nearer the best false one (arXiv:2501.19399)
+        logits = (sharp[..., None, None] * cosine).masked_fill(~chosen, float("-inf"))
+        none = (sharp * self.of.none / 2)[..., None, None].expand(*logits.shape[:3], 1)
         p = torch.cat((logits, none), -1).softmax(-1)[..., :-1]
-        k = p.size(-1) - self.L
-        weight = p[..., k:].gather(-1, (found - N).clamp(min=0))
-        weight = weight if self.old is None else torch.where(found < N, p[..., :k], weight)
 
         def read(new, old):
-            if training and cfg.mem_noise:
-                new = new + cfg.mem_noise * torch.randn_like(new) * new.detach().square().mean(-1, keepdim=True).sqrt()
-            y = p[..., k:].to(new.dtype) @ new
-            return y if old is None else y + (p[..., :k, None].to(new.dtype) * old).sum(-2)
+            y = p[..., n:].to(new.dtype) @ new
+            return y + (p[..., :n, None].to(new.dtype) * old).sum(-2) if n else y
 
-        y = read(w.values, None if self.old is None else old_v)
+        if training and cfg.mem_noise:
+            values = values + cfg.mem_noise * torch.randn_like(values) * values.detach().square().mean(-1, keepdim=True).sqrt()
+        y = read(values, old_v if n else None)
         if cfg.mem_straight:
-            y = torch.cat((y, read(self.keys, None if self.old is None else old_k) + q - q.detach()), -1)
-        return y, found, weight.detach()
+            y = torch.cat((y, read(self.keys, old_k if n else None) + q - q.detach()), -1)
+        places = N + found - n
+        if n:
+            places = torch.where(found < n, at.gather(-1, found.clamp(max=n - 1)), places)
+        return y, places, p.detach().gather(-1, found)
 
     def close(self, c, last):
         """Write what chunk c (B,) has at places up to `last` (B,): the crf before the next chunk."""
@@ -1199,7 +1210,11 @@ class Near:
         gain = torch.ones_like(new, dtype=crf.dtype)
         if cfg.mem_novelty <= 1:
             keys = pick(self.keys)
-            best, at = self.score(keys).masked_fill(~stored[:, :, None], -1.0).max(-1)
+            best, at = (keys @ self.keys.mT).float().masked_fill(~stored[:, :, None, N:], -1.0).max(-1)
+            at = at + N
+            if self.base is not None:
+                old, where = (t[..., 0] for t in self.old(keys, stored[..., :N], 1))
+                best, at = torch.maximum(best, old), torch.where(old > best, where, at)
             near = (best >= cfg.mem_novelty) & new
             gain = gain + near * crf.gather(2, at)
             crf = crf * (1 - torch.zeros_like(crf).scatter_add(2, at, near.float()).clamp(max=1))  # the newer one takes its place

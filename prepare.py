@@ -611,13 +611,13 @@ def random_facts(rng, n, stems=32):
 
 
 def facts(cfg, rng):
-    """8 to 400 facts, each told once, `!name attribute value`, and asked once, `?name attribute value`, some time later. The fewer stems
+    """8 to 512 facts, each told once, `!name attribute value`, and asked once, `?name attribute value`, some time later. The fewer stems
     their names have, the harder they are to tell apart."""
     chars = "\n !?" + "".join(map(chr, range(97, 123)))
     ids = {c: i for i, c in enumerate(chars)}
 
     def document(train):
-        new, told, text, mask = random_facts(rng, int(8 * 50 ** rng.random()), int(32 ** rng.random())), [], [], []
+        new, told, text, mask = random_facts(rng, int(8 * 64 ** rng.random()), int(32 ** rng.random())), [], [], []
         while new or told:
             tell = new and (not told or rng.random() < 0.5)
             key, value = new.pop() if tell else told.pop(rng.integers(len(told)))

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 import prepare
 from config import UserError
-from model import GPT, GPTConfig, Level, Linear, Memory, rms_norm, search
+from model import Clusters, GPT, GPTConfig, Level, Linear, Memory, rms_norm, search
 
 
 @dataclass
@@ -81,6 +81,7 @@ class SampleConfig:
     beams: int = 0  # beam search over so many texts, of which the n likeliest are shown; 0: off
     best_of: int = 0  # make so many samples and show the n likeliest; 0: off
     memory: str = ""  # a store that learn --memory wrote with this model: what blocks M find besides what they read
+    memory_index: bool = False  # memory: search it by an index, made at the start: faster from some 100,000 entries on, and almost always right
     knn: str = ""  # a datastore that learn --knn wrote with this model: mix in what came next at the places most like this one
     knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
     knn_k: int = 256  # knn: how many places
@@ -118,6 +119,8 @@ class SampleConfig:
         for k in ("exit", "speculate"):
             if self.knn and getattr(self, k):
                 raise ValueError(f"knn needs the last layer's vector of every token when it is chosen, which {k} does without; choose one")
+        if self.memory_index and not self.memory:
+            raise ValueError("memory_index is for a memory, such as --memory=facts.db")
         if self.knn and self.soft and self.collapse_by == "context":
             raise ValueError("collapse_by = context draws from the model alone; with knn take collapse_by = nearest")
         if not self.exit and (self.exit_threshold >= 0 or self.exit_decay):
@@ -563,7 +566,7 @@ def learn_memory(store, model, tok, ids, width=40):
     return total
 
 
-def open_memory(store, model, room):
+def open_memory(store, model, room, index=False):
     """What a Store holds as (memory {block: Memory} of one row with `room` for more, sources {block: (store, ids (H, N))})."""
     found, sources = {}, {}
     for i in model.init_memory(1, size=0):
@@ -576,17 +579,20 @@ def open_memory(store, model, room):
         for h in range(model.cfg.mem_head):
             ids[h, :(a["head"] == h).sum()] = a["ids"][a["head"] == h]
         sources[i] = store, ids
-    return remembered(model, found, room), sources
+    return remembered(model, found, room, index), sources
 
 
-def remembered(model, found, room=0):
-    """What absorb found as {block: Memory} of one row, with room for more."""
+def remembered(model, found, room=0, index=False):
+    """What absorb found as {block: Memory} of one row, with room for more; index: search it by one."""
     memory = {}
     for i, heads in found.items():
         n = max(len(keys) for keys, *_ in heads)
         memory[i] = m = model.init_memory(1, size=n + room)[i]
         for h, (keys, values, *_) in enumerate(heads):
             m.keys[0, h, :len(keys)], m.values[0, h, :len(keys)], m.crf[0, h, :len(keys)] = keys, values, 1.0
+        m.index = [Clusters(keys.size(1)) for keys, *_ in heads] if index else None
+        for clusters, (keys, *_) in zip(m.index or (), heads):
+            clusters.add(keys)
     return memory
 
 
@@ -1610,7 +1616,8 @@ def decode(cfg, stores):
     start = lambda m, **more: Decoder(m, [ids], tok.eot, cfg.compile, **more).select(rows)
     neighbours, memory, sources = None, None, {}
     if cfg.memory:
-        memory, sources = open_memory(stores.enter_context(open_store("memory", cfg.memory, model, path)), model, model.cfg.mem_size)
+        memory, sources = open_memory(stores.enter_context(open_store("memory", cfg.memory, model, path)), model, model.cfg.mem_size,
+                                      cfg.memory_index)
     elif ckpt["train_config"].get("stream"):  # what the window cannot hold is remembered, as in training
         memory = model.init_memory(1)
     if cfg.knn:

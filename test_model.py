@@ -935,6 +935,22 @@ def test_memory_outlasts_the_window():
     assert not torch.allclose(plain.logits[0], d.logits[0], atol=1e-3)
 
 
+def test_an_index_finds_what_search_finds():
+    """With every page read an index is exact, also after the memory was written to."""
+    m = memory_model(mem_novelty=2.0)
+    ids = torch.randint(6, 24, (120,), generator=torch.Generator().manual_seed(2)).tolist()
+    exact, indexed = (sample.remembered(m, sample.absorb(m, ids), room=8, index=i) for i in (False, True))
+    x = torch.randint(6, 24, (1, 16), generator=torch.Generator().manual_seed(4))
+    for _ in range(3):
+        a, b = m(x, memory=exact), m(x, memory=indexed)
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-5, rtol=1e-5)
+        for i in exact:
+            exact[i].write(a.wrote[i]), indexed[i].write(b.wrote[i])
+        assert indexed[1].index[0].count.sum() == (indexed[1].crf[0, 0] > 0).sum()
+    rows = sample.Decoder(m, [[1, 2], [3, 4, 5]], memory=indexed)
+    torch.testing.assert_close(rows.logits, sample.Decoder(m, [[1, 2], [3, 4, 5]], memory=exact).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_reading_into_memory():
     """Each position once, with its place in the text; read in pieces, or in one."""
     m = memory_model(mem_novelty=2.0)

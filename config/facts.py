@@ -2,16 +2,17 @@
 data; about seven minutes on two cores. Then read facts of your own into it: python sample.py learn --help."""
 out_dir = "out/facts"
 dataset = "facts"
-layers = "AAM"
+layers = "AAAM"
 n_head = 4
 n_embd = 128
 block_size = 256
 mem_chunk = 64
 mem_size = 8192
 mem_head = 2
+mem_dim = 64
 mem_top = 8
 mem_novelty = 2.0
-stream = 64
+stream = 96
 batch_size = 8
-max_iters = 2500
-eval_interval = 500
+max_iters = 3000
+eval_interval = 1500
