@@ -1456,7 +1456,7 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     def row(name, entries, far, tokens, **more):
         lam, temp, k, nats = tuned(logp[at], far, tokens == right[at, None], C, fits)
         gain = (-logp[at] - nats)[~fits]
-        rows.append({"datastore": name, "entries": entries, "lambda": lam, "temp": temp, "k": k, "val loss": nats[~fits].mean().item(),
+        rows.append({"datastore": name, "entries": entries, "lambda": lam, "temp": temp / C, "k": k, "val loss": nats[~fits].mean().item(),
                      "gain": gain.mean().item(), "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more})
 
     def look(near, own=False):
