@@ -84,8 +84,8 @@ class SampleConfig:
     memory_index: bool = False  # memory: search it by an index, made at the start: faster from some 100,000 entries on, and almost always right
     knn: str = ""  # a datastore that learn --knn wrote with this model: mix in what came next at the places most like this one
     knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
-    knn_k: int = 1024  # knn: how many places
-    knn_temp: float = 10.0  # knn: a place at the distance d counts exp(-d^2 / knn_temp)
+    knn_k: int = 256  # knn: how many places
+    knn_temp: float = 0.0625  # knn: a place at the distance d counts exp(-d^2 / (knn_temp n_embd))
     limit: int = 20  # memory list: entries to show; 0: all
     interactive: bool = False  # go on from what is typed, turn by turn, with all turns in view
     trace: bool = False  # colour each token by its exit, by whether it was drafted, by contrastive shift, or by entropy
@@ -1622,7 +1622,7 @@ def decode(cfg, stores):
         memory = model.init_memory(1)
     if cfg.knn:
         store = stores.enter_context(open_store("knn", cfg.knn, model, path))
-        neighbours = Neighbours.open(store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp, cfg.device)
+        neighbours = Neighbours.open(store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp * model.cfg.n_embd, cfg.device)
     expert, others = start(model, at_exit=at_exit, leave=leave, neighbours=neighbours, memory=memory, sources=sources), {k: start(m) for k, m in others.items()}
     if cfg.amateur.startswith("context:"):
         others["amateur"] = start(model, context=after_kind("context", cfg.amateur))
