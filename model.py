@@ -456,13 +456,14 @@ class Clusters:
         self.ids = torch.zeros(1, size, dtype=torch.long, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # how many keys each page has: its first ones
         self.mean, self.spread = torch.zeros(1, dim, device=device), torch.zeros(1, device=device)
+        self.home = torch.zeros(0, dtype=torch.long, device=device)  # the page of each id
 
     def __len__(self):
         return int(self.count.sum())
 
     @torch.no_grad()
     def add(self, keys, ids=None):
-        """Take in keys (n, D) under ids (n,), by default the numbers that follow those of before."""
+        """Take in keys (n, D) under ids (n,) that are not there yet; by default the numbers that follow those of before."""
         self.place(keys.float(), torch.arange(self.n_key, self.n_key + len(keys), device=keys.device) if ids is None else ids)
         self.n_key += len(keys)
         if len(self) > 2 * self.settled:
@@ -474,6 +475,8 @@ class Clusters:
 
     def place(self, keys, ids):
         while len(keys):
+            if (most := int(ids.max())) >= len(self.home):
+                self.home = F.pad(self.home, (0, most + 1), value=-1)
             mean = self.mean[:self.n_page]
             page = torch.cat([(x @ mean.t() - mean.square().sum(-1) / 2).argmax(-1) for x in keys.split(4096)])
             page, order = page.sort(stable=True)
@@ -481,6 +484,7 @@ class Clusters:
             at = self.count[page] + torch.arange(len(page), device=page.device) - (new.cumsum(0) - new)[page]
             fits = at < self.size
             self.keys[page[fits], at[fits]], self.ids[page[fits], at[fits]] = keys[fits], ids[fits]
+            self.home[ids] = page  # of those without room, too: they come again below
             self.count = (self.count + new).clamp(max=self.size)
             self.measure(new.nonzero()[:, 0])
             keys, ids = keys[~fits], ids[~fits]
@@ -508,17 +512,19 @@ class Clusters:
         keys, ids = self.keys[full[:, None], order], self.ids[full[:, None], order]
         for pages, a, b in ((full, 0, self.size // 2), (halves, self.size // 2, self.size)):
             self.keys[pages, :b - a], self.ids[pages, :b - a], self.count[pages] = keys[:, a:b], ids[:, a:b], b - a
+            self.home[ids[:, a:b]] = pages[:, None]
             self.measure(pages)
 
     def drop(self, ids):
-        """Forget the keys under ids (n,)."""
-        held = self.slot < self.count[:, None]
-        kept = held & ~torch.isin(self.ids, ids)
-        pages = (held & ~kept).any(-1).nonzero()
-        order = kept[pages[:, 0]].sort(descending=True, stable=True)[1]
-        self.keys[pages[:, 0]], self.ids[pages[:, 0]] = self.keys[pages, order], self.ids[pages, order]
-        self.count = kept.sum(-1)
-        self.measure(pages[:, 0])
+        """Forget the keys under those of ids (n,) that there are."""
+        ids = ids[ids < len(self.home)]
+        pages = self.home[ids].unique()
+        pages = pages[pages >= 0]
+        kept = (self.slot < self.count[pages, None]) & ~torch.isin(self.ids[pages], ids)
+        order = kept.sort(descending=True, stable=True)[1]
+        self.keys[pages], self.ids[pages] = self.keys[pages[:, None], order], self.ids[pages[:, None], order]
+        self.home[ids], self.count[pages] = -1, kept.sum(-1)
+        self.measure(pages)
 
     @torch.no_grad()
     def search(self, q, k, probes=16):
