@@ -13,7 +13,9 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -805,9 +807,28 @@ def kept(cfg, name, preset=None, **overrides):
     return fit(cfg, preset, out_dir=name, **overrides)["out_dir"]
 
 
+JUDGE = dict(SMALL, seed=2, block_size=256, batch_size=16, max_iters=750)
+
+
+@torch.inference_mode()
+def answers(model, tok, facts, memory, rows=64):
+    """Share of facts [(what of, value)] whose whole value is the likeliest text behind the question."""
+    right, end = 0, tok.encode("\n")[0]
+    for some in (facts[i:i + rows] for i in range(0, len(facts), rows)):
+        d = sample.Decoder(model, [tok.encode(f"\n?{key} ") for key, _ in some], memory=memory)
+        made = [[] for _ in some]
+        for _ in range(max(len(value) for _, value in some) + 1):
+            chosen = d.logits.argmax(-1).tolist()
+            for row, token in zip(made, chosen):
+                row.append(token)
+            d.push(chosen)
+        right += sum(tok.decode(row[:row.index(end)] if end in row else row) == value for row, (_, value) in zip(made, some))
+    return right / len(facts)
+
+
 def judge_of(cfg):
     """A model that others' texts are judged by: another shape, another seed."""
-    return sample.load(kept(cfg, "judge", seed=2, **dict(SMALL, block_size=256, batch_size=16, max_iters=750)))[0]
+    return sample.load(kept(cfg, "judge", **JUDGE))[0]
 
 
 def timed_tokens(makers, rounds, n):
@@ -1275,16 +1296,213 @@ def variants(cfg):
     return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 500 steps, mean of {cfg.seeds} seeds", rows)
 
 
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def facts(cfg):
+    """random facts, each read once and asked far outside the window, by how many are stored: right answers, seconds"""
+    have(cfg, "facts")
+    model, ckpt = sample.load(kept(cfg, "facts", "facts", dataset="facts"))
+    tok, rows = prepare.Tokenizer(ckpt["tokenizer"]), []
+    for n in (100, 1000, 10_000, 100_000):
+        known = prepare.random_facts(np.random.default_rng(n), n)
+        asked = [known[i] for i in np.random.default_rng(0).permutation(n)[:1000 if n <= 10_000 else 200]]
+        start = time.perf_counter()
+        found = sample.absorb(model, tok.encode("\n" + "".join(f"!{key} {value}\n" for key, value in known)))
+        read, memory = time.perf_counter() - start, sample.remembered(model, found)
+        times = {}
+        for k, m in {"with": memory, "without": None}.items():
+            d = sample.Decoder(model, [tok.encode("\n?")], memory=m)
+            times[k] = median(seconds(lambda: d.push([4])) for _ in range(20))
+        per_row = 2 ** 21 // max(len(keys) for heads in found.values() for keys, *_ in heads)
+        rows.append({"facts": n, "entries a head": max(len(keys) for heads in found.values() for keys, *_ in heads),
+                     "GB": sum(t.numel() * t.element_size() for m in memory.values() for t in (m.keys, m.values)) / 1e9,
+                     "right": answers(model, tok, asked, memory, rows=max(1, min(64, 8 * per_row))),
+                     "cleared": answers(model, tok, asked, None), "read s": read,
+                     "ms a token": 1e3 * times["with"], "without": 1e3 * times["without"]})
+        del memory
+    return show(cfg, "facts told once (whole values right, greedy; 1,000 questions, 200 of 100,000; one row, eager)", rows)
+
+
+PLAYS = dict(n_embd=192, n_head=3, block_size=64, mem_chunk=16, mem_head=2, mem_top=16, batch_size=32, stream=256, max_iters=1500,
+             eval_interval=10 ** 9, log_interval=250)
+
+
+def plays(cfg):
+    """held-out plays at a window of 64: validation loss by what an associative memory keeps"""
+    arms = {"AAAA, no memory": dict(PLAYS, layers="AAAA")}
+    arms.update({f"AAMA, {n:,}": dict(PLAYS, layers="AAMA", mem_size=n) for n in (0, 512, 2048, 8192)})
+    arms["RR(RM)R, words, 2,048"] = dict(PLAYS, layers="RR(RM)R", chunk="space", mem_chunk=4, mem_size=2048)
+    rows = [{"arm": k, "val loss": (r := fit(cfg, seed=1, **a))["val_loss"], "params M": r["params"] / 1e6,
+             "ms a step": 1e3 * r["step_seconds"] / (r["step"] - 1)} for k, a in arms.items()]
+    for r in rows:
+        r["- memory 0"] = r["val loss"] - rows[1]["val loss"]
+    return show(cfg, f"{cfg.dataset}, windows of 64 in turn, {PLAYS['max_iters']} steps, one seed", rows)
+# ---------------------------------------------------------------------------------------------------------------------
+# memory
+
+
+STORED = dict(model="nobody", kind="memory", key=(64, "float32"), value=(64, "float32"))
+
+
+def batch_of(b, n=200):
+    """The b-th batch of a store that is written to be killed: keys, values, texts."""
+    keys, values = np.random.default_rng(b).standard_normal((2, n, 64), dtype=np.float32)
+    return keys, values, [f"entry {i} of batch {b}" for i in range(n)]
+
+
+def write_on(path):
+    """The child of kill_writers: batch after batch into a store, the uses of the batch before along with it, told before and after, until
+    it is killed."""
+    with sample.Store(path, **STORED, write=True) as store:
+        n = len(batch_of(0)[2])
+        for b in itertools.count(store.stats()["entries"] // n):
+            batch = batch_of(b)
+            print("begin", b, flush=True)
+            with store.batch():
+                ids = store.add(0, [0] * n, *batch)
+                if b:
+                    store.touch(ids - n)
+            print("done", b, flush=True)
+
+
+def kill_writers(path, kills, seed=0):
+    """A store that is written by one process after another, each killed (SIGKILL) after a random part of a quarter of a second; what this
+    process then finds in it -> figures."""
+    g, out = np.random.default_rng(seed), dict.fromkeys(("kills", "in the middle of a batch", "batches told committed", "of them lost",
+                                                         "damaged or half written", "same answers"), 0)
+    q = torch.from_numpy(g.standard_normal((8, 64), dtype=np.float32))
+    for _ in range(kills):
+        p = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_writer", path], stdout=subprocess.PIPE, text=True)
+        said = [p.stdout.readline()]
+        time.sleep(g.uniform(0, 0.25))
+        p.kill()
+        said = [line.split() for line in said + p.stdout.readlines() if line.endswith("\n")]
+        p.wait()
+        told = 1 + max((int(b) for what, b in said if what == "done"), default=int(said[0][1]) - 1)  # batches
+        with sample.Store(path, STORED["model"]) as store:
+            a, texts = store.arrays(0), store.texts(store.arrays(0)["ids"])
+            sound = store.db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        batches = [batch_of(b) for b in range(-(-len(texts) // len(batch_of(0)[2])))]
+        keys, values = (np.concatenate([b[i] for b in batches]) for i in (0, 1))
+        uses = np.repeat([1] * (len(batches) - 1) + [0], len(batch_of(0)[2]))
+        whole = sound and texts == [t for b in batches for t in b[2]] and all(
+            np.array_equal(a[k], v) for k, v in (("keys", keys), ("values", values), ("uses", uses)))
+        answers = [search(q, torch.from_numpy(k), 32) for k in (a["keys"], keys)] if whole else []
+        out["kills"] += 1
+        out["in the middle of a batch"] += said[-1][0] == "begin"
+        out["batches told committed"] = told
+        out["of them lost"] += max(told - len(batches), 0)
+        out["damaged or half written"] += not whole
+        out["same answers"] += bool(answers) and all(torch.equal(x, y) for x, y in zip(*answers))
+    return out
+
+
+def crash(cfg, kills=50):
+    """a store whose writer is killed 50 times in the middle of writing: nothing committed is lost, nothing is half written"""
+    path = os.path.join(scratch(), "store.db")
+    figures = kill_writers(path, kills)
+    return show(cfg, "SIGKILL while writing, then read by another process", [{**figures, "MB": os.path.getsize(path) / 2 ** 20}])
+
+
+LAMBDAS, TEMPS, KS = np.linspace(0, 0.8, 21), 2.0 ** np.arange(-7, 2), (16, 64, 256, 1024)  # temperatures: times the channels
+
+
+def tuned(logp, far, hits, C, fits):
+    """The weight, temperature and k of a kNN-LM that are best where fits (n,) says, and the nats (n,) of each place with them. logp (n,): of
+    the right token by the model; far, hits (n, K): distances of the entries found, and whether the right token stood behind each."""
+    best = (math.inf,)
+    for k, temp in itertools.product(KS, C * TEMPS):
+        p = ((-far[:, :k] / temp).softmax(1) * hits[:, :k]).sum(1)
+        for lam in LAMBDAS:
+            nats = -(logp.exp() * (1 - lam) + lam * p).log()
+            here = nats[fits].mean().item()
+            if here < best[0] - 1e-7:
+                best = here, lam, temp, k, nats
+    return best[1:]
+
+
+def behind(h, places, k, size=64):
+    """Squared distances and rows (n, k) of the entries of a text h (N, C) nearest to each of its places, of those before the place alone."""
+    out = []
+    for p in places.split(size):
+        keys = h[:p[-1]].float()
+        far = torch.cdist(h[p].float(), keys).square().masked_fill(torch.arange(len(keys)) >= p[:, None], math.inf)
+        out.append(far.topk(k, largest=False))
+    return [torch.cat(t) for t in zip(*out)]
+
+
+@torch.inference_mode()
+def knn(cfg, sizes=(30_000, 100_000, 300_000, 1_000_000), n=8000):
+    """kNN-LM: validation loss with the training text, or with what stands before in the text itself; tuned and scored on different halves"""
+    folder = kept(cfg, "judge", **JUDGE)
+    model, ckpt = sample.load(folder)
+    tok, C, K = prepare.Tokenizer(ckpt["tokenizer"]), model.cfg.n_embd, max(KS)
+    train_ids, val_ids = (np.asarray(prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, f"{s}.bin"))[0]).tolist()
+                          for s in ("train", "val"))
+    right, h, logp = torch.tensor(val_ids[1:]), [], []
+    for vectors, logits in sample.outputs(model, val_ids):
+        logp.append(logits.log_softmax(-1).gather(1, right[sum(map(len, h)):][:len(logits), None])[:, 0])
+        h.append(vectors.half())
+    h, logp = torch.cat(h), torch.cat(logp)
+    at = torch.linspace(K, len(right) - 1, 2 * n).long()  # what is scored: places evenly over the split, of which the first half tunes
+    fits = torch.arange(2 * n) < n
+    rows = [{"datastore": "none", "val loss": -logp[at][~fits].mean().item()}]
+
+    def row(name, entries, far, tokens, **more):
+        lam, temp, k, nats = tuned(logp[at], far, tokens == right[at, None], C, fits)
+        gain = (-logp[at] - nats)[~fits]
+        rows.append({"datastore": name, "entries": entries, "lambda": lam, "temp": temp, "k": k, "val loss": nats[~fits].mean().item(),
+                     "gain": gain.mean().item(), "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more})
+
+    def look(near, own=False):
+        return [torch.cat(t) for t in zip(*(near.find(h[p], p if own else None) for p in at.split(256)))]
+
+    def each(near, k):
+        """Seconds to look for one place, mean of k."""
+        t0 = time.perf_counter()
+        for p in at[:k]:
+            near.find(h[p, None])
+        return (time.perf_counter() - t0) / min(k, len(at))
+
+    path = os.path.join(scratch(), "knn.db")
+    with sample.Store(path, prepare.checkpoint_id(sample.checkpoint_path(folder)), "knn", (C, "float16"), (1, "int32"), True) as store:
+        for before, size in itertools.pairwise((0, *sizes)):
+            sample.learn_knn(store, model, tok, train_ids[before:size + 1])
+            t0 = time.perf_counter()
+            near = sample.Neighbours.open(store, K, 0.25, 10.0)
+            read = time.perf_counter() - t0
+            far, found = look(near)
+            one = turns({"find": near}, cfg.rounds, each, 0.5)["find"]
+            row("training text", size, far, near.tokens[found], **{
+                "ms a token": 1000 * median(one), "MB": store.stats()["bytes"] / 2 ** 20, "read, s": read})
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    row("training text, its tokens shuffled", size, far, near.tokens[order][found])
+    recent, back = behind(h, at, K)
+    row("this text, before the place", len(h), recent, right[back])
+    both, order = torch.cat((far, recent), 1).sort(1)
+    row("both", size + len(h), both[:, :K], torch.cat((near.tokens[found], right[back]), 1).gather(1, order)[:, :K])
+    far, found = look(sample.Neighbours(h, right, K, 0.25, 10.0), own=True)
+    row("this text but for the place: its future too", len(h), far, right[found])
+    return show(cfg, f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of the validation split, scored on "
+                     f"{n:,} of the other", rows)
+
+
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
           "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "formal_more": formal_more, "levels": levels, "concepts": concepts,
-          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast,
-          "retrieval": retrieval}
+          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast, "retrieval": retrieval,
+          "crash": crash, "knn": knn, "facts": facts, "plays": plays}
 
 
 def main(argv):
     if argv[:1] == ["_arm"]:
         return serve()
+    if argv[:1] == ["_writer"]:
+        return write_on(argv[1])
     doc = __doc__.replace("CLAIMS", "\n".join(f"{'' if i == 0 else ' ' * 38}{k:14} {f.__doc__}"
                                               for i, (k, f) in enumerate(CLAIMS.items())))
     values, claims = config.parse(argv, BenchConfig, doc=doc, words=list(CLAIMS))

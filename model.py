@@ -7,6 +7,7 @@ the plain GPT, bit for bit. `layers` describes the network, a character a block:
     R   gated linear recurrence + MLP
     G   GRU + MLP
     F   causal self-attention + featural memory: learned slots in place of the MLP
+    M   causal self-attention + associative memory: entries written while reading, in place of the MLP
     ( ) a level: what stands inside runs once a chunk of what stands outside
     .   an early exit: the model's one head reads what it has got so far
 
@@ -61,6 +62,13 @@ class GPTConfig:
     mem_top: int = 16  # slots that a query reads
     mem_dim: int = 64  # channels of a query and of a key
     mem_share: bool = False  # all blocks F read one table of values
+    mem_size: int = 2048  # entries that an associative memory (M) keeps beyond its window, per head
+    mem_chunk: int = 16  # positions that search before any of them is written
+    mem_shift: int = 1  # an entry pairs the key of a position with the value of the one so many later: what came next
+    mem_novelty: float = 0.98  # a key as near as that (cosine) to a stored one takes its place; above 1: all are stored
+    mem_drop: float = 0.0  # share of what is found that is dropped in training
+    mem_noise: float = 0.0  # standard deviation of noise on stored values in training, in units of theirs
+    mem_straight: bool = False  # return keys too, whose gradient counts as the query's
     n_value_embed: int = 0  # the last n token-level blocks A that add a token embedding of their own to their attention values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
     channel_drop: float = 0.0  # on residual branches, whole channels of a row at a time: unlike dropout it costs no time
@@ -107,6 +115,15 @@ class GPTConfig:
                                    not 0 < self.mem_top <= self.n_mem or self.mem_dim < 2 or self.mem_dim % 2):
             raise ValueError(f"a memory F needs n_mem ({self.n_mem}) to be a square number of at least mem_top ({self.mem_top}) slots, "
                              f"mem_dim ({self.mem_dim}) to be even, and mem_head at least 1")
+        if "M" in self.layers:
+            if min(self.mem_head, self.mem_top, self.mem_chunk, self.mem_dim) < 1 or min(self.mem_size, self.mem_shift, self.mem_noise) < 0:
+                raise ValueError("a memory M needs mem_head, mem_top, mem_chunk and mem_dim of at least 1, and mem_size, mem_shift and "
+                                 "mem_noise that are not negative")
+            if self.block_size % self.mem_chunk or self.block_size < 2 * self.mem_chunk:
+                raise ValueError(f"block_size ({self.block_size}) holds at least two whole memory chunks: a multiple of mem_chunk "
+                                 f"({self.mem_chunk}), so that training reaches what was written earlier")
+            if not 0 <= self.mem_drop < 1 or self.mem_novelty <= 0:
+                raise ValueError("mem_drop must lie in [0, 1), and mem_novelty must be positive")
         self.layers = self.layers or "A" * self.n_layer
         tree = parse_layers(self.layers)
         self.n_layer = sum(c in BLOCKS for c in self.layers)
@@ -194,6 +211,8 @@ class GPTConfig:
             raise ValueError("eot and space are ids, which cannot be negative (eot = -1: that of the dataset)")
         if self.share_levels and self.plan == "cross" and depth > 1:
             raise ValueError("share_levels with plan = cross takes one depth of levels: nobody would read the slower plans")
+        if self.share_levels and "M" in self.layers:
+            raise ValueError("share_levels gives one block to several levels, and a memory M belongs to one; leave one of them out")
         if (depth or (self.gate == "complex" and "R" in self.layers)) and self.n_embd % 2:
             raise ValueError(f"n_embd ({self.n_embd}) must be even for levels and for gate = complex")
 
@@ -577,9 +596,11 @@ class State:
     per block. Passed to GPT.forward and updated by it; made by GPT.init_state. Every shape stays as it is, so that a
     decoding step compiles once; that no row outgrows `capacity` is for the caller to see to."""
 
-    def __init__(self, pos, parts, capacity, begun=False):
+    def __init__(self, pos, parts, capacity, begun=False, memory=None, known=None):
         self.pos, self.parts, self.capacity = pos, parts, capacity
         self.begun = begun  # the slots are in
+        self.memory = memory or {}  # {block: Memory} that blocks M read, and never change
+        self.known = known  # (B,) as in Context
 
     def advance(self, T):
         """Positions (B, T) of the next T inputs, none past the last place (which levels leave for that)."""
@@ -593,14 +614,15 @@ class State:
 
     def select(self, rows):
         """The state of these rows (a LongTensor; a row may be taken several times)."""
-        return State(self.pos[rows], [p.select(rows) for p in self.parts], self.capacity, self.begun)
+        return State(self.pos[rows], [p.select(rows) for p in self.parts], self.capacity, self.begun,
+                     {i: m.select(rows) for i, m in self.memory.items()}, None if self.known is None else self.known[rows])
 
 
 class Parts(list):
     """Several parts of a State as one."""
 
     def select(self, rows):
-        return Parts(p.select(rows) for p in self)
+        return Parts(None if p is None else p.select(rows) for p in self)
 
 
 @dataclass
@@ -628,6 +650,10 @@ class Context:
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
     fed: list | None = None  # where blocks leave what their feed-forward layer gave, (B, L, C)
     values: nn.Module | None = None  # the table that all featural memories read, where they share one
+    memory: dict | None = None  # {block: Memory} that blocks M read
+    wrote: dict | None = None  # {block: Wrote}: where blocks M leave what they would write
+    when: torch.Tensor | None = None  # (B, L) tokens read when each position is there; None: position + 1
+    known: torch.Tensor | None = None  # (B,) tokens at the front of the window that memory holds already, and are not written again
     plan: "Plan | None" = None  # what the last level has predicted, for blocks that read it
 
     @classmethod
@@ -949,6 +975,259 @@ class FeaturalMemory(nn.Module):
         return self.c_proj(y.view(B, T, C).to(x.dtype))
 
 
+@dataclass
+class Memory:
+    """The entries of one block M: keys and values (B, H, N, D), and how often and how lately each was used, crf (B, H, N), 0
+    where there is none (LRFU, Lee et al. 2001). Arrays that blocks read and nothing but `write` changes. One row may stand
+    for all (B = 1)."""
+    keys: torch.Tensor
+    values: torch.Tensor
+    crf: torch.Tensor
+    index: list | None = None  # Clusters of the keys of each head, for one row with very many; None: search is exact
+
+    @classmethod
+    def empty(cls, B, cfg, size=None, device=None, dtype=torch.float32):
+        shape = (B, cfg.mem_head, cfg.mem_size if size is None else size, cfg.mem_dim)
+        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype),
+                   torch.zeros(shape[:-1], device=device))
+
+    def select(self, rows):
+        """Those rows (a slice or a LongTensor); what stands for all still does."""
+        return self if len(self.crf) == 1 else Memory(self.keys[rows], self.values[rows], self.crf[rows])
+
+    @torch.no_grad()
+    def write(self, wrote, upto=None):
+        """Take over what a window left, a Wrote; with `upto` (B,) only what was there after so many of its tokens. The best of old and new
+        stay. -> (slots (B, H, n), places in the window (B, H, n), which of those were written (B, H, n))."""
+        last = wrote.crf.size(1) - 1
+        c = torch.full((len(self.crf),), last, device=self.crf.device) if upto is None else (wrote.when <= upto[:, None]).sum(1)
+        crf = wrote.crf[torch.arange(len(c), device=c.device), c]
+        N = self.crf.size(-1)
+        self.crf.copy_(crf[..., :N])
+        n = min(N, crf.size(-1) - N)
+        low, slot = self.crf.topk(n, largest=False)
+        high, at = crf[..., N:].topk(n)
+        better = high > low
+        for mine, new in ((self.keys, wrote.keys), (self.values, wrote.values)):
+            i, j = (t[..., None].expand(*t.shape, mine.size(-1)) for t in (slot, at))
+            mine.scatter_(2, i, torch.where(better[..., None], new.gather(2, j).to(mine.dtype), mine.gather(2, i)))
+        self.crf.scatter_(2, slot, torch.where(better, high, low))
+        for index, keys, some in zip(self.index or (), self.keys[0], zip(slot[0], better[0])):
+            places = some[0][some[1]]
+            index.drop(places)
+            index.add(keys[places], places)
+        return slot, at, better
+
+
+@dataclass
+class Wrote:
+    """What a block M would write of a window: entries (B, H, L, D), crf (B, K + 1, H, N + L) of old ones and these before each of
+    K memory chunks and after the last, and how many tokens were read when each chunk ended, when (B, K)."""
+    keys: torch.Tensor
+    values: torch.Tensor
+    crf: torch.Tensor
+    when: torch.Tensor
+
+
+class Window:
+    """What a block M knows of the positions of its window: keys, values (B, H, L, D), which positions count ok (B, L), documents
+    begun docs (B, L), which are not written skip (B, L), what each found and its weight (B, H, L + 1, k; the last place is nobody's), and crf before each memory chunk (B, K + 1, H, N + L). All by place,
+    and a chunk's end is computed from its places, so rollback has nothing to do here."""
+
+    def __init__(self, keys, values, ok, docs, skip, found, weight, crf, front=0):
+        self.parts = keys, values, ok, docs, skip, found, weight, crf
+        self.keys, self.values, self.ok, self.docs, self.skip, self.found, self.weight, self.crf = self.parts
+        self.front = front  # positions that come first and count nothing: slots, a level's bos
+
+    def select(self, rows):
+        return Window(*(t[rows] for t in self.parts), self.front)
+
+    def note(self, ctx, pos):
+        """Note of positions pos (B, T) which count, their documents, and which are in memory already -> tokens read at each (B, T)."""
+        rows, before = torch.arange(len(pos), device=pos.device)[:, None], pos[:, :1] - 1
+        if ctx.begins:
+            self.front = ctx.prefix
+        docs = torch.zeros_like(pos) if ctx.fresh is None else ctx.fresh.cumsum(1)
+        self.docs[rows, pos] = docs + self.docs.gather(1, before.clamp(min=0)) * (before >= 0)
+        ok = pos >= self.front
+        for there in (ctx.have, ctx.real):
+            ok = ok if there is None else ok & there
+        self.ok[rows, pos] = ok
+        when = pos - self.front + 1 if ctx.when is None else ctx.when
+        self.skip[rows, pos] = False if ctx.known is None else when <= ctx.known[:, None]
+        return when
+
+
+class AssociativeMemory(nn.Module):
+    """In place of an MLP: each position searches what was written before, and attends to the mem_top nearest entries, or to
+    nothing. Positions go in memory chunks of mem_chunk, counted from the window's start: all of a chunk search, then all of it is
+    written (Memorizing Transformers, Wu et al. 2022, arXiv:2203.08913), so nothing sees its future, and gradients reach
+    what the window wrote earlier. Entries pair a key with what came next (mem_shift). One as near as mem_novelty to a
+    stored one takes its place and its count. A document sees its own entries only. (B, T, C) -> (B, T, C)."""
+    DECAY = 0.999  # of crf, a memory chunk
+
+    def __init__(self, cfg, i):
+        super().__init__()
+        H, D, C = cfg.mem_head, cfg.mem_dim, cfg.n_embd
+        self.cfg, self.shape, self.i = cfg, (H, D), i
+        self.c_q, self.c_k, self.c_v = (Linear(C, H * D, bias=cfg.bias) for _ in range(3))
+        self.scale = nn.Parameter(torch.empty(H))  # of cosines, in twenties
+        self.none = nn.Parameter(torch.empty(H))  # what "nothing" scores, in tens
+        self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, bias=cfg.bias)
+
+    def window(self, B, L, N, keys, values):
+        """An empty Window of L places over N entries."""
+        H, k, K = self.shape[0], min(self.cfg.mem_top, N + L), -(-L // self.cfg.mem_chunk)
+        new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, device=keys.device, dtype=dtype)
+        return Window(keys, values, new(L, dtype=torch.bool), new(L, dtype=torch.long), new(L, dtype=torch.bool),
+                      new(H, L + 1, k, dtype=torch.long), new(H, L + 1, k), new(K + 1, H, N + L))
+
+    def init_state(self, B, L, memory, device, dtype):
+        base = memory.get(self.i)
+        keys, values = (torch.zeros(B, self.shape[0], L, self.shape[1], device=device, dtype=dtype) for _ in range(2))
+        w = self.window(B, L, 0 if base is None else base.crf.size(-1), keys, values)
+        if base is not None:
+            w.crf[:, 0, :, :base.crf.size(-1)] = base.crf
+        return w
+
+    def forward(self, x, ctx, part=None):
+        (B, T, _), (H, D), m = x.shape, self.shape, self.cfg.mem_chunk
+        q, k, v = (f(x).view(B, T, H, D).transpose(1, 2) for f in (self.c_q, self.c_k, self.c_v))
+        q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
+        base = None if ctx.memory is None else ctx.memory.get(self.i)
+        N = 0 if base is None else base.crf.size(-1)
+        rows, at = torch.arange(B, device=x.device)[:, None], torch.arange(T, device=x.device)
+        if part is None:
+            w, pos, chunks = self.window(B, T, N, k, v), at.expand(B, T), -(-(T - ctx.prefix) // m)
+            w.crf[:, 0, :, :N] = 0 if base is None else base.crf
+        else:
+            w, pos, chunks = part, ctx.pos, -(-T // m) + (T > 1)  # rows may begin anywhere in a chunk
+            w.keys[rows, :, pos], w.values[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+        when = w.note(ctx, pos)
+        near, y = Near(self, w, base if N else None), x.new_zeros(B, T + 1, self.c_proj.in_features)
+        chunk = (pos - w.front).div(m, rounding_mode="floor")  # (B, T)
+        for j in range(chunks):
+            c = (chunk[:, 0].clamp(min=0) + j).clamp(max=w.crf.size(1) - 2)  # (B,)
+            of = (w.front + c * m - pos[:, 0]).clamp(min=0)[:, None] + at[:m]  # (B, m or T) where the chunk stands in x
+            mine = (of < T) & (chunk.gather(1, of.clamp(max=T - 1)) == c[:, None])
+            of = of.clamp(max=T - 1)
+            place = pos.gather(1, of)
+            got, found, weight = near.search(q.gather(2, of[:, None, :, None].expand(-1, H, -1, D)), c, place, self.training)
+            y[rows, torch.where(mine, of, T)] = got.transpose(1, 2).flatten(2)
+            with torch.no_grad():
+                place = torch.where(mine, place, near.L)
+                w.found.transpose(1, 2)[rows, place], w.weight.transpose(1, 2)[rows, place] = found.transpose(1, 2), weight.transpose(1, 2)
+                if part is None or torch.compiler.is_compiling() or bool((pos[:, -1] >= w.front + (c + 1) * m - 1).any()):
+                    near.close(c, pos[:, -1])
+        if part is None and ctx.wrote is not None:
+            ends = (w.front + torch.arange(1, chunks + 1, device=x.device) * m - 1).clamp(max=T - 1).expand(B, -1)
+            ctx.wrote[self.i] = Wrote(near.keys.detach(), w.values.detach(), w.crf, when.gather(1, ends))
+        return self.c_proj(y[:, :T])
+
+
+class Near:
+    """One forward's view of what an associative memory can find: old entries and those of the window, in one row of numbers."""
+
+    def __init__(self, of, w, base):
+        self.of, self.w, self.base, self.N, self.L = of, w, base, 0 if base is None else base.crf.size(-1), w.ok.size(1)
+        s = of.cfg.mem_shift
+        self.keys = F.pad(w.keys, (0, 0, s, 0))[:, :, :self.L]  # of entries: what stood before
+        same = F.pad(w.docs, (s, 0), value=-1)[:, :self.L] == w.docs
+        self.ok = w.ok & F.pad(w.ok, (s, 0))[:, :self.L] & same
+
+    def old(self, q, there, n):
+        """The n nearest to q (B, H, T, D) of the old entries that are there (B, H, N): cosines, -inf where there are no more, and
+        places, (B, H, T, n) each. A large memory may have an index, which finds almost all of them."""
+        (B, H, T, D), base, there = q.shape, self.base, there[:, :, None]
+        if base.index is not None:
+            score, at = (torch.stack(t, 1) for t in zip(*(i.search(x.reshape(-1, D).float(), n) for i, x in zip(base.index, q.unbind(1)))))
+            score, at = (t.view(B, T, H, n).transpose(1, 2) for t in (score, at))
+            return score.masked_fill(~there.expand(-1, -1, T, -1).gather(3, at), float("-inf")), at
+        keys = base.keys.to(q.dtype)
+        if len(keys) == 1:  # one row stands for all: one product, and no copies of it
+            score = (q.transpose(0, 1).reshape(1, H, B * T, D) @ keys.mT).view(H, B, T, -1).transpose(0, 1)
+        else:
+            score = q @ keys.mT
+        return top(score.float().masked_fill(~there, float("-inf")), n)
+
+    def doc(self, c):
+        """Documents begun before chunk c (B,)."""
+        place = self.w.front + c[:, None] * self.of.cfg.mem_chunk - 1
+        return self.w.docs.gather(1, place.clamp(0, self.L - 1))[:, 0] * (c > 0)
+
+    def search(self, q, c, pos, training):
+        """What queries q (B, H, T, D) at places pos (B, T) read in chunk c (B,): (B, H, T, D), and the entries (B, H, T, k) they found
+        with their weights."""
+        cfg, w, N = self.of.cfg, self.w, self.N
+        rows = torch.arange(len(c), device=c.device)
+        there, mine = w.crf[rows, c] > 0, (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
+        cosine, n, values = (q @ self.keys.mT).float(), 0, w.values
+        with torch.no_grad():
+            score = cosine.masked_fill(~(there[:, :, None, N:] & mine), float("-inf"))  # (B, H, T, L)
+            if self.base is not None:
+                n = min(cfg.mem_top, N)
+                best, at = self.old(q, there[..., :N], n)
+                score = torch.cat((best.masked_fill(~mine, float("-inf")), score), dim=-1)
+            low, found = top(score, w.found.size(-1))
+            chosen = (score >= low[..., -1:]) & (score > float("-inf"))  # no gradient flows into the choice, only into what is chosen
+        if n:
+            old_k, old_v = (t.to(q.dtype).expand(len(c), -1, -1, -1).gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1)))
+                            .view(*at.shape, -1) for t in (self.base.keys, self.base.values))
+            cosine = torch.cat(((q[..., None, :] * old_k).sum(-1).float(), cosine), -1)
+        if training and cfg.mem_drop:
+            chosen = chosen & (torch.rand_like(cosine) >= cfg.mem_drop)
+        logits = (20 * self.of.scale.view(-1, 1, 1) * cosine).masked_fill(~chosen, float("-inf"))
+        none = (10 * self.of.none).view(-1, 1, 1).expand(*logits.shape[:3], 1)
+        p = torch.cat((logits, none), -1).softmax(-1)[..., :-1]
+
+        def read(new, old):
+            y = p[..., n:].to(new.dtype) @ new
+            return y + (p[..., :n, None].to(new.dtype) * old).sum(-2) if n else y
+
+        if training and cfg.mem_noise:
+            values = values + cfg.mem_noise * torch.randn_like(values) * values.detach().square().mean(-1, keepdim=True).sqrt()
+        y = read(values, old_v if n else None)
+        if cfg.mem_straight:
+            y = torch.cat((y, read(self.keys, old_k if n else None) + q - q.detach()), -1)
+        places = N + found - n
+        if n:
+            places = torch.where(found < n, at.gather(-1, found.clamp(max=n - 1)), places)
+        return y, places, p.detach().gather(-1, found)
+
+    def close(self, c, last):
+        """Write what chunk c (B,) has at places up to `last` (B,): the crf before the next chunk."""
+        cfg, w, N = self.of.cfg, self.w, self.N
+        rows = torch.arange(len(c), device=c.device)
+        place = w.front + c[:, None] * cfg.mem_chunk + torch.arange(cfg.mem_chunk, device=c.device)  # (B, m)
+        there, place = place <= last[:, None], place.clamp(max=self.L - 1)
+        docs, doc = w.docs.gather(1, place), self.doc(c)
+        there = there & w.ok.gather(1, place)
+        now = torch.where(there, docs, 0).amax(1).maximum(doc)
+        same = (now == doc)[:, None, None]
+        crf = w.crf[rows, c] * same  # a new document begins with none
+        stored = crf > 0
+        pick = lambda t: t.gather(2, place[:, None, :, None].expand(-1, t.size(1), -1, t.size(-1)))
+        used = pick(w.weight) * (there & ~w.skip.gather(1, place))[:, None, :, None] * same[..., None]
+        crf = (crf * self.of.DECAY).scatter_add(2, pick(w.found).flatten(2), used.flatten(2))
+        there = there & ~w.skip.gather(1, place)
+        new = (self.ok.gather(1, place) & there & (docs == now[:, None]))[:, None].expand(-1, crf.size(1), -1)  # (B, H, m)
+        gain = torch.ones_like(new, dtype=crf.dtype)
+        if cfg.mem_novelty <= 1:
+            keys = pick(self.keys)
+            best, at = (keys @ self.keys.mT).float().masked_fill(~stored[:, :, None, N:], -1.0).max(-1)
+            at = at + N
+            if self.base is not None:
+                old, where = (t[..., 0] for t in self.old(keys, stored[..., :N], 1))
+                best, at = torch.maximum(best, old), torch.where(old > best, where, at)
+            near = (best >= cfg.mem_novelty) & new
+            gain = gain + near * crf.gather(2, at)
+            crf = crf * (1 - torch.zeros_like(crf).scatter_add(2, at, near.float()).clamp(max=1))  # the newer one takes its place
+            later = torch.ones(cfg.mem_chunk, cfg.mem_chunk, device=c.device, dtype=torch.bool).triu(1)
+            new = new & ~((keys @ keys.mT >= cfg.mem_novelty) & new[:, :, None] & later).any(-1)
+        gain = gain * new
+        w.crf[rows, c + 1] = crf.scatter_add(2, (N + place)[:, None].expand_as(gain), gain)
+
+
 def mlp_of(cfg, i):
     """The MLP of block i, None where its width is 0."""
     width = cfg.mlp_width(i)
@@ -956,7 +1235,7 @@ def mlp_of(cfg, i):
 
 
 BLOCKS = {"A": (Attention, mlp_of), "R": (Recurrence, mlp_of), "G": (GRU, mlp_of),
-          "F": (Attention, FeaturalMemory)}  # character: (mixer over positions, feed-forward)
+          "F": (Attention, FeaturalMemory), "M": (Attention, AssociativeMemory)}  # character: (mixer over positions, feed-forward)
 
 
 class Block(nn.Module):
@@ -974,14 +1253,18 @@ class Block(nn.Module):
         self.ln_2 = NORMS[cfg.norm](cfg) if self.mlp is not None else None
         self.drop, self.i = Drop(cfg), i
 
-    def init_state(self, B, L, states, device, dtype):
+    def init_state(self, B, L, states, memory, device, dtype):
         """Of a stack of L positions; states: how many of them the level before this block has."""
-        own = self.attn.init_state(B, L, device, dtype)
-        return own if self.cross is None else Parts([own, self.cross.init_state(B, states, device, dtype)])
+        return Parts([self.attn.init_state(B, L, device, dtype),
+                      None if self.cross is None else self.cross.init_state(B, states, device, dtype),
+                      self.mlp.init_state(B, L, memory, device, dtype) if isinstance(self.mlp, AssociativeMemory) else None])
 
     def remember(self, x, ctx, part):
         """Update the state by x (B, T, C), as forward does, without computing what comes out."""
-        own, seen = part if isinstance(part, Parts) else (part, None)
+        own, seen, wrote = part
+        if wrote is not None:  # what it writes hangs on what it attends to
+            self(x, ctx, part)
+            return
         if isinstance(self.attn, Attention):
             self.attn.remember(self.ln_1(x if ctx.source is None else ctx.source), ctx, own)
         else:
@@ -990,7 +1273,7 @@ class Block(nn.Module):
             self.cross(self.ln_x(x), ctx, seen)
 
     def forward(self, x, ctx, part=None):
-        own, seen = part if isinstance(part, Parts) else (part, None)
+        own, seen, wrote = part or (None, None, None)
         before, more = x, ()
         if ctx.source is not None and isinstance(self.attn, Attention):
             more = (self.ln_1(ctx.source),)
@@ -998,7 +1281,7 @@ class Block(nn.Module):
         if self.cross is not None and ctx.plan is not None:
             x = x + self.drop(self.cross(self.ln_x(x), ctx, seen))
         if self.mlp is not None:
-            y = self.mlp(self.ln_2(x), ctx)
+            y = self.mlp(self.ln_2(x), ctx, *(() if wrote is None else (wrote,)))
             if ctx.fed is not None:
                 ctx.fed.append((self.i, y))
             x = x + self.drop(y)
@@ -1047,11 +1330,11 @@ class Stack(nn.Module):
                 self.levels.append(Level(cfg, item, iter(inside[len(self.levels)]), depth + 1, shared))
             self.order.append(next(blocks) if isinstance(item, str) else self.levels[-1])
 
-    def init_states(self, B, L, device, dtype):
+    def init_states(self, B, L, memory, device, dtype):
         """A part of a State for each layer, for L positions."""
         parts, states = [], 0
         for layer in self.order:
-            parts.append(layer.init_state(B, L, states, device, dtype))
+            parts.append(layer.init_state(B, L, states, memory, device, dtype))
             states = parts[-1].inner.capacity if isinstance(layer, Level) else states
         return parts
 
@@ -1200,9 +1483,9 @@ class Level(Stack):
         self.register_buffer("sin", sin, persistent=False)
         self.add_layers(cfg, tree, number, depth, shared)
 
-    def init_state(self, B, L, states, device, dtype):
+    def init_state(self, B, L, states, memory, device, dtype):
         room = self.capacity + 2  # for bos, and a place that nobody reads
-        inner = State(torch.zeros(B, dtype=torch.long, device=device), self.init_states(B, room, device, dtype), room)
+        inner = State(torch.zeros(B, dtype=torch.long, device=device), self.init_states(B, room, memory, device, dtype), room)
         C = self.bos.numel()
         return LevelState(torch.zeros(B, L, 4, dtype=torch.long, device=device), Trail(torch.zeros(B, L, C, device=device)),
                           torch.zeros(B, room, C, device=device, dtype=dtype), inner)
@@ -1291,6 +1574,7 @@ class Level(Stack):
             state.begun, state.pos = not ctx.begins, closed + 1 - n
         first = closed + 1 - n
         inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels, keep=ctx.keep, values=ctx.values,
+                             memory=ctx.memory, wrote=ctx.wrote, known=ctx.known, when=F.pad(self.when(ctx, end), (n, 0)),
                              real=F.pad(exists, (n, 0), value=True),
                              scored=None if scored is None else F.pad(scored, (n, 0)))
         u = self.ln(self.run(h, inner, state))
@@ -1306,6 +1590,10 @@ class Level(Stack):
             part.told[torch.arange(len(x), device=x.device)[:, None], place] = self.tell(u).to(part.told.dtype)
         if scored is not None and self.regresses and part is None:
             self.regress(ctx, u, concepts.detach().float(), exists, doc, doc_before, scored)
+
+    def when(self, ctx, end):
+        """Tokens read at places end (B, M) of the stack below."""
+        return end + 1 if ctx.when is None else ctx.when.gather(1, end + ctx.prefix)
 
     def unbind(self, concepts):
         """Concepts (.., C) that are sums -> vectors (.., chunk, C): turned back by each place. Their products with embeddings
@@ -1448,6 +1736,8 @@ class Output:
     loss: torch.Tensor | None  # scalar: the weighted sum of `losses`, None without targets
     losses: dict  # name: scalar; "ce" is the plain cross-entropy, nats a scored token
     early: torch.Tensor | None = None  # (B, T, V) logits of the exit that was asked for
+    wrote: dict | None = None  # {block: Wrote} of blocks M, where forward was given a memory
+    h: torch.Tensor | None = None  # (B, T, C) normalised vectors that the head reads, None with targets
 
     def __iter__(self):
         return iter((self.logits, self.loss))
@@ -1508,6 +1798,7 @@ class GPT(Stack):
         mechanism that is switched on changes no other parameter."""
         gpt2 = self.cfg.init == "gpt2"
         for name, p in self.named_parameters():
+            name = name.replace(".c_k.", ".c_q.")  # of associative memories: what asks alike is alike from the start
             g = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
             if name.endswith("bias") or ".rnn.bias_" in name:
                 p.zero_()
@@ -1539,7 +1830,8 @@ class GPT(Stack):
 
     def random(self):
         """Whether training computes something else than evaluation does."""
-        return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate or self.cfg.layer_drop or self.cfg.exit_rate)
+        return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate or self.cfg.layer_drop or self.cfg.exit_rate or
+                    (("M" in self.cfg.layers) and (self.cfg.mem_drop or self.cfg.mem_noise)))
 
     def plan_step(self, seed, step):
         """What a training step draws as a whole, from (seed, step) alone, as numbers: n_layer of them, 0 where a block is left
@@ -1572,13 +1864,26 @@ class GPT(Stack):
         history = self.flops(cfg.n_slot + cfg.history) / 3 if cfg.enrich else 0
         return head * reads + (self.flops(cfg.n_slot + cfg.block_size) * passes + history) / cfg.block_size
 
-    def init_state(self, B, dtype=None):
-        """An empty decoding State for B rows, with room for every slot and the whole window."""
+    def init_state(self, B, dtype=None, memory=None, known=None):
+        """An empty decoding State for B rows, with room for every slot and the whole window. memory {block: Memory}: what blocks M
+        can find besides what they read, which holds the first `known` (B,) tokens of each row already."""
         device, L, V = self.wte.weight.device, self.cfg.n_slot + self.cfg.block_size, self.cfg.vocab_size
-        parts = self.init_states(B, L, device, dtype or self.dtype)
+        parts = self.init_states(B, L, memory or {}, device, dtype or self.dtype)
         if self.cfg.n_think:
             parts.append(Thoughts(torch.zeros(B, L, V, device=device), torch.zeros(B, L, dtype=torch.long, device=device)))
-        return State(torch.zeros(B, dtype=torch.long, device=device), parts, L)
+        return State(torch.zeros(B, dtype=torch.long, device=device), parts, L, memory=memory, known=known)
+
+    def recalled(self, state):
+        """Of each token-level block M, what the last position of each row found: yields (block, places (B, H, k), weights (B, H, k))."""
+        for layer, part in zip(self.order, state.parts):
+            if isinstance(layer, Block) and part[2] is not None:
+                rows, at = torch.arange(len(state.pos), device=state.pos.device), state.pos - 1
+                yield layer.i, part[2].found[rows, :, at], part[2].weight[rows, :, at]
+
+    def init_memory(self, B, size=None):
+        """{block: an empty Memory} for B rows of blocks M, `size` entries each (mem_size); {} where there are none."""
+        return {m.i: Memory.empty(B, self.cfg, size, self.wte.weight.device, self.dtype)
+                for m in self.modules() if isinstance(m, AssociativeMemory)}
 
     def vectors(self, history):
         """What slots are made of, a vector for each id of history (B, H) -> (B, H, C): embeddings, or with `enrich` the
@@ -1622,15 +1927,19 @@ class GPT(Stack):
         if targets is not None and losses is not None:  # a token that is a target is scored where it stands
             more["scored"] = F.pad((targets[:, :-1] >= 0).float(), (S + 1, 0))
         table = (self.cos, self.sin) if self.cfg.pos == "rope" else None
+        if state is not None:
+            more["memory"], more["known"] = state.memory, state.known if not state.begun else None
         return Context.make(x, table, state, have, prefix=S, tokens=tokens, losses=losses, values=self.values, **more)
 
-    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None, exits=None, keep=None, fed=None):
+    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None, exits=None, keep=None, fed=None,
+               memory=None, wrote=None, known=None):
         """The trunk: tokens, ids (B, T) or distributions (B, T, V) -> normalised output vectors (B, T, C). have (B, T) is
         False where there is no token. Levels leave what they lose in `losses`, over the scored ones of targets (B, T); what
-        there is of exits goes to `exits`, an Exits; token-level feed-forward layers leave what they gave in `fed`. keep
-        (n_layer,) is 0 for blocks to leave out."""
+        there is of exits goes to `exits`, an Exits; token-level feed-forward layers leave what they gave in `fed`,
+        blocks M what they would write into memory {block: Memory} in `wrote`. keep (n_layer,) is 0 for blocks to leave out."""
         x, S = self.embed(tokens, history, state)
-        ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep, fed=fed)
+        ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep, fed=fed,
+                           memory=memory, wrote=wrote, known=known)
         if self.training and self.cfg.exit_rate:
             ctx.leave = self.trial(len(x), S)
         x = self.run(x, ctx, state)
@@ -1772,7 +2081,7 @@ class GPT(Stack):
                 tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
                 if state is not None:
                     state.pos, state.begun = before
-            h = self.hidden(tokens, history, state, **({"keep": more["keep"]} if i < n else more))
+            h = self.hidden(tokens, history, state, **({"keep": more["keep"], "memory": more["memory"], "known": more["known"]} if i < n else more))
         if state is not None:
             rows = torch.arange(B, device=hard.device)[:, None]
             pos = state.pos[:, None] - T + torch.arange(T, device=hard.device)
@@ -1780,7 +2089,7 @@ class GPT(Stack):
             state.parts[-1].count[rows, pos] = count
         return h
 
-    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0, taught=None, fed=None):
+    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0, taught=None, fed=None, memory=None, known=None):
         """idx (B, T) token ids, or (B, T, V) distributions over them (soft tokens) -> Output.
 
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed cross-entropy over `denom`
@@ -1789,6 +2098,8 @@ class GPT(Stack):
         state: decoding State that idx continues; it is updated in place.
         drawn: what plan_step drew for this step; None: no block is left out, and exits count by depth.
         at_exit: also read the exit after so many blocks, as Output.early.
+        memory: {block: Memory} of these rows, for blocks M without a state; Output.wrote is what they would write there. known (B,): so
+        many tokens at the front are in it already.
         taught: what a teacher says, to learn from that. fed: a list that takes what a student is taught.
         """
         cfg = self.cfg
@@ -1798,12 +2109,12 @@ class GPT(Stack):
         if at_exit or (targets is not None and self.exits and (cfg.exit_weight or self.sure is not None)):
             exits = Exits()
         keep = drawn[:cfg.n_layer] if self.training and cfg.layer_drop and drawn is not None else None
-        fed = [] if taught is not None else fed
-        h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep, fed=fed)
+        fed, wrote = [] if taught is not None else fed, None if memory is None else {}
+        h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep, fed=fed, memory=memory, wrote=wrote, known=known)
         logits, z, e = self.read(h, regress=targets is not None)
         early = self.read(exits.h[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
         if targets is None:
-            return Output(logits, None, {}, early)
+            return Output(logits, None, {}, early, wrote, h)
         denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom
         ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
         losses = {"ce": ce / denom}
@@ -1818,7 +2129,7 @@ class GPT(Stack):
             loss = loss + self.exit_losses(exits, logits, targets, denom, drawn, losses)
         if taught is not None:
             loss = taught.ce * loss + self.taught_losses(taught, logits, fed, targets, denom, losses)
-        return Output(logits, loss, losses, early)
+        return Output(logits, loss, losses, early, wrote)
 
     def taught_losses(self, taught, logits, fed, targets, denom, losses):
         """Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531): the divergence of logits (B, T, V) from the teacher's, and how far

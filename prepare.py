@@ -84,6 +84,21 @@ def replacing(path, previous=None):
         os.close(fd)
 
 
+def hold(path, refusal):
+    """The file `path`, made if need be and locked as long as what is returned is open; UserError(refusal) where another has it."""
+    f = open(path, "a")
+    try:
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    except OSError:  # a file system without locks
+        pass
+    return f
+
+
 def bar(things=None, **k):
     """A progress bar for what may take over a second; none where nobody watches."""
     return tqdm(things, leave=False, delay=1, disable=None, **k)
@@ -580,13 +595,48 @@ def fork(cfg, rng):
     return chars, {}, document
 
 
+ATTRIBUTES = ("home", "food", "bird", "work")
+
+
+def random_facts(rng, n, stems=32):
+    """n different facts (what it is of, its value), as in ("kelomarit home", "samuduti"): names of 8 to 10 letters of which the first 4 are
+    one of so many stems, values of 6 to 8 of which the first 3 are one of 16."""
+    word = lambda length: "".join(chr(97 + c) for c in rng.integers(26, size=length))
+    names, values, found = [word(4) for _ in range(stems)], [word(3) for _ in range(16)], {}
+    while len(found) < n:
+        name = names[rng.integers(stems)] + word(rng.integers(4, 7))
+        for attribute in rng.permutation(ATTRIBUTES)[:min(rng.integers(1, 4), n - len(found))]:
+            found.setdefault(f"{name} {attribute}", values[rng.integers(16)] + word(rng.integers(3, 6)))
+    return list(found.items())
+
+
+def facts(cfg, rng):
+    """8 to 512 facts, each told once, `!name attribute value`, and asked once, `?name attribute value`, some time later. The fewer stems
+    their names have, the harder they are to tell apart."""
+    chars = "\n !?" + "".join(map(chr, range(97, 123)))
+    ids = {c: i for i, c in enumerate(chars)}
+
+    def document(train):
+        new, told, text, mask = random_facts(rng, int(8 * 64 ** rng.random()), int(32 ** rng.random())), [], [], []
+        while new or told:
+            tell = new and (not told or rng.random() < 0.5)
+            key, value = new.pop() if tell else told.pop(rng.integers(len(told)))
+            if tell:
+                told.append((key, value))
+            text.append(f"{'!' if tell else '?'}{key} {value}\n")
+            mask.append(np.arange(len(text[-1])) >= (len(text[-1]) if tell else len(key) + 2))
+        return np.array([ids[c] for c in "".join(text)]), np.concatenate(mask)
+
+    return chars, {}, document
+
+
 FORMAL = {"parity": formal("01", lambda s: str(s.count("1") % 2)),
           "even_pairs": formal("01", lambda s: str(int(s[0] != s[-1]))),  # 01 and 10 together are odd in number
           "cycle_navigation": formal("+-.", lambda s: str((s.count("+") - s.count("-")) % 5)),
           "modular_arithmetic": formal("01234+-*", calculate, expression),
           "reverse_string": formal("01", lambda s: s[::-1])}
 TASKS = {"cipher": (cipher, 3600, 400), "chain": (chain, 180_000, 20_000),  # documents of the two splits
-         "plan": (plan, 20_000, 1000), "fork": (fork, 5000, 500),
+         "facts": (facts, 2000, 40), "plan": (plan, 20_000, 1000), "fork": (fork, 5000, 500),
          **{name: (task, 200_000, 4600) for name, task in FORMAL.items()}}
 
 

@@ -10,6 +10,9 @@
     python sample.py --soft --collapse=entropy --trace      tokens stay soft until the model is sure
     python sample.py --interactive                          go on from what is typed, turn by turn
     python sample.py calibrate --exit=softmax --risk=0.02   find the exit_threshold that keeps a risk, and store it
+    python sample.py learn --knn=works.db FILE...           read texts into a datastore, without a gradient; --knn=works.db then uses it
+    python sample.py learn --memory=facts.db FILE...        likewise into the memory of blocks M; --memory=facts.db then remembers it
+    python sample.py memory FILE list TEXT                  what is in a store; also stats, show ID, forget ID or TEXT, prune N
 
 There is no upper bound on max_new_tokens: when the window is full, its oldest quarter folds into the context slots, or is
 dropped where the model has none.
@@ -19,10 +22,15 @@ import contextlib
 import copy
 import glob
 import html
+import itertools
 import json
 import math
 import os
+import sqlite3
 import sys
+import time
+import urllib.parse
+import zlib
 from dataclasses import dataclass
 
 import config  # before torch: it sets the allocator's switches
@@ -32,7 +40,7 @@ from torch.nn import functional as F
 
 import prepare
 from config import UserError
-from model import GPT, GPTConfig, Level, Linear, rms_norm
+from model import GPT, GPTConfig, Level, Linear, Memory, rms_norm, search
 
 
 @dataclass
@@ -72,6 +80,12 @@ class SampleConfig:
     draft: str = ""  # speculate: draft with this checkpoint, whose window should not be shorter
     beams: int = 0  # beam search over so many texts, of which the n likeliest are shown; 0: off
     best_of: int = 0  # make so many samples and show the n likeliest; 0: off
+    memory: str = ""  # a store that learn --memory wrote with this model: what blocks M find besides what they read
+    knn: str = ""  # a datastore that learn --knn wrote with this model: mix in what came next at the places most like this one
+    knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
+    knn_k: int = 1024  # knn: how many places
+    knn_temp: float = 10.0  # knn: a place at the distance d counts exp(-d^2 / knn_temp)
+    limit: int = 20  # memory list: entries to show; 0: all
     interactive: bool = False  # go on from what is typed, turn by turn, with all turns in view
     trace: bool = False  # colour each token by its exit, by whether it was drafted, by contrastive shift, or by entropy
     trace_html: str = ""  # write that as a page for a browser
@@ -86,7 +100,10 @@ class SampleConfig:
         config.within(self, 1, None, "n", "sequences", "length")
         config.within(self, 0, None, "max_new_tokens", "temperature", "top_k", "beta", "seed", "exit_decay", "speculate", "draft_exit",
                       "beams", "best_of")
-        config.within(self, 0, 1, "top_p", "min_p", "alpha")
+        config.within(self, 0, 1, "top_p", "min_p", "alpha", "knn_lambda")
+        config.within(self, 1, None, "knn_k")
+        config.within(self, 1e-6, None, "knn_temp")
+        config.within(self, 0, None, "limit")
         config.within(self, 1e-6, 1 - 1e-6, "risk", "confidence")
         if self.exit and self.exit not in CONFIDENCE:
             raise ValueError(f"exit is one of {', '.join(CONFIDENCE)}, not {self.exit!r}")
@@ -98,6 +115,11 @@ class SampleConfig:
         for k in ("exit", "speculate"):
             if self.amateur and getattr(self, k):
                 raise ValueError(f"amateur reads every layer of every token, which {k} saves; choose one")
+        for k in ("exit", "speculate"):
+            if self.knn and getattr(self, k):
+                raise ValueError(f"knn needs the last layer's vector of every token when it is chosen, which {k} does without; choose one")
+        if self.knn and self.soft and self.collapse_by == "context":
+            raise ValueError("collapse_by = context draws from the model alone; with knn take collapse_by = nearest")
         if not self.exit and (self.exit_threshold >= 0 or self.exit_decay):
             raise ValueError("exit_threshold and exit_decay need an exit, such as --exit=softmax")
         if self.beams and (self.top_k or self.top_p < 1 or self.min_p or self.repetition_penalty != 1 or self.think_after):
@@ -304,14 +326,17 @@ class Decoder:
     window are computed anew in one pass.
     """
 
-    def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None):
+    def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None, memory=None, sources=None, neighbours=None):
         """context: a window of so many tokens, and no history; at_exit: keep the logits `early` of the exit after so many blocks
-        too; leave: an exit_rule by which tokens leave early."""
+        too; leave: an exit_rule by which tokens leave early; memory {block: Memory}: what blocks M find, and write to when the window is full
+        (a copy, where one row stands for all); sources {block: (store, ids (H, N))}: which entries those are; neighbours: what its logits are mixed with."""
         self.model, self.eot, self.at_exit, self.leave, self.made = model, eot, at_exit, leave, 0
+        self.neighbours, self.sources = neighbours, sources or {}
         self.step = compiled(model) if compile else model
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
             self.T, self.H = min(context, self.T), 0
+        self.memory, self.known = memory or {}, [0] * len(rows)  # known: tokens of each window that memory holds
         self.rows = []  # (history, window) per row, lists of ids, oldest first
         self.soft = []  # per row {place in the window: distribution (V,)} of the tokens that are soft
         for ids in rows:
@@ -327,6 +352,9 @@ class Decoder:
         fold = len(window) == self.T
         if fold:
             n = max(1, self.T // 4)
+            if self.memory:
+                self.write(b)
+                self.known[b] = self.T - n
             ring.extend(window[:n])
             del window[:n]
             del ring[:max(0, len(ring) - self.H)]
@@ -336,12 +364,25 @@ class Decoder:
         window.append(token)
         return fold
 
-    def inputs(self, first, width):
-        """What the model reads of each row from place first[b] on, `width` tokens padded at the right: ids (B, width), or
-        distributions (B, width, V) where one of them is soft."""
-        idx = torch.tensor([(w[f:f + width] + [0] * width)[:width] for f, (_, w) in zip(first, self.rows)],
+    @torch.inference_mode()
+    def write(self, b):
+        """Write what row b's window has into its memory, in one pass."""
+        for i, m in self.memory.items():
+            if len(m.crf) < len(self.known):
+                self.memory[i] = Memory(*(t.expand(len(self.known), *t.shape[1:]).clone() for t in (m.keys, m.values, m.crf)))
+        mine, history = {i: m.select(slice(b, b + 1)) for i, m in self.memory.items()}, self.history()
+        out = self.model(self.inputs([0], self.T, [b]), history=None if history is None else history[b:b + 1], memory=mine,
+                         known=torch.tensor([self.known[b]], device=self.model.wte.weight.device))
+        for i, m in mine.items():
+            m.write(out.wrote[i])
+
+    def inputs(self, first, width, rows=None):
+        """What the model reads of each of these rows (all) from place first[i] on, `width` tokens padded at the right: ids (B,
+        width), or distributions (B, width, V) where one of them is soft."""
+        rows = range(len(self.rows)) if rows is None else rows
+        idx = torch.tensor([(self.rows[b][1][f:f + width] + [0] * width)[:width] for f, b in zip(first, rows)],
                            device=self.model.wte.weight.device)
-        soft = [(b, at - f, p) for b, f in enumerate(first) for at, p in self.soft[b].items() if f <= at < f + width]
+        soft = [(i, at - f, p) for i, (f, b) in enumerate(zip(first, rows)) for at, p in self.soft[b].items() if f <= at < f + width]
         if soft:
             idx = F.one_hot(idx, self.V).float()
             for b, at, p in soft:
@@ -360,7 +401,8 @@ class Decoder:
         """Slots, window and state from what is kept, in one pass over rows padded at the right."""
         device = self.model.wte.weight.device
         width = max(len(w) for _, w in self.rows)
-        self.state = self.model.init_state(len(self.rows))
+        more = dict(memory=self.memory, known=torch.tensor(self.known, device=device)) if self.memory else {}
+        self.state = self.model.init_state(len(self.rows), **more)
         made = self.read(self.model, self.inputs([0] * len(self.rows), width), self.history())
         short = torch.tensor([width - len(w) for _, w in self.rows], device=device)
         if bool(short.any()):
@@ -369,21 +411,35 @@ class Decoder:
         return made[0]
 
     def read(self, model, idx, history=None):
-        """Logits over idx (B, T), which ends where each row ends or is padded behind that, with `at_exit` those of the exit, and with
-        `leave` the blocks run. Tokens of a prompt leave early too: so the state is that of decoding from its first token."""
+        """Logits over idx (B, T), which ends where each row ends or is padded behind that, with `at_exit` those of the exit, with
+        `leave` the blocks run, and without it what the head read. Tokens of a prompt leave early too: so the state is that of decoding from its first token."""
         if self.leave is None:
             out = model(idx, history=history, state=self.state, at_exit=self.at_exit)
-            return out.logits, out.early, None
+            return out.logits, out.early, None, out.h
         before = idx.size(1) if self.state.begun else torch.tensor([[len(w)] for _, w in self.rows], device=idx.device)
         self.leave.t = self.made + 1 - before  # self.made: tokens before the last of these
         logits, depth = model.leaving(idx, self.leave, history, self.state)
-        return logits, None, depth
+        return logits, None, depth, None
 
     def take(self, made, last):
         """Note what `read` made of the last token of each row, which stands at place last (B,)."""
         at = torch.arange(len(self.rows), device=made[0].device), last
-        self.logits, self.early, depth = (None if t is None else t[at] for t in made)
+        self.logits, self.early, depth, h = (None if t is None else t[at] for t in made)
+        self.found = [[] for _ in self.rows]  # per row [(store, id)]: the entries that told most about the next token
+        if self.neighbours is not None:
+            self.logits, self.found = self.neighbours.mix(self.logits, h)
+        for i, places, weights in self.model.recalled(self.state) if self.sources else ():
+            self.recall(*self.sources[i], places.flatten(1).tolist(), weights)
         self.depth = [self.model.cfg.n_layer] * len(self.rows) if depth is None else depth.tolist()
+
+    def recall(self, store, ids, places, weights):
+        """Note which entries of a store the last token of each row found, as long as nothing took their places: ids (H, N), places a list of
+        H * k in each row, weights (B, H, k)."""
+        for b, (at, w) in enumerate(zip(places, weights.flatten(1))):
+            for j in w.topk(min(TRACED, len(w)))[1].tolist():
+                h = j // weights.size(2)
+                if w[j] > 0.05 and at[j] < ids.shape[1] and ids[h, at[j]] >= 0 and not self.known[b]:
+                    self.found[b].append((store, int(ids[h, at[j]])))
 
     @torch.inference_mode()
     def push(self, tokens, soft=None):
@@ -431,10 +487,12 @@ class Decoder:
         new = object.__new__(Decoder)
         new.__dict__.update(self.__dict__)
         new.rows = [(list(self.rows[r][0]), list(self.rows[r][1])) for r in rows]
-        new.soft = [dict(self.soft[r]) for r in rows]
+        new.soft, new.known = [dict(self.soft[r]) for r in rows], [self.known[r] for r in rows]
         at = torch.tensor(rows, device=self.logits.device)
+        new.memory = {i: m.select(at) for i, m in self.memory.items()}
         new.state, new.logits = self.state.select(at), self.logits[at]
         new.early, new.depth = self.early[at] if self.at_exit else None, [self.depth[r] for r in rows]
+        new.found = [self.found[r] for r in rows]
         return new
 
     def planned(self):
@@ -463,6 +521,73 @@ class Decoder:
         for b, (_, window) in enumerate(self.rows):
             out[b, window] = True
         return out
+
+
+@torch.inference_mode()
+def absorb(model, ids, piece=8192, rows=32):
+    """Read ids into memory, without a gradient: pieces of the text are read side by side, each into a memory of its own, half a
+    window at a time behind the half before. -> {block: [(keys (n, D), values (n, D), places in ids (n,)) for each head]}."""
+    T, n, device = model.cfg.block_size, len(ids), model.wte.weight.device
+    ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+    firsts, found = torch.arange(0, n, max(piece, T)), {}
+    for first in prepare.bar(firsts.split(rows), desc="read"):
+        last = (first + max(piece, T)).clamp(max=n)
+        memory, read = model.init_memory(len(first), size=int((last - first).max())), first.clone()
+        source = {i: torch.full(m.crf.shape, -1) for i, m in memory.items()}
+        while bool((read < last).any()):
+            end = torch.minimum(torch.where(read < T, T, read + T // 2), last)
+            start = (end - T).clamp(min=0)
+            x = ids[(start[:, None] + torch.arange(min(T, n))).clamp(max=n - 1)].to(device)
+            wrote = model(x, memory=memory, known=torch.where(read < last, read - start, T).to(device)).wrote
+            for i, m in memory.items():
+                slot, at, better = (t.cpu() for t in m.write(wrote[i]))
+                source[i].scatter_(2, slot, torch.where(better, start[:, None, None] + at, source[i].gather(2, slot)))
+            read = end
+        for i, m in memory.items():
+            there = m.crf > 0
+            for h in range(m.crf.size(1)):
+                of = found.setdefault(i, [[] for _ in range(m.crf.size(1))])[h]
+                of.append([t[:, h][there[:, h]].cpu() for t in (m.keys, m.values, source[i].to(device))])
+    return {i: [tuple(map(torch.cat, zip(*of))) for of in heads] for i, heads in found.items()}
+
+
+def learn_memory(store, model, tok, ids, width=40):
+    """Read a text, a list of ids, into a Store of the kind "memory"; the text of an entry ends in what it brings back."""
+    total, raw = 0, tok.decode
+    with store.batch():
+        for i, heads in absorb(model, ids).items():
+            for h, (keys, values, place) in enumerate(heads):
+                texts = [raw(ids[max(p + 1 - width, 0):p + 1]) for p in place.tolist()]
+                store.add(i, np.full(len(texts), h), keys.float().numpy(), values.float().numpy(), texts)
+                total += len(texts)
+    return total
+
+
+def open_memory(store, model, room):
+    """What a Store holds as (memory {block: Memory} of one row with `room` for more, sources {block: (store, ids (H, N))})."""
+    found, sources = {}, {}
+    for i in model.init_memory(1, size=0):
+        a = store.arrays(i)
+        if not len(a["ids"]):
+            raise UserError(f"store {store.path} has no entries of block {i}; python sample.py learn --memory={store.path} FILE fills it")
+        found[i] = [tuple(torch.from_numpy(a[k][a["head"] == h].astype(np.float32)) for k in ("keys", "values"))
+                    for h in range(model.cfg.mem_head)]
+        ids = np.full((model.cfg.mem_head, max(len(k) for k, _ in found[i])), -1)
+        for h in range(model.cfg.mem_head):
+            ids[h, :(a["head"] == h).sum()] = a["ids"][a["head"] == h]
+        sources[i] = store, ids
+    return remembered(model, found, room), sources
+
+
+def remembered(model, found, room=0):
+    """What absorb found as {block: Memory} of one row, with room for more."""
+    memory = {}
+    for i, heads in found.items():
+        n = max(len(keys) for keys, *_ in heads)
+        memory[i] = m = model.init_memory(1, size=n + room)[i]
+        for h, (keys, values, *_) in enumerate(heads):
+            m.keys[0, h, :len(keys)], m.values[0, h, :len(keys)], m.crf[0, h, :len(keys)] = keys, values, 1.0
+    return memory
 
 
 def compiled(model):
@@ -515,6 +640,7 @@ class Made:
     depth: int | None = None  # blocks after which it was chosen
     drafted: bool | None = None  # whether a draft proposed it
     shift: float | None = None  # contrastive: by how much its log-probability rose
+    found: list | tuple = ()  # [(store, id)]: the entries that told most about it
 
 
 def next_token(expert, amateur, cfg):
@@ -589,7 +715,7 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
         for b, token in enumerate(tokens):
             behind = sorted(at - len(expert.rows[b][1]) for at in expert.soft[b])
             made[b].append(Made(token, not hard[b], entropy[b], behind, logp[b], expert.depth[b] if expert.leave else None,
-                                shift=shift[b]))
+                                shift=shift[b], found=expert.found[b]))
             recent = expert.rows[b][1][-len(delimiter):] + [token]
             if delimiter and recent[-len(delimiter):] == delimiter:
                 forced[b] = list(thoughts)
@@ -791,6 +917,362 @@ class Text:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the store: entries with a key, a value and the text they came from, in one file of SQL
+
+
+TABLES = ("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+          "CREATE TABLE entries (id INTEGER PRIMARY KEY, layer INTEGER NOT NULL, head INTEGER NOT NULL, key BLOB NOT NULL, "
+          "value BLOB NOT NULL, text TEXT NOT NULL, checksum INTEGER NOT NULL, uses INTEGER NOT NULL, worth REAL NOT NULL, "
+          "last REAL NOT NULL)")
+COLUMNS = "id, layer, head, key, value, text, checksum, uses, worth, last"
+STORE_FORMAT = "1"
+BROKEN = sqlite3.DatabaseError, UnicodeDecodeError  # what reading a damaged file may raise
+HALF_LIFE = 7 * 24 * 3600.0  # seconds after which a use counts half when entries are pruned
+
+
+def connect(path, write):
+    """(a connection of the standard library's sort (PEP 249, `?` for parameters), whether the database is empty): another database would
+    come in here. A commit is on the disk when it returns, readers go on while somebody writes, and deleting gives room back."""
+    db = sqlite3.connect(f"file:{urllib.parse.quote(os.path.abspath(path))}?mode={'rwc' if write else 'rw'}", uri=True, timeout=10)
+    db.text_factory = lambda raw: raw.decode(errors="replace")  # a damaged text is for the checksum to find
+    empty = not db.execute("PRAGMA schema_version").fetchone()[0]
+    if write and empty:
+        db.execute("PRAGMA auto_vacuum = FULL")
+    db.execute("PRAGMA synchronous = FULL" if write else "PRAGMA query_only = ON")  # (a reader that could not write would leave files behind)
+    return db, empty
+
+
+def checksum(i, layer, head, key, value, text):
+    """CRC-32 of what an entry says: it finds every flipped bit and every damage of up to 32 bits in a row."""
+    return zlib.crc32(f"{i} {layer} {head} {len(key)} {text}".encode(), zlib.crc32(value, zlib.crc32(key)))
+
+
+def facts_checksum(facts):
+    """CRC-32 of what does not change in the facts of a store."""
+    return str(zlib.crc32(str([facts.get(k) for k in ("format", "kind", "model", "key", "value")]).encode()))
+
+
+def whole(entry):
+    """Whether an entry, a tuple of COLUMNS, is as it was written."""
+    *said, found, uses, worth, last = entry
+    try:
+        return checksum(*said) == found and isinstance(uses, int) and isinstance(worth, float) and isinstance(last, float)
+    except TypeError:  # a damaged column may have another type
+        return False
+
+
+def like(text):
+    """The pattern of LIKE for what has `text` in it."""
+    return "%" + "".join("\\" + c if c in "\\%_" else c for c in text) + "%"
+
+
+class Store:
+    """Entries of a memory or a datastore on disk, one file, as numpy arrays to the outside. Each belongs to a layer and a head, and has a
+    key (D,), a value (E,), the text that it came from, how often and when last it was used, and a checksum. One process writes at a
+    time, any number read and see what is committed. What `batch` writes is on the disk when it ends, whole, or not at all; so a
+    process may be killed at any moment.
+
+    model: what the entries belong to (prepare.checkpoint_id); kind: "memory" or "knn"; key, value: (D, type), (E, type) of numpy. A
+    store that says something else is refused; None takes what it says. A new one needs them all."""
+
+    def __init__(self, path, model=None, kind=None, key=None, value=None, write=False):
+        self.path, self.depth, self.held, self.db = str(path), 0, None, None
+        wanted = {"format": STORE_FORMAT, "kind": kind, "model": model, "key": key and f"{key[0]} {key[1]}",
+                  "value": value and f"{value[0]} {value[1]}"}
+        if not os.path.isfile(path) and (not write or None in wanted.values()):
+            raise UserError(f"store {path} does not exist; python sample.py learn makes one")
+        try:
+            if write:
+                self.held = prepare.hold(f"{path}.lock", f"store {path} is being written by another process; wait for it to end")
+            self.db, empty = connect(path, write)
+            self.facts = self.create(wanted) if write and empty else dict(self.db.execute("SELECT name, value FROM facts"))
+            if self.facts.get("checksum") != facts_checksum(self.facts):
+                raise sqlite3.DatabaseError("the checksum of its facts does not fit")
+            self.check(wanted)
+            if write:
+                self.db.execute("PRAGMA journal_mode = WAL")
+        except OSError as e:
+            self.close()
+            raise UserError(f"store {path} cannot be opened ({e.strerror or e}); choose another place") from None
+        except BROKEN as e:
+            self.close()
+            raise UserError(f"{path} is not a store of this project, or it is damaged ({e}); nothing in it was changed") from None
+        except UserError:
+            self.close()
+            raise
+        (self.D, self.key_type), (self.E, self.value_type) = (
+            (int(n), np.dtype(t).newbyteorder("<")) for n, t in (self.facts[k].split() for k in ("key", "value")))
+
+    def create(self, facts):
+        """Make the tables of a new store, and write what it is."""
+        if None in facts.values():
+            raise UserError(f"store {self.path} is empty; python sample.py learn fills it")
+        facts = {**facts, "checksum": facts_checksum(facts), "state": json.dumps({"next": 1, "counts": {}})}
+        self.db.execute("BEGIN")
+        for table in TABLES:
+            self.db.execute(table)
+        self.db.executemany("INSERT INTO facts (name, value) VALUES (?, ?)", facts.items())
+        self.db.commit()
+        return facts
+
+    def check(self, wanted):
+        """UserError unless the store is what is wanted."""
+        for name, value in wanted.items():
+            if value is not None and self.facts.get(name) != value:
+                raise UserError(f"store {self.path} belongs to another model ({self.facts.get(name)}, this one is {value}); learn it again "
+                                f"with this one" if name == "model" else
+                                f"store {self.path} has {name} {self.facts.get(name)}, not {value}; give the right one, or learn it again")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """What was not committed is gone."""
+        if self.db is not None:
+            self.db.close()
+        if self.held is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.held.name)
+            self.held.close()
+        self.db = self.held = None
+
+    @contextlib.contextmanager
+    def asking(self):
+        """The database's own errors as sentences."""
+        try:
+            yield
+        except sqlite3.OperationalError as e:
+            raise UserError(f"store {self.path} cannot be used ({e}); what was committed before is untouched") from None
+        except BROKEN as e:
+            raise UserError(f"store {self.path} is damaged ({e}); put a copy of it back, or learn it again") from None
+
+    @contextlib.contextmanager
+    def batch(self):
+        """What is written inside goes to the disk together when the outermost batch ends, and is taken back if it fails."""
+        self.depth += 1
+        try:
+            with self.asking():
+                yield
+                if self.depth == 1:
+                    self.db.commit()
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.rollback()
+            raise
+        finally:
+            self.depth -= 1
+
+    def add(self, layer, heads, keys, values, texts, now=None):
+        """Write n entries of a layer: heads (n,), keys (n, D), values (n, E) and n texts -> their ids (n,). An id is never given
+        twice. now: when, in seconds since 1970."""
+        n, now = len(texts), time.time() if now is None else float(now)
+        keys, values = (np.ascontiguousarray(a, dtype=t).reshape(n, m) for a, t, m in (
+            (keys, self.key_type, self.D), (values, self.value_type, self.E)))
+        with self.batch():
+            state = self.state()
+            first = state["next"]
+            said = zip(range(first, first + n), [layer] * n, np.asarray(heads).tolist(), map(bytes, keys), map(bytes, values), texts)
+            self.db.executemany(f"INSERT INTO entries ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, 0, 1.0, ?)",
+                                ((*s, checksum(*s), now) for s in said))
+            state["counts"][str(layer)] = state["counts"].get(str(layer), 0) + n
+            self.put_state({"next": first + n, "counts": state["counts"]})
+        return np.arange(first, first + n)
+
+    def state(self):
+        """What changes about a store as a whole: the next id, and how many entries each layer has, so that one that a damaged page hides
+        is missed."""
+        try:
+            state = json.loads(self.db.execute("SELECT value FROM facts WHERE name = 'state'").fetchone()[0])
+            return {"next": int(state["next"]), "counts": dict(state["counts"])}
+        except (ValueError, TypeError, KeyError):
+            raise sqlite3.DatabaseError("what it says of its entries cannot be read") from None
+
+    def put_state(self, state):
+        self.db.execute("UPDATE facts SET value = ? WHERE name = 'state'", (json.dumps(state),))
+
+    @contextlib.contextmanager
+    def snapshot(self):
+        """What is read inside is of one moment, whoever writes."""
+        with self.asking():
+            alone = not self.db.in_transaction
+            if alone:
+                self.db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                if alone and self.db.in_transaction:
+                    self.db.rollback()
+
+    def entries(self, where="", *values, size=4096):
+        """Lists of entries, tuples of COLUMNS in the order of their ids."""
+        with self.asking():
+            rows = self.db.execute(f"SELECT {COLUMNS} FROM entries {where} ORDER BY id", values)
+            while some := rows.fetchmany(size):
+                yield some
+
+    def arrays(self, layer):
+        """All entries of a layer in the order of their ids: {"ids" (n,), "head" (n,), "keys" (n, D), "values" (n, E), "uses" (n,),
+        "last" (n,)}. UserError names a damaged one."""
+        raw = lambda blobs, t, m: np.frombuffer(b"".join(blobs), dtype=t).reshape(-1, m)
+        parts, bad, n = [self.columns([], raw)], [], 0
+        with self.snapshot():
+            for some in self.entries("WHERE layer = ?", layer):
+                wrong = [e[0] for e in some if not whole(e)]
+                bad, n = bad + wrong, n + len(some)
+                if not bad:
+                    parts.append(self.columns(some, raw))
+            told = self.state()["counts"].get(str(layer), 0)
+        if bad:
+            raise UserError(f"store {self.path} has a damaged entry ({bad[0]}{f', and {len(bad) - 1} more' * (len(bad) > 1)}: the checksum "
+                            f"does not fit); take it out with python sample.py memory {self.path} forget {' '.join(map(str, bad[:20]))}")
+        if n != told:
+            raise UserError(f"store {self.path} is damaged (layer {layer} has {n:,} of its {told:,} entries); put a copy of it back, or "
+                            f"learn it again")
+        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    def columns(self, some, raw):
+        ids, _, head, key, value, _, _, uses, _, last = zip(*some) if some else [()] * 10
+        return {"ids": np.array(ids, np.int64), "head": np.array(head, np.int64), "keys": raw(key, self.key_type, self.D),
+                "values": raw(value, self.value_type, self.E), "uses": np.array(uses, np.int64), "last": np.array(last, np.float64)}
+
+    def texts(self, ids):
+        """The texts of entries, a list; "" for one that is not there any more."""
+        with self.asking():
+            found = [self.db.execute("SELECT text FROM entries WHERE id = ?", (int(i),)).fetchone() for i in ids]
+        return [f[0] if f else "" for f in found]
+
+    def touch(self, ids, n=1, now=None):
+        """Entries were used n times (a number, or one for each id) at `now`, in seconds since 1970. What their uses are worth halves
+        every HALF_LIFE."""
+        now = time.time() if now is None else float(now)
+        with self.batch():
+            for i, m in zip(map(int, ids), np.broadcast_to(n, len(ids)).tolist()):
+                found = self.db.execute("SELECT worth, last FROM entries WHERE id = ?", (i,)).fetchone()
+                if found:
+                    worth = found[0] * 2 ** (min(found[1] - now, 0) / HALF_LIFE) + m
+                    self.db.execute("UPDATE entries SET uses = uses + ?, worth = ?, last = ? WHERE id = ?", (m, worth, max(now, found[1]), i))
+
+    def forget(self, what):
+        """Take out entries by id, or all that have a text in them -> how many there were."""
+        with self.batch():
+            if isinstance(what, str):
+                gone = self.db.execute("DELETE FROM entries WHERE text LIKE ? ESCAPE '\\'", (like(what),)).rowcount
+            else:
+                gone = sum(self.db.execute("DELETE FROM entries WHERE id = ?", (int(i),)).rowcount for i in what)
+            counts = dict(self.db.execute("SELECT layer, COUNT(*) FROM entries GROUP BY layer"))
+            self.put_state({**self.state(), "counts": counts})
+        return gone
+
+    def prune(self, n):
+        """Keep the n entries whose uses, the writing counted as one, are worth most: LRFU (Lee et al. 2001), each use counts half
+        a HALF_LIFE later -> how many went."""
+        with self.batch():
+            all_ = np.array(list(self.db.execute("SELECT id, CAST(worth AS REAL), CAST(last AS REAL) FROM entries ORDER BY id"))).reshape(-1, 3)
+            rank = np.log2(all_[:, 1]) + all_[:, 2] / HALF_LIFE  # the order is the same at any time
+            return self.forget(all_[np.argsort(rank, kind="stable")[:max(len(all_) - n, 0)], 0])
+
+    def stats(self):
+        """What the store says of itself and its size: facts, bytes, entries, uses, and a list of (layer, entries, used ones, uses)."""
+        with self.asking():
+            layers = list(self.db.execute("SELECT layer, COUNT(*), SUM(CASE WHEN uses > 0 THEN 1 ELSE 0 END), SUM(uses) FROM entries "
+                                          "GROUP BY layer ORDER BY layer"))
+        sizes = [os.path.getsize(self.path + end) for end in ("", "-wal") if os.path.exists(self.path + end)]
+        return {**self.facts, "bytes": sum(sizes), "entries": sum(l[1] for l in layers), "layers": layers}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kNN-LM: what stood behind places like this one
+
+
+class Neighbours:
+    """kNN-LM (Khandelwal et al. 2020, arXiv:1911.00172): of texts read once, every output vector and the token that came next. The
+    tokens behind the k vectors nearest to the one at hand, each counting exp(-d^2 / temp), go into the model's distribution with the
+    weight lam."""
+
+    def __init__(self, keys, tokens, k, lam, temp, ids=None, store=None):
+        """keys (N, C), tokens (N,) long; ids (N,) in a Store, where there is one."""
+        self.k, self.lam, self.temp, self.tokens, self.ids, self.store = k, lam, temp, tokens, ids, store
+        # |q - k|^2 = |q|^2 - 2 (q.k - |k|^2 / 2): with one more channel the nearest have the largest inner product
+        self.keys = torch.empty(len(keys), keys.size(1) + 1, device=tokens.device)
+        self.keys[:, :-1] = keys
+        self.keys[:, -1] = self.keys[:, :-1].square().sum(1) / -2
+
+    @classmethod
+    def open(cls, store, k, lam, temp, device="cpu"):
+        """Those of a Store of the kind "knn"."""
+        a = store.arrays(KNN_LAYER)
+        if not len(a["ids"]):
+            raise UserError(f"store {store.path} has no entries; python sample.py learn --knn={store.path} FILE fills it")
+        return cls(torch.from_numpy(a["keys"]), torch.from_numpy(a["values"][:, 0]).long().to(device), k, lam, temp, a["ids"], store)
+
+    def find(self, h, own=None):
+        """Squared distances and rows (Q, k) of the entries nearest to h (Q, C), the nearest first. own (Q,): a row that each leaves
+        out, so that a place does not find itself."""
+        score, at = search(F.pad(h.float(), (0, 1), value=1.0), self.keys, self.k + (own is not None))
+        far = (h.float().square().sum(1, keepdim=True) - 2 * score).clamp(min=0)
+        if own is not None:
+            far, order = far.masked_fill(at == own[:, None], math.inf).sort(stable=True)
+            far, at = far[:, :self.k], at.gather(1, order)[:, :self.k]
+        return far, at
+
+    def shares(self, far):
+        """What each of the found ones counts, (Q, k)."""
+        return (-far / self.temp).softmax(1)
+
+    def mix(self, logits, h):
+        """logits (B, V) of the model over its output vectors h (B, C) -> those of the mixture, on the same scale, and for each row what
+        told most, [(store, id)]."""
+        far, at = self.find(h)
+        p = torch.zeros_like(logits).scatter_add(1, self.tokens[at], self.shares(far))
+        found = [[(self.store, i) for i in row] for row in self.ids[at[:, :TRACED].cpu().numpy()]] if self.store else [[] for _ in at]
+        return mixture(logits, p, self.lam), found
+
+
+KNN_LAYER, TRACED = -1, 3  # the layer of output vectors in a store; entries that a trace names for a token
+
+
+def mixture(logits, p, lam):
+    """logits whose distribution is (1 - lam) softmax(logits) + lam p, with the same sum of exponentials; p (B, V)."""
+    if not lam:
+        return logits
+    ours = logits + math.log(1 - lam) if lam < 1 else torch.full_like(logits, -math.inf)
+    return torch.logaddexp(ours, p.log() + math.log(lam) + logits.logsumexp(-1, keepdim=True))
+
+
+@torch.inference_mode()
+def outputs(model, ids, rows=16):
+    """For all places of a text ids (n,) but the last, in order: yields output vectors (m, C) and logits (m, V). A place has at least half
+    a window before it, or all there is, and the history behind that."""
+    T, H, device = model.cfg.block_size, model.cfg.history, model.wte.weight.device
+    step, ids = max(T // 2, 1), torch.as_tensor(ids, dtype=torch.long)
+    padded = F.pad(ids[:-1], (H, T), value=-1)
+    starts = torch.arange(0, max(len(ids) - 1 - T, 0) + step, step)
+    for some in starts.split(rows):
+        x = torch.stack([padded[H + a:H + a + T] for a in some]).clamp(min=0).to(device)  # behind the end it does not matter
+        history = torch.stack([padded[a:a + H] for a in some]).to(device) if H else None
+        out = model(x, history=history)
+        new = [slice(T - step if a else 0, min(T, len(ids) - 1 - a)) for a in some.tolist()]
+        yield tuple(torch.cat([row[s] for row, s in zip(t, new)]) for t in (out.h.float(), out.logits))
+
+
+def learn_knn(store, model, tok, ids, width=40):
+    """Put every output vector over a text, a list of ids, into a Store with the token that came next; the text of an entry ends in it."""
+    pieces = [tok.decode_bytes([i]) for i in ids]
+    raw, end, at = b"".join(pieces), np.cumsum([len(p) for p in pieces]).tolist(), 0
+    with store.batch(), prepare.bar(total=len(ids) - 1, desc="learn", unit="token") as shown:
+        for h, _ in outputs(model, ids):
+            places = range(at + 1, at + 1 + len(h))
+            texts = [raw[max(end[t] - width, 0):end[t]].decode(errors="ignore") for t in places]
+            store.add(KNN_LAYER, np.zeros(len(h), np.int64), h.cpu().numpy(), np.array([ids[t] for t in places])[:, None], texts)
+            at += len(h)
+            shown.update(len(h))
+    return at
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def newest(root="out"):
@@ -860,13 +1342,14 @@ def held_out(ckpt, cfg, T):
     return rows[torch.randperm(n, generator=torch.Generator().manual_seed(cfg.seed))]
 
 
-def calibrate(cfg, model, ckpt, path):
+def calibrate(cfg):
     """Find and store the laxest exit_threshold that keeps the risk on held-out text: Learn then Test (Angelopoulos et al. 2021), as
     CALM does."""
     kind = cfg.exit or "softmax"
-    for name in ("exit_decay", "compile", "amateur", "speculate", "beams", "best_of", "soft", "interactive"):
+    for name in ("exit_decay", "compile", "amateur", "speculate", "beams", "best_of", "soft", "interactive", "knn"):
         if getattr(cfg, name):
             raise UserError(f"calibrate tests thresholds that stay as they are, in one pass over each text; leave {name} out")
+    model, ckpt, path = open_model(cfg)
     check_exits(model, kind)
     if cfg.length > model.cfg.block_size:
         raise UserError(f"length ({cfg.length}) is larger than the model's block_size ({model.cfg.block_size}); give less")
@@ -951,9 +1434,124 @@ def after_kind(name, text, low=1):
     return int(number)
 
 
-def main(argv):
-    values, words = config.parse(argv, SampleConfig, doc=__doc__, words=["calibrate"])
-    cfg = config.build(SampleConfig, **values)
+def learn(cfg, *files):
+    """Read texts into a store, without a gradient. Each file is one document, and in the store whole or not at all."""
+    if bool(cfg.knn) == bool(cfg.memory):
+        raise UserError("learn needs to know where to: --memory=PATH for blocks M, or --knn=PATH, one at a time")
+    kind = "memory" if cfg.memory else "knn"
+    target = getattr(cfg, kind)
+    if not files:
+        raise UserError(f"learn needs texts to read: python sample.py learn --{kind}={target} FILE...")
+    model, ckpt, path = open_model(cfg)
+    tok, texts = prepare.Tokenizer(ckpt["tokenizer"]), {}
+    for name in files:  # all that may be wrong with them is found before anything is written
+        text = "".join(prepare.pieces(name))
+        try:
+            texts[name] = tok.encode(text)
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from None
+        if len(texts[name]) < 2:
+            raise UserError(f"{name} holds fewer than 2 tokens; give a longer text")
+    read = learn_memory if cfg.memory else learn_knn
+    with open_store(kind, target, model, path, write=True) as store:
+        for name, ids in texts.items():
+            print(f"{name}: {read(store, model, tok, ids):,} entries")
+        print(f"{target}: {store.stats()['entries']:,} entries")
+    return 0
+
+
+def open_store(kind, target, model, path, write=False):
+    """The store of a kind at target, of this model and no other."""
+    if kind == "memory":
+        if not model.init_memory(1, size=0):
+            raise UserError(f"{path} has no block M to remember with; train one with an M in layers, such as config/facts.py")
+        key = value = model.cfg.mem_dim, "float16"
+    else:
+        key, value = (model.cfg.n_embd, "float16"), (1, "int32")
+    return Store(target, prepare.checkpoint_id(checkpoint_path(path)), kind, key, value, write)
+
+
+def memory(cfg, path="", action="stats", *rest):
+    """Look into a store, or edit it."""
+    actions = {"list": memory_list, "show": memory_show, "forget": memory_forget, "prune": memory_prune, "stats": memory_stats}
+    if not path or action not in actions:
+        raise UserError(f"memory takes a store and one of {', '.join(actions)}, as python sample.py memory facts.db list")
+    with Store(path, write=action in ("forget", "prune")) as store:
+        actions[action](store, cfg, list(rest))
+    return 0
+
+
+def numbers(words, what):
+    """Words as whole numbers; UserError where there are none, or others."""
+    if not words or not all(w.isascii() and w.isdecimal() for w in words):
+        raise UserError(f"{what} takes a number, not {' '.join(words) or 'nothing'}")
+    return [int(w) for w in words]
+
+
+def memory_list(store, cfg, words):
+    """The first entries, or the first that have a text in them."""
+    text = " ".join(words)
+    found = itertools.chain.from_iterable(store.entries(*(("WHERE text LIKE ? ESCAPE '\\'", like(text)) if text else ())))
+    print(f"{'id':>9}  {'layer':>5} {'head':>4} {'uses':>6}  {'last used':16}  text")
+    for e in itertools.islice(found, cfg.limit or None):
+        print(entry_line(e))
+    if next(found, None):
+        print(f"[the first {cfg.limit}; --limit=0 shows all]")
+
+
+def entry_line(entry, width=70):
+    """An entry as a line of a list."""
+    i, layer, head, _, _, text, _, uses, _, last = entry
+    if not whole(entry):
+        return f"{i:>9}  damaged"
+    text = repr(text)
+    return (f"{i:>9}  {layer:>5} {head:>4} {uses:>6}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(last))}  "
+            f"{text if len(text) <= width else text[:width - 3] + '...'}")
+
+
+def memory_show(store, cfg, words):
+    """All of some entries."""
+    for i in numbers(words, "show"):
+        entry = next(store.entries("WHERE id = ?", i), [None])[0]
+        if entry is None:
+            raise UserError(f"store {store.path} has no entry {i}; list shows which there are")
+        print(entry_line(entry, width=10 ** 9))
+        for name, raw, t in (("key", entry[3], store.key_type), ("value", entry[4], store.value_type)) if whole(entry) else ():
+            numbers_ = np.frombuffer(raw, t)
+            print(f"{name:>9}  {len(numbers_)} x {t.name}: {' '.join(f'{v:.4g}' for v in numbers_[:8])}{' ...' * (len(numbers_) > 8)}")
+
+
+def memory_forget(store, cfg, words):
+    """Take out entries by their numbers, or all that have a text in them."""
+    what = " ".join(words)
+    if not what.strip():
+        raise UserError("forget takes the number of an entry, or a text that is in those to forget")
+    gone = store.forget(numbers(words, "forget") if what.replace(" ", "").isdecimal() else what)
+    if not gone:
+        raise UserError(f"store {store.path} has no entry {what!r}; list shows which there are")
+    print(f"{store.path}: forgot {gone:,} of {gone + store.stats()['entries']:,} entries")
+
+
+def memory_prune(store, cfg, words):
+    """Keep so many entries, the best used ones."""
+    gone = store.prune(*numbers(words[:1], "prune"))
+    print(f"{store.path}: pruned {gone:,} of {gone + store.stats()['entries']:,} entries")
+
+
+def memory_stats(store, cfg, words):
+    """What a store is and how it was used."""
+    s = store.stats()
+    print(f"{store.path}: {s['kind']} of model {s['model'][:12]}, {s['entries']:,} entries, {s['bytes'] / 2 ** 20:,.1f} MB; key {s['key']}, "
+          f"value {s['value']}")
+    for layer, n, used, uses in s["layers"]:
+        print(f"layer {layer:>3}: {n:>9,} entries, {used / n:.1%} of them used, {uses:,} uses")
+
+
+COMMANDS = {"calibrate": calibrate, "learn": learn, "memory": memory}
+
+
+def open_model(cfg):
+    """(model, checkpoint, path) of the settings, on the device and in the type that they say."""
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     missing = config.compiler_missing(cfg.device) if cfg.compile else ""
@@ -965,8 +1563,23 @@ def main(argv):
     model, ckpt = load(path, cfg.device, cfg.dtype)
     if cfg.int8:
         to_int8(model)
+    return model, ckpt, path
+
+
+def main(argv):
+    values, words = config.parse(argv, SampleConfig, doc=__doc__, words=list(COMMANDS), free=("learn", "memory"))
+    cfg = config.build(SampleConfig, **values)
+    if words[1:] and words[0] == "calibrate":
+        raise UserError(f"calibrate takes settings alone, not {words[1]}")
     if words:
-        return calibrate(cfg, model, ckpt, path)
+        return COMMANDS[words[0]](cfg, *words[1:])
+    with contextlib.ExitStack() as stores:
+        return decode(cfg, stores)
+
+
+def decode(cfg, stores):
+    """Text by the settings. stores: an ExitStack that closes what is opened."""
+    model, ckpt, path = open_model(cfg)
     tok = prepare.Tokenizer(ckpt["tokenizer"])
     prompt = read_prompt(cfg.prompt)
     ids = tok.encode(prompt)
@@ -995,7 +1608,15 @@ def main(argv):
             if cfg.int8:
                 to_int8(others[name])
     start = lambda m, **more: Decoder(m, [ids], tok.eot, cfg.compile, **more).select(rows)
-    expert, others = start(model, at_exit=at_exit, leave=leave), {name: start(m) for name, m in others.items()}
+    neighbours, memory, sources = None, None, {}
+    if cfg.memory:
+        memory, sources = open_memory(stores.enter_context(open_store("memory", cfg.memory, model, path)), model, model.cfg.mem_size)
+    elif ckpt["train_config"].get("stream"):  # what the window cannot hold is remembered, as in training
+        memory = model.init_memory(1)
+    if cfg.knn:
+        store = stores.enter_context(open_store("knn", cfg.knn, model, path))
+        neighbours = Neighbours.open(store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp, cfg.device)
+    expert, others = start(model, at_exit=at_exit, leave=leave, neighbours=neighbours, memory=memory, sources=sources), {k: start(m) for k, m in others.items()}
     if cfg.amateur.startswith("context:"):
         others["amateur"] = start(model, context=after_kind("context", cfg.amateur))
     amateur, generator = others.get("amateur"), torch.Generator(device=cfg.device).manual_seed(cfg.seed)
@@ -1018,6 +1639,10 @@ def main(argv):
     write(steps, cfg, tok, model.cfg, prompt, page)
     if cfg.trace and not cfg.json and expert.planned() and not (cfg.beams or cfg.best_of):
         print("\n" + "\n".join(expert.plan_lines(tok)))
+    if cfg.trace and not cfg.json:
+        for piece, made in page[0]:
+            if made.found:
+                print(f"{piece!r:>12} | {' | '.join(f'{i} {text!r}' for i, text in retrieved(made))}")
     if speculation:
         print(f"[{speculation.accepted} of {speculation.proposed} drafted tokens accepted]", file=sys.stderr)
     if cfg.trace_html:
@@ -1097,6 +1722,11 @@ def converse(expert, others, cfg, tok, mcfg, prompt, generator, think):
             d.extend(shown)
 
 
+def retrieved(made):
+    """[(id, text)] of the entries that told most about a token."""
+    return [(int(i), store.texts([i])[0]) for store, i in made.found]
+
+
 HEAT = (40, 148, 220, 208, 196)  # of a terminal: from green to red
 
 
@@ -1116,6 +1746,8 @@ def show(made, text, i, tok, cfg, mcfg):
     token's own text."""
     if cfg.json:
         more = {k: getattr(made, k) for k in ("depth", "drafted", "shift") if getattr(made, k) is not None}
+        if made.found:
+            more["found"] = [{"id": i, "text": text} for i, text in retrieved(made)]
         return json.dumps({"sample": i, "token": made.token, "text": tok.decode([made.token]), "soft": made.soft,
                            "entropy": round(made.entropy, 4), "logp": round(made.logp, 4), "soft_behind": made.behind, **more}) + "\n"
     if not (cfg.trace and text and sys.stdout.isatty()):
@@ -1133,7 +1765,8 @@ def write_page(path, prompt, samples, mcfg):
         out.append(html.escape(prompt))
         for text, made in pieces:
             value, says = heat(made, mcfg)
-            out.append(f'<span title="{html.escape(says)}, {math.exp(made.logp):.0%}" style="background:hsl({120 * (1 - value):.0f},70%,'
+            says = "\n".join((f"{says}, {math.exp(made.logp):.0%}", *(f"{i} {text!r}" for i, text in retrieved(made))))
+            out.append(f'<span title="{html.escape(says)}" style="background:hsl({120 * (1 - value):.0f},70%,'
                        f'85%)">{html.escape(text)}</span>')
         out.append("<hr>")
     try:

@@ -18,9 +18,11 @@ import os
 import pickle
 import platform
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import config  # before torch: it sets the allocator's switches
 import numpy as np
@@ -83,6 +85,10 @@ VARIANTS = {  # name: config overrides
     "level+think+soft_rate": dict(layers="(R)A", soft_rate=0.3, n_think=2, think_token=3),
     "featural": dict(layers="AF", n_mem=64, mem_top=4, mem_dim=16),
     "featural_shared+level": dict(layers="(F)FA", n_mem=25, mem_head=2, mem_dim=8, mem_share=True),
+    "associative": dict(layers="AMA", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24),
+    "associative+straight+slots": dict(SLOTS, layers="MM", mem_chunk=8, mem_top=4, mem_dim=8, mem_shift=0, mem_straight=True, eot=5),
+    "associative+level": dict(layers="R(RM)M", mem_chunk=2, mem_top=4, mem_dim=8, chunk="space", space=(1, 2, 3), eot=5, mem_novelty=0.5),
+    "associative+exits+drop": dict(layers="M.A", mem_chunk=4, mem_top=4, mem_dim=8, mem_drop=0.2, mem_noise=0.1, plan="cross"),
     "exits": dict(layers="A.A.A"),
     "exits_distilled": dict(layers="A.AA", exit_distill=0.5, exit_classifier=True, exit_rate=0.5),
     "exits_rotate+layer_drop": dict(layers="A.A.A", exit_loss="rotate", layer_drop=0.5, head="nearest"),
@@ -132,7 +138,8 @@ def inputs(m, B=3, T=None, seed=0):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_sees_its_future(name, mode, dtype):
-    m = make(name, block_size=272 if dtype == torch.bfloat16 else 16)  # bf16 attention goes in pieces from 256 on
+    size = 272 if dtype == torch.bfloat16 else 16  # bf16 attention goes in pieces from 256 on
+    m = make(name, block_size=size, **({"mem_chunk": size // 4} if "mem_chunk" in VARIANTS[name] else {}))
     if m.cfg.exit_rate:
         m.lm_head.weight.data.mul_(30)  # nobody leaves who is not sure
     m.train(mode == "train").dtype = dtype
@@ -813,6 +820,137 @@ def test_formal_tasks(task):
         assert n == (5 if "c" in task else 2) and all(0.5 / n < answers.count(a) / 1000 < 2 / n for a in set(answers))
 
 
+def test_facts_task():
+    chars, notes, document = prepare.facts(prepare.PrepareConfig(), np.random.default_rng(0))
+    for _ in range(5):
+        ids, mask = document(True)
+        told, asked = {}, ""
+        lines = "".join(chars[i] for i in ids).splitlines()
+        for line, start in zip(lines, np.cumsum([0] + [len(line) + 1 for line in lines])):
+            name, attribute, value = line[1:].split(" ")
+            assert len(name) >= 8 and len(value) >= 6 and attribute in prepare.ATTRIBUTES
+            if line[0] == "!":
+                assert not mask[start:start + len(line) + 1].any()
+                told[name, attribute] = value
+            else:  # told before, and what is asked is scored with the end of its line
+                assert told.pop((name, attribute)) == value
+                assert mask[start:start + len(line) + 1].tolist() == [False] * (len(line) - len(value)) + [True] * (len(value) + 1)
+        assert not told
+    assert len(dict(prepare.random_facts(np.random.default_rng(1), 500))) == 500
+
+
+ASSOCIATIVE = dict(layers="AMA", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24, eot=5)
+
+
+def filled(m, B, seed=0):
+    """A memory of B rows that each read a window."""
+    memory = m.init_memory(B)
+    x = torch.randint(6, m.cfg.vocab_size, (B, m.cfg.block_size), generator=torch.Generator().manual_seed(seed))
+    for i, wrote in m(x, memory=memory).wrote.items():
+        memory[i].write(wrote)
+    return memory
+
+
+def memory_model(**more):
+    return wake(GPT(GPTConfig(**{**BASE, **ASSOCIATIVE, **more}), seed=0)).eval()
+
+
+def test_a_memory_is_searched_and_belongs_to_its_row():
+    """What a row has stored moves its logits, and those of no other row; with nothing stored and nothing written the block adds nothing."""
+    m = memory_model()
+    x = torch.randint(6, 24, (2, 16), generator=torch.Generator().manual_seed(9))
+    memory, other = filled(m, 2), filled(m, 2, seed=1)
+    assert all((t.crf > 0).any() for t in memory.values())
+    mixed = {i: t.select([0, 1]) for i, t in memory.items()}
+    for i, t in mixed.items():
+        t.keys[0], t.values[0], t.crf[0] = other[i].keys[0], other[i].values[0], other[i].crf[0]
+    a, b, none = m(x, memory=memory).logits, m(x, memory=mixed).logits, m(x, memory=m.init_memory(2)).logits
+    assert not torch.allclose(a[0], b[0], atol=1e-4) and torch.equal(a[1], b[1])
+    assert torch.equal(none, m(x).logits) and not torch.allclose(a, none, atol=1e-4)
+    assert torch.allclose(m(x[:1], memory={i: t.select(slice(0, 1)) for i, t in memory.items()}).logits, a[:1], atol=1e-5)
+
+
+def test_a_memory_chunk_searches_before_it_is_written():
+    m = memory_model(mem_novelty=2.0, mem_shift=0)
+    wrote = m(torch.randint(6, 24, (2, 16)), memory=m.init_memory(2)).wrote[1]
+    for c in range(5):  # before chunk c there is what earlier chunks wrote, all of it, and nothing else
+        assert (wrote.crf[:, c, :, 24:] > 0).sum(-1).eq(4 * c).all() and (wrote.crf[:, c, :, 24 + 4 * c:] == 0).all()
+    x = torch.randint(6, 24, (1, 16))
+    block = m.blocks[1].mlp
+    out = m(x).logits
+    out[:, 4:8].square().sum().backward()  # a later chunk teaches what an earlier one stored
+    assert block.c_v.weight.grad.abs().sum() > 0 and block.c_k.weight.grad.abs().sum() > 0
+    m.zero_grad()
+    m(x).logits[:, :4].square().sum().backward()
+    assert block.c_v.weight.grad is None or block.c_v.weight.grad.abs().sum() == 0
+
+
+def test_a_document_sees_its_own_entries():
+    """Behind an end of text nothing hangs on what was stored before it, and it is gone from the memory; recurrences alone
+    carry the rest, so the layers are R and M's attention is cut off."""
+    m = memory_model()
+    m.blocks[1].attn.c_proj.weight.data.zero_(), m.blocks[0].attn.c_proj.weight.data.zero_(), m.blocks[2].attn.c_proj.weight.data.zero_()
+    x = torch.randint(6, 24, (1, 16), generator=torch.Generator().manual_seed(3))
+    for at in (0, 6, 8, 11):
+        ends = x.clone()
+        ends[0, at] = 5
+        a, b = m(ends, memory=filled(m, 1)), m(ends, memory=filled(m, 1, seed=1))
+        assert torch.equal(a.logits[:, at:], b.logits[:, at:])
+        assert at == 0 or not torch.equal(a.logits[:, :at], b.logits[:, :at])
+        earlier = ends.clone()
+        earlier[0, :at] = 7
+        assert torch.allclose(m(earlier, memory=filled(m, 1)).logits[:, at:], a.logits[:, at:], atol=1e-5)
+        assert (a.wrote[1].crf[:, -1, :, :24] == 0).all() and (a.wrote[1].crf[:, -1, :, 24:24 + at] == 0).all()
+
+
+def test_what_is_near_is_replaced_and_the_best_stay():
+    m = memory_model(mem_novelty=0.999, mem_shift=0)
+    for b in m.blocks:  # keys are functions of the token alone
+        b.attn.c_proj.weight.data.zero_()
+    x = torch.tensor([[7, 8, 9, 10, 7, 8, 9, 10, 11, 11, 12, 13, 7, 14, 15, 16]])
+    m.blocks[0].mlp.c_proj.weight.data.zero_()
+    crf = m(x, memory=m.init_memory(1)).wrote[1].crf[0, -1, 0, 24:]
+    assert (crf > 0).tolist() == [x[0, i + 1:].eq(t).sum() == 0 for i, t in enumerate(x[0])]  # each token once, where it was last
+    assert crf[12] > 2 * crf[13]  # a third time: its count is carried on
+    memory = m.init_memory(1, size=4)
+    for i, wrote in m(x, memory=memory).wrote.items():
+        slot, at, better = memory[i].write(wrote)
+    assert better.all() and sorted(at[0, 0].tolist()) == sorted(crf.topk(4).indices.tolist())
+    for i, wrote in m(x[:, :8], memory=memory).wrote.items():
+        memory[i].write(wrote)
+    assert (memory[1].crf > 0).all()
+
+
+def test_memory_outlasts_the_window():
+    """A token at a time, across folds, or all at once: the same memory and the same logits; every position is written once."""
+    m = memory_model(mem_novelty=2.0, mem_size=64)
+    ids = torch.randint(6, 24, (45,), generator=torch.Generator().manual_seed(2)).tolist()
+    d = sample.Decoder(m, [ids[:1], ids[:20]], memory=m.init_memory(2))
+    whole = sample.Decoder(m, [ids, ids[:20] + ids[1:26]], memory=m.init_memory(2))
+    for a, b in zip(ids[1:], [*ids[1:26], *[6] * 19]):
+        d.push([a, b])
+    torch.testing.assert_close(d.logits[0], whole.logits[0], atol=1e-4, rtol=1e-4)
+    assert (d.memory[1].crf[0] > 0).sum(-1).eq((whole.memory[1].crf[0] > 0).sum(-1)).all()
+    assert (whole.memory[1].crf[0] > 0).sum(-1).tolist() == [whole.known[0] + 45 - len(whole.rows[0][1]) - 1] * 2  # no pair for the first
+    plain = sample.Decoder(m, [ids], memory=None)
+    assert not torch.allclose(plain.logits[0], d.logits[0], atol=1e-3)
+
+
+def test_reading_into_memory():
+    """Each position once, with its place in the text; read in pieces, or in one."""
+    m = memory_model(mem_novelty=2.0)
+    ids = torch.randint(6, 24, (150,), generator=torch.Generator().manual_seed(2)).tolist()
+    one, many = (sample.absorb(m, ids, piece=n, rows=2) for n in (150, 40))
+    for keys, values, place in one[1]:
+        assert sorted(place.tolist()) == list(range(1, 150))
+    for (keys, _, place), (k1, _, p1) in zip(many[1], one[1]):
+        assert sorted(place.tolist()) == [*range(1, 150)]
+        later = [(k1[p1.tolist().index(p)] - keys[place.tolist().index(p)]).abs().max() for p in range(3, 16)]
+        assert max(later) < 1e-5  # the same text behind them
+    short = sample.absorb(m, ids[:5])
+    assert sorted(short[1][0][2].tolist()) == [1, 2, 3, 4]
+
+
 def test_answers_need_their_whole_document(tmp_path):
     """A row of a formal task asks nothing of a document whose beginning it does not hold; every document is asked once."""
     prepare.main(["parity", "--n_docs=50", f"--data_dir={tmp_path}"])
@@ -1021,11 +1159,11 @@ def same(a, b):
 @variants
 def test_resuming_is_exact(name, data_dir, tmp_path):
     """Stopped after 3 of 6 steps and resumed: the weights, optimizer state and losses of the run that never stopped."""
-    v = {k: x for k, x in VARIANTS[name].items()}
-    r1, c1 = run(data_dir, tmp_path / "a", v)
-    run(data_dir, tmp_path / "b", v, max_iters=3)
-    r2, c2 = run(data_dir, tmp_path / "b", v, init_from="resume")
-    assert same(c1["model"], c2["model"]) and same(c1["optimizers"], c2["optimizers"])
+    v, more = VARIANTS[name], dict(stream=4) if "mem_chunk" in VARIANTS[name] else {}
+    r1, c1 = run(data_dir, tmp_path / "a", v, **more)
+    run(data_dir, tmp_path / "b", v, max_iters=3, **more)
+    r2, c2 = run(data_dir, tmp_path / "b", v, init_from="resume", **more)
+    assert same(c1["model"], c2["model"]) and same(c1["optimizers"], c2["optimizers"]) and same(c1["memory"], c2["memory"])
     assert r1["val_loss"] == r2["val_loss"] and c2["step"] == 6
     assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b") and len(losses_of(tmp_path / "a")) == 5
 
@@ -1149,9 +1287,9 @@ def test_a_full_disk_stops_the_log_not_the_run(data_dir, tmp_path, monkeypatch, 
 
 def test_whole_split_scored_once(data_dir):
     """Validation scores every token but the first exactly once, whatever the window, the history and the world."""
-    for T, last, H in ((16, 0, 0), (16, 5, 12), (7, 7, 0), (64, 16, 128)):
+    for T, last, H, stream in ((16, 0, 0, 0), (16, 5, 12, 0), (7, 7, 0, 0), (64, 16, 128, 0), (16, 0, 0, 3)):
         m = GPTConfig(**{**TINY, "block_size": T, "history": H, "aggregate": int(H > 0)})
-        d = Data(TrainConfig(dataset="text", data_dir=data_dir, score_last=last), m, "val")
+        d = Data(TrainConfig(dataset="text", data_dir=data_dir, score_last=last, stream=stream), m, "val")
         tokens = np.asarray(d.tokens, dtype=np.int64)
         for world in (1, 3):
             got = []
@@ -1548,7 +1686,7 @@ def trained(data_dir, tmp_path_factory):
     run(data_dir, out / "strong", SLOTS, max_iters=60, lr_decay_iters=60, batch_size=16)
     run(data_dir, out / "weak", max_iters=8, lr_decay_iters=8)
     run(data_dir, out / "exits", dict(layers="A.A.A", exit_classifier=True, exit_distill=0.5), max_iters=60, lr_decay_iters=60, batch_size=16)
-    os.utime(out / "strong" / "ckpt.pt")
+    os.utime(out / "strong" / "ckpt.pt", times=(time.time() + 60,) * 2)  # the newest, whatever the clock does
     return out
 
 
@@ -1976,6 +2114,301 @@ def test_bad_decoding(trained, data_dir, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the store, and what it is for at the output
+
+
+def entries(n, D=8, E=4, seed=0):
+    g = np.random.default_rng(seed)
+    return g.integers(2, size=n), g.standard_normal((n, D), dtype=np.float32), g.standard_normal((n, E), dtype=np.float32), \
+        [f"text {seed} of {i}: na\u00efve 100%" for i in range(n)]
+
+
+MEMORY = dict(model="m1", kind="memory", key=(8, "float32"), value=(4, "float32"))
+
+
+def test_a_store_gives_back_what_was_written(tmp_path):
+    path = str(tmp_path / "a b?#.db")
+    with sample.Store(path, **MEMORY, write=True) as store:
+        with store.batch():
+            first, second = (store.add(layer, *entries(100, seed=layer), now=50.0) for layer in (2, 5))
+        with pytest.raises(UserError, match="being written by another process; wait"):
+            sample.Store(path, **MEMORY, write=True)
+        with sample.Store(path, "m1") as reader:  # beside the writer, and only what is committed
+            with pytest.raises(KeyError), store.batch():
+                store.add(2, *entries(7))
+                assert len(reader.arrays(2)["ids"]) == 100
+                raise KeyError
+            a = reader.arrays(2)
+            with pytest.raises(UserError, match="cannot be used"):
+                reader.forget([1])
+    assert sorted(os.listdir(tmp_path)) == ["a b?#.db"] and not set(first) & set(second)
+    with sample.Store(path) as store:
+        for layer, ids in ((2, first), (5, second)):
+            head, keys, values, texts = entries(100, seed=layer)
+            got = store.arrays(layer)
+            for k, v in dict(ids=ids, head=head, keys=keys, values=values, uses=np.zeros(100), last=np.full(100, 50.0)).items():
+                assert np.array_equal(got[k], v) and np.array_equal(got[k], a[k] if layer == 2 else got[k])
+            assert store.texts(ids[::-1]) == texts[::-1] and store.texts([10 ** 6]) == [""]
+        assert store.arrays(3)["keys"].shape == (0, 8)
+
+
+def test_forgetting_and_pruning(tmp_path):
+    with sample.Store(tmp_path / "s.db", **MEMORY, write=True) as store:
+        ids = store.add(0, *entries(10), now=0.0)
+        week = sample.HALF_LIFE
+        store.touch(ids[:3], [8, 2, 1], now=0.0)  # worth 9, 3, 2 at 0; others 1
+        store.touch(ids[3:4], 1, now=3 * week)  # 1 + 1/8, three half-lives later: more than 8 + 1 then
+        got = store.arrays(0)
+        assert got["uses"].tolist() == [8, 2, 1, 1] + [0] * 6 and got["last"].tolist() == [0, 0, 0, 3 * week] + [0] * 6
+        assert store.db.execute("SELECT worth FROM entries WHERE id = ?", (int(ids[3]),)).fetchone()[0] == pytest.approx(1.125)
+        for n, left in ((12, 10), (4, 4), (3, 3), (2, 2)):
+            store.prune(n)
+            assert store.stats()["entries"] == left
+        assert sorted(store.arrays(0)["ids"]) == [ids[0], ids[3]]
+        store.prune(1)
+        assert store.arrays(0)["ids"].tolist() == [ids[3]]  # 1.125 now against 9 / 8
+        with store.batch():
+            later = store.add(0, [0, 0], np.zeros((2, 8)), np.zeros((2, 4)), ["100%", "100 of them"])
+        assert later.min() > ids.max()  # no number is given twice
+        assert store.forget("0%") == 2 and store.forget("0%") == 0 and store.forget([int(later[1]), 999]) == 1
+        assert store.stats()["entries"] == 0
+
+
+def test_a_damaged_store_is_named(tmp_path):
+    path, ids = str(tmp_path / "s.db"), None
+    with sample.Store(path, **MEMORY, write=True) as store:
+        ids = store.add(0, *entries(50))
+    good, (_, keys, values, texts) = open(path, "rb").read(), entries(50)
+    for what in (keys[7].tobytes(), values[7].tobytes(), texts[7].encode()):
+        for bit in (0, 8 * len(what) - 1):
+            at = good.index(what) + bit // 8
+            open(path, "wb").write(good[:at] + bytes([good[at] ^ 1 << bit % 8]) + good[at + 1:])
+            with sample.Store(path) as store, pytest.raises(UserError, match=rf"damaged entry \({ids[7]}: .*forget {ids[7]}$"):
+                store.arrays(0)
+    refused(sample.main, ["memory", path, "forget", "999"], "999")
+    sample.main(["memory", path, "list"])
+    sample.main(["memory", path, "forget", str(ids[7])])
+    with sample.Store(path) as store:  # and the others are all there
+        assert np.array_equal(np.delete(keys, 7, 0), store.arrays(0)["keys"])
+    for at in (0, 30):
+        open(path, "wb").write(good[:at] + b"\xff" * 8 + good[at + 8:])
+        refused(sample.main, ["memory", path, "list"], path, "not a store")
+    page = 4096
+    open(path, "wb").write(good[:page] + os.urandom(len(good) - page))
+    for argv in (["list"], ["forget", "1"], ["stats"]):
+        refused(sample.main, ["memory", path, *argv], path, "damaged")
+
+
+def test_flipped_bits_anywhere_are_found_or_harmless(tmp_path):
+    """Whatever bit of the file is flipped: what is read is right, or one sentence says that it is not."""
+    path, g, refusals = str(tmp_path / "s.db"), np.random.default_rng(0), 0
+    with sample.Store(path, **MEMORY, write=True) as store:
+        store.add(0, *entries(100))
+    good = bytearray(open(path, "rb").read())
+    _, keys, values, _ = entries(100)
+    for at in g.integers(len(good), size=300):
+        bad = good.copy()
+        bad[at] ^= 1 << g.integers(8)
+        open(path, "wb").write(bad)
+        try:
+            with sample.Store(path, **MEMORY) as store:
+                a = store.arrays(0)
+                assert np.array_equal(a["keys"], keys) and np.array_equal(a["values"], values) and a["ids"].tolist() == list(range(1, 101))
+        except UserError as e:
+            refusals += 1
+            assert path in str(e) and "\n" not in str(e)
+    assert refusals > 50
+
+
+def test_a_full_disk_loses_no_entry(tmp_path):
+    path = str(tmp_path / "s.db")
+    with sample.Store(path, **MEMORY, write=True) as store:
+        store.add(0, *entries(50))
+        store.db.execute(f"PRAGMA max_page_count = {store.db.execute('PRAGMA page_count').fetchone()[0] + 2}")
+        with pytest.raises(UserError, match="full.*untouched"):
+            store.add(0, *entries(1000))
+        assert len(store.arrays(0)["ids"]) == 50
+    with sample.Store(path) as store:
+        assert np.array_equal(store.arrays(0)["keys"], entries(50)[1])
+
+
+def test_killed_writers_lose_nothing(tmp_path):
+    figures = bench.kill_writers(str(tmp_path / "s.db"), 3)
+    assert figures["kills"] == 3 and figures["batches told committed"] > 3
+    assert not figures["of them lost"] and not figures["damaged or half written"] and figures["same answers"] == 3
+
+
+def test_mixture_is_the_formula():
+    g = torch.Generator().manual_seed(0)
+    keys, h, logits = torch.randn(50, 16, generator=g), torch.randn(4, 16, generator=g), torch.randn(4, 9, generator=g) * 3
+    tokens, k, lam, temp = torch.randint(6, (50,), generator=g), 7, 0.3, 5.0
+    near = sample.Neighbours(keys, tokens, k, lam, temp)
+    want = torch.zeros(4, 9, dtype=torch.double)
+    for b in range(4):
+        d2 = sorted((((h[b] - key) ** 2).sum().item(), t) for key, t in zip(keys, tokens.tolist()))[:k]
+        for d, t in d2:
+            want[b, t] += math.exp(-d / temp) / sum(math.exp(-d / temp) for d, _ in d2)
+    mixed, _ = near.mix(logits, h)
+    torch.testing.assert_close(mixed.softmax(-1).double(), lam * want + (1 - lam) * logits.double().softmax(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed.logsumexp(-1), logits.logsumexp(-1))  # on the scale of the model's own
+    near.lam = 1.0
+    torch.testing.assert_close(near.mix(logits, h)[0].softmax(-1).double(), want, atol=1e-6, rtol=1e-5)
+    near.lam = 0.0
+    assert torch.equal(near.mix(logits, h)[0], logits)
+    # a place does not find itself, and finds all others
+    far, at = near.find(keys, own=torch.arange(50))
+    assert not (at == torch.arange(50)[:, None]).any()
+    d2 = (keys[:, None] - keys).square().sum(-1)
+    assert at.tolist() == d2.fill_diagonal_(math.inf).argsort(1)[:, :k].tolist()
+    torch.testing.assert_close(far, d2.gather(1, at), atol=1e-4, rtol=1e-4)
+    assert near.find(keys)[1][:, 0].tolist() == list(range(50))
+    near.k = 80  # more than there are
+    assert near.find(h)[1].shape == (4, 50) and math.isfinite(near.mix(logits, h)[0].sum().item())
+
+
+@pytest.mark.parametrize("name", ["plain", "slots", "hierarchy", "think", "nearest"])
+@pytest.mark.parametrize("n", [2, 16, 17, 18, 60])
+def test_output_vectors_of_a_text(name, n):
+    """Each place once, with what a forward over its window gives; nothing of what comes after it."""
+    m, step = make(name).eval(), 8
+    ids = torch.randint(24, (n,), generator=torch.Generator().manual_seed(1))
+    h, logits = (torch.cat(t) for t in zip(*sample.outputs(m, ids.tolist(), rows=3)))
+    assert len(h) == len(logits) == n - 1
+    for t in range(n - 1):
+        a = max(0, -(-(t + 1 - 16) // step) * step)  # the first window that holds it
+        history = F.pad(ids[:a], (m.cfg.history, 0), value=-1)[a:][None] if m.cfg.history else None
+        with torch.no_grad():
+            out = m(ids[None, a:t + 1], history=history)
+        torch.testing.assert_close(h[t], out.h[0, -1], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[t], out.logits[0, -1], atol=2e-5, rtol=1e-4)
+
+
+def test_memory_from_the_shell(trained, data_dir, capsys, tmp_path):
+    """What was learned from a file is found, shown with its text, and gone when it is forgotten; the wrong model is refused."""
+    run(data_dir, tmp_path / "m", dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8, mem_size=64, mem_novelty=2.0), stream=4, max_iters=20)
+    store, text = str(tmp_path / "m.db"), open(f"{data_dir}/t.txt").read()[:400]
+    (tmp_path / "t.txt").write_text(text)
+
+    def said(*argv, out=tmp_path / "m"):
+        capsys.readouterr()
+        sample.main([f"--out_dir={out}", *argv])
+        return capsys.readouterr().out
+    assert said("learn", f"--memory={store}", f"{tmp_path}/t.txt").splitlines()[-1] == f"{store}: {399 * 4:,} entries"
+    with sample.Store(store) as s:
+        a = s.arrays(1)
+        assert sorted(a["head"].tolist()) == sorted(list(range(4)) * 399)
+        assert s.texts(a["ids"][a["head"] == 0][:2]) and all(piece in text for piece in s.texts(a["ids"][:50]))
+    go = ("--prompt=" + text[:8], "--max_new_tokens=30", "--seed=1", "--temperature=0")
+    plain = said(*go)
+    with_it = said(*go, f"--memory={store}")
+    assert plain.startswith(text[:8]) and len(with_it) == len(plain)
+    rows = [json.loads(line) for line in said(*go, "--json", f"--memory={store}").splitlines()]
+    assert len(rows) == 30 and any("found" in r for r in rows[:7])  # as long as the window is the first
+    assert all(f["text"] in text for r in rows for f in r.get("found", ()))
+    model, ckpt = sample.load(str(tmp_path / "m"))
+    with sample.Store(store) as s:
+        memory, sources = sample.open_memory(s, model, room=16)
+    direct = sample.remembered(model, sample.absorb(model, prepare.Tokenizer(ckpt["tokenizer"]).encode(text)), room=16)
+    a, b = (sample.Decoder(model, [[1, 2, 3]], memory=m).logits for m in (memory, direct))
+    torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)  # half precision on disk
+    for more in (["--n=2"], ["--best_of=2"], ["--dtype=bfloat16"], ["--speculate=2", f"--draft={tmp_path / 'm'}"]):
+        assert len(said("--prompt=a", "--max_new_tokens=40", f"--memory={store}", *more)) >= 40
+    said("memory", store, "forget", text[3:6])
+    with pytest.raises(UserError, match="no block M.*config/facts.py"):
+        said(*go, f"--memory={store}", out=trained / "strong")
+    run(data_dir, tmp_path / "n", dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8), max_iters=3)
+    with pytest.raises(UserError, match="belongs to another model"):
+        said(*go, f"--memory={store}", out=tmp_path / "n")
+    with pytest.raises(UserError, match="where to: --memory=PATH.*one at a time"):
+        said("learn", f"--memory={store}", f"--knn={store}", f"{tmp_path}/t.txt")
+    with pytest.raises(UserError, match="does not exist"):
+        said(*go, f"--memory={tmp_path}/none.db")
+
+
+def test_knn_from_the_shell(trained, data_dir, capsys, tmp_path, monkeypatch):
+    where, store, text = f"--out_dir={trained}/strong", str(tmp_path / "k.db"), open(f"{data_dir}/t.txt").read()[:3000]
+    (tmp_path / "t.txt").write_text(text)
+    (tmp_path / "u.py").write_text(text[:500])  # a text is a text, whatever its name
+
+    def said(*argv):
+        capsys.readouterr()
+        sample.main([where, *argv])
+        return capsys.readouterr().out
+    assert said("learn", f"--knn={store}", f"{tmp_path}/t.txt", f"{tmp_path}/u.py").splitlines()[-1] == f"{store}: 3,498 entries"
+    model, ckpt = sample.load(f"{trained}/strong")
+    with sample.Store(store) as s:
+        a = s.arrays(-1)
+        tok = prepare.Tokenizer(ckpt["tokenizer"])
+        assert tok.decode(a["values"][:, 0].tolist()) == text[1:] + text[1:500]
+        assert s.texts(a["ids"][[0, 99]]) == [text[:2], text[61:101]]
+        h = torch.cat([h for h, _ in sample.outputs(model, tok.encode(text))])
+        torch.testing.assert_close(torch.from_numpy(a["keys"][:2999]).float(), h, atol=2e-3, rtol=2e-3)
+    go = ("--prompt=It was", "--max_new_tokens=40", "--seed=1")
+    plain = said(*go)
+    assert said(*go, f"--knn={store}", "--knn_lambda=0") == plain and said(*go, f"--knn={store}", "--knn_lambda=0.9") != plain
+    learnt = said("--prompt=" + text[:60], "--max_new_tokens=100", "--temperature=0", f"--knn={store}", "--knn_lambda=1", "--knn_k=1")
+    assert learnt[60:].strip() and learnt.strip() in text  # the nearest place of a text that was learned is that place
+    for more in (["--n=3"], ["--beams=2"], ["--best_of=2"], ["--soft"], [f"--amateur={trained}/weak"], ["--dtype=bfloat16"]):
+        assert len(said(*go, f"--knn={store}", *more)) >= 40
+    rows = [json.loads(l) for l in said(*go, "--json", f"--knn={store}").splitlines()]
+    with sample.Store(store) as s:
+        assert all(s.texts([f["id"]]) == [f["text"]] for r in rows for f in r["found"]) and len(rows[0]["found"]) == 3
+    traced = said(*go, "--trace", f"--trace_html={tmp_path}/t.html", f"--knn={store}").splitlines()
+    assert sum(" | " in line for line in traced) == 40 and traced[0].startswith("It was")
+    assert rows[0]["found"][0]["text"][-10:].encode("unicode_escape").decode() in traced[-40]
+    assert (tmp_path / "t.html").read_text().count("<span") == 40
+    assert "3,498 entries" in said("memory", store, "stats")
+    assert said("memory", store, "list", "--limit=4").count("\n") == 6 and said("memory", store, "list", "It was", "--limit=0").count("\n") > 20
+    assert "x float16" in said("memory", store, "show", "17")
+    assert "forgot 2 of 3,498" in said("memory", store, "forget", "17", "18")
+    assert "pruned 3,396 of 3,496" in said("memory", store, "prune", "100")
+
+
+def test_bad_stores(trained, data_dir, tmp_path):
+    where, knn, facts = f"--out_dir={trained}/strong", str(tmp_path / "k.db"), str(tmp_path / "f.db")
+    (tmp_path / "t.txt").write_text("It was the best of times")
+    (tmp_path / "bad.txt").write_text("It was \u2603")
+    (tmp_path / "short.txt").write_text("I")
+    learning = [where, "learn", f"--knn={knn}"]
+    refused(sample.main, [where, "learn", f"{tmp_path}/t.txt"], "learn", "--knn")
+    refused(sample.main, learning, "texts")
+    for name, word in (("gone.txt", "cannot be read"), ("bad.txt", "\u2603"), ("short.txt", "2 tokens")):
+        refused(sample.main, [*learning, f"{tmp_path}/t.txt", f"{tmp_path}/{name}"], name, word)
+        assert not os.path.exists(knn)
+    refused(sample.main, [where, "learn", f"--knn={tmp_path}/no/k.db", f"{tmp_path}/t.txt"], "no/k.db", "No such file")
+    sample.main([*learning, f"{tmp_path}/t.txt"])
+    refused(sample.main, [f"--out_dir={trained}/weak", f"--knn={knn}"], knn, "another model")
+    refused(sample.main, [f"--out_dir={trained}/weak", "learn", f"--knn={knn}", f"{tmp_path}/t.txt"], knn, "another model")
+    with sample.Store(facts, prepare.checkpoint_id(trained / "strong" / "ckpt.pt"), "memory", (32, "float16"), (1, "int32"), True) as store:
+        refused(sample.main, ["memory", facts, "prune", "3"], "another process")
+        store.add(0, [0], np.zeros((1, 32)), np.zeros((1, 1)), ["x"])
+    refused(sample.main, [where, f"--knn={facts}"], facts, "memory", "knn")
+    refused(sample.main, [where, f"--knn={tmp_path}/gone.db"], "gone.db", "does not exist", "learn")
+    refused(sample.main, [where, f"--knn={tmp_path}/t.txt"], "t.txt", "not a store")
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as db:
+        db.execute("CREATE TABLE mine (x)")
+        db.commit()
+    before = (tmp_path / "other.db").read_bytes()
+    refused(sample.main, [where, "learn", f"--knn={tmp_path}/other.db", f"{tmp_path}/t.txt"], "other.db", "not a store")
+    assert (tmp_path / "other.db").read_bytes() == before
+    sample.main(["memory", knn, "prune", "0"])
+    refused(sample.main, [where, f"--knn={knn}"], knn, "no entries")
+    for argv, words in ((["--knn_lambda=1.5"], ["knn_lambda", "1.5"]), (["--knn_lambda=-0.1"], ["knn_lambda"]), (["--knn_k=0"], ["knn_k"]),
+                        (["--knn_temp=0"], ["knn_temp"]), (["--exit=softmax", "--exit_threshold=0.5"], ["knn", "exit"]),
+                        (["--speculate=2", "--draft_exit=1"], ["knn", "speculate"]), (["--soft", "--collapse_by=context"], ["collapse_by", "knn"]),
+                        (["calibrate"], ["calibrate", "knn"])):
+        refused(sample.main, [where, f"--knn={knn}", *argv], *words)
+    for argv, words in (([], ["memory", "list"]), ([knn, "frob"], ["list", "stats"]), ([knn, "show"], ["show", "number"]),
+                        ([knn, "show", "999"], ["999"]), ([knn, "forget"], ["forget"]), ([knn, "forget", " "], ["forget"]),
+                        ([knn, "prune", "x"], ["prune", "x"]), ([str(tmp_path / "none.db"), "list"], ["none.db", "does not exist"]),
+                        ([str(tmp_path / "none.db"), "forget", "1"], ["none.db", "does not exist"])):
+        refused(sample.main, ["memory", *argv], *words)
+    assert not (tmp_path / "none.db").exists()
+    refused(sample.main, ["calibrate", "learn"], "calibrate", "learn")
+    refused(sample.main, ["lern"], "lern", "learn")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # bad input: one sentence that names the thing, exit code 2, nothing lost
 
 
@@ -2367,7 +2800,8 @@ def test_bench_tables(capsys, data_dir):
 
 def test_two_ranks_are_one(data_dir, tmp_path):
     """One global batch on 1 and on 2 processes, with and without accumulation: weights within 1e-5 after 20 steps."""
-    n = ["--max_iters=20", "--eval_interval=20", "--history=16", "--n_span=4", "--span=4", "--layers=R(A)A", "--plan=cross"]
+    n = ["--max_iters=20", "--eval_interval=20", "--history=16", "--n_span=4", "--span=4", "--layers=R(A)M", "--plan=cross",
+         "--stream=6", "--mem_chunk=8", "--mem_size=32", "--mem_top=4", "--mem_dim=8"]
     assert cli(*small_run(data_dir, tmp_path / "1", *n)).returncode == 0
     torchrun(2, *small_run(data_dir, tmp_path / "2", *n))
     torchrun(2, *small_run(data_dir, tmp_path / "3", *n, "--batch_size=1", "--gradient_accumulation_steps=4"))

@@ -42,6 +42,7 @@ class TrainConfig:
     distill: float = 1.0  # teacher: weight of the divergence from its distribution
     distill_match: float = 1.0  # teacher: weight of matching its feed-forward layers where this model has a memory (F)
     distill_ce: float = 0.0  # teacher: weight of the text itself
+    stream: int = 0  # windows of a text that a row reads in turn, for memories M to outlast the window; 0: each row anywhere
     max_iters: int = 750  # optimizer steps
     batch_size: int = 16  # rows a micro-step, over all processes
     gradient_accumulation_steps: int = 1  # micro-steps a step, over all processes
@@ -84,7 +85,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
         config.within(self, 1, None, "batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "max_iters",
                       "ns_steps")
-        config.within(self, 0, None, "distill", "distill_match", "distill_ce", "value_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "score_last",
+        config.within(self, 0, None, "distill", "distill_match", "distill_ce", "value_lr", "stream", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "score_last",
                       "muon_lr", "seed")
         config.within(self, 0, 1, "history_drop", "cooldown")
         config.within(self, 0, 0.99999, "momentum", "beta1", "beta2")
@@ -110,6 +111,14 @@ class Place:
         t = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(t)
         return t.tolist()
+
+    def rows(self, t):
+        """The rows (n, ...) of all processes, in the order of their ranks."""
+        if self.world == 1:
+            return t
+        parts = [torch.empty_like(t) for _ in range(self.world)]
+        dist.all_gather(parts, t.contiguous())
+        return torch.cat(parts)
 
     def same(self, do):
         """do() on rank 0; its UserError, if it raises one, on every rank."""
@@ -196,12 +205,15 @@ class Data:
                             f"it out")
         everything = not tcfg.score_last or (split == "train" and tcfg.train_on_all)
         self.T, self.H, self.last = mcfg.block_size, mcfg.history, mcfg.block_size if everything else tcfg.score_last
-        self.n, self.eot, self.drop, self.seed = len(self.tokens), meta["eot"], tcfg.history_drop, tcfg.seed
+        self.n, self.eot, self.drop, self.seed, self.stream = len(self.tokens), meta["eot"], tcfg.history_drop, tcfg.seed, tcfg.stream
         if self.last > self.T:
             raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T})")
         if self.n < self.T + 1:
             raise UserError(f"{path} has {self.n} tokens, fewer than block_size + 1 = {self.T + 1}; give a longer text or "
                             f"a smaller block_size")
+        if split == "train" and self.n < self.stream * self.T + 1:
+            raise UserError(f"{path} has {self.n} tokens, fewer than stream * block_size + 1 = {self.stream * self.T + 1}; give a "
+                            f"smaller stream")
         biggest = max(int(self.tokens[i:i + 2 ** 24].max()) for i in range(0, self.n, 2 ** 24))
         if biggest >= self.n_vocab:
             raise UserError(f"{path} holds token {biggest}, beyond its vocabulary of {self.n_vocab}; make it again")
@@ -228,7 +240,7 @@ class Data:
             raise UserError(f"n_think needs a dataset with a think token, such as python prepare.py chain makes, or one of the "
                             f"dataset's {self.n_vocab} ids as --think_token, not {think}")
         eot, space = mcfg.eot, mcfg.space
-        if eot < 0 and set("RG(") & set(mcfg.layers) and self.eot is not None:  # something begins again with a document
+        if eot < 0 and set("RGM(") & set(mcfg.layers) and self.eot is not None:  # something begins again with a document
             eot = self.eot
         if "(" in mcfg.layers and mcfg.chunk.startswith("space"):
             space = space or tuple(prepare.Tokenizer(self.meta["tokenizer"]).spaces())
@@ -260,7 +272,13 @@ class Data:
 
     def batch(self, step, rows, n_rows):
         """Rows `rows` (a slice) of the n_rows of this step: row r depends on (seed, step, r) alone."""
-        u = np.random.Generator(np.random.Philox(key=[self.seed, step])).random((n_rows, 3))[rows]
+        draw = lambda k: np.random.Generator(np.random.Philox(key=[self.seed, k])).random((n_rows, 3))[rows]
+        if self.stream:
+            turn, window = self.turn(step, rows, n_rows)
+            u = np.stack([draw(k) for k in range(turn.min(), turn.max() + 1)])[turn - turn.min(), np.arange(len(turn))]
+            last = (u[:, 0] * (self.n - self.stream * self.T)).astype(np.int64) + (window + 1) * self.T
+            return self.rows(last - self.last + 1, last)
+        u = draw(step)
         if self.ends is None:
             last = self.T + (u[:, 0] * (self.n - self.T)).astype(np.int64)
         else:
@@ -268,9 +286,18 @@ class Data:
         keep = np.where(u[:, 1] < self.drop, (u[:, 2] * self.H).astype(np.int64), self.H)
         return self.rows(last - self.last + 1, last, keep)
 
+    def turn(self, step, rows, n_rows):
+        """With stream: which text each of these rows reads, counted, and which of its windows; rows begin one after another."""
+        return np.divmod(step + np.arange(n_rows)[rows] * self.stream // n_rows, self.stream)
+
+    def begins(self, step, rows, n_rows):
+        """(rows,) True where a row begins another text, and its memory ends."""
+        return torch.from_numpy(self.turn(step, rows, n_rows)[1] == 0)
+
     def whole(self, place, size):
         """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process. Where answers
-        need their whole document, a row ends with each document."""
+        need their whole document, a row ends with each document. With stream a row of a batch goes on where the same row of the
+        batch before ended."""
         if self.docs is not None:
             first, last = self.docs[0] + 1, self.docs[1]
         else:
@@ -279,6 +306,13 @@ class Data:
         if self.mask is not None:
             has = np.add.reduceat(np.asarray(self.mask[1:], dtype=np.int64), first - 1) > 0  # (the mask is 0 between documents)
             first, last = first[has], last[has]
+        if self.stream:
+            each = -(-len(first) // (size * place.world))  # windows that follow one another
+            at = np.arange(place.rank * size * each, (place.rank + 1) * size * each).reshape(size, each).T
+            for some in at:
+                x, y, h = self.rows(*(a[some.clip(max=len(first) - 1)] for a in (first, last)))
+                yield [x, y.masked_fill(torch.from_numpy(some >= len(first))[:, None], -1), h]
+            return
         first, last = first[place.rank::place.world], last[place.rank::place.world]
         for i in range(0, len(first), size):
             x, y, h = self.rows(first[i:i + size], last[i:i + size])
@@ -443,20 +477,10 @@ class Log:
 def lock(out_dir):
     """A lock on out_dir that lasts as long as the returned file is open; UserError when another run holds it."""
     prepare.make_dir(out_dir)
-    path = os.path.join(out_dir, "lock")
     try:
-        f = open(path, "a")
+        f = prepare.hold(os.path.join(out_dir, "lock"), f"another run is writing to {out_dir}; wait for it or choose another --out_dir")
     except OSError as e:
         raise UserError(f"out_dir {out_dir} cannot be written ({e.strerror}); choose another with --out_dir") from None
-    try:
-        import fcntl
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {out_dir}; wait for it or choose another --out_dir") from None
-    except OSError:  # a file system without locks
-        pass
     for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp*")):  # of a run that was killed while writing
         os.unlink(left)
     return f
@@ -528,6 +552,7 @@ class Runner:
         self.inner = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         self.forward = DDP(self.inner, forward_sync_buffers=False) if place.world > 1 else self.inner
         self.tokens = self.n_rows * mcfg.block_size  # of a step
+        self.memory = self.model.init_memory(self.my_rows) if tcfg.stream else {}  # of this process's rows
         self.slice = slice(place.rank * self.my_rows, (place.rank + 1) * self.my_rows)
 
     def grow(self, weights, exactly):
@@ -575,20 +600,31 @@ class Runner:
         drawn = self.model.plan_step(self.tcfg.seed, step)
         return None if drawn is None else drawn.to(self.place.device)
 
-    def step(self, step, x, y, h, n_scored):
+    def reads(self, forward, memory, *inputs, **more):
+        """forward, with what its blocks M find in memory {block: Memory}, where there is one; and then what they write."""
+        out = forward(*inputs, **more, **({"memory": memory} if memory else {}))
+        for i, m in memory.items():
+            m.write(out.wrote[i])
+        return out
+
+    def step(self, step, x, y, h, n_scored, begins=None):
         """One optimizer step on this process's rows. -> (loss, gradient norm); where either is not finite, on any process,
-        nothing was updated. n_scored: scored tokens of the step over all processes."""
+        nothing was updated. n_scored: scored tokens of the step over all processes; begins (rows,): whose memory ends."""
         for o in self.optimizers:
             for g in o.param_groups:
                 g["lr"] = g["peak_lr"] * lr_factor(step, self.tcfg)
         place, losses, drawn = self.place, [], self.draw(step)
         denom = torch.tensor(n_scored / place.world, dtype=torch.float32, device=place.device)  # DDP takes the mean
+        for m in self.memory.values():
+            m.crf[begins] = 0
         for m in range(0, self.my_rows, self.micro):
             torch.manual_seed(hash((self.tcfg.seed, step, m // self.micro, place.rank)))  # dropout
             mx, my, mh = (t[m:m + self.micro].to(place.device, non_blocking=True) for t in (x, y, h))
             last = m + self.micro == self.my_rows
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
-                out = self.forward(mx, my, mh if self.mcfg.n_slot else None, denom=denom, drawn=drawn, taught=self.taught(mx, mh))
+                mine = {i: t.select(slice(m, m + self.micro)) for i, t in self.memory.items()}
+                out = self.reads(self.forward, mine, mx, my, mh if self.mcfg.n_slot else None, denom=denom, drawn=drawn,
+                                 taught=self.taught(mx, mh))
                 out.loss.backward()
             losses.append(out.losses["ce"].detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.tcfg.grad_clip or float("inf"))
@@ -607,7 +643,7 @@ class Runner:
         """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for every variant. For
         ablations, alter(history) stands in for each history."""
         total, count, one = 0.0, 0, torch.ones((), device=self.place.device)
-        batches = data.whole(self.place, self.micro)
+        batches, memory = data.whole(self.place, self.micro), self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a cold start is 10 s shorter
         reuse = self.compiled and not self.model.random()
         drawn = self.draw(0) if reuse else None
@@ -616,7 +652,7 @@ class Runner:
             for x, y, h in prepare.bar(batches, desc="validate") if self.place.rank == 0 else batches:
                 x, y, h = (t.to(self.place.device) for t in (x, y, h))
                 h = alter(h) if alter else h
-                total += self.inner(x, y, h if self.mcfg.n_slot else None, denom=one, drawn=drawn).losses["ce"].item()
+                total += self.reads(self.inner, memory, x, y, h if self.mcfg.n_slot else None, denom=one, drawn=drawn).losses["ce"].item()
                 count += int((y >= 0).sum())
         self.model.train()
         total, count = self.place.sum(total, count)
@@ -642,7 +678,8 @@ def find_start(tcfg, mcfg, data, say):
         model, now = {**{f.name: f.default for f in dataclasses.fields(mcfg)}, **saved["model_config"]}, settings(mcfg)
         if resume:
             wrong = differences(model, now) + differences(saved["data"], data) + differences(
-                {"optimizer": saved["train_config"]["optimizer"]}, {"optimizer": tcfg.optimizer})
+                {"stream": 0, **{k: saved["train_config"][k] for k in ("optimizer", "stream") if k in saved["train_config"]}},
+                {"optimizer": tcfg.optimizer, "stream": tcfg.stream})
             saved["step"], saved["optimizers"], saved["block_loss"]
         else:
             wrong = differences({"tokenizer": saved["data"]["tokenizer"]}, {"tokenizer": data["tokenizer"]})
@@ -697,6 +734,9 @@ def train(mcfg, tcfg, say=print):
             run.learn_from(teacher, tcfg.teacher)
             run.model.load_state_dict(weights)
     if resumed:
+        for i, m in run.memory.items():
+            for mine, all_rows in zip((m.keys, m.values, m.crf), saved["memory"][i]):
+                mine.copy_(all_rows[run.slice])
         step, best, saved_val = saved["step"], saved["best_val_loss"], saved["val_loss"]
         step_seconds, block_loss = saved["step_seconds"], saved["block_loss"]
     del saved
@@ -706,7 +746,8 @@ def train(mcfg, tcfg, say=print):
 
     def checkpoint(val):
         nonlocal saved_val
-        state = {"model": run.model.state_dict(), "optimizers": [o.state_dict() for o in run.optimizers], "step": step,
+        memory = {i: [place.rows(t) for t in (m.keys, m.values, m.crf)] for i, m in run.memory.items()}
+        state = {"memory": memory, "model": run.model.state_dict(), "optimizers": [o.state_dict() for o in run.optimizers], "step": step,
                  "val_loss": val, "best_val_loss": best, "step_seconds": step_seconds, "block_loss": block_loss,
                  "model_config": settings(mcfg), "train_config": dataclasses.asdict(tcfg),
                  "tokenizer": train_data.meta["tokenizer"], "data": data, "dataset": tcfg.dataset}
@@ -747,7 +788,8 @@ def train(mcfg, tcfg, say=print):
                     break
             t0 = time.perf_counter()
             x, y, h = train_data.batch(step, run.slice, run.n_rows)
-            loss, norm = run.step(step, x, y, h, place.sum(int((y >= 0).sum()))[0])
+            begins = train_data.begins(step, run.slice, run.n_rows) if run.memory else None
+            loss, norm = run.step(step, x, y, h, place.sum(int((y >= 0).sum()))[0], begins)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 stop_for(f"loss {loss}, gradient norm {norm}")
             dt = time.perf_counter() - t0

@@ -125,11 +125,12 @@ def show_help(doc, classes):
             print(f"  --{f.name}={default!r:<12} {meanings(cls).get(f.name, '')}")
 
 
-def parse(argv, *classes, doc="", words=()):
+def parse(argv, *classes, doc="", words=(), free=()):
     """Settings from the command line: `[WORD ...] [PRESET.py ...] [--key=value ...]`: a later preset
     overrides an earlier one, a --key=value overrides every preset.
     Returns one {field: value} for each dataclass in `classes`, holding only what was given, and then the list of
-    `words` that stood there (names of datasets or claims). A setting that two classes share goes to both. A tuple of
+    `words` that stood there (names of datasets, claims or commands). Behind a word that is in `free` too all others are taken as they
+    stand (names of files, a text). A setting that two classes share goes to both. A tuple of
     strings gathers each time it is given. UserError names what is wrong; --help prints and exits."""
     types_ = {f.name: typing.get_type_hints(c)[f.name] for c in classes for f in dataclasses.fields(c)}
     given, override, found = {}, {}, []
@@ -138,6 +139,9 @@ def parse(argv, *classes, doc="", words=()):
             show_help(doc, classes)
             sys.exit(0)
         if not arg.startswith("-"):
+            if found and found[0] in free:
+                found.append(arg)
+                continue
             if arg.endswith(".py"):
                 pairs = [(k, v, arg) for k, v in read_preset(arg).items()]
             elif words is None or arg in words:

@@ -1,0 +1,18 @@
+"""Facts that are told once and asked later, far outside the window, kept by an associative memory. python prepare.py facts makes the
+data; about seven minutes on two cores. Then read facts of your own into it: python sample.py learn --help."""
+out_dir = "out/facts"
+dataset = "facts"
+layers = "AAM"
+n_head = 4
+n_embd = 128
+block_size = 256
+mem_chunk = 64
+mem_size = 12288
+mem_head = 1
+mem_dim = 128
+mem_top = 8
+mem_novelty = 2.0
+stream = 96
+batch_size = 8
+max_iters = 2500
+eval_interval = 500
