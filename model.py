@@ -441,18 +441,24 @@ def top(scores, k, group=8):
     return scores.gather(-1, places), places
 
 
+def products(q, keys):
+    """q (Q, D) and keys (N, D) -> (Q, N). In fp32 on a CPU by oneDNN, on an AMD in half the time of the library behind @."""
+    if len(q) > 8 and q.dtype == torch.float32 and q.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(q, keys.contiguous(), None, "none", [], "")
+    return q @ keys.t()
+
+
 @torch.no_grad()
-def search(q, keys, k, room=2 ** 25, span=2 ** 16):
+def search(q, keys, k, room=2 ** 24, span=2 ** 16):
     """The k largest inner products of each query q (Q, D) with keys (N, D), largest first, and whose they are: (Q, k) each,
     exactly. Takes `span` keys at a time, and as many queries as have `room` for their scores."""
     k, span = min(k, len(keys)), min(span, len(keys))
-    scores = q.new_empty(max(1, min(len(q), room // span)), span)
     found = []
-    for x in q.split(len(scores)):
+    for x in q.split(max(1, room // span)):
         near = []
         for first in range(0, len(keys), span):
             part = keys[first:first + span].to(q.dtype)
-            values, places = top(torch.mm(x, part.t(), out=scores[:len(x), :len(part)]), min(k, len(part)))
+            values, places = top(products(x, part), min(k, len(part)))
             near.append((values, places + first))
         values, places = (torch.cat(part, dim=-1) for part in zip(*near))
         order = best(values, k)
@@ -552,7 +558,7 @@ class Clusters:
         if len(q) > 4096:
             return tuple(torch.cat(part) for part in zip(*(self.search(x, k, probes) for x in q.split(4096))))
         q = q.float()
-        hope = q @ self.mean.t() + 2 * q.norm(dim=-1, keepdim=True) * self.spread
+        hope = products(q, self.mean) + 2 * q.norm(dim=-1, keepdim=True) * self.spread
         probe = top(hope.masked_fill(self.count == 0, float("-inf")), min(probes, len(self.count)))[1]  # (Q, P)
         if probe.numel() < self.n_page:  # few: the keys come to the queries
             scores = torch.einsum("qpsd,qd->qps", self.keys[probe], q)
