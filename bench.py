@@ -32,7 +32,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import GPT, GPTConfig, Level
+from model import GPT, GPTConfig, Level, Linear
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -272,7 +272,7 @@ def by_length(run, data, size=64):
 
 AFTER = {"history shuffled": ablated(shuffle_history), "slots empty": ablated(lambda h: torch.full_like(h, -1)),
          "wrong distance": wrong_distance, "two steps": two_steps, "hops": by_hops, "lengths": by_length,
-         "concepts": explained, "plan shuffled": without_plan("shuffled"), "plan zeroed": without_plan("zeroed")}
+         "usage": lambda run, data: run.usage(data), "concepts": explained, "plan shuffled": without_plan("shuffled"), "plan zeroed": without_plan("zeroed")}
 
 
 def after(t, names):
@@ -1155,6 +1155,94 @@ def blocks(cfg):
     return show(cfg, "time of a training step by window, 128 wide, 4,096 tokens a step", rows)
 
 
+MEMORY_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, max_iters=1500, eval_interval=10 ** 9, log_interval=500)
+
+
+def featural(cfg, pairs=True, loss=True):
+    """featural memory beside the MLP: loss at equal steps, equal parameters and equal seconds, and random pairs learned at equal FLOPs"""
+    if pairs:
+        random_pairs(cfg)
+    big, base = dict(layers="AAFA", n_mem=4096, mem_head=2, mem_top=8, after=["usage"]), MEMORY_MODEL
+    size = lambda **a: stand_in(read_arm(**{**base, **a})[0])
+    count = {k: GPT(c).num_params() for k, c in (("plain", size()), ("big", size(**{k: v for k, v in big.items() if k != "after"})))}
+    width = 4 * base["n_embd"] + round((count["big"] - count["plain"]) / (2 * base["n_embd"]))
+    arms = {"AAAA": {}, "AAFA, 4,096 slots": big, "AAAA, a wider MLP in the third block: parameters of 4,096 slots": dict(n_mlp=(0, 0, width, 0)),
+            "AAFA, 784 slots: parameters of AAAA": dict(big, n_mem=784)}
+    arms = {k: {**base, **a} for k, a in arms.items()}
+    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**{n: v for n, v in a.items() if n != "after"})
+                                                            for k, a in arms.items()}, env=one_of_many(cfg))
+    more = "AAAA, seconds of 4,096 slots"
+    arms[more] = dict(base, max_iters=round(base["max_iters"] * compare(times["AAFA, 4,096 slots"], times["AAAA"])))
+    got = over_seeds(cfg, arms)
+    rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "steps": int(g["step"]), "params M": g["params"] / 1e6,
+             "step time": compare(times[k if k in times else "AAAA"], times["AAAA"]), **g.get("usage", {})} for k, g in got.items()]
+    return show(cfg, f"featural memory on {cfg.dataset}, 4 layers, 128 wide, 32 x 64, mean of {cfg.seeds} seeds", rows)
+
+
+def learn_pairs(kind, n, scale, steps=2000, batch=1024, seed=1):
+    """One feed-forward layer, kind (settings), learns n pairs of a random vector and one of 256 labels in so many steps, at its learning
+    rates times scale. -> share of the pairs that are right in the end."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=256, n_head=1, **kind), seed)
+    layer, optimizers = model.blocks[0].mlp, train.make_optimizers(model, TrainConfig())
+    answer = lambda x: model.lm_head(model.ln_f(x + layer(x, None)))
+    x = torch.nn.functional.normalize(torch.randn(n, 1, model.cfg.n_embd), dim=-1) * model.cfg.n_embd ** 0.5
+    y = torch.randint(256, (n,))
+    for step in range(steps):
+        for o in optimizers:
+            for g in o.param_groups:
+                g["lr"] = g["peak_lr"] * scale * min(1.0, (steps - step) / (0.8 * steps))
+        at = torch.randint(n, (batch,))
+        torch.nn.functional.cross_entropy(answer(x[at])[:, 0], y[at]).backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+    with torch.inference_mode():
+        return sum((answer(a)[:, 0].argmax(-1) == b).sum().item() for a, b in zip(x.split(4096), y.split(4096))) / n
+
+
+def random_pairs(cfg):
+    """How many random pairs one layer learns, at equal FLOPs a position: sizes double until less than 99% are right at every rate."""
+    memory = dict(layers="F", n_embd=64, n_mem=16384, mem_head=2, mem_top=8, mem_dim=32)
+    flops = lambda kind: GPT(GPTConfig(vocab_size=256, n_head=1, **kind)).flops(1) / 3 - 2 * 4 * 64 ** 2 - 4 * 64  # without attention
+    width = round(flops(memory) / (4 * 64))
+    rows = []
+    for name, kind in ((f"MLP, {width} wide", dict(layers="A", n_embd=64, n_mlp=width)), ("F, 16,384 slots", memory)):
+        size = sum(p.numel() for p in GPT(GPTConfig(vocab_size=256, n_head=1, **kind)).blocks[0].mlp.parameters())
+        row = {"layer": name, "FLOPs": flops(kind), "params": size, "learned": 0}
+        for n in (2 ** i for i in range(12, 18)):
+            right = 0.0
+            for scale in (1.0, 0.25, 4.0):
+                right = max(right, learn_pairs(kind, n, scale))
+                if right >= 0.99:
+                    row["learned"] = n
+                    break
+            row[f"{n:,}"] = right
+            if right < 0.9:
+                break
+        rows.append(row)
+    rows.append({"layer": "F / MLP", "FLOPs": rows[1]["FLOPs"] / rows[0]["FLOPs"], "params": rows[1]["params"] / rows[0]["params"],
+                 "learned": rows[1]["learned"] / rows[0]["learned"]})
+    return show(cfg, "random pairs learned to 99% in 2,000 steps of 1,024, share right by their number, best of 3 learning rates", rows)
+
+
+def distill(cfg):
+    """config/distill_memory.py beside its teacher, a narrower student without memory, and both from scratch at equal steps"""
+    teacher = os.path.join(kept(cfg, "teacher", "softar_shakespeare"), "ckpt.pt")
+    narrow = dict(layers="AAAAAA", n_embd=128)
+    arms = {"memories, distilled": dict(teacher=teacher), "memories, from scratch": dict(teacher=""),
+            "128 wide, distilled": dict(narrow, teacher=teacher), "128 wide, from scratch": dict(narrow, teacher="")}
+    paths = {"teacher": teacher, **{k: fit(cfg, "distill_memory", **a)["path"] for k, a in arms.items()}}
+    saved, rows = {k: prepare.load_checkpoint(p) for k, p in paths.items()}, []
+    for name, c in saved.items():
+        model = GPT(GPTConfig(**c["model_config"]))
+        dense = sum(m.weight.numel() for b in model.blocks for m in b.mlp.modules() if isinstance(m, Linear))
+        rows.append({"model": name, "val loss": c["val_loss"], "above the teacher": c["val_loss"] - saved["teacher"]["val_loss"],
+                     "dense feed-forward M": dense / 1e6, "params M": model.num_params() / 1e6, "steps": c["step"],
+                     "seconds of steps": c["step_seconds"]})
+    return show(cfg, f"a teacher and what learned from it on {cfg.dataset}, one seed (the bar: 0.05 above, half of the dense feed-forward)", rows)
+
+
 def variants(cfg):
     """each flag of the plain model switched, one at a time: loss and time of a step at nanoGPT's CPU shape, 500 steps"""
     shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=500, eval_interval=10 ** 9,
@@ -1176,7 +1264,7 @@ def variants(cfg):
 CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
           "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "formal_more": formal_more, "levels": levels, "concepts": concepts,
-          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast}
+          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast, "featural": featural, "distill": distill}
 
 
 def main(argv):

@@ -2418,7 +2418,7 @@ def test_bench_tables(capsys, data_dir):
 
 
 def test_two_ranks_are_one(data_dir, tmp_path):
-    """One global batch on 1 and on 2 processes, with and without accumulation: weights within 1e-5 after 20 steps."""
+    """One global batch on 1 and on 2 processes, with and without accumulation, then with that as a teacher: weights within 1e-5."""
     n = ["--max_iters=20", "--eval_interval=20", "--history=16", "--n_span=4", "--span=4", "--layers=R(A)A", "--plan=cross"]
     assert cli(*small_run(data_dir, tmp_path / "1", *n)).returncode == 0
     torchrun(2, *small_run(data_dir, tmp_path / "2", *n))
@@ -2429,6 +2429,11 @@ def test_two_ranks_are_one(data_dir, tmp_path):
         for p, q in zip(a["model"].values(), other["model"].values()):
             assert (p - q).abs().max() < 1e-5
         assert abs(a["best_val_loss"] - other["best_val_loss"]) < 1e-5
+    n = ["--max_iters=10", "--history=16", "--n_span=4", "--span=4", "--layers=FAF", "--n_mem=64", f"--teacher={tmp_path}/1/ckpt.pt"]
+    assert "feed-forward layers 0, 2 are replaced" in cli(*small_run(data_dir, tmp_path / "4", *n)).stdout
+    torchrun(2, *small_run(data_dir, tmp_path / "5", *n, "--batch_size=2", "--gradient_accumulation_steps=2"))
+    a, b = (prepare.load_checkpoint(tmp_path / x / "ckpt.pt")["model"] for x in "45")
+    assert all((p - q).abs().max() < 1e-5 for p, q in zip(a.values(), b.values()))
 
 
 def test_eight_ranks(data_dir, tmp_path):
