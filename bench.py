@@ -1155,27 +1155,24 @@ def blocks(cfg):
     return show(cfg, "time of a training step by window, 128 wide, 4,096 tokens a step", rows)
 
 
-MEMORY_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, max_iters=1500, eval_interval=10 ** 9, log_interval=500)
+MEMORY_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, max_iters=1500, eval_interval=10 ** 9,
+                    log_interval=500)
 
 
-def featural(cfg, pairs=True, loss=True):
-    """featural memory beside the MLP: loss at equal steps, equal parameters and equal seconds, and random pairs learned at equal FLOPs"""
-    if pairs:
-        random_pairs(cfg)
-    big, base = dict(layers="AAFA", n_mem=4096, mem_head=2, mem_top=8, after=["usage"]), MEMORY_MODEL
-    size = lambda **a: stand_in(read_arm(**{**base, **a})[0])
-    count = {k: GPT(c).num_params() for k, c in (("plain", size()), ("big", size(**{k: v for k, v in big.items() if k != "after"})))}
-    width = 4 * base["n_embd"] + round((count["big"] - count["plain"]) / (2 * base["n_embd"]))
-    arms = {"AAAA": {}, "AAFA, 4,096 slots": big, "AAAA, a wider MLP in the third block: parameters of 4,096 slots": dict(n_mlp=(0, 0, width, 0)),
-            "AAFA, 784 slots: parameters of AAAA": dict(big, n_mem=784)}
-    arms = {k: {**base, **a} for k, a in arms.items()}
-    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**{n: v for n, v in a.items() if n != "after"})
-                                                            for k, a in arms.items()}, env=one_of_many(cfg))
-    more = "AAAA, seconds of 4,096 slots"
-    arms[more] = dict(base, max_iters=round(base["max_iters"] * compare(times["AAFA, 4,096 slots"], times["AAAA"])))
-    got = over_seeds(cfg, arms)
+def featural(cfg):
+    """featural memory beside the MLP: random pairs learned at equal FLOPs; loss at equal steps, equal parameters and equal seconds"""
+    random_pairs(cfg)
+    base, memory = MEMORY_MODEL, dict(MEMORY_MODEL, layers="AAFA", mem_head=2, mem_top=8, n_mem=4096)
+    n_plain, n_memory = (GPT(stand_in(read_arm(**a)[0])).num_params() for a in (base, memory))
+    width = 4 * base["n_embd"] + round((n_memory - n_plain) / (2 * base["n_embd"]))
+    arms = {"AAAA": base, "AAFA, 4,096 slots": memory, "AAFA, 784 slots, as many parameters as AAAA": dict(memory, n_mem=784),
+            f"AAAA, third MLP {width} wide, as many as AAFA": dict(base, n_mlp=(0, 0, width, 0))}
+    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**a) for k, a in arms.items()}, env=one_of_many(cfg))
+    slower = compare(times["AAFA, 4,096 slots"], times["AAAA"])
+    arms["AAAA, seconds of AAFA"] = dict(base, max_iters=round(base["max_iters"] * slower))
+    got = over_seeds(cfg, {k: dict(a, after=["usage"]) if "layers" in a else a for k, a in arms.items()})
     rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "steps": int(g["step"]), "params M": g["params"] / 1e6,
-             "step time": compare(times[k if k in times else "AAAA"], times["AAAA"]), **g.get("usage", {})} for k, g in got.items()]
+             "step time": compare(times.get(k, times["AAAA"]), times["AAAA"]), **g.get("usage", {})} for k, g in got.items()]
     return show(cfg, f"featural memory on {cfg.dataset}, 4 layers, 128 wide, 32 x 64, mean of {cfg.seeds} seeds", rows)
 
 
@@ -1202,28 +1199,27 @@ def learn_pairs(kind, n, scale, steps=2000, batch=1024, seed=1):
 
 
 def random_pairs(cfg):
-    """How many random pairs one layer learns, at equal FLOPs a position: sizes double until less than 99% are right at every rate."""
+    """How many random pairs one layer learns, at equal FLOPs a position: sizes double until fewer than 90% are right at every rate."""
     memory = dict(layers="F", n_embd=64, n_mem=16384, mem_head=2, mem_top=8, mem_dim=32)
-    flops = lambda kind: GPT(GPTConfig(vocab_size=256, n_head=1, **kind)).flops(1) / 3 - 2 * 4 * 64 ** 2 - 4 * 64  # without attention
-    width = round(flops(memory) / (4 * 64))
-    rows = []
+    attention = 2 * 4 * 64 ** 2 + 4 * 64  # of one position, which stands in flops and is not run
+    flops = lambda kind: GPT(GPTConfig(vocab_size=256, n_head=1, **kind)).flops(1) / 3 - attention
+    width, rows = round(flops(memory) / (4 * 64)), []
     for name, kind in ((f"MLP, {width} wide", dict(layers="A", n_embd=64, n_mlp=width)), ("F, 16,384 slots", memory)):
         size = sum(p.numel() for p in GPT(GPTConfig(vocab_size=256, n_head=1, **kind)).blocks[0].mlp.parameters())
-        row = {"layer": name, "FLOPs": flops(kind), "params": size, "learned": 0}
-        for n in (2 ** i for i in range(12, 18)):
-            right = 0.0
-            for scale in (1.0, 0.25, 4.0):
+        row = {"layer": name, "FLOPs": flops(kind), "params": size, "ms a step": 0.0, "learned": 0}
+        for n in (2 ** i for i in range(11, 18)):
+            right, start = 0.0, time.perf_counter()
+            for tries, scale in enumerate((1.0, 0.25, 4.0), 1):
                 right = max(right, learn_pairs(kind, n, scale))
                 if right >= 0.99:
                     row["learned"] = n
                     break
-            row[f"{n:,}"] = right
+            row[f"{n:,}"], row["ms a step"] = right, 1000 * (time.perf_counter() - start) / tries / 2000
             if right < 0.9:
                 break
         rows.append(row)
-    rows.append({"layer": "F / MLP", "FLOPs": rows[1]["FLOPs"] / rows[0]["FLOPs"], "params": rows[1]["params"] / rows[0]["params"],
-                 "learned": rows[1]["learned"] / rows[0]["learned"]})
-    return show(cfg, "random pairs learned to 99% in 2,000 steps of 1,024, share right by their number, best of 3 learning rates", rows)
+    rows.append({"layer": "F / MLP", **{k: rows[1][k] / rows[0][k] for k in ("FLOPs", "params", "learned", "ms a step")}})
+    return show(cfg, "random pairs learned to 99% in 2,000 steps of 1,024; share right by their number, best of 3 learning rates", rows)
 
 
 def distill(cfg):

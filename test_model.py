@@ -1293,8 +1293,8 @@ def test_resuming_with_a_teacher_is_exact(teacher, data_dir, tmp_path):
 def test_bad_teachers(teacher, data_dir, tmp_path):
     argv = [f"--data_dir={data_dir}", "--dataset=text", f"--out_dir={tmp_path}/o", "--compile=False", "--max_iters=1", *TINY_ARGS]
     slots = [f"--{k}={v}" for k, v in SLOTS.items()]
-    refused(train.main, ["--teacher=out/softar_shakespeare/nothing.pt", *argv], "not there", "train.py config/softar_shakespeare.py --dataset=text")
-    refused(train.main, [f"--teacher={tmp_path}/t/nothing.pt", *argv], "nothing.pt is not there", f"train.py --out_dir={tmp_path}/t")
+    refused(train.main, ["--teacher=out/softar_shakespeare/no.pt", *argv], "not there", "config/softar_shakespeare.py --dataset=text")
+    refused(train.main, [f"--teacher={tmp_path}/t/no.pt", *argv], "no.pt is not there", f"train.py --out_dir={tmp_path}/t")
     refused(train.main, [f"--teacher={teacher}", *argv], "teacher", "history of at least 16")
     refused(train.main, [f"--teacher={teacher}", *argv, *slots, "--block_size=17", f"--out_dir={tmp_path}/p"], "block_size of at most 16")
     refused(train.main, [f"--teacher={teacher}", *argv, "--dataset=chain", "--block_size=64"], "another tokenizer", "'chain'")
@@ -1336,7 +1336,7 @@ def test_use_of_memories_is_measured(teacher, data_dir, tmp_path):
         for m in (r.model.blocks[0].mlp, r.model.blocks[2].mlp):
             m.find = lambda x: (torch.zeros(*x.shape[:2], 4, 4, dtype=torch.long), torch.zeros(*x.shape[:2], 4, 4))
         assert r.usage(data(r)) == {"slots_used": pytest.approx(1 / 64), "slot_entropy": pytest.approx(0.0)}
-        m.find = lambda x: (torch.arange(64).repeat(len(x), x.size(1), 1).view(len(x), x.size(1), 4, 16), torch.zeros(*x.shape[:2], 4, 16))
+        m.find = lambda x: (torch.arange(64).view(4, 16).expand(*x.shape[:2], 4, 16), torch.zeros(*x.shape[:2], 4, 16))
         got = r.usage(data(r))
         if shared:
             assert got["slots_used"] == 1 and 0 < got["slot_entropy"] < 1

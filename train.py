@@ -550,7 +550,7 @@ class Runner:
         return flops * self.tokens / seconds / self.peak / self.place.world
 
     def learn_from(self, saved, path):
-        """Take a checkpoint as the teacher. Where it has an MLP and this model, as wide, has something else, that is to give what the MLP
+        """Take a checkpoint as the teacher. Where it has an MLP and this model, as wide, something else, that is to give what the MLP
         gives: the blocks `replaced`. -> those of the teacher's weights that fit this model."""
         try:
             teacher = GPT(GPTConfig(**saved["model_config"]))
@@ -559,8 +559,8 @@ class Runner:
             raise UserError(f"teacher {path} does not fit this version ({str(e).splitlines()[0][:100]}); train it again") from None
         theirs, ours = teacher.cfg, self.mcfg
         if theirs.block_size < ours.block_size or theirs.history > ours.history:
-            raise UserError(f"teacher {path} reads {theirs.block_size} tokens and {theirs.history} of history before them; give the student "
-                            f"a block_size of at most {theirs.block_size} and a history of at least {theirs.history}")
+            raise UserError(f"teacher {path} reads {theirs.block_size} tokens and {theirs.history} of history before them; give the "
+                            f"student a block_size of at most {theirs.block_size} and a history of at least {theirs.history}")
         wide, mlps = theirs.n_embd == ours.n_embd, {b.i: b.mlp for b in teacher.blocks}
         self.replaced = [b.i for b in self.model.blocks if wide and isinstance(mlps.get(b.i), MLP) and
                          not isinstance(b.mlp, (MLP, type(None)))]
@@ -676,7 +676,7 @@ def find_teacher(tcfg, data):
     if not isinstance(saved, dict) or "tokenizer" not in saved.get("data", ()):
         raise UserError(f"teacher {path} is not a checkpoint of train.py; name another")
     if saved["data"]["tokenizer"] != data["tokenizer"]:
-        raise UserError(f"teacher {path} was trained with another tokenizer than that of dataset {tcfg.dataset!r}; train it on this dataset")
+        raise UserError(f"teacher {path} was trained with another tokenizer than that of dataset {tcfg.dataset!r}; train one on that")
     data["teacher"] = prepare.checkpoint_id(path)
     return saved
 
