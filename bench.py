@@ -1155,7 +1155,7 @@ def blocks(cfg):
     return show(cfg, "time of a training step by window, 128 wide, 4,096 tokens a step", rows)
 
 
-MEMORY_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, max_iters=1500, eval_interval=10 ** 9,
+MEMORY_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, max_iters=1000, eval_interval=10 ** 9,
                     log_interval=500)
 
 
@@ -1223,20 +1223,21 @@ def random_pairs(cfg):
 
 
 def distill(cfg):
-    """config/distill_memory.py beside its teacher, a narrower student without memory, and both from scratch at equal steps"""
-    teacher = os.path.join(kept(cfg, "teacher", "softar_shakespeare"), "ckpt.pt")
-    narrow = dict(layers="AAAAAA", n_embd=128)
-    arms = {"memories, distilled": dict(teacher=teacher), "memories, from scratch": dict(teacher=""),
-            "128 wide, distilled": dict(narrow, teacher=teacher), "128 wide, from scratch": dict(narrow, teacher="")}
-    paths = {"teacher": teacher, **{k: fit(cfg, "distill_memory", **a)["path"] for k, a in arms.items()}}
-    saved, rows = {k: prepare.load_checkpoint(p) for k, p in paths.items()}, []
-    for name, c in saved.items():
-        model = GPT(GPTConfig(**c["model_config"]))
+    """students whose feed-forward layers are memories, and smaller ones, beside their teacher and themselves from scratch"""
+    teacher = os.path.join(kept(cfg, "teacher", "shakespeare_cpu", max_iters=750, eval_interval=750), "ckpt.pt")
+    memory = dict(layers="AFFF", mem_head=2, mem_dim=32, mem_top=8, n_mem=1024)
+    kinds = {"three memories": memory, "half as wide": dict(n_embd=64, n_head=2)}
+    arms = {f"{k}, {how}": dict(preset="shakespeare_cpu", max_iters=400, eval_interval=400, log_interval=400, **m, **t) for k, m in kinds.items()
+            for how, t in (("distilled", dict(teacher=teacher)), ("from scratch", {}))}
+    arms["three memories, by its words alone"] = dict(arms["three memories, distilled"], distill_match=0.0)
+    got, first = over_seeds(cfg, arms), prepare.load_checkpoint(teacher)
+    rows = []
+    for name, g in {"teacher": {"val_loss": first["val_loss"], "step": first["step"], "runs": [{"path": teacher}]}, **got}.items():
+        model = GPT(GPTConfig(**prepare.load_checkpoint(g["runs"][0]["path"])["model_config"]))
         dense = sum(m.weight.numel() for b in model.blocks for m in b.mlp.modules() if isinstance(m, Linear))
-        rows.append({"model": name, "val loss": c["val_loss"], "above the teacher": c["val_loss"] - saved["teacher"]["val_loss"],
-                     "dense feed-forward M": dense / 1e6, "params M": model.num_params() / 1e6, "steps": c["step"],
-                     "seconds of steps": c["step_seconds"]})
-    return show(cfg, f"a teacher and what learned from it on {cfg.dataset}, one seed (the bar: 0.05 above, half of the dense feed-forward)", rows)
+        rows.append({"model": name, "val loss": g["val_loss"], "spread": g.get("spread", 0.0), "above the teacher": g["val_loss"] - first["val_loss"],
+                     "dense feed-forward M": dense / 1e6, "params M": model.num_params() / 1e6, "steps": int(g["step"])})
+    return show(cfg, f"a teacher and what learned from it on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, mean of {cfg.seeds} seeds", rows)
 
 
 def variants(cfg):
