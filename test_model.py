@@ -1327,6 +1327,17 @@ def test_a_compiled_student_learns_the_same(teacher, data_dir):
         torch.testing.assert_close(a, b)
 
 
+def test_a_memory_counts_what_it_reads():
+    """FLOPs of a featural memory: its two projections, every half key, and of the values only those that are found. It learns random
+    pairs, and more of them than guessing would."""
+    kind = dict(vocab_size=256, n_head=1, n_embd=16, layers="F", n_mem=256, mem_head=2, mem_top=4, mem_dim=8)
+    attention = 6 * 4 * 16 ** 2 + 12 * 16
+    assert GPT(GPTConfig(**kind)).flops(1) == attention + 6 * (16 * 2 * 8 + 16 * 16 + 2 * 2 * 16 * 4 + 2 * 4 * 16)
+    assert GPT(GPTConfig(**{**kind, "layers": "A"})).flops(1) == attention + 6 * 2 * 64 * 16
+    kind.pop("vocab_size"), kind.pop("n_head")
+    assert bench.learn_pairs(kind, 128, 1.0, steps=300, batch=64) > 0.99 > 0.1 > bench.learn_pairs(kind, 128, 0.0, steps=2, batch=64)
+
+
 def test_use_of_memories_is_measured(teacher, data_dir, tmp_path):
     """Slots found at least once, and the entropy of their use: all alike is 1, one slot alone 0; a shared table counts once. It is
     logged at validation and changes nothing; a model without memories logs none."""
