@@ -34,7 +34,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import Clusters, FeaturalMemory, GPT, GPTConfig, Level, rms_norm, search
+from model import Clusters, FeaturalMemory, GPT, GPTConfig, Level, Linear, rms_norm, search
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -274,7 +274,7 @@ def by_length(run, data, size=64):
 
 AFTER = {"history shuffled": ablated(shuffle_history), "slots empty": ablated(lambda h: torch.full_like(h, -1)),
          "wrong distance": wrong_distance, "two steps": two_steps, "hops": by_hops, "lengths": by_length,
-         "concepts": explained, "plan shuffled": without_plan("shuffled"), "plan zeroed": without_plan("zeroed")}
+         "usage": lambda run, data: run.usage(data), "concepts": explained, "plan shuffled": without_plan("shuffled"), "plan zeroed": without_plan("zeroed")}
 
 
 def after(t, names):
@@ -1279,6 +1279,91 @@ def retrieval(cfg, Q=4096, N=65536, k=32):
     return show(cfg, "clusters (16 pages a query) by the number of keys of attention", rows)
 
 
+MEMORY_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, max_iters=1000, eval_interval=10 ** 9,
+                    log_interval=500)
+
+
+def featural(cfg):
+    """featural memory beside the MLP: random pairs learned at equal FLOPs; loss at equal steps, equal parameters and equal seconds"""
+    random_pairs(cfg)
+    base, memory = MEMORY_MODEL, dict(MEMORY_MODEL, layers="AAFA", mem_head=2, mem_top=8, n_mem=4096)
+    n_plain, n_memory = (GPT(stand_in(read_arm(**a)[0])).num_params() for a in (base, memory))
+    width = 4 * base["n_embd"] + round((n_memory - n_plain) / (2 * base["n_embd"]))
+    arms = {"AAAA": base, "AAFA, 4,096 slots": memory, "AAFA, 784 slots, as many parameters as AAAA": dict(memory, n_mem=784),
+            f"AAAA, third MLP {width} wide, as many as AAFA": dict(base, n_mlp=(0, 0, width, 0))}
+    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**a) for k, a in arms.items()}, env=one_of_many(cfg))
+    slower = compare(times["AAFA, 4,096 slots"], times["AAAA"])
+    arms["AAAA, seconds of AAFA"] = dict(base, max_iters=round(base["max_iters"] * slower))
+    got = over_seeds(cfg, {k: dict(a, after=["usage"]) if "layers" in a else a for k, a in arms.items()})
+    rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "steps": int(g["step"]), "params M": g["params"] / 1e6,
+             "step time": compare(times.get(k, times["AAAA"]), times["AAAA"]), **g.get("usage", {})} for k, g in got.items()]
+    return show(cfg, f"featural memory on {cfg.dataset}, 4 layers, 128 wide, 32 x 64, mean of {cfg.seeds} seeds", rows)
+
+
+def learn_pairs(kind, n, scale, steps=2000, batch=1024, seed=1):
+    """One feed-forward layer, kind (settings), learns n pairs of a random vector and one of 256 labels in so many steps, at its learning
+    rates times scale. -> share of the pairs that are right in the end."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=256, n_head=1, **kind), seed)
+    layer, optimizers = model.blocks[0].mlp, train.make_optimizers(model, TrainConfig())
+    answer = lambda x: model.lm_head(model.ln_f(x + layer(x, None)))
+    x = torch.nn.functional.normalize(torch.randn(n, 1, model.cfg.n_embd), dim=-1) * model.cfg.n_embd ** 0.5
+    y = torch.randint(256, (n,))
+    for step in range(steps):
+        for o in optimizers:
+            for g in o.param_groups:
+                g["lr"] = g["peak_lr"] * scale * min(1.0, (steps - step) / (0.8 * steps))
+        at = torch.randint(n, (batch,))
+        torch.nn.functional.cross_entropy(answer(x[at])[:, 0], y[at]).backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+    with torch.inference_mode():
+        return sum((answer(a)[:, 0].argmax(-1) == b).sum().item() for a, b in zip(x.split(4096), y.split(4096))) / n
+
+
+def random_pairs(cfg):
+    """How many random pairs one layer learns, at equal FLOPs a position: sizes double until fewer than 90% are right at every rate."""
+    memory = dict(layers="F", n_embd=64, n_mem=16384, mem_head=2, mem_top=8, mem_dim=32)
+    attention = 2 * 4 * 64 ** 2 + 4 * 64  # of one position, which stands in flops and is not run
+    flops = lambda kind: GPT(GPTConfig(vocab_size=256, n_head=1, **kind)).flops(1) / 3 - attention
+    width, rows = round(flops(memory) / (4 * 64)), []
+    for name, kind in ((f"MLP, {width} wide", dict(layers="A", n_embd=64, n_mlp=width)), ("F, 16,384 slots", memory)):
+        size = sum(p.numel() for p in GPT(GPTConfig(vocab_size=256, n_head=1, **kind)).blocks[0].mlp.parameters())
+        row = {"layer": name, "FLOPs": flops(kind), "params": size, "ms a step": 0.0, "learned": 0}
+        for n in (2 ** i for i in range(11, 18)):
+            right, start = 0.0, time.perf_counter()
+            for tries, scale in enumerate((1.0, 0.25, 4.0), 1):
+                right = max(right, learn_pairs(kind, n, scale))
+                if right >= 0.99:
+                    row["learned"] = n
+                    break
+            row[f"{n:,}"], row["ms a step"] = right, 1000 * (time.perf_counter() - start) / tries / 2000
+            if right < 0.9:
+                break
+        rows.append(row)
+    rows.append({"layer": "F / MLP", **{k: rows[1][k] / rows[0][k] for k in ("FLOPs", "params", "learned", "ms a step")}})
+    return show(cfg, "random pairs learned to 99% in 2,000 steps of 1,024; share right by their number, best of 3 learning rates", rows)
+
+
+def distill(cfg):
+    """students whose feed-forward layers are memories, and smaller ones, beside their teacher and themselves from scratch"""
+    teacher = os.path.join(kept(cfg, "teacher", "shakespeare_cpu", max_iters=750, eval_interval=750), "ckpt.pt")
+    memory = dict(layers="AFFF", mem_head=2, mem_dim=32, mem_top=8, n_mem=1024)
+    kinds = {"three memories": memory, "half as wide": dict(n_embd=64, n_head=2)}
+    arms = {f"{k}, {how}": dict(preset="shakespeare_cpu", max_iters=400, eval_interval=400, log_interval=400, **m, **t) for k, m in kinds.items()
+            for how, t in (("distilled", dict(teacher=teacher)), ("from scratch", {}))}
+    arms["three memories, by its words alone"] = dict(arms["three memories, distilled"], distill_match=0.0)
+    got, first = over_seeds(cfg, arms), prepare.load_checkpoint(teacher)
+    rows = []
+    for name, g in {"teacher": {"val_loss": first["val_loss"], "step": first["step"], "runs": [{"path": teacher}]}, **got}.items():
+        model = GPT(GPTConfig(**prepare.load_checkpoint(g["runs"][0]["path"])["model_config"]))
+        dense = sum(m.weight.numel() for b in model.blocks for m in b.mlp.modules() if isinstance(m, Linear))
+        rows.append({"model": name, "val loss": g["val_loss"], "spread": g.get("spread", 0.0), "above the teacher": g["val_loss"] - first["val_loss"],
+                     "dense feed-forward M": dense / 1e6, "params M": model.num_params() / 1e6, "steps": int(g["step"])})
+    return show(cfg, f"a teacher and what learned from it on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, mean of {cfg.seeds} seeds", rows)
+
+
 def variants(cfg):
     """each flag of the plain model switched, one at a time: loss and time of a step at nanoGPT's CPU shape, 500 steps"""
     shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=500, eval_interval=10 ** 9,
@@ -1499,7 +1584,7 @@ CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "c
           "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
           "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "formal_more": formal_more, "levels": levels, "concepts": concepts,
           "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast, "retrieval": retrieval,
-          "crash": crash, "knn": knn, "facts": facts, "plays": plays}
+          "crash": crash, "knn": knn, "facts": facts, "plays": plays, "featural": featural, "distill": distill}
 
 
 def main(argv):

@@ -654,7 +654,7 @@ class Context:
     source: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: of what queries are
     gone: torch.Tensor | None = None  # (B, L) True where a position has left at an exit, and stays as it is; None: nowhere
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
-    fed: list | None = None  # where blocks leave what their feed-forward layer gave, (B, L, C)
+    fed: dict | None = None  # where blocks leave what their feed-forward layer gave, (B, L, C), by block
     values: nn.Module | None = None  # the table that all featural memories read, where they share one
     memory: dict | None = None  # {block: Memory} that blocks M read
     wrote: dict | None = None  # {block: Wrote}: where blocks M leave what they would write
@@ -1293,7 +1293,7 @@ class Block(nn.Module):
         if self.mlp is not None:
             y = self.mlp(self.ln_2(x), ctx, *(() if wrote is None else (wrote,)))
             if ctx.fed is not None:
-                ctx.fed.append((self.i, y))
+                ctx.fed[self.i] = y
             x = x + self.drop(y)
         return x if ctx.keep is None else before + ctx.keep[self.i].to(x.dtype) * (x - before)
 
@@ -1370,7 +1370,7 @@ class Stack(nn.Module):
         for layer in self.order:
             parts = [layer.tell, layer.head, layer.compose] if isinstance(layer, Level) else [layer]
             matrices = [p for part in parts if part is not None for m in part.modules() if not isinstance(m, Embedding)
-                        for p in m.parameters(recurse=False) if p.dim() == 2]
+                        for p in m.parameters(recurse=False) if p.dim() > 1]
             if isinstance(layer, Level):
                 L_inside = min(L, layer.capacity) + 1
                 total += 6 * L_inside * sum(p.numel() for p in matrices) + layer.flops(L_inside)
@@ -1378,6 +1378,8 @@ class Stack(nn.Module):
             total += 6 * L * sum(p.numel() for p in matrices)
             if isinstance(layer.attn, Attention):
                 total += 12 * layer.attn.sizes[0] * L * L
+            if isinstance(layer.mlp, FeaturalMemory):  # of its values those that are found
+                total += 6 * L * layer.mlp.n_head * layer.mlp.top * layer.mlp.c_proj.in_features
         return total
 
 
@@ -1757,10 +1759,10 @@ class Output:
 class Taught:
     """What a teacher says of the same inputs, and what each part of it counts."""
     logits: torch.Tensor  # (B, T, V)
-    fed: list  # [(block, (B, S + T, C))]: what its feed-forward layers gave
+    fed: dict  # {block: (B, S + T, C)}: what those of its feed-forward layers gave that the student has replaced
     weight: float = 1.0  # of the divergence from its distribution
-    match: float = 0.0  # of matching what its feed-forward layers gave, where the student has a memory in their place
-    ce: float = 0.0  # of the student's own loss
+    match: float = 0.0  # of matching what it gave in those places
+    ce: float = 0.0  # of the text itself
 
 
 class GPT(Stack):
@@ -2110,7 +2112,7 @@ class GPT(Stack):
         at_exit: also read the exit after so many blocks, as Output.early.
         memory: {block: Memory} of these rows, for blocks M without a state; Output.wrote is what they would write there. known (B,): so
         many tokens at the front are in it already.
-        taught: what a teacher says, to learn from that. fed: a list that takes what a student is taught.
+        taught: what a teacher says, Taught, to learn from that. fed: a dict for what token-level feed-forward layers give, by block.
         """
         cfg = self.cfg
         if self.training and cfg.soft_rate:
@@ -2119,7 +2121,7 @@ class GPT(Stack):
         if at_exit or (targets is not None and self.exits and (cfg.exit_weight or self.sure is not None)):
             exits = Exits()
         keep = drawn[:cfg.n_layer] if self.training and cfg.layer_drop and drawn is not None else None
-        fed, wrote = [] if taught is not None else fed, None if memory is None else {}
+        fed, wrote = {} if taught is not None else fed, None if memory is None else {}
         h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep, fed=fed, memory=memory, wrote=wrote, known=known)
         logits, z, e = self.read(h, regress=targets is not None)
         early = self.read(exits.h[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
@@ -2129,6 +2131,8 @@ class GPT(Stack):
         ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
         losses = {"ce": ce / denom}
         loss = losses["ce"] * (cfg.ce_weight or float(cfg.head == "nearest"))
+        if taught is not None:
+            loss = taught.ce * loss + self.taught_losses(taught, logits, fed, targets >= 0, denom, losses)
         if cfg.semantic_weight:
             losses["semantic"] = semantic_loss(cfg.semantic, z, logits, e, targets, cfg.semantic_temp) / denom
             loss = loss + cfg.semantic_weight * losses["semantic"]
@@ -2137,22 +2141,21 @@ class GPT(Stack):
             loss = loss + cfg.level_weight(depth) * losses[f"concept_{depth}"]
         if exits is not None:
             loss = loss + self.exit_losses(exits, logits, targets, denom, drawn, losses)
-        if taught is not None:
-            loss = taught.ce * loss + self.taught_losses(taught, logits, fed, targets, denom, losses)
         return Output(logits, loss, losses, early, wrote)
 
-    def taught_losses(self, taught, logits, fed, targets, denom, losses):
-        """Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531): the divergence of logits (B, T, V) from the teacher's, and how far
-        what memories give is from what the teacher's feed-forward layers in their places gave, as a share of its square."""
-        p = taught.logits.float().log_softmax(-1)
-        far = (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
-        losses["teacher"] = far.masked_fill(targets < 0, 0.0).sum() / denom
-        total, theirs = taught.weight * losses["teacher"], dict(taught.fed)
-        pairs = [(y, theirs[i]) for i, y in fed if self.cfg.layers.replace("(", "").replace(")", "").replace(".", "")[i] == "F" and i in theirs]
-        if taught.match and pairs:
-            losses["match"] = sum(((y - t).float().square().mean() / t.float().square().mean().clamp(min=1e-8)) for y, t in pairs) / len(pairs)
-            total = total + taught.match * losses["match"] * (targets >= 0).sum() / denom
-        return total
+    def taught_losses(self, taught, logits, fed, scored, denom, losses):
+        """What a teacher adds to the loss (Hinton et al. 2015, arXiv:1503.02531), nats a token where scored (B, T): the divergence of
+        logits (B, T, V) from its own; and how far what each replaced feed-forward layer gives is from what the teacher's gave in that
+        place, as a share of it (squares of lengths: 0 is a copy, 1 as good as nothing), their mean."""
+        over_tokens = lambda each: each[:, -scored.size(1):].masked_fill(~scored, 0.0).sum() / denom
+        p = taught.logits.log_softmax(-1)
+        losses["teacher"] = over_tokens((p.exp() * (p - logits.log_softmax(-1))).sum(-1))
+        loss = taught.weight * losses["teacher"]
+        if taught.match and taught.fed:
+            pairs = [(fed[i].float(), theirs.float()) for i, theirs in taught.fed.items()]
+            losses["match"] = over_tokens(sum((y - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-8) for y, t in pairs)) / len(pairs)
+            loss = loss + taught.match * losses["match"]
+        return loss
 
     def exit_losses(self, exits, logits, targets, denom, drawn, losses):
         """What exits, an Exits, add to the loss: cross-entropy, with exit_distill the divergence from logits (B, T, V) in part, weighted

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import glob
 import hashlib
 import http.server
 import io
@@ -1455,6 +1456,174 @@ def test_freed_memory_is_kept():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# learning from a teacher
+
+
+FEATURAL = dict(n_mem=64, mem_top=4, mem_dim=16)
+
+
+@pytest.fixture(scope="module")
+def teacher(data_dir, tmp_path_factory):
+    """Path of a small trained model with slots."""
+    out = tmp_path_factory.mktemp("teacher")
+    quiet(run, data_dir, out, dict(SLOTS, n_layer=3), max_iters=40, lr_decay_iters=40, eval_interval=40)
+    return str(out / "ckpt.pt")
+
+
+def learner(teacher, data_dir, model=None, **t):
+    """A Runner that has taken the teacher, and a batch: x, y, h."""
+    tcfg = TrainConfig(**{**dict(dataset="text", data_dir=data_dir, compile=False, dtype="float32", batch_size=4), **t})
+    mcfg = GPTConfig(**{**TINY, **SLOTS, "n_layer": 3, **(model or {})})
+    data = Data(tcfg, mcfg, "train")
+    r = train.Runner(GPTConfig(**{**train.settings(mcfg), **data.facts(mcfg)}), tcfg, train.find_place(tcfg))
+    r.model.load_state_dict(r.learn_from(prepare.load_checkpoint(teacher), teacher), strict=False)
+    return r, data.batch(0, slice(0, 4), 4)
+
+
+def test_a_clone_has_nothing_to_learn(teacher, data_dir):
+    """With the teacher's own layers a student is the teacher: divergence 0, no gradient to speak of, and nothing to match."""
+    r, (x, y, h) = learner(teacher, data_dir)
+    out = r.model(x, y, h, taught=r.taught(x, h))
+    assert torch.equal(out.logits, r.taught(x, h).logits) and r.replaced == []
+    assert abs(out.losses["teacher"].item()) < 1e-6 and out.loss == out.losses["teacher"] and "match" not in out.losses
+    out.loss.backward()
+    assert max(p.grad.abs().max() for p in r.model.parameters() if p.grad is not None) < 1e-6
+    assert r.taught(x, h).logits.grad_fn is None and not r.teacher.training
+
+
+def test_matched_is_exactly_what_was_replaced(teacher, data_dir):
+    """Blocks that have something else where the teacher has an MLP, and no other: not one that lacks it, not where widths differ.
+    The loss is 1 for memories that give nothing, 0 for one that gives what the teacher's layer gave, and counts scored tokens."""
+    for model, blocks in ((dict(layers="FAF"), [0, 2]), (dict(layers="AFA"), [1]), (dict(layers="F.A"), [0]), (dict(layers="FR"), [0]),
+                          (dict(layers="AAF", n_mlp=(-1, 0, 0)), [2]), (dict(layers="FAF", n_embd=16), [])):
+        r, (x, y, h) = learner(teacher, data_dir, dict(FEATURAL, **model))
+        told = r.taught(x, h)
+        assert list(told.fed) == r.replaced == blocks, model
+        out = r.model(x, y, h, taught=told)
+        assert ("match" in out.losses) == bool(blocks)
+        if blocks:
+            assert out.losses["match"].item() == pytest.approx(1.0, abs=1e-5)  # output projections start at 0
+            assert out.loss.item() == pytest.approx(out.losses["teacher"].item() + 1.0 + sum(
+                v.item() for k, v in out.losses.items() if k.startswith("exit")), abs=1e-5)
+    r, (x, y, h) = learner(teacher, data_dir, dict(FEATURAL, layers="FAF"), distill=0.5, distill_match=3.0, distill_ce=0.25)
+    told = r.taught(x, h)
+    out = r.model(x, y, h, taught=told)
+    want = 0.5 * out.losses["teacher"] + 3 * out.losses["match"] + 0.25 * out.losses["ce"]
+    torch.testing.assert_close(out.loss, want)
+    fed = {}
+    r.model(x, history=h, fed=fed)
+    assert list(fed) == [0, 1, 2]
+    told.fed = {0: fed[0] + 2.0, 2: told.fed[2]}  # 2 in each channel, of a layer that gives 0: 1 again
+    assert r.model(x, y, h, taught=told).losses["match"].item() == pytest.approx(1.0, abs=1e-5)
+    told.fed[0] = told.fed[0].clone()
+    told.fed[0][:, -5:] *= 1e3
+    y[:, -5:] = -1
+    told.fed[2] = told.fed[2].clone()
+    told.fed[2][:, :SLOTS["n_span"]] = 0.0  # slots are not scored
+    assert r.model(x, y, h, taught=told).losses["match"].item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_distillation_brings_the_student_nearer(teacher, data_dir, tmp_path):
+    """With memories, and into a narrower model: the divergence falls, and what replaced layers give comes nearer."""
+    for name, model in (("memory", dict(FEATURAL, layers="FAF")), ("small", dict(n_embd=16, n_layer=2))):
+        r, _ = learner(teacher, data_dir, model)
+        data, far = Data(r.tcfg, r.mcfg, "train"), []
+        for step in range(30):
+            x, y, h = data.batch(step, slice(0, 4), 4)
+            if step in (0, 29):
+                far.append(r.model(x, y, h, taught=r.taught(x, h)).losses)
+            r.step(step, x, y, h, int((y >= 0).sum()))
+        assert far[1]["teacher"] < 0.7 * far[0]["teacher"]
+        assert "match" not in far[0] or far[1]["match"] < 0.9 * far[0]["match"]
+
+
+def test_resuming_with_a_teacher_is_exact(teacher, data_dir, tmp_path):
+    """Stopped after 3 of 6 steps: the weights of the run that never stopped; only with the same teacher."""
+    v = dict(SLOTS, **FEATURAL, layers="FAF")
+    _, a = run(data_dir, tmp_path / "a", v, teacher=teacher)
+    run(data_dir, tmp_path / "b", v, teacher=teacher, max_iters=3)
+    _, b = run(data_dir, tmp_path / "b", v, teacher=teacher, init_from="resume")
+    assert same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
+    assert a["train_config"]["teacher"] == teacher and losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+    for other in ("", str(tmp_path / "a" / "ckpt.pt")):
+        with pytest.raises(UserError, match="does not fit this run .*teacher"):
+            run(data_dir, tmp_path / "b", v, teacher=other, init_from="resume")
+
+
+def test_bad_teachers(teacher, data_dir, tmp_path):
+    argv = [f"--data_dir={data_dir}", "--dataset=text", f"--out_dir={tmp_path}/o", "--compile=False", "--max_iters=1", *TINY_ARGS]
+    slots = [f"--{k}={v}" for k, v in SLOTS.items()]
+    refused(train.main, ["--teacher=out/softar_shakespeare/no.pt", *argv], "not there", "config/softar_shakespeare.py --dataset=text")
+    refused(train.main, [f"--teacher={tmp_path}/t/no.pt", *argv], "no.pt is not there", f"train.py --out_dir={tmp_path}/t")
+    refused(train.main, [f"--teacher={teacher}", *argv], "teacher", "history of at least 16")
+    refused(train.main, [f"--teacher={teacher}", *argv, *slots, "--block_size=17", f"--out_dir={tmp_path}/p"], "block_size of at most 16")
+    refused(train.main, [f"--teacher={teacher}", *argv, "--dataset=chain", "--block_size=64"], "another tokenizer", "'chain'")
+    refused(train.main, [f"--teacher={teacher}", "--distill=0"], "distill_ce")
+    refused(train.main, [f"--teacher={teacher}", "--distill_match=-1"], "distill_match")
+    (tmp_path / "text.pt").write_text("nothing of the kind")
+    refused(train.main, [f"--teacher={tmp_path}/text.pt", *argv], "text.pt is not a checkpoint")
+    for name, plain in (("x", {"step": 1}), ("y", [1])):
+        prepare.save_checkpoint(tmp_path / f"{name}.pt", plain)
+        refused(train.main, [f"--teacher={tmp_path}/{name}.pt", *argv], "not a checkpoint of train.py")
+    saved = prepare.load_checkpoint(teacher)
+    saved["model_config"]["of_tomorrow"] = 1
+    prepare.save_checkpoint(tmp_path / "z.pt", saved)
+    refused(train.main, [f"--teacher={tmp_path}/z.pt", *argv, *slots, f"--out_dir={tmp_path}/q"], "z.pt does not fit this version", "of_tomorrow")
+    assert not glob.glob(str(tmp_path / "*" / "ckpt.pt"))
+
+
+def test_a_compiled_student_learns_the_same(teacher, data_dir):
+    """Teacher and student are each one graph, what their layers give included, and compute what they do uncompiled."""
+    model, losses = dict(FEATURAL, layers="FA.F"), []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        r, (x, y, h) = learner(teacher, data_dir, model)
+        if compiled:
+            r.teacher, student = (torch.compile(m, dynamic=False, fullgraph=True, backend="eager") for m in (r.teacher, r.model))
+        out = (student if compiled else r.model)(x, y, h, drawn=r.draw(0), taught=r.taught(x, h))
+        out.loss.backward()
+        losses.append([out.loss, *out.losses.values(), *(p.grad for p in r.model.parameters() if p.grad is not None)])
+    for a, b in zip(*losses, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_memory_counts_what_it_reads():
+    """FLOPs of a featural memory: its two projections, every half key, and of the values only those that are found. It learns random
+    pairs, and more of them than guessing would."""
+    kind = dict(vocab_size=256, n_head=1, n_embd=16, layers="F", n_mem=256, mem_head=2, mem_top=4, mem_dim=8)
+    attention = 6 * 4 * 16 ** 2 + 12 * 16
+    assert GPT(GPTConfig(**kind)).flops(1) == attention + 6 * (16 * 2 * 8 + 16 * 16 + 2 * 2 * 16 * 4 + 2 * 4 * 16)
+    assert GPT(GPTConfig(**{**kind, "layers": "A"})).flops(1) == attention + 6 * 2 * 64 * 16
+    kind.pop("vocab_size"), kind.pop("n_head")
+    assert bench.learn_pairs(kind, 128, 1.0, steps=300, batch=64) > 0.99 > 0.1 > bench.learn_pairs(kind, 128, 0.0, steps=2, batch=64)
+
+
+def test_use_of_memories_is_measured(teacher, data_dir, tmp_path):
+    """Slots found at least once, and the entropy of their use: all alike is 1, one slot alone 0; a shared table counts once. It is
+    logged at validation and changes nothing; a model without memories logs none."""
+    data = lambda r: Data(r.tcfg, r.mcfg, "val")
+    for shared in (False, True):
+        r, _ = learner(teacher, data_dir, dict(FEATURAL, layers="FAF", mem_share=shared))
+        for m in (r.model.blocks[0].mlp, r.model.blocks[2].mlp):
+            m.find = lambda x: (torch.zeros(*x.shape[:2], 4, 4, dtype=torch.long), torch.zeros(*x.shape[:2], 4, 4))
+        assert r.usage(data(r)) == {"slots_used": pytest.approx(1 / 64), "slot_entropy": pytest.approx(0.0)}
+        m.find = lambda x: (torch.arange(64).view(4, 16).expand(*x.shape[:2], 4, 16), torch.zeros(*x.shape[:2], 4, 16))
+        got = r.usage(data(r))
+        if shared:
+            assert got["slots_used"] == 1 and 0 < got["slot_entropy"] < 1
+        else:
+            assert got == {"slots_used": pytest.approx((1 + 1 / 64) / 2), "slot_entropy": pytest.approx(0.5, abs=1e-5)}
+    assert learner(teacher, data_dir)[0].usage(data(r)) == {}
+    said = []
+    _, a = run(data_dir, tmp_path / "a", dict(FEATURAL, layers="AF"), say=said.append)
+    _, b = run(data_dir, tmp_path / "b", dict(FEATURAL, layers="AF"), eval_interval=100)
+    assert same(a["model"], b["model"]) and any("slots used" in s for s in said)
+    with open(tmp_path / "a" / "log.csv", newline="") as f:
+        rows = [r for r in csv.DictReader(f) if r["val_loss"]]
+    assert len(rows) == 2 and all(0 < float(r["slots_used"]) <= 1 and 0 < float(r["slot_entropy"]) <= 1 for r in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tokenizers and datasets
 
 
@@ -2815,7 +2984,7 @@ def test_bench_tables(capsys, data_dir):
 
 
 def test_two_ranks_are_one(data_dir, tmp_path):
-    """One global batch on 1 and on 2 processes, with and without accumulation: weights within 1e-5 after 20 steps."""
+    """One global batch on 1 and on 2 processes, with and without accumulation, then with that as a teacher: weights within 1e-5."""
     n = ["--max_iters=20", "--eval_interval=20", "--history=16", "--n_span=4", "--span=4", "--layers=R(A)M", "--plan=cross",
          "--stream=6", "--mem_chunk=8", "--mem_size=32", "--mem_top=4", "--mem_dim=8"]
     assert cli(*small_run(data_dir, tmp_path / "1", *n)).returncode == 0
@@ -2827,6 +2996,11 @@ def test_two_ranks_are_one(data_dir, tmp_path):
         for p, q in zip(a["model"].values(), other["model"].values()):
             assert (p - q).abs().max() < 1e-5
         assert abs(a["best_val_loss"] - other["best_val_loss"]) < 1e-5
+    n = ["--max_iters=10", "--history=16", "--n_span=4", "--span=4", "--layers=FAF", "--n_mem=64", f"--teacher={tmp_path}/1/ckpt.pt"]
+    assert "feed-forward layers 0, 2 are replaced" in cli(*small_run(data_dir, tmp_path / "4", *n)).stdout
+    torchrun(2, *small_run(data_dir, tmp_path / "5", *n, "--batch_size=2", "--gradient_accumulation_steps=2"))
+    a, b = (prepare.load_checkpoint(tmp_path / x / "ckpt.pt")["model"] for x in "45")
+    assert all((p - q).abs().max() < 1e-5 for p, q in zip(a.values(), b.values()))
 
 
 def test_eight_ranks(data_dir, tmp_path):

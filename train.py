@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import glob
 import io
+import itertools
 import math
 import os
 import signal
@@ -29,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import prepare
 from config import UserError
-from model import GPT, GPTConfig, Taught, settings
+from model import FeaturalMemory, GPT, GPTConfig, MLP, Taught, settings
 
 
 @dataclass
@@ -38,10 +39,10 @@ class TrainConfig:
     dataset: str = "shakespeare"  # folder under data_dir, made by prepare.py
     data_dir: str = "data"  # where datasets are kept
     init_from: str = "scratch"  # scratch | resume | auto (resume if there is something to resume) | PATH of a checkpoint
-    teacher: str = ""  # checkpoint to learn from, which has the same tokenizer; what fits of its weights is where training starts
-    distill: float = 1.0  # teacher: weight of the divergence from its distribution
-    distill_match: float = 1.0  # teacher: weight of matching its feed-forward layers where this model has a memory (F)
-    distill_ce: float = 0.0  # teacher: weight of the text itself
+    teacher: str = ""  # checkpoint to learn from, with the same tokenizer; what fits of its weights is where training starts
+    distill: float = 1.0  # with a teacher: weight of the divergence from its distribution
+    distill_match: float = 1.0  # with a teacher: weight of matching its feed-forward layers where a memory is in their place
+    distill_ce: float = 0.0  # with a teacher: weight of the text itself
     stream: int = 0  # windows of a text that a row reads in turn, for memories M to outlast the window; 0: each row anywhere
     max_iters: int = 750  # optimizer steps
     batch_size: int = 16  # rows a micro-step, over all processes
@@ -85,8 +86,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
         config.within(self, 1, None, "batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "max_iters",
                       "ns_steps")
-        config.within(self, 0, None, "distill", "distill_match", "distill_ce", "value_lr", "stream", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "score_last",
-                      "muon_lr", "seed")
+        config.within(self, 0, None, "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "score_last",
+                      "muon_lr", "value_lr", "stream", "distill", "distill_match", "distill_ce", "seed")
+        if self.teacher and not (self.distill or self.distill_ce):
+            raise ValueError("distill = 0 and distill_ce = 0 leave nothing to learn but what feed-forward layers give; set one of them")
         config.within(self, 0, 1, "history_drop", "cooldown")
         config.within(self, 0, 0.99999, "momentum", "beta1", "beta2")
         config.within(self, 1e-12, None, "learning_rate")
@@ -426,7 +429,8 @@ def lr_factor(step, tcfg):
 
 class Log:
     """log.csv in out_dir, and tensorboard and wandb when they are asked for. Rank 0 only."""
-    FIELDS = ("step", "train_loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "mfu", "step_seconds")
+    FIELDS = ("step", "train_loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "mfu", "step_seconds", "slots_used",
+              "slot_entropy")
 
     def __init__(self, tcfg, step):
         self.path, self.tb, self.wandb = os.path.join(tcfg.out_dir, "log.csv"), None, None
@@ -548,7 +552,8 @@ class Runner:
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
         self.model.dtype = place.dtype
         self.optimizers = make_optimizers(self.model, tcfg)
-        self.compiled, self.teacher = can_compile(place, tcfg, say), None
+        self.compiled = can_compile(place, tcfg, say)
+        self.teacher, self.replaced = None, []
         self.inner = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         self.forward = DDP(self.inner, forward_sync_buffers=False) if place.world > 1 else self.inner
         self.tokens = self.n_rows * mcfg.block_size  # of a step
@@ -565,35 +570,39 @@ class Runner:
         return sum(p.numel() for p in new.values())
 
     def mfu(self, seconds):
-        """Share of the matmul peak that a step of so many seconds reaches."""
-        return self.model.flops_per_token() * self.tokens / seconds / self.peak / self.place.world
+        """Share of the matmul peak that a step of so many seconds reaches; a teacher's forward is a third of a step."""
+        flops = self.model.flops_per_token() + (self.teacher.flops_per_token() / 3 if self.teacher is not None else 0)
+        return flops * self.tokens / seconds / self.peak / self.place.world
 
     def learn_from(self, saved, path):
-        """Take a checkpoint as the teacher, and what fits of its weights as a start. -> how many of this model's numbers those are."""
+        """Take a checkpoint as the teacher. Where it has an MLP and this model, as wide, something else, that is to give what the MLP
+        gives: the blocks `replaced`. -> those of the teacher's weights that fit this model."""
         try:
-            model = GPT(GPTConfig(**saved["model_config"]))
-            model.load_state_dict(saved["model"])
+            teacher = GPT(GPTConfig(**saved["model_config"]))
+            teacher.load_state_dict(saved["model"])
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"teacher {path} does not fit this version ({str(e)[:100]}); train it again") from None
-        if model.cfg.block_size < self.mcfg.block_size or model.cfg.history != self.mcfg.history:
-            raise UserError(f"teacher {path} reads {model.cfg.block_size} tokens and a history of {model.cfg.history}; the student cannot read "
-                            f"{self.mcfg.block_size} and {self.mcfg.history}")
-        model.dtype = self.place.dtype
-        model = model.eval().requires_grad_(False).to(self.place.device)
-        self.teacher = torch.compile(model, dynamic=False) if self.compiled else model
+            raise UserError(f"teacher {path} does not fit this version ({str(e).splitlines()[0][:100]}); train it again") from None
+        theirs, ours = teacher.cfg, self.mcfg
+        if theirs.block_size < ours.block_size or theirs.history > ours.history:
+            raise UserError(f"teacher {path} reads {theirs.block_size} tokens and {theirs.history} of history before them; give the "
+                            f"student a block_size of at most {theirs.block_size} and a history of at least {theirs.history}")
+        wide, mlps = theirs.n_embd == ours.n_embd, {b.i: b.mlp for b in teacher.blocks}
+        self.replaced = [b.i for b in self.model.blocks if wide and isinstance(mlps.get(b.i), MLP) and
+                         not isinstance(b.mlp, (MLP, type(None)))]
+        teacher.dtype = self.place.dtype
+        teacher.eval().requires_grad_(False).to(self.place.device)
+        self.teacher = torch.compile(teacher, dynamic=False) if self.compiled else teacher
         mine = self.model.state_dict()
-        fits = {n: p for n, p in saved["model"].items() if n in mine and mine[n].shape == p.shape}
-        self.model.load_state_dict({**mine, **fits})
-        return sum(p.numel() for p in fits.values())
+        return {n: p for n, p in saved["model"].items() if wide and n in mine and mine[n].shape == p.shape}
 
     def taught(self, x, h):
-        """What the teacher says of inputs x (B, T) and histories h, None without one."""
+        """What the teacher, if there is one, says of inputs x (B, T) after histories h (B, H)."""
         if self.teacher is None:
             return None
-        fed = []
+        fed, H = {}, self.teacher.cfg.history
         with torch.no_grad():
-            out = self.teacher(x, history=h if self.mcfg.n_slot else None, fed=fed)
-        return Taught(out.logits, fed, self.tcfg.distill, self.tcfg.distill_match, self.tcfg.distill_ce)
+            logits = self.teacher(x, history=h[:, h.size(1) - H:] if H else None, fed=fed).logits
+        return Taught(logits, {i: fed[i] for i in self.replaced}, self.tcfg.distill, self.tcfg.distill_match, self.tcfg.distill_ce)
 
     def draw(self, step):
         """What the model draws for a whole step, on the device; None where it draws nothing."""
@@ -645,7 +654,7 @@ class Runner:
         total, count, one = 0.0, 0, torch.ones((), device=self.place.device)
         batches, memory = data.whole(self.place, self.micro), self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a cold start is 10 s shorter
-        reuse = self.compiled and not self.model.random()
+        reuse = self.compiled and self.teacher is None and not self.model.random()
         drawn = self.draw(0) if reuse else None
         self.model.train(reuse)
         with torch.set_grad_enabled(reuse):
@@ -657,6 +666,55 @@ class Runner:
         self.model.train()
         total, count = self.place.sum(total, count)
         return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count
+
+    @torch.no_grad()
+    def usage(self, data, batches=8):
+        """How featural memories are used over some batches of a split, the mean of their tables: {"slots_used": share of slots that some
+        query found, "slot_entropy": entropy of the weights that slots are found with, as a share of log n_mem}; {} without memories."""
+        used, hooks = {}, []
+
+        def note(memory, args):
+            slots, score = memory.find(args[0])
+            table = used.setdefault(id(memory.values), args[0].new_zeros(self.mcfg.n_mem, dtype=torch.float32))  # a shared one is None
+            table.index_add_(0, slots.flatten(), score.float().softmax(-1).flatten())
+
+        for m in self.model.modules():
+            if isinstance(m, FeaturalMemory):
+                hooks.append(m.register_forward_pre_hook(note))
+        if not hooks:
+            return {}
+        self.model.eval()
+        try:
+            for x, _, h in itertools.islice(data.whole(self.place, self.micro), batches):
+                x, h = x.to(self.place.device), h.to(self.place.device)
+                self.model(x, history=h if self.mcfg.n_slot else None)  # uncompiled: hooks would have it compiled anew
+        finally:
+            self.model.train()
+            for hook in hooks:
+                hook.remove()
+        p = torch.stack(list(used.values()))
+        share = p / p.sum(1, keepdim=True)
+        return {"slots_used": (p > 0).float().mean().item(),
+                "slot_entropy": torch.special.entr(share).sum(1).mean().item() / math.log(self.mcfg.n_mem)}
+
+
+def find_teacher(tcfg, data):
+    """The checkpoint of the teacher, None without one. Which one it is joins data: a resumed run must find the same again."""
+    path = tcfg.teacher
+    if not path:
+        return None
+    if not os.path.exists(path):
+        preset = os.path.join("config", os.path.basename(os.path.dirname(os.path.abspath(path))) + ".py")
+        known = os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), preset))
+        command = f"python train.py {preset} --dataset={tcfg.dataset}" if known else f"python train.py --out_dir={os.path.dirname(path)}"
+        raise UserError(f"teacher {path} is not there; train it first ({command}), or name another checkpoint")
+    saved = prepare.load_checkpoint(path)
+    if not isinstance(saved, dict) or "tokenizer" not in saved.get("data", ()):
+        raise UserError(f"teacher {path} is not a checkpoint of train.py; name another")
+    if saved["data"]["tokenizer"] != data["tokenizer"]:
+        raise UserError(f"teacher {path} was trained with another tokenizer than that of dataset {tcfg.dataset!r}; train one on that")
+    data["teacher"] = prepare.checkpoint_id(path)
+    return saved
 
 
 def find_start(tcfg, mcfg, data, say):
@@ -709,6 +767,7 @@ def train(mcfg, tcfg, say=print):
     mcfg = config.build(GPTConfig, **{**settings(mcfg), **train_data.facts(mcfg)})
     val_data = Data(tcfg, mcfg, "val")
     held, path, data = [], os.path.join(tcfg.out_dir, "ckpt.pt"), identity(train_data, val_data)
+    teacher = find_teacher(tcfg, data)
     place.same(lambda: held.append(lock(tcfg.out_dir)))
     saved, start, resumed = find_start(tcfg, mcfg, data, say)
     run = Runner(mcfg, tcfg, place, say)
@@ -722,24 +781,20 @@ def train(mcfg, tcfg, say=print):
                 o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
         except (RuntimeError, ValueError) as e:
             raise UserError(f"{start} is of another shape: {str(e).splitlines()[-1].strip()[:200]}") from None
-    if tcfg.teacher:
-        teacher = prepare.load_checkpoint(tcfg.teacher)
-        if teacher["data"]["tokenizer"] != data["tokenizer"]:
-            raise UserError(f"teacher {tcfg.teacher} has another tokenizer than dataset {tcfg.dataset}; it must be the same")
+    if teacher is not None:
+        like = run.learn_from(teacher, tcfg.teacher)
         if saved is None:
-            taken = run.learn_from(teacher, tcfg.teacher)
-            say(f"{taken:,} of {sum(p.numel() for p in run.model.parameters()):,} weights start as those of {tcfg.teacher}")
-        else:
-            weights = {n: p.clone() for n, p in run.model.state_dict().items()}
-            run.learn_from(teacher, tcfg.teacher)
-            run.model.load_state_dict(weights)
+            run.model.load_state_dict(like, strict=False)
+        say(f"learning from {tcfg.teacher}" + (f", whose feed-forward layers {', '.join(map(str, run.replaced))} are replaced"
+                                               if run.replaced else "") +
+            (f"; {sum(p.numel() for p in like.values()):,} weights start as its own" if saved is None else ""))
     if resumed:
         for i, m in run.memory.items():
             for mine, all_rows in zip((m.keys, m.values, m.crf), saved["memory"][i]):
                 mine.copy_(all_rows[run.slice])
         step, best, saved_val = saved["step"], saved["best_val_loss"], saved["val_loss"]
         step_seconds, block_loss = saved["step_seconds"], saved["block_loss"]
-    del saved
+    del saved, teacher
     say(f"{mcfg.layers}, {mcfg.n_embd} wide, {mcfg.n_slot} slots: {run.model.num_params() / 1e6:.2f}M parameters on "
         f"{place.device} x {place.world}, {str(place.dtype)[6:]}, matmul peak {run.peak / 1e12:.2f} TFLOP/s; "
         f"{run.n_rows} x {mcfg.block_size} tokens a step" + (", compiling at the first" if run.compiled else ""))
@@ -778,8 +833,10 @@ def train(mcfg, tcfg, say=print):
                 if not math.isfinite(val):
                     stop_for(f"validation loss {val}")
                 curve.append((step, step_seconds, val))
-                say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte")
-                log(step, val_loss=val, bits_per_byte=bpb, step_seconds=step_seconds)
+                usage = run.usage(val_data)
+                say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte" + (
+                    f"; of its memories {usage['slots_used']:.0%} of slots used, entropy {usage['slot_entropy']:.2f}" if usage else ""))
+                log(step, val_loss=val, bits_per_byte=bpb, step_seconds=step_seconds, **usage)
                 better, best = val < best, min(best, val)
                 if (better or tcfg.always_save_checkpoint) and not tcfg.eval_only and step > first_step:
                     checkpoint(val)
