@@ -1,5 +1,6 @@
-"""A student that starts as its teacher's clone, with featural memories in place of feed-forward layers, and learns to give what those
-gave and what the teacher says. The teacher is the main job's model, or any other on the same dataset as --teacher=PATH:
+"""A student that starts as its teacher's clone, with featural memories in place of feed-forward layers, and learns to say what the
+teacher says (--distill_match=1: and to give, layer by layer, what those gave). The teacher is the main job's model, or any other on
+the same dataset as --teacher=PATH:
 
     python train.py config/softar_shakespeare.py
     python train.py config/distill_memory.py
@@ -16,6 +17,7 @@ n_segment = 2
 n_span = 16
 span = 4
 mem_head = 2
+distill_match = 0.0
 max_iters = 200
 batch_size = 16
 eval_interval = 200
