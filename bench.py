@@ -298,15 +298,23 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def turns(arms, rounds, ask, seconds=1.0):
-    """Each arm asked in turn, `rounds` times: {name: [seconds per round]}. An arm does as many steps as fit `seconds`."""
+def turns(arms, rounds, ask, least=1.0):
+    """Each arm asked in turn, `rounds` times: {name: [seconds per round]}. An arm does as many steps as fit `least` seconds."""
     n, out = {}, {k: [] for k in arms}
     for k, a in arms.items():
-        n[k] = max(1, int(seconds / ask(a, 1)))
+        n[k] = max(1, int(least / ask(a, 1)))
     for _ in range(rounds):
         for k, a in arms.items():
             out[k].append(ask(a, n[k]))
     return out
+
+
+def seconds(f, n=1):
+    """Of one call of f(), mean of n."""
+    t0 = time.perf_counter()
+    for _ in range(n):
+        f()
+    return (time.perf_counter() - t0) / n
 
 
 def compare(a, b):
@@ -430,12 +438,6 @@ def decode_arms(m, more=False):
     room = cfg.block_size - len(half) - 1
     window = torch.randint(cfg.vocab_size, (1, cfg.block_size))
 
-    def timed(push, n):
-        t0 = time.perf_counter()
-        for _ in range(n):
-            push()
-        return (time.perf_counter() - t0) / n
-
     def ours(dtype=torch.float32, compile=False, int8=False):
         model = GPT(cfg).eval().to(dtype)
         model.dtype = dtype
@@ -445,11 +447,11 @@ def decode_arms(m, more=False):
         def run(n):
             d.rows = [([], list(half))]
             d.fill()
-            return timed(lambda: d.push([1]), min(n, room))
+            return seconds(lambda: d.push([1]), min(n, room))
         return run
 
     model = GPT(cfg).eval()
-    arms = {"cache": ours(), "recomputing": lambda n: timed(torch.inference_mode()(lambda: model(window)), n)}
+    arms = {"cache": ours(), "recomputing": lambda n: seconds(torch.inference_mode()(lambda: model(window)), n)}
     if more:
         arms.update({"cache, compiled": ours(compile=True), "cache, compiled, bf16": ours(torch.bfloat16, True),
                      "cache, compiled, int8": ours(torch.bfloat16, True, True)})
@@ -464,7 +466,7 @@ def decode_arms(m, more=False):
 
             def push():
                 box[0] = other(window[:, :1], past_key_values=box[0], use_cache=True).past_key_values
-            return timed(push, min(n, room))
+            return seconds(push, min(n, room))
         arms["transformers GPT-2"] = theirs
     return arms
 
@@ -473,7 +475,7 @@ def decode_times(m, rounds, more=False):
     arms = decode_arms(m, more)
     for f in arms.values():
         f(1)  # compile
-    return turns(arms, rounds, lambda f, n: f(n), seconds=0.5)
+    return turns(arms, rounds, lambda f, n: f(n), 0.5)
 
 
 def all_presets(cfg):
@@ -817,13 +819,9 @@ def answers(model, tok, facts, memory, rows=64):
     before = "\n" + "".join(f"!{key} {value}\n" for key, value in prepare.random_facts(np.random.default_rng(0), 6))
     for some in (facts[i:i + rows] for i in range(0, len(facts), rows)):
         d = sample.Decoder(model, [tok.encode(f"{before}?{key} ") for key, _ in some], memory=memory)
-        made = [[] for _ in some]
-        for _ in range(max(len(value) for _, value in some) + 1):
-            chosen = d.logits.argmax(-1).tolist()
-            for row, token in zip(made, chosen):
-                row.append(token)
-            d.push(chosen)
-        right += sum(tok.decode(row[:row.index(end)] if end in row else row) == value for row, (_, value) in zip(made, some))
+        greedy = sample.SampleConfig(temperature=0.0, max_new_tokens=max(len(value) for _, value in some) + 1)
+        for row, (_, value) in zip(sample.gather(sample.generate(d, greedy), len(some)), some):
+            right += [t.token for t in row[:len(value) + 1]] == tok.encode(value) + [end]
     return right / len(facts)
 
 
@@ -845,7 +843,7 @@ def timed_tokens(makers, rounds, n):
         return (time.perf_counter() - t0) / made
     for make in makers.values():
         run(make, 1)  # compile
-    return turns(makers, rounds, run, seconds=0.0)
+    return turns(makers, rounds, run, 0.0)
 
 
 def random_exits(model, depth):
@@ -1210,12 +1208,6 @@ def recall(q, keys, places):
 @torch.inference_mode()
 def retrieval(cfg, Q=4096, N=65536, k=32):
     """32 of 64K keys for 4,096 queries: exact, beside faiss (pip install faiss-cpu), product keys, and by clusters; where those pay"""
-    def ask(f, n):
-        t0 = time.perf_counter()
-        for _ in range(n):
-            f()
-        return (time.perf_counter() - t0) / n
-
     g = torch.Generator().manual_seed(0)
     kinds = {"Gaussian": [torch.randn(n, 64, generator=g) for n in (Q, N)], **text_keys(cfg, Q, 4 * N)}
     more = {kind: keys for kind, (_, keys) in kinds.items()}
@@ -1249,7 +1241,7 @@ def retrieval(cfg, Q=4096, N=65536, k=32):
             arms[f"clusters, {probes} of {index[kind].n_page} pages", kind] = \
                 lambda c=index[kind], q=kinds[kind][0], p=probes: c.search(q, k, p)[1]
     found = {name: f() for name, f in arms.items()}
-    times = turns(arms, cfg.rounds, ask, seconds=0.5)
+    times = turns(arms, cfg.rounds, seconds, 0.5)
     rows = []
     for name, (what, kind) in zip(arms, arms):
         exact = times["exact", "grid" if kind == "grid" else "hidden"]
@@ -1257,23 +1249,19 @@ def retrieval(cfg, Q=4096, N=65536, k=32):
                      "x exact": compare(exact, times[what, kind]), **({"x faiss": compare(times["faiss, flat", "hidden"], times[what, kind])}
                                                                      if ("faiss, flat", "hidden") in times else {})})
     show(cfg, f"{k} of {N:,} keys for {Q:,} queries, fp32, {torch.get_num_threads()} threads", rows)
+    return clusters_by_size(cfg, kinds["attention"][0], [more["attention"][:n].clone() for n in (N // 16, N // 4, N, 4 * N)], k)
 
+
+def clusters_by_size(cfg, q, sets, k):
+    """What an approximate index of each of several sets of keys costs and gives, beside exact search: the table."""
     rows = []
-    for n in (N // 16, N // 4, N, 4 * N):
-        keys = more["attention"][:n].clone()
-        q, c = kinds["attention"][0], Clusters(64)
-        t0 = time.perf_counter()
-        c.add(keys[:-100])
-        build = time.perf_counter() - t0
-        t0 = time.perf_counter()
-        for key in keys[-100:].split(1):
-            c.add(key)
-        each = (time.perf_counter() - t0) / 100
-        row = {"keys": n, "build, s": build, "add one, ms": 1000 * each, "MB": c.keys.nbytes / 2 ** 20, "exact, MB": keys.nbytes / 2 ** 20,
-               "recall": recall(q[:256], keys, c.search(q[:256], k)[1])}
-        for some in (1, 64, Q):
+    for keys in sets:
+        c, last = Clusters(64), iter(keys[-100:].split(1))
+        row = {"keys": len(keys), "build, s": seconds(lambda: c.add(keys[:-100])), "add one, ms": 1000 * seconds(lambda: c.add(next(last)), 100),
+               "MB": c.keys.nbytes / 2 ** 20, "exact, MB": keys.nbytes / 2 ** 20, "recall": recall(q[:256], keys, c.search(q[:256], k)[1])}
+        for some in (1, 64, len(q)):
             arms = {"exact": lambda: search(q[:some], keys, k), "clusters": lambda: c.search(q[:some], k)}
-            t = turns(arms, cfg.rounds, ask, seconds=0.2)
+            t = turns(arms, cfg.rounds, seconds, 0.2)
             row.update({f"{some:,} queries, ms": 1000 * median(t["clusters"]), f"x exact, {some:,}": compare(t["exact"], t["clusters"])})
         rows.append(row)
     return show(cfg, "clusters (16 pages a query) by the number of keys of attention", rows)
@@ -1379,12 +1367,6 @@ def variants(cfg):
              "spread": g["spread"], "params M": g["params"] / 1e6, "step time": compare(times[k], times["defaults"])}
             for k, g in got.items()]
     return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 500 steps, mean of {cfg.seeds} seeds", rows)
-
-
-def seconds(f):
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
 
 
 def facts(cfg, sizes=(100, 1000, 10_000), n=200):
@@ -1548,13 +1530,7 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     def look(near, own=False):
         return [torch.cat(t) for t in zip(*(near.find(h[p], p if own else None) for p in at.split(256)))]
 
-    def each(near, k):
-        """Seconds to look for one place, mean of k."""
-        t0 = time.perf_counter()
-        for p in at[:k]:
-            near.find(h[p, None])
-        return (time.perf_counter() - t0) / min(k, len(at))
-
+    places = itertools.cycle(at.split(1))
     path = os.path.join(scratch(), "knn.db")
     with sample.Store(path, prepare.checkpoint_id(sample.checkpoint_path(folder)), "knn", (C, "float16"), (1, "int32"), True) as store:
         for before, size in itertools.pairwise((0, *sizes)):
@@ -1563,7 +1539,7 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
             near = sample.Neighbours.open(store, K, 0.25, 10.0)
             read = time.perf_counter() - t0
             far, found = look(near)
-            one = turns({"find": near}, cfg.rounds, each, 0.5)["find"]
+            one = turns({"find": lambda: near.find(h[next(places)])}, cfg.rounds, seconds, 0.5)["find"]
             row("training text", size, far, near.tokens[found], **{
                 "ms a token": 1000 * median(one), "MB": store.stats()["bytes"] / 2 ** 20, "read, s": read})
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))

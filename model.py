@@ -111,6 +111,7 @@ class GPTConfig:
         choice("compose", "sum", "mlp")
         choice("concept", "cos", "mse", "energy", "flow")
         choice("exit_loss", "depth", "rotate")
+        self.layers = self.layers or "A" * self.n_layer
         if "F" in self.layers and (min(self.mem_head, self.mem_top) < 1 or math.isqrt(max(self.n_mem, 0)) ** 2 != self.n_mem or
                                    not 0 < self.mem_top <= self.n_mem or self.mem_dim < 2 or self.mem_dim % 2):
             raise ValueError(f"a memory F needs n_mem ({self.n_mem}) to be a square number of at least mem_top ({self.mem_top}) slots, "
@@ -124,7 +125,6 @@ class GPTConfig:
                                  f"({self.mem_chunk}), so that training reaches what was written earlier")
             if not 0 <= self.mem_drop < 1 or self.mem_novelty <= 0:
                 raise ValueError("mem_drop must lie in [0, 1), and mem_novelty must be positive")
-        self.layers = self.layers or "A" * self.n_layer
         tree = parse_layers(self.layers)
         self.n_layer = sum(c in BLOCKS for c in self.layers)
         self.check_levels(tree)
@@ -158,6 +158,9 @@ class GPTConfig:
             raise ValueError(f"soft_rate must lie in [0, 1], not {self.soft_rate}")
         if not (0 <= self.exit_distill <= 1 and 0 <= self.exit_rate <= 1) or self.exit_weight < 0:
             raise ValueError("exit_distill and exit_rate must lie in [0, 1], and exit_weight cannot be negative")
+        for name in ("mem_drop", "mem_noise", "mem_straight"):
+            if getattr(self, name) and "M" not in self.layers:
+                raise ValueError(f"{name} has no associative memory to work on; put an M into layers")
         for name in ("exit_rate", "exit_keys", "exit_distill", "exit_classifier"):
             if getattr(self, name) and "." not in self.layers:
                 raise ValueError(f"{name} has no exit to work on; put a . into layers")
@@ -1002,13 +1005,10 @@ class Memory:
         return self if len(self.crf) == 1 else Memory(self.keys[rows], self.values[rows], self.crf[rows])
 
     @torch.no_grad()
-    def write(self, wrote, upto=None):
-        """Take over what a window left, a Wrote; with `upto` (B,) only what was there after so many of its tokens. The best of old and new
-        stay. -> (slots (B, H, n), places in the window (B, H, n), which of those were written (B, H, n))."""
-        last = wrote.crf.size(1) - 1
-        c = torch.full((len(self.crf),), last, device=self.crf.device) if upto is None else (wrote.when <= upto[:, None]).sum(1)
-        crf = wrote.crf[torch.arange(len(c), device=c.device), c]
-        N = self.crf.size(-1)
+    def write(self, wrote):
+        """Take over what a window left, a Wrote; the best of old and new stay. -> (slots (B, H, n), places in the window (B, H, n), which of
+        those were written (B, H, n))."""
+        crf, N = wrote.crf[:, -1], self.crf.size(-1)
         self.crf.copy_(crf[..., :N])
         n = min(N, crf.size(-1) - N)
         low, slot = self.crf.topk(n, largest=False)
@@ -1027,18 +1027,18 @@ class Memory:
 
 @dataclass
 class Wrote:
-    """What a block M would write of a window: entries (B, H, L, D), crf (B, K + 1, H, N + L) of old ones and these before each of
-    K memory chunks and after the last, and how many tokens were read when each chunk ended, when (B, K)."""
+    """What a block M would write of a window: entries (B, H, L, D), and crf (B, K + 1, H, N + L) of old ones and these before each of
+    K memory chunks and after the last."""
     keys: torch.Tensor
     values: torch.Tensor
     crf: torch.Tensor
-    when: torch.Tensor
 
 
 class Window:
     """What a block M knows of the positions of its window: keys, values (B, H, L, D), which positions count ok (B, L), documents
-    begun docs (B, L), which are not written skip (B, L), what each found and its weight (B, H, L + 1, k; the last place is nobody's), and crf before each memory chunk (B, K + 1, H, N + L). All by place,
-    and a chunk's end is computed from its places, so rollback has nothing to do here."""
+    begun docs (B, L), which are not written skip (B, L), what each found and its weight (B, H, L + 1, k; the last place is
+    nobody's), and crf before each memory chunk (B, K + 1, H, N + L). All by place, and a chunk's end is computed from its places,
+    so rollback has nothing to do here."""
 
     def __init__(self, keys, values, ok, docs, skip, found, weight, crf, front=0):
         self.parts = keys, values, ok, docs, skip, found, weight, crf
@@ -1049,7 +1049,7 @@ class Window:
         return Window(*(t[rows] for t in self.parts), self.front)
 
     def note(self, ctx, pos):
-        """Note of positions pos (B, T) which count, their documents, and which are in memory already -> tokens read at each (B, T)."""
+        """Note of positions pos (B, T) which count, their documents, and which are in memory already."""
         rows, before = torch.arange(len(pos), device=pos.device)[:, None], pos[:, :1] - 1
         if ctx.begins:
             self.front = ctx.prefix
@@ -1061,7 +1061,6 @@ class Window:
         self.ok[rows, pos] = ok
         when = pos - self.front + 1 if ctx.when is None else ctx.when
         self.skip[rows, pos] = False if ctx.known is None else when <= ctx.known[:, None]
-        return when
 
 
 class AssociativeMemory(nn.Module):
@@ -1111,7 +1110,7 @@ class AssociativeMemory(nn.Module):
         else:
             w, pos, chunks = part, ctx.pos, -(-T // m) + (T > 1)  # rows may begin anywhere in a chunk
             w.keys[rows, :, pos], w.values[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
-        when = w.note(ctx, pos)
+        w.note(ctx, pos)
         near, y = Near(self, w, base if N else None), x.new_zeros(B, T + 1, self.c_proj.in_features)
         chunk = (pos - w.front).div(m, rounding_mode="floor")  # (B, T)
         for j in range(chunks):
@@ -1128,8 +1127,7 @@ class AssociativeMemory(nn.Module):
                 if part is None or torch.compiler.is_compiling() or bool((pos[:, -1] >= w.front + (c + 1) * m - 1).any()):
                     near.close(c, pos[:, -1])
         if part is None and ctx.wrote is not None:
-            ends = (w.front + torch.arange(1, chunks + 1, device=x.device) * m - 1).clamp(max=T - 1).expand(B, -1)
-            ctx.wrote[self.i] = Wrote(near.keys.detach(), w.values.detach(), w.crf, when.gather(1, ends))
+            ctx.wrote[self.i] = Wrote(near.keys.detach(), w.values.detach(), w.crf[:, :chunks + 1])
         return self.c_proj(y[:, :T])
 
 
@@ -1843,7 +1841,7 @@ class GPT(Stack):
     def random(self):
         """Whether training computes something else than evaluation does."""
         return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate or self.cfg.layer_drop or self.cfg.exit_rate or
-                    (("M" in self.cfg.layers) and (self.cfg.mem_drop or self.cfg.mem_noise)))
+                    self.cfg.mem_drop or self.cfg.mem_noise)
 
     def plan_step(self, seed, step):
         """What a training step draws as a whole, from (seed, step) alone, as numbers: n_layer of them, 0 where a block is left

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -229,9 +230,9 @@ def load_checkpoint(path, map_location="cpu"):
         raise UserError(f"checkpoint {path} is truncated or damaged (its SHA-256 does not fit); {hint}")
     try:
         return torch.load(io.BytesIO(payload), map_location=map_location, weights_only=True)
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise UserError(f"checkpoint {path} does not fit into memory; close other programs, or use a smaller one") from None
-    except Exception:  # the unpickler has a dozen ways to refuse a planted or foreign payload; nothing of it was run
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # nothing of it was run
         raise UserError(f"checkpoint {path} holds something other than tensors, numbers and strings, and was not "
                         f"loaded; {hint}") from None
 

@@ -904,6 +904,31 @@ def test_a_document_sees_its_own_entries():
         assert (a.wrote[1].crf[:, -1, :, :24] == 0).all() and (a.wrote[1].crf[:, -1, :, 24:24 + at] == 0).all()
 
 
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if "mem_chunk" in v])
+def test_a_filled_memory_leaks_nothing(name):
+    """What a window writes is there for the next, behind slots and in levels too; and with a memory that holds something, nothing sees
+    its future, a prefix gives the same, and decoding is the full forward."""
+    m = make(name, mem_novelty=2.0).eval()
+    x, h = inputs(m, 2, T=m.cfg.block_size, seed=1)
+    x = x.masked_fill(x == m.cfg.eot, 6)
+    x[:, 3::4] = 1  # (a level of words needs words)
+    memory = m.init_memory(2)
+    for i, wrote in m(x, history=h, memory=memory).wrote.items():
+        memory[i].write(wrote)
+        assert (memory[i].crf > 0).any(-1).all()
+    y, _ = inputs(m, 2, T=m.cfg.block_size, seed=2)
+    y[:, 3::4] = 1
+    whole = m(y, history=h, memory=memory).logits
+    assert not torch.allclose(whole, m(y, history=h, memory=m.init_memory(2)).logits, atol=1e-4)
+    changed = y.clone()
+    changed[:, 9:] = (y[:, 9:] + 1) % m.cfg.vocab_size
+    torch.testing.assert_close(m(changed, history=h, memory=memory).logits[:, :9], whole[:, :9], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(m(y[:, :11], history=h, memory=memory).logits, whole[:, :11], atol=1e-4, rtol=1e-4)
+    state = m.init_state(2, memory=memory)
+    step = [m(y[:, :3], history=h, state=state).logits] + [m(y[:, t:t + 1], state=state).logits for t in range(3, m.cfg.block_size)]
+    torch.testing.assert_close(torch.cat(step, 1), whole, atol=1e-4, rtol=1e-4)
+
+
 def test_what_is_near_is_replaced_and_the_best_stay():
     m = memory_model(mem_novelty=0.999, mem_shift=0)
     for b in m.blocks:  # keys are functions of the token alone
@@ -1315,6 +1340,28 @@ def test_whole_split_scored_once(data_dir):
                     assert x.shape == (5, T) and y.shape == (5, T) and h.shape == (5, H)
                     got += y[y >= 0].tolist()
             assert sorted(got) == sorted(tokens[1:].tolist()) and len(got) == d.n - 1
+
+
+def test_a_stream_reads_what_scores_nothing(data_dir):
+    """Windows of a stream follow one another without a gap in each row, in training and in validation, also where nothing is scored."""
+    m = GPTConfig(**{**TINY, "block_size": 16})
+    d = Data(TrainConfig(dataset="chain", data_dir=data_dir, stream=3), m, "val")
+    place = train.Place(torch.device("cpu"), torch.float32)
+    batches = list(d.whole(place, 2))
+    rows = torch.stack([x for x, _, _ in batches]).transpose(0, 1).flatten(1)  # (2, windows * 16)
+    n = len(rows[0])
+    assert rows[0].tolist() == np.asarray(d.tokens[:n]).tolist() and sum(int((y >= 0).sum()) for _, y, _ in batches) == d.mask[1:].sum()
+    for step in range(1, 7):
+        begins, before, now = d.begins(step, slice(None), 4), d.batch(step - 1, slice(None), 4), d.batch(step, slice(None), 4)
+        assert all(b or y == x for b, y, x in zip(begins, d_ends(before, d), now[0][:, 0].tolist()))
+    assert d.begins(0, slice(None), 1).tolist() == [True] and d.begins(3, slice(None), 1).tolist() == [True]
+
+
+def d_ends(batch, d):
+    """The token that follows each row of a batch, where it is unique enough to tell: found by the row itself in the split."""
+    tokens = np.asarray(d.tokens, dtype=np.int64)
+    views = np.lib.stride_tricks.sliding_window_view(tokens, d.T)
+    return [int(tokens[int(np.flatnonzero((views == row.numpy()).all(1))[0]) + d.T]) for row in batch[0]]
 
 
 def test_rows_are_what_they_say(data_dir):
@@ -2763,7 +2810,9 @@ def test_bad_checkpoint(trained, tmp_path, data_dir, capsys):
         def __reduce__(self):
             return os.system, (f"touch {planted}",)
 
-    for body in (pickle.dumps(Bomb()), (lambda b: (torch.save({"model": Bomb()}, b), b.getvalue())[1])(io.BytesIO())):
+    saved = io.BytesIO()
+    torch.save({"model": Bomb()}, saved)
+    for body in (pickle.dumps(Bomb()), saved.getvalue()):
         bad(prepare.CKPT_MAGIC + hashlib.sha256(body).digest() + body, "was not loaded")  # even with a hash that fits
     assert not planted.exists()
     refused(sample.main, [f"--out_dir={tmp_path}/gone"], "cannot be read")

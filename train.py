@@ -306,7 +306,7 @@ class Data:
         else:
             first = np.arange(1, self.n, self.last)
             last = np.minimum(first + self.last - 1, self.n - 1)
-        if self.mask is not None:
+        if self.mask is not None and not self.stream:  # (what a memory shall know must be read, scored or not)
             has = np.add.reduceat(np.asarray(self.mask[1:], dtype=np.int64), first - 1) > 0  # (the mask is 0 between documents)
             first, last = first[has], last[has]
         if self.stream:
