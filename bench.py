@@ -196,7 +196,7 @@ def explained(run, data):
     """How much of the next concept the fastest level predicts: R^2 over the mean of all concepts, and over copying the last
     one. (cos regresses a direction: all its predictions take the one length that fits best.)"""
     pairs = []
-    for x, y, h in data.whole(run.place, 64):
+    for x, y, h, _ in data.whole(run.place, 64):
         made = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
         good, c = made.exists[:, 1:] & (y >= 0).any(1, keepdim=True), made.concepts  # not the rows that only pad a batch
         pairs.append((made.level.head(made.u)[:, 1:-1, 0][good], c[:, 1:][good].float(), c[:, :-1][good].float()))
@@ -216,7 +216,7 @@ def wrong_distance(run, data):
     often = torch.from_numpy(np.bincount(data.tokens, minlength=len(e)) / data.n).float()
     mean_e = often @ e  # two different tokens: take the share that are the same out
     chance = (1 - mean_e @ mean_e) / (1 - often @ often)
-    for x, y, h in data.whole(run.place, 64):
+    for x, y, h, _ in data.whole(run.place, 64):
         best = run.model.eval()(x, history=h if run.mcfg.n_slot else None).logits.argmax(-1)
         wrong = (y >= 0) & (best != y)
         far.append(1 - (e[best[wrong]] * e[y[wrong]]).sum(-1))
@@ -248,7 +248,7 @@ def two_steps(run, data, n=2048, rows=16):
 def by_hops(run, data):
     """Share of right answers of the chain task, by how many pointers are to be followed."""
     chars, right = data.meta["tokenizer"]["chars"], {}
-    for x, y, _ in data.whole(run.place, 256):
+    for x, y, _, _ in data.whole(run.place, 256):
         best = run.model.eval()(x).logits.argmax(-1)
         for row, target, guess in zip(x.tolist(), y[:, -1].tolist(), best[:, -1].tolist()):
             if target >= 0:

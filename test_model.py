@@ -1010,7 +1010,7 @@ def test_answers_need_their_whole_document(tmp_path):
     assert asked > 16
     for last in (0, 1):
         long = Data(dataclasses.replace(tcfg, score_last=last), GPTConfig(vocab_size=4, block_size=512), "val")
-        assert sum(int((y >= 0).sum()) for _, y, _ in long.whole(train.Place(torch.device("cpu"), torch.float32), 4)) == 5
+        assert sum(int((y >= 0).sum()) for _, y, _, _ in long.whole(train.Place(torch.device("cpu"), torch.float32), 4)) == 5
     refused(train.main, ["--dataset=parity", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/o", "--layers=RR", "--block_size=32"],
             "block_size of at least")
     n = bench.by_length(argparse.Namespace(model=GPT(GPTConfig(**{**BASE, "vocab_size": 4, "block_size": 512}))), long)
@@ -1336,7 +1336,7 @@ def test_whole_split_scored_once(data_dir):
         for world in (1, 3):
             got = []
             for rank in range(world):
-                for x, y, h in d.whole(train.Place(torch.device("cpu"), torch.float32, rank, world), 5):
+                for x, y, h, _ in d.whole(train.Place(torch.device("cpu"), torch.float32, rank, world), 5, 30):
                     assert x.shape == (5, T) and y.shape == (5, T) and h.shape == (5, H)
                     got += y[y >= 0].tolist()
             assert sorted(got) == sorted(tokens[1:].tolist()) and len(got) == d.n - 1
@@ -1348,9 +1348,13 @@ def test_a_stream_reads_what_scores_nothing(data_dir):
     d = Data(TrainConfig(dataset="chain", data_dir=data_dir, stream=3), m, "val")
     place = train.Place(torch.device("cpu"), torch.float32)
     batches = list(d.whole(place, 2))
-    rows = torch.stack([x for x, _, _ in batches]).transpose(0, 1).flatten(1)  # (2, windows * 16)
+    rows = torch.stack([x for x, _, _, _ in batches]).transpose(0, 1).flatten(1)  # (2, windows * 16)
     n = len(rows[0])
-    assert rows[0].tolist() == np.asarray(d.tokens[:n]).tolist() and sum(int((y >= 0).sum()) for _, y, _ in batches) == d.mask[1:].sum()
+    assert [b.tolist() for *_, b in batches] == [[i == 0] * 2 for i in range(len(batches))]
+    halves = [torch.cat([b[0] for b in d.whole(train.Place(torch.device("cpu"), torch.float32, rank, 2), 1, 2)]).flatten() for rank in range(2)]
+    assert torch.equal(torch.stack(halves), rows)  # the same texts however they are dealt
+    assert torch.equal(torch.cat([b[0] for b in d.whole(place, 1, 2)]).view(2, -1), rows)
+    assert rows[0].tolist() == np.asarray(d.tokens[:n]).tolist() and sum(int((y >= 0).sum()) for _, y, _, _ in batches) == d.mask[1:].sum()
     for step in range(1, 7):
         begins, before, now = d.begins(step, slice(None), 4), d.batch(step - 1, slice(None), 4), d.batch(step, slice(None), 4)
         assert all(b or y == x for b, y, x in zip(begins, d_ends(before, d), now[0][:, 0].tolist()))

@@ -297,10 +297,11 @@ class Data:
         """(rows,) True where a row begins another text, and its memory ends."""
         return torch.from_numpy(self.turn(step, rows, n_rows)[1] == 0)
 
-    def whole(self, place, size):
-        """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process. Where answers
-        need their whole document, a row ends with each document. With stream a row of a batch goes on where the same row of the
-        batch before ended."""
+    def whole(self, place, size, n_rows=0):
+        """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process: x, y, history as
+        rows gives them, and whether their rows begin a text. Where answers
+        need their whole document, a row ends with each document. With stream the split is read as `n_rows` texts of equal length,
+        however many rows a batch has: a row goes on where the same row of the batch before ended, or begins another text."""
         if self.docs is not None:
             first, last = self.docs[0] + 1, self.docs[1]
         else:
@@ -310,17 +311,18 @@ class Data:
             has = np.add.reduceat(np.asarray(self.mask[1:], dtype=np.int64), first - 1) > 0  # (the mask is 0 between documents)
             first, last = first[has], last[has]
         if self.stream:
-            each = -(-len(first) // (size * place.world))  # windows that follow one another
-            at = np.arange(place.rank * size * each, (place.rank + 1) * size * each).reshape(size, each).T
-            for some in at:
-                x, y, h = self.rows(*(a[some.clip(max=len(first) - 1)] for a in (first, last)))
-                yield [x, y.masked_fill(torch.from_numpy(some >= len(first))[:, None], -1), h]
+            n_rows = n_rows or size * place.world
+            each, mine = -(-len(first) // n_rows), n_rows // place.world  # windows that follow one another; texts of this process
+            for text, i in itertools.product(range(place.rank * mine, (place.rank + 1) * mine, size), range(each)):
+                at = (text + np.arange(size)) * each + i
+                x, y, h = self.rows(*(a[at.clip(max=len(first) - 1)] for a in (first, last)))
+                yield [x, y.masked_fill(torch.from_numpy(at >= len(first))[:, None], -1), h, torch.full((size,), i == 0)]
             return
         first, last = first[place.rank::place.world], last[place.rank::place.world]
         for i in range(0, len(first), size):
             x, y, h = self.rows(first[i:i + size], last[i:i + size])
             n = size - len(x)  # padded, so that there is one shape to compile
-            yield [torch.nn.functional.pad(t, (0, 0, 0, n), value=v) for t, v in ((x, 0), (y, -1), (h, -1))]
+            yield [*(torch.nn.functional.pad(t, (0, 0, 0, n), value=v) for t, v in ((x, 0), (y, -1), (h, -1))), torch.ones(size, dtype=bool)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -609,8 +611,11 @@ class Runner:
         drawn = self.model.plan_step(self.tcfg.seed, step)
         return None if drawn is None else drawn.to(self.place.device)
 
-    def reads(self, forward, memory, *inputs, **more):
-        """forward, with what its blocks M find in memory {block: Memory}, where there is one; and then what they write."""
+    def reads(self, forward, memory, begins, *inputs, **more):
+        """forward, with what its blocks M find in memory {block: Memory}, where there is one, which ends in rows that begin another text
+        (begins, (rows,)); and then what they write."""
+        for m in memory.values():
+            m.crf[begins] = 0
         out = forward(*inputs, **more, **({"memory": memory} if memory else {}))
         for i, m in memory.items():
             m.write(out.wrote[i])
@@ -624,16 +629,14 @@ class Runner:
                 g["lr"] = g["peak_lr"] * lr_factor(step, self.tcfg)
         place, losses, drawn = self.place, [], self.draw(step)
         denom = torch.tensor(n_scored / place.world, dtype=torch.float32, device=place.device)  # DDP takes the mean
-        for m in self.memory.values():
-            m.crf[begins] = 0
         for m in range(0, self.my_rows, self.micro):
             torch.manual_seed(hash((self.tcfg.seed, step, m // self.micro, place.rank)))  # dropout
             mx, my, mh = (t[m:m + self.micro].to(place.device, non_blocking=True) for t in (x, y, h))
             last = m + self.micro == self.my_rows
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
                 mine = {i: t.select(slice(m, m + self.micro)) for i, t in self.memory.items()}
-                out = self.reads(self.forward, mine, mx, my, mh if self.mcfg.n_slot else None, denom=denom, drawn=drawn,
-                                 taught=self.taught(mx, mh))
+                out = self.reads(self.forward, mine, begins[m:m + self.micro] if mine else None, mx, my,
+                                 mh if self.mcfg.n_slot else None, denom=denom, drawn=drawn, taught=self.taught(mx, mh))
                 out.loss.backward()
             losses.append(out.losses["ce"].detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.tcfg.grad_clip or float("inf"))
@@ -652,16 +655,16 @@ class Runner:
         """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for every variant. For
         ablations, alter(history) stands in for each history."""
         total, count, one = 0.0, 0, torch.ones((), device=self.place.device)
-        batches, memory = data.whole(self.place, self.micro), self.model.init_memory(self.micro) if data.stream else {}
+        batches, memory = data.whole(self.place, self.micro, self.n_rows), self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a cold start is 10 s shorter
         reuse = self.compiled and self.teacher is None and not self.model.random()
         drawn = self.draw(0) if reuse else None
         self.model.train(reuse)
         with torch.set_grad_enabled(reuse):
-            for x, y, h in prepare.bar(batches, desc="validate") if self.place.rank == 0 else batches:
+            for x, y, h, begins in prepare.bar(batches, desc="validate") if self.place.rank == 0 else batches:
                 x, y, h = (t.to(self.place.device) for t in (x, y, h))
-                h = alter(h) if alter else h
-                total += self.reads(self.inner, memory, x, y, h if self.mcfg.n_slot else None, denom=one, drawn=drawn).losses["ce"].item()
+                h = (alter(h) if alter else h) if self.mcfg.n_slot else None
+                total += self.reads(self.inner, memory, begins, x, y, h, denom=one, drawn=drawn).losses["ce"].item()
                 count += int((y >= 0).sum())
         self.model.train()
         total, count = self.place.sum(total, count)
@@ -685,7 +688,7 @@ class Runner:
             return {}
         self.model.eval()
         try:
-            for x, _, h in itertools.islice(data.whole(self.place, self.micro), batches):
+            for x, _, h, _ in itertools.islice(data.whole(self.place, self.micro, self.n_rows), batches):
                 x, h = x.to(self.place.device), h.to(self.place.device)
                 self.model(x, history=h if self.mcfg.n_slot else None)  # uncompiled: hooks would have it compiled anew
         finally:
@@ -845,7 +848,7 @@ def train(mcfg, tcfg, say=print):
                     break
             t0 = time.perf_counter()
             x, y, h = train_data.batch(step, run.slice, run.n_rows)
-            begins = train_data.begins(step, run.slice, run.n_rows) if run.memory else None
+            begins = train_data.begins(step, run.slice, run.n_rows)
             loss, norm = run.step(step, x, y, h, place.sum(int((y >= 0).sum()))[0], begins)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 stop_for(f"loss {loss}, gradient norm {norm}")
