@@ -418,22 +418,35 @@ def attend(q, k, v, mask, dropout):
 # retrieval
 
 
+@torch.library.custom_op("nanoconcept::best", mutates_args=(), device_types="cpu")
+def sorted_best(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """`best` of many short rows in fp32: 64-bit numbers, the score's bits above its place, by NumPy's sort, which is vectorised."""
+    bits = scores.contiguous().view(torch.int32)
+    both = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32).bitwise_or_(torch.arange(scores.size(-1)))
+    both.numpy().sort(-1)
+    return both[..., -k:].flip(-1).bitwise_and_(0xFFFFFFFF)
+
+
+@sorted_best.register_fake
+def _(scores, k):
+    return scores.new_empty((*scores.shape[:-1], k), dtype=torch.long)
+
+
 def best(scores, k):
-    """Where the k largest of scores (..., N) stand, largest first: (..., k). In fp32 on a CPU by integers of the same order, whose
-    comparison need not ask for NaN: three quarters of the time."""
-    if scores.dtype == torch.float32 and scores.device.type == "cpu":
-        bits = scores.detach().view(torch.int32)
-        scores = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    """Where the k largest of scores (..., N) stand, largest first: (..., k). On a CPU many rows of up to 1,024 are sorted whole, which takes
+    a fifth to a fifteenth of topk's time."""
+    if scores.dtype == torch.float32 and scores.device.type == "cpu" and scores.size(-1) <= 1024 and scores.numel() >= 64 * scores.size(-1):
+        return sorted_best(scores.detach(), k)
     return scores.topk(k)[1]
 
 
 def top(scores, k, group=8):
     """The k largest of scores (..., N), largest first, and where they stand: (..., k) each, exactly. They lie in the k groups of
     8 with the largest maxima, and those are found in the same way; where values are equal, either may be taken. Values have a
-    gradient. On a CPU it takes 0.4 of topk's time at N = 65,536 and k = 32, 0.7 at 8,192, the same at 2,048."""
+    gradient. On a CPU it takes a fifth to a half of topk's time for many rows and k = 32, a quarter for one of a million."""
     N = scores.size(-1)
     n = N // group
-    if N < 32 * k or scores.device.type != "cpu":
+    if N < 16 * k or scores.numel() < 2 ** 17 or scores.device.type != "cpu":
         places = best(scores, k)
     else:
         groups = scores.detach()[..., :n * group].unflatten(-1, (group, n))  # j, j + n, j + 2n, ..: so the maxima are of vectors

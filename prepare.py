@@ -599,26 +599,26 @@ def fork(cfg, rng):
 ATTRIBUTES = ("home", "food", "bird", "work")
 
 
-def random_facts(rng, n, stems=32):
+def random_facts(rng, n, stems=32, starts=16):
     """n different facts (what it is of, its value), as in ("kelomarit home", "samuduti"): names of 8 to 10 letters of which the first 4 are
-    one of so many stems, values of 6 to 8 of which the first 3 are one of 16."""
+    one of so many stems, values of 6 to 8 of which the first 3 are one of so many starts."""
     word = lambda length: "".join(chr(97 + c) for c in rng.integers(26, size=length))
-    names, values, found = [word(4) for _ in range(stems)], [word(3) for _ in range(16)], {}
+    names, values, found = [word(4) for _ in range(stems)], [word(3) for _ in range(starts)], {}
     while len(found) < n:
         name = names[rng.integers(stems)] + word(rng.integers(4, 7))
         for attribute in rng.permutation(ATTRIBUTES)[:min(rng.integers(1, 4), n - len(found))]:
-            found.setdefault(f"{name} {attribute}", values[rng.integers(16)] + word(rng.integers(3, 6)))
+            found.setdefault(f"{name} {attribute}", values[rng.integers(starts)] + word(rng.integers(3, 6)))
     return list(found.items())
 
 
 def facts(cfg, rng):
     """8 to 512 facts, each told once, `!name attribute value`, and asked once, `?name attribute value`, some time later. The fewer stems
-    their names have, the harder they are to tell apart."""
+    their names have, and the fewer starts their values, the harder they are to tell apart."""
     chars = "\n !?" + "".join(map(chr, range(97, 123)))
     ids = {c: i for i, c in enumerate(chars)}
 
     def document(train):
-        new, told, text, mask = random_facts(rng, int(8 * 64 ** rng.random()), int(32 ** rng.random())), [], [], []
+        new, told, text, mask = random_facts(rng, int(8 * 64 ** rng.random()), int(32 ** rng.random()), int(16 ** rng.random())), [], [], []
         while new or told:
             tell = new and (not told or rng.random() < 0.5)
             key, value = new.pop() if tell else told.pop(rng.integers(len(told)))

@@ -496,7 +496,8 @@ def test_enriched_slots_hold_outputs():
 # levels and recurrences
 
 
-@pytest.mark.parametrize("shape, k", [((3, 40), 7), ((2, 3, 4, 2048), 16), ((5, 4099), 32), ((2, 65536), 8), ((4, 8), 8)])
+@pytest.mark.parametrize("shape, k", [((3, 40), 7), ((2, 3, 4, 2048), 16), ((5, 4099), 32), ((2, 65536), 8), ((4, 8), 8), ((70, 256), 32), ((9, 8, 1500), 20),
+                                      ((128, 1024), 5)])
 def test_top_is_topk(shape, k):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=g).masked_fill(torch.rand(shape, generator=g) < 0.3, float("-inf")).requires_grad_()
@@ -523,7 +524,7 @@ def test_top_of_rows_that_are_masked_and_of_signed_values():
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_top_in_one_graph(backend):
     f = torch.compile(lambda x: top(x.masked_fill(x > 2.5, float("-inf")), 4)[0].sum(-1), fullgraph=True, dynamic=False, backend=backend)
-    x = torch.randn(2, 3, 515, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(32, 3, 515, generator=torch.Generator().manual_seed(0)).requires_grad_()
     want = x.masked_fill(x > 2.5, float("-inf")).topk(4).values.sum(-1)
     assert torch.allclose(f(x), want)
     assert torch.equal(torch.autograd.grad(f(x).sum(), x)[0], torch.autograd.grad(want.sum(), x)[0])

@@ -614,7 +614,7 @@ class Runner:
     def reads(self, forward, memory, begins, *inputs, **more):
         """forward, with what its blocks M find in memory {block: Memory}, where there is one, which ends in rows that begin another text
         (begins, (rows,)); and then what they write."""
-        for m in memory.values():
+        for m in memory.values() if begins is not None else ():
             m.crf[begins] = 0
         out = forward(*inputs, **more, **({"memory": memory} if memory else {}))
         for i, m in memory.items():
@@ -635,7 +635,7 @@ class Runner:
             last = m + self.micro == self.my_rows
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
                 mine = {i: t.select(slice(m, m + self.micro)) for i, t in self.memory.items()}
-                out = self.reads(self.forward, mine, begins[m:m + self.micro] if mine else None, mx, my,
+                out = self.reads(self.forward, mine, None if begins is None else begins[m:m + self.micro], mx, my,
                                  mh if self.mcfg.n_slot else None, denom=denom, drawn=drawn, taught=self.taught(mx, mh))
                 out.loss.backward()
             losses.append(out.losses["ce"].detach())
@@ -848,7 +848,7 @@ def train(mcfg, tcfg, say=print):
                     break
             t0 = time.perf_counter()
             x, y, h = train_data.batch(step, run.slice, run.n_rows)
-            begins = train_data.begins(step, run.slice, run.n_rows)
+            begins = train_data.begins(step, run.slice, run.n_rows) if run.memory else None
             loss, norm = run.step(step, x, y, h, place.sum(int((y >= 0).sum()))[0], begins)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 stop_for(f"loss {loss}, gradient norm {norm}")
