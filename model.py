@@ -120,6 +120,9 @@ class GPTConfig:
             if min(self.mem_head, self.mem_top, self.mem_chunk, self.mem_dim) < 1 or min(self.mem_size, self.mem_shift, self.mem_noise) < 0:
                 raise ValueError("a memory M needs mem_head, mem_top, mem_chunk and mem_dim of at least 1, and mem_size, mem_shift and "
                                  "mem_noise that are not negative")
+            if self.mem_shift >= self.block_size:
+                raise ValueError(f"mem_shift ({self.mem_shift}) pairs a key with a value so many places on; give fewer than block_size "
+                                 f"({self.block_size})")
             if self.block_size % self.mem_chunk or self.block_size < 2 * self.mem_chunk:
                 raise ValueError(f"block_size ({self.block_size}) holds at least two whole memory chunks: a multiple of mem_chunk "
                                  f"({self.mem_chunk}), so that training reaches what was written earlier")
@@ -161,6 +164,8 @@ class GPTConfig:
         for name in ("mem_drop", "mem_noise", "mem_straight"):
             if getattr(self, name) and "M" not in self.layers:
                 raise ValueError(f"{name} has no associative memory to work on; put an M into layers")
+        if self.mem_share and "F" not in self.layers:
+            raise ValueError("mem_share has no featural memory to work on; put an F into layers")
         for name in ("exit_rate", "exit_keys", "exit_distill", "exit_classifier"):
             if getattr(self, name) and "." not in self.layers:
                 raise ValueError(f"{name} has no exit to work on; put a . into layers")

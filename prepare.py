@@ -91,6 +91,9 @@ def hold(path, refusal):
     try:
         import fcntl
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(f.fileno()), os.stat(path)):  # its last holder took it away
+            f.close()
+            return hold(path, refusal)
     except ImportError:  # Windows
         pass
     except BlockingIOError:

@@ -18,6 +18,7 @@ There is no upper bound on max_new_tokens: when the window is full, its oldest q
 dropped where the model has none.
 """
 import codecs
+import collections
 import contextlib
 import copy
 import glob
@@ -26,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -119,6 +121,9 @@ class SampleConfig:
         for k in ("exit", "speculate"):
             if self.knn and getattr(self, k):
                 raise ValueError(f"knn needs the last layer's vector of every token when it is chosen, which {k} does without; choose one")
+        for k in ("knn_k", "knn_lambda", "knn_temp"):
+            if not self.knn and getattr(self, k) != SampleConfig.__dataclass_fields__[k].default:
+                raise ValueError(f"{k} is for a datastore, such as --knn=works.db")
         if self.memory_index and not self.memory:
             raise ValueError("memory_index is for a memory, such as --memory=facts.db")
         if self.knn and self.soft and self.collapse_by == "context":
@@ -554,16 +559,24 @@ def absorb(model, ids, piece=8192, rows=32):
     return {i: [tuple(map(torch.cat, zip(*of))) for of in heads] for i, heads in found.items()}
 
 
-def learn_memory(store, model, tok, ids, width=40):
+def learn_memory(store, model, tok, ids):
     """Read a text, a list of ids, into a Store of the kind "memory"; the text of an entry ends in what it brings back."""
-    total, raw = 0, tok.decode
+    total, (said, spans), source = 0, passages(tok, ids), store.state()["next"]
     with store.batch():
         for i, heads in absorb(model, ids).items():
             for h, (keys, values, place) in enumerate(heads):
-                texts = [raw(ids[max(p + 1 - width, 0):p + 1]) for p in place.tolist()]
-                store.add(i, np.full(len(texts), h), keys.float().numpy(), values.float().numpy(), texts)
-                total += len(texts)
+                store.add(i, np.full(len(keys), h), keys.float().numpy(), values.float().numpy(), [said(p) for p in place.tolist()],
+                          spans=spans[place.numpy()], source=source)
+                total += len(keys)
     return total
+
+
+def passages(tok, ids, width=40):
+    """Of a text, a list of ids: a function that gives the last `width` bytes up to the end of a token, and the bytes (n, 2) that each
+    token stands on."""
+    pieces = [tok.decode_bytes([i]) for i in ids]
+    raw, stop = b"".join(pieces), np.cumsum([len(p) for p in pieces])
+    return lambda t: raw[max(stop[t] - width, 0):stop[t]].decode(errors="ignore"), np.stack((np.append(0, stop[:-1]), stop), 1)
 
 
 def open_memory(store, model, room, index=False):
@@ -928,10 +941,10 @@ class Text:
 
 TABLES = ("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
           "CREATE TABLE entries (id INTEGER PRIMARY KEY, layer INTEGER NOT NULL, head INTEGER NOT NULL, key BLOB NOT NULL, "
-          "value BLOB NOT NULL, text TEXT NOT NULL, checksum INTEGER NOT NULL, uses INTEGER NOT NULL, worth REAL NOT NULL, "
-          "last REAL NOT NULL)")
-COLUMNS = "id, layer, head, key, value, text, checksum, uses, worth, last"
-STORE_FORMAT = "1"
+          "value BLOB NOT NULL, text TEXT NOT NULL, source INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, "
+          "checksum INTEGER NOT NULL, uses INTEGER NOT NULL, worth REAL NOT NULL, last REAL NOT NULL)")
+COLUMNS = "id, layer, head, key, value, text, source, start, stop, checksum, uses, worth, last"
+STORE_FORMAT = "2"
 BROKEN = sqlite3.DatabaseError, UnicodeDecodeError  # what reading a damaged file may raise
 HALF_LIFE = 7 * 24 * 3600.0  # seconds after which a use counts half when entries are pruned
 
@@ -948,9 +961,9 @@ def connect(path, write):
     return db, empty
 
 
-def checksum(i, layer, head, key, value, text):
+def checksum(i, layer, head, key, value, text, source, start, stop):
     """CRC-32 of what an entry says: it finds every flipped bit and every damage of up to 32 bits in a row."""
-    return zlib.crc32(f"{i} {layer} {head} {len(key)} {text}".encode(), zlib.crc32(value, zlib.crc32(key)))
+    return zlib.crc32(f"{i} {layer} {head} {len(key)} {source} {start} {stop} {text}".encode(), zlib.crc32(value, zlib.crc32(key)))
 
 
 def facts_checksum(facts):
@@ -967,14 +980,10 @@ def whole(entry):
         return False
 
 
-def like(text):
-    """The pattern of LIKE for what has `text` in it."""
-    return "%" + "".join("\\" + c if c in "\\%_" else c for c in text) + "%"
-
-
 class Store:
     """Entries of a memory or a datastore on disk, one file, as numpy arrays to the outside. Each belongs to a layer and a head, and has a
-    key (D,), a value (E,), the text that it came from, how often and when last it was used, and a checksum. One process writes at a
+    key (D,), a value (E,), the end of the text that led to it, where in that text it stands, how often and when last it was used, and a
+    checksum. One process writes at a
     time, any number read and see what is committed. What `batch` writes is on the disk when it ends, whole, or not at all; so a
     process may be killed at any moment.
 
@@ -985,6 +994,8 @@ class Store:
         self.path, self.depth, self.held, self.db = str(path), 0, None, None
         wanted = {"format": STORE_FORMAT, "kind": kind, "model": model, "key": key and f"{key[0]} {key[1]}",
                   "value": value and f"{value[0]} {value[1]}"}
+        if os.path.isdir(path):
+            raise UserError(f"store {path} is a folder; name a file")
         if not os.path.isfile(path) and (not write or None in wanted.values()):
             raise UserError(f"store {path} does not exist; python sample.py learn makes one")
         try:
@@ -1002,7 +1013,8 @@ class Store:
             raise UserError(f"store {path} cannot be opened ({e.strerror or e}); choose another place") from None
         except BROKEN as e:
             self.close()
-            raise UserError(f"{path} is not a store of this project, or it is damaged ({e}); nothing in it was changed") from None
+            raise UserError(f"{path} is not a store of this project, or it is damaged ({e}); nothing in it was changed, name another "
+                            f"file") from None
         except UserError:
             self.close()
             raise
@@ -1071,17 +1083,20 @@ class Store:
         finally:
             self.depth -= 1
 
-    def add(self, layer, heads, keys, values, texts, now=None):
+    def add(self, layer, heads, keys, values, texts, now=None, spans=None, source=None):
         """Write n entries of a layer: heads (n,), keys (n, D), values (n, E) and n texts -> their ids (n,). An id is never given
-        twice. now: when, in seconds since 1970."""
+        twice. now: when, in seconds since 1970. spans (n, 2): the bytes of the text read, `source`, that each brings back, the last of
+        its own text; without them each text is whole and its own source."""
         n, now = len(texts), time.time() if now is None else float(now)
         keys, values = (np.ascontiguousarray(a, dtype=t).reshape(n, m) for a, t, m in (
             (keys, self.key_type, self.D), (values, self.value_type, self.E)))
         with self.batch():
             state = self.state()
             first = state["next"]
-            said = zip(range(first, first + n), [layer] * n, np.asarray(heads).tolist(), map(bytes, keys), map(bytes, values), texts)
-            self.db.executemany(f"INSERT INTO entries ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, 0, 1.0, ?)",
+            spans = [(0, len(t.encode())) for t in texts] if spans is None else np.asarray(spans).tolist()
+            said = zip(range(first, first + n), [layer] * n, np.asarray(heads).tolist(), map(bytes, keys), map(bytes, values), texts,
+                       range(first, first + n) if source is None else [source] * n, *zip(*spans))
+            self.db.executemany(f"INSERT INTO entries ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 1.0, ?)",
                                 ((*s, checksum(*s), now) for s in said))
             state["counts"][str(layer)] = state["counts"].get(str(layer), 0) + n
             self.put_state({"next": first + n, "counts": state["counts"]})
@@ -1140,7 +1155,7 @@ class Store:
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def columns(self, some, raw):
-        ids, _, head, key, value, _, _, uses, _, last = zip(*some) if some else [()] * 10
+        ids, _, head, key, value, *_, uses, _, last = zip(*some) if some else [()] * 13
         return {"ids": np.array(ids, np.int64), "head": np.array(head, np.int64), "keys": raw(key, self.key_type, self.D),
                 "values": raw(value, self.value_type, self.E), "uses": np.array(uses, np.int64), "last": np.array(last, np.float64)}
 
@@ -1162,22 +1177,45 @@ class Store:
                     self.db.execute("UPDATE entries SET uses = uses + ?, worth = ?, last = ? WHERE id = ?", (m, worth, max(now, found[1]), i))
 
     def forget(self, what):
-        """Take out entries by id, or all that have a text in them -> how many there were."""
+        """Take out entries by id, or all that bring back a piece of this text, wherever it was read -> how many there were."""
         with self.batch():
             if isinstance(what, str):
-                gone = self.db.execute("DELETE FROM entries WHERE text LIKE ? ESCAPE '\\'", (like(what),)).rowcount
-            else:
-                gone = sum(self.db.execute("DELETE FROM entries WHERE id = ?", (int(i),)).rowcount for i in what)
-            counts = dict(self.db.execute("SELECT layer, COUNT(*) FROM entries GROUP BY layer"))
-            self.put_state({**self.state(), "counts": counts})
-        return gone
+                what = self.within(what)
+            gone = collections.Counter()
+            for i in map(int, what):
+                layer = self.db.execute("SELECT layer FROM entries WHERE id = ?", (i,)).fetchone()
+                gone.update(str(l) for l in layer or ())
+                self.db.execute("DELETE FROM entries WHERE id = ?", (i,))
+            state = self.state()
+            self.put_state({**state, "counts": {l: n - gone[l] for l, n in state["counts"].items()}})
+        return gone.total()
+
+    def within(self, text):
+        """The ids of the entries that bring back a piece of this text: one stands on the bytes start to stop of its source, of which it
+        keeps the last few, so what comes after tells where the text stood."""
+        text, spans = text.encode(), {}
+        for source, stop, said in self.db.execute("SELECT source, stop, text FROM entries WHERE instr(text, ?)", (text.decode(),)):
+            said = said.encode()
+            for at in re.finditer(re.escape(text), said):
+                spans.setdefault(source, set()).add(stop - len(said) + at.end())
+        ids = []
+        for source, ends in spans.items():
+            i, start, stop = np.array(list(self.db.execute("SELECT id, start, stop FROM entries WHERE source = ?", (source,)))).T
+            ends = np.array(sorted(ends))
+            near = np.searchsorted(ends, start, side="right").clip(max=len(ends) - 1)  # the first that ends behind where it starts
+            ids += i[(ends[near] > start) & (ends[near] - len(text) < stop)].tolist()
+        return ids
 
     def prune(self, n):
         """Keep the n entries whose uses, the writing counted as one, are worth most: LRFU (Lee et al. 2001), each use counts half
         a HALF_LIFE later -> how many went."""
         with self.batch():
             all_ = np.array(list(self.db.execute("SELECT id, CAST(worth AS REAL), CAST(last AS REAL) FROM entries ORDER BY id"))).reshape(-1, 3)
-            rank = np.log2(all_[:, 1]) + all_[:, 2] / HALF_LIFE  # the order is the same at any time
+            with np.errstate(all="ignore"):
+                rank = np.log2(all_[:, 1]) + all_[:, 2] / HALF_LIFE  # the order is the same at any time
+            if not np.isfinite(rank).all():
+                raise UserError(f"store {self.path} has a damaged entry ({all_[~np.isfinite(rank)][0, 0]:.0f}: what its uses are worth); take "
+                                f"it out with python sample.py memory {self.path} forget {all_[~np.isfinite(rank)][0, 0]:.0f}")
             return self.forget(all_[np.argsort(rank, kind="stable")[:max(len(all_) - n, 0)], 0])
 
     def stats(self):
@@ -1264,15 +1302,14 @@ def outputs(model, ids, rows=16):
         yield tuple(torch.cat([row[s] for row, s in zip(t, new)]) for t in (out.h.float(), out.logits))
 
 
-def learn_knn(store, model, tok, ids, width=40):
+def learn_knn(store, model, tok, ids):
     """Put every output vector over a text, a list of ids, into a Store with the token that came next; the text of an entry ends in it."""
-    pieces = [tok.decode_bytes([i]) for i in ids]
-    raw, end, at = b"".join(pieces), np.cumsum([len(p) for p in pieces]).tolist(), 0
+    (said, spans), at, source = passages(tok, ids), 0, store.state()["next"]
     with store.batch(), prepare.bar(total=len(ids) - 1, desc="learn", unit="token") as shown:
         for h, _ in outputs(model, ids):
             places = range(at + 1, at + 1 + len(h))
-            texts = [raw[max(end[t] - width, 0):end[t]].decode(errors="ignore") for t in places]
-            store.add(KNN_LAYER, np.zeros(len(h), np.int64), h.cpu().numpy(), np.array([ids[t] for t in places])[:, None], texts)
+            store.add(KNN_LAYER, np.zeros(len(h), np.int64), h.cpu().numpy(), np.array([ids[t] for t in places])[:, None],
+                      [said(t) for t in places], spans=spans[at + 1:at + 1 + len(h)], source=source)
             at += len(h)
             shown.update(len(h))
     return at
@@ -1449,18 +1486,18 @@ def learn(cfg, *files):
     if not files:
         raise UserError(f"learn needs texts to read: python sample.py learn --{kind}={target} FILE...")
     model, ckpt, path = open_model(cfg)
-    tok, texts = prepare.Tokenizer(ckpt["tokenizer"]), {}
+    tok, texts = prepare.Tokenizer(ckpt["tokenizer"]), []
     for name in files:  # all that may be wrong with them is found before anything is written
         text = "".join(prepare.pieces(name))
         try:
-            texts[name] = tok.encode(text)
+            texts.append((name, tok.encode(text)))
         except UserError as e:
             raise UserError(f"{name}: {e}") from None
-        if len(texts[name]) < 2:
+        if len(texts[-1][1]) < 2:
             raise UserError(f"{name} holds fewer than 2 tokens; give a longer text")
     read = learn_memory if cfg.memory else learn_knn
     with open_store(kind, target, model, path, write=True) as store:
-        for name, ids in texts.items():
+        for name, ids in texts:
             print(f"{name}: {read(store, model, tok, ids):,} entries")
         print(f"{target}: {store.stats()['entries']:,} entries")
     return 0
@@ -1471,6 +1508,8 @@ def open_store(kind, target, model, path, write=False):
     if kind == "memory":
         if not model.init_memory(1, size=0):
             raise UserError(f"{path} has no block M to remember with; train one with an M in layers, such as config/facts.py")
+        if any(c == "M" and model.cfg.layers[:i].count("(") > model.cfg.layers[:i].count(")") for i, c in enumerate(model.cfg.layers)):
+            raise UserError(f"{path} remembers chunks (layers = {model.cfg.layers}), and a store keeps tokens; train one with an M outside levels")
         key = value = model.cfg.mem_dim, "float16"
     else:
         key, value = (model.cfg.n_embd, "float16"), (1, "int32")
@@ -1491,13 +1530,13 @@ def numbers(words, what):
     """Words as whole numbers; UserError where there are none, or others."""
     if not words or not all(w.isascii() and w.isdecimal() for w in words):
         raise UserError(f"{what} takes a number, not {' '.join(words) or 'nothing'}")
-    return [int(w) for w in words]
+    return [min(int(w), 2 ** 63 - 1) for w in words]
 
 
 def memory_list(store, cfg, words):
     """The first entries, or the first that have a text in them."""
     text = " ".join(words)
-    found = itertools.chain.from_iterable(store.entries(*(("WHERE text LIKE ? ESCAPE '\\'", like(text)) if text else ())))
+    found = itertools.chain.from_iterable(store.entries(*(("WHERE instr(text, ?)", text) if text else ())))
     print(f"{'id':>9}  {'layer':>5} {'head':>4} {'uses':>6}  {'last used':16}  text")
     for e in itertools.islice(found, cfg.limit or None):
         print(entry_line(e))
@@ -1507,7 +1546,7 @@ def memory_list(store, cfg, words):
 
 def entry_line(entry, width=70):
     """An entry as a line of a list."""
-    i, layer, head, _, _, text, _, uses, _, last = entry
+    i, layer, head, _, _, text, *_, uses, _, last = entry
     if not whole(entry):
         return f"{i:>9}  damaged"
     text = repr(text)
@@ -1528,24 +1567,29 @@ def memory_show(store, cfg, words):
 
 
 def memory_forget(store, cfg, words):
-    """Take out entries by their numbers, or all that have a text in them."""
+    """Take out entries by their numbers, or all that bring back a piece of a text."""
     what = " ".join(words)
     if not what.strip():
-        raise UserError("forget takes the number of an entry, or a text that is in those to forget")
+        raise UserError("forget takes the numbers of entries, or a text that was read")
     gone = store.forget(numbers(words, "forget") if what.replace(" ", "").isdecimal() else what)
     if not gone:
-        raise UserError(f"store {store.path} has no entry {what!r}; list shows which there are")
+        raise UserError(f"store {store.path} has no entry {what!r}; list shows which there are, and a text is looked for in the last 40 "
+                        f"characters before each")
     print(f"{store.path}: forgot {gone:,} of {gone + store.stats()['entries']:,} entries")
 
 
 def memory_prune(store, cfg, words):
     """Keep so many entries, the best used ones."""
-    gone = store.prune(*numbers(words[:1], "prune"))
+    if len(words) != 1:
+        raise UserError(f"prune takes one number, of the entries to keep, not {' '.join(words) or 'nothing'}")
+    gone = store.prune(*numbers(words, "prune"))
     print(f"{store.path}: pruned {gone:,} of {gone + store.stats()['entries']:,} entries")
 
 
 def memory_stats(store, cfg, words):
     """What a store is and how it was used."""
+    if words:
+        raise UserError(f"stats takes nothing, not {' '.join(words)}")
     s = store.stats()
     print(f"{store.path}: {s['kind']} of model {s['model'][:12]}, {s['entries']:,} entries, {s['bytes'] / 2 ** 20:,.1f} MB; key {s['key']}, "
           f"value {s['value']}")
@@ -1654,7 +1698,20 @@ def decode(cfg, stores):
         print(f"[{speculation.accepted} of {speculation.proposed} drafted tokens accepted]", file=sys.stderr)
     if cfg.trace_html:
         write_page(cfg.trace_html, prompt, page, model.cfg)
+    count_uses(page)
     return 0
+
+
+def count_uses(page):
+    """Note in their stores which entries the texts of a page used, unless somebody else is writing there."""
+    used = collections.Counter(f for row in page for _, made in row for f in made.found)
+    for store in {store for store, _ in used}:
+        ids = [i for s, i in used if s is store]
+        try:
+            with Store(store.path, write=True) as writer:
+                writer.touch(ids, [used[store, i] for i in ids])
+        except UserError as e:
+            print(f"[uses not counted: {e}]", file=sys.stderr)
 
 
 def best(steps, cfg, tok):

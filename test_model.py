@@ -2411,6 +2411,24 @@ def test_forgetting_and_pruning(tmp_path):
         assert store.stats()["entries"] == 0
 
 
+def test_forgetting_a_text_takes_what_brings_it_back(tmp_path):
+    """Entries for its characters go, wherever it was read, and none for what stands behind it; of tokens those that overlap it."""
+    text, other = "!abc home fog\n!abc work fig\n", "xx abc work fig"
+    with sample.Store(tmp_path / "s.db", **MEMORY, write=True) as store:
+        for read in (text, other, other):
+            spans = [(i, i + 1) for i in range(len(read))]
+            store.add(0, [0] * len(read), np.zeros((len(read), 8)), np.zeros((len(read), 4)), [read[max(i - 9, 0):i + 1] for i in range(len(read))],
+                      spans=spans, source=store.state()["next"])
+        assert store.forget("Work fig") == 0  # as it was written
+        assert store.forget("work fig") == 3 * len("work fig")
+        left = [(e[6], e[5][-1]) for some in store.entries() for e in some]
+        assert ["".join(c for s, c in left if s == source) for source in sorted({s for s, _ in left})] == ["!abc home fog\n!abc \n", "xx abc ", "xx abc "]
+        store.add(0, [0] * 3, np.zeros((3, 8)), np.zeros((3, 4)), ["na\u00efve", "na\u00efve one", "na\u00efve one two"],
+                  spans=[(0, 6), (6, 10), (10, 14)], source=store.state()["next"])
+        assert store.forget("\u00efve o") == 2
+        assert store.arrays(0)["ids"].shape == (store.stats()["entries"],)
+
+
 def test_a_damaged_store_is_named(tmp_path):
     path, ids = str(tmp_path / "s.db"), None
     with sample.Store(path, **MEMORY, write=True) as store:
@@ -2423,6 +2441,7 @@ def test_a_damaged_store_is_named(tmp_path):
             with sample.Store(path) as store, pytest.raises(UserError, match=rf"damaged entry \({ids[7]}: .*forget {ids[7]}$"):
                 store.arrays(0)
     refused(sample.main, ["memory", path, "forget", "999"], "999")
+    refused(sample.main, ["memory", path, "show", "9" * 30], "no entry")
     sample.main(["memory", path, "list"])
     sample.main(["memory", path, "forget", str(ids[7])])
     with sample.Store(path) as store:  # and the others are all there
@@ -2430,6 +2449,15 @@ def test_a_damaged_store_is_named(tmp_path):
     for at in (0, 30):
         open(path, "wb").write(good[:at] + b"\xff" * 8 + good[at + 8:])
         refused(sample.main, ["memory", path, "list"], path, "not a store")
+    open(path, "wb").write(good)
+    with contextlib.closing(sqlite3.connect(path)) as db:  # one is lost: forgetting others does not hide that
+        db.execute("DELETE FROM entries WHERE id = ?", (int(ids[9]),))
+        db.execute("UPDATE entries SET worth = 0 WHERE id = ?", (int(ids[4]),))
+        db.commit()
+    refused(sample.main, ["memory", path, "prune", "40"], "damaged", f"forget {ids[4]}")
+    sample.main(["memory", path, "forget", str(ids[4])])
+    with sample.Store(path) as store, pytest.raises(UserError, match="48 of its 49"):
+        store.arrays(0)
     page = 4096
     open(path, "wb").write(good[:page] + os.urandom(len(good) - page))
     for argv in (["list"], ["forget", "1"], ["stats"]):
@@ -2550,7 +2578,13 @@ def test_memory_from_the_shell(trained, data_dir, capsys, tmp_path):
     torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)  # half precision on disk
     for more in (["--n=2"], ["--best_of=2"], ["--dtype=bfloat16"], ["--speculate=2", f"--draft={tmp_path / 'm'}"]):
         assert len(said("--prompt=a", "--max_new_tokens=40", f"--memory={store}", *more)) >= 40
-    said("memory", store, "forget", text[3:6])
+    with sample.Store(store) as s:
+        assert s.stats()["layers"][0][3] >= sum(len(r.get("found", ())) for r in rows)  # uses are counted
+    with sample.Store(store, write=True):
+        assert said(*go, f"--memory={store}") == with_it
+    n = text[:400].count(text[3:6])  # as long as they do not overlap
+    assert f"forgot {n * 3 * 4 - 4 * (text[:400].find(text[3:6]) == 0)} of" in said("memory", store, "forget", text[3:6])
+    assert said("learn", f"--memory={store}", f"{tmp_path}/t.txt", f"{tmp_path}/t.txt").count("entries") == 3
     with pytest.raises(UserError, match="no block M.*config/facts.py"):
         said(*go, f"--memory={store}", out=trained / "strong")
     run(data_dir, tmp_path / "n", dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8), max_iters=3)
@@ -2620,6 +2654,7 @@ def test_bad_stores(trained, data_dir, tmp_path):
         refused(sample.main, ["memory", facts, "prune", "3"], "another process")
         store.add(0, [0], np.zeros((1, 32)), np.zeros((1, 1)), ["x"])
     refused(sample.main, [where, f"--knn={facts}"], facts, "memory", "knn")
+    refused(sample.main, [where, "--knn_lambda=0.5"], "knn_lambda", "--knn=")
     refused(sample.main, [where, f"--knn={tmp_path}/gone.db"], "gone.db", "does not exist", "learn")
     refused(sample.main, [where, f"--knn={tmp_path}/t.txt"], "t.txt", "not a store")
     with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as db:
@@ -2637,7 +2672,8 @@ def test_bad_stores(trained, data_dir, tmp_path):
         refused(sample.main, [where, f"--knn={knn}", *argv], *words)
     for argv, words in (([], ["memory", "list"]), ([knn, "frob"], ["list", "stats"]), ([knn, "show"], ["show", "number"]),
                         ([knn, "show", "999"], ["999"]), ([knn, "forget"], ["forget"]), ([knn, "forget", " "], ["forget"]),
-                        ([knn, "prune", "x"], ["prune", "x"]), ([str(tmp_path / "none.db"), "list"], ["none.db", "does not exist"]),
+                        ([knn, "prune", "x"], ["prune", "x"]), ([knn, "prune", "1", "000"], ["prune", "1 000"]), ([knn, "stats", "x"], ["stats", "x"]),
+                        ([str(tmp_path), "stats"], ["folder"]), ([str(tmp_path / "none.db"), "list"], ["none.db", "does not exist"]),
                         ([str(tmp_path / "none.db"), "forget", "1"], ["none.db", "does not exist"])):
         refused(sample.main, ["memory", *argv], *words)
     assert not (tmp_path / "none.db").exists()

@@ -711,6 +711,7 @@ def find_teacher(tcfg, data):
         known = os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), preset))
         command = f"python train.py {preset} --dataset={tcfg.dataset}" if known else f"python train.py --out_dir={os.path.dirname(path)}"
         raise UserError(f"teacher {path} is not there; train it first ({command}), or name another checkpoint")
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     saved = prepare.load_checkpoint(path)
     if not isinstance(saved, dict) or "tokenizer" not in saved.get("data", ()):
         raise UserError(f"teacher {path} is not a checkpoint of train.py; name another")
