@@ -298,10 +298,10 @@ class Data:
         return torch.from_numpy(self.turn(step, rows, n_rows)[1] == 0)
 
     def whole(self, place, size, n_rows=0):
-        """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process: x, y, history as
-        rows gives them, and whether their rows begin a text. Where answers
-        need their whole document, a row ends with each document. With stream the split is read as `n_rows` texts of equal length,
-        however many rows a batch has: a row goes on where the same row of the batch before ended, or begins another text."""
+        """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process: x, y, history as `rows`
+        gives them, and whether their rows begin a text. Where answers need their whole document, a row ends with each document.
+        With stream the split is read as `n_rows` texts of equal length, however many rows a batch has: a row goes on where the same
+        row of the batch before ended, or begins another text."""
         if self.docs is not None:
             first, last = self.docs[0] + 1, self.docs[1]
         else:
