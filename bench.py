@@ -1413,7 +1413,7 @@ def plays(cfg):
     arms["AAAA, seconds of AAMA, 8,192"] = dict(PLAYS, layers="AAAA", max_iters=round(
         PLAYS["max_iters"] * compare(times["AAMA, 8,192"], times["AAAA, no memory"])))
     got = over_seeds(cfg, arms)
-    rows = [{"arm": k, "val loss": g["val_loss"], "against the same, 0": g["val_loss"] - got[k[:7] + ", words, 0" if "words" in k else "AAMA, 0"]["val_loss"],
+    rows = [{"arm": k, "val loss": g["val_loss"], "against 0": g["val_loss"] - got["RR(RM)R, words, 0" if "words" in k else "AAMA, 0"]["val_loss"],
              "spread": g["spread"], "params M": g["params"] / 1e6, "steps": int(g["step"]),
              "step time": compare(times.get(k, times["AAAA, no memory"]), times["AAAA, no memory"])} for k, g in got.items()]
     return show(cfg, f"{cfg.dataset}, windows of 64 in turn, mean of {cfg.seeds} seeds", rows)

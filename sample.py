@@ -337,14 +337,15 @@ class Decoder:
     def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None, memory=None, sources=None, neighbours=None):
         """context: a window of so many tokens, and no history; at_exit: keep the logits `early` of the exit after so many blocks
         too; leave: an exit_rule by which tokens leave early; memory {block: Memory}: what blocks M find, and write to when the window is full
-        (a copy, where one row stands for all); sources {block: (store, ids (H, N))}: which entries those are; neighbours: what its logits are mixed with."""
+        (a copy of their own); sources {block: (store, ids (H, N))}: which entries those are; neighbours: what its logits are mixed with."""
         self.model, self.eot, self.at_exit, self.leave, self.made = model, eot, at_exit, leave, 0
         self.neighbours, self.sources = neighbours, sources or {}
         self.step = compiled(model) if compile else model
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
             self.T, self.H = min(context, self.T), 0
-        self.memory, self.known = memory or {}, [0] * len(rows)  # known: tokens of each window that memory holds
+        self.memory, self.own = dict(memory or {}), False  # own: nobody else reads it
+        self.known = [0] * len(rows)  # tokens of each window that memory holds
         self.rows = []  # (history, window) per row, lists of ids, oldest first
         self.soft = []  # per row {place in the window: distribution (V,)} of the tokens that are soft
         for ids in rows:
@@ -376,8 +377,10 @@ class Decoder:
     def write(self, b):
         """Write what row b's window has into its memory, in one pass."""
         for i, m in self.memory.items():
-            if len(m.crf) < len(self.known):
-                self.memory[i] = Memory(*(t.expand(len(self.known), *t.shape[1:]).clone() for t in (m.keys, m.values, m.crf)))
+            if not self.own or len(m.crf) < len(self.known):
+                self.memory[i] = Memory(*(t.expand(len(self.known), *t.shape[1:]).clone() for t in (m.keys, m.values, m.crf)),
+                                        index=copy.deepcopy(m.index) if len(self.known) == 1 else None)
+        self.own = True
         mine, history = {i: m.select(slice(b, b + 1)) for i, m in self.memory.items()}, self.history()
         out = self.model(self.inputs([0], self.T, [b]), history=None if history is None else history[b:b + 1], memory=mine,
                          known=torch.tensor([self.known[b]], device=self.model.wte.weight.device))
@@ -498,6 +501,7 @@ class Decoder:
         new.soft, new.known = [dict(self.soft[r]) for r in rows], [self.known[r] for r in rows]
         at = torch.tensor(rows, device=self.logits.device)
         new.memory = {i: m.select(at) for i, m in self.memory.items()}
+        self.own = new.own = False  # one row is shared until somebody writes
         new.state, new.logits = self.state.select(at), self.logits[at]
         new.early, new.depth = self.early[at] if self.at_exit else None, [self.depth[r] for r in rows]
         new.found = [self.found[r] for r in rows]
@@ -573,10 +577,13 @@ def learn_memory(store, model, tok, ids):
 
 def passages(tok, ids, width=40):
     """Of a text, a list of ids: a function that gives the last `width` bytes up to the end of a token, and the bytes (n, 2) that each
-    token stands on."""
+    token stands on. A token that ends inside a character stands on all of it."""
     pieces = [tok.decode_bytes([i]) for i in ids]
     raw, stop = b"".join(pieces), np.cumsum([len(p) for p in pieces])
-    return lambda t: raw[max(stop[t] - width, 0):stop[t]].decode(errors="ignore"), np.stack((np.append(0, stop[:-1]), stop), 1)
+    start = np.append(0, stop[:-1])
+    for _ in range(3):
+        stop = stop + [i < len(raw) and raw[i] & 0xC0 == 0x80 for i in stop.tolist()]
+    return lambda t: raw[max(stop[t] - width, 0):stop[t]].decode(errors="ignore"), np.stack((start, stop), 1)
 
 
 def open_memory(store, model, room, index=False):
@@ -1196,8 +1203,8 @@ class Store:
         text, spans = text.encode(), {}
         for source, stop, said in self.db.execute("SELECT source, stop, text FROM entries WHERE instr(text, ?)", (text.decode(),)):
             said = said.encode()
-            for at in re.finditer(re.escape(text), said):
-                spans.setdefault(source, set()).add(stop - len(said) + at.end())
+            for at in re.finditer(b"(?=" + re.escape(text) + b")", said):  # they may overlap
+                spans.setdefault(source, set()).add(stop - len(said) + at.start() + len(text))
         ids = []
         for source, ends in spans.items():
             i, start, stop = np.array(list(self.db.execute("SELECT id, start, stop FROM entries WHERE source = ?", (source,)))).T
@@ -1510,6 +1517,8 @@ def open_store(kind, target, model, path, write=False):
             raise UserError(f"{path} has no block M to remember with; train one with an M in layers, such as config/facts.py")
         if any(c == "M" and model.cfg.layers[:i].count("(") > model.cfg.layers[:i].count(")") for i, c in enumerate(model.cfg.layers)):
             raise UserError(f"{path} remembers chunks (layers = {model.cfg.layers}), and a store keeps tokens; train one with an M outside levels")
+        if model.cfg.n_slot:
+            raise UserError(f"{path} reads context slots too, which a store keeps nothing of; train one with --history=0")
         key = value = model.cfg.mem_dim, "float16"
     else:
         key, value = (model.cfg.n_embd, "float16"), (1, "int32")

@@ -905,6 +905,18 @@ def test_a_document_sees_its_own_entries():
         assert (a.wrote[1].crf[:, -1, :, :24] == 0).all() and (a.wrote[1].crf[:, -1, :, 24:24 + at] == 0).all()
 
 
+@pytest.mark.parametrize("at", [0, 3, 9, 13, 14])
+def test_a_level_forgets_an_ended_document(at):
+    """Where a document ends behind the last chunk that closes in a window, its entries are gone before the next window too."""
+    m = GPT(GPTConfig(**{**TINY, "vocab_size": 24, "layers": "(AM)A", "chunk": "4", "eot": 5, "block_size": 16, "mem_chunk": 2, "mem_top": 2, "mem_dim": 4,
+                         "mem_size": 8}), 0).eval()
+    x = torch.randint(6, 24, (1, 16), generator=torch.Generator().manual_seed(3))
+    whole, other = (m(x.clone().index_fill_(1, torch.tensor([at]), 5) if end else x, memory=m.init_memory(1)).wrote[1].crf[:, -1]
+                    for end in (False, True))
+    behind = {0: 3, 3: 3, 9: 1}.get(at, 0)  # chunks that close behind it, of 4 here
+    assert (whole > 0).any() and ((other > 0).sum(-1) <= behind).all() and bool((other > 0).any()) == (at < 9)
+
+
 @pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if "mem_chunk" in v])
 def test_a_filled_memory_leaks_nothing(name):
     """What a window writes is there for the next, behind slots and in levels too; and with a memory that holds something, nothing sees
@@ -1360,6 +1372,8 @@ def test_a_stream_reads_what_scores_nothing(data_dir):
         begins, before, now = d.begins(step, slice(None), 4), d.batch(step - 1, slice(None), 4), d.batch(step, slice(None), 4)
         assert all(b or y == x for b, y, x in zip(begins, d_ends(before, d), now[0][:, 0].tolist()))
     assert d.begins(0, slice(None), 1).tolist() == [True] and d.begins(3, slice(None), 1).tolist() == [True]
+    with pytest.raises(UserError, match="stream .* leave stream out, or score_last"):  # a later window would have seen what this one asks
+        Data(TrainConfig(dataset="text", data_dir=data_dir, stream=3, score_last=4), m, "val")
 
 
 def d_ends(batch, d):
@@ -2426,6 +2440,11 @@ def test_forgetting_a_text_takes_what_brings_it_back(tmp_path):
         store.add(0, [0] * 3, np.zeros((3, 8)), np.zeros((3, 4)), ["na\u00efve", "na\u00efve one", "na\u00efve one two"],
                   spans=[(0, 6), (6, 10), (10, 14)], source=store.state()["next"])
         assert store.forget("\u00efve o") == 2
+        store.add(0, [0] * 6, np.zeros((6, 8)), np.zeros((6, 4)), ["baaa x"[:i + 1] for i in range(6)],
+                  spans=[(i, i + 1) for i in range(6)], source=store.state()["next"])
+        assert store.forget("aa") == 3  # it stands there twice
+        said, spans = sample.passages(prepare.Tokenizer(prepare.tokenizer_spec("byte")), list("x foo\u00e9 y".encode()))
+        assert spans[5:8].tolist() == [[5, 7], [6, 7], [7, 8]] and said(5) == said(6) == "x foo\u00e9"
         assert store.arrays(0)["ids"].shape == (store.stats()["entries"],)
 
 
@@ -2585,6 +2604,22 @@ def test_memory_from_the_shell(trained, data_dir, capsys, tmp_path):
     n = text[:400].count(text[3:6])  # as long as they do not overlap
     assert f"forgot {n * 3 * 4 - 4 * (text[:400].find(text[3:6]) == 0)} of" in said("memory", store, "forget", text[3:6])
     assert said("learn", f"--memory={store}", f"{tmp_path}/t.txt", f"{tmp_path}/t.txt").count("entries") == 3
+    one = sample.Decoder(model, [[1, 2, 3]], memory=memory)
+    before, two = [t.clone() for t in (memory[1].keys, memory[1].crf)], one.select([0])
+    for t in range(2 * model.cfg.block_size):  # what one row writes is its own, though both began with the same memory
+        two.push([t % 7])
+    assert two.memory[1] is not memory[1] and one.memory[1] is memory[1]
+    assert all(torch.equal(a, b) for a, b in zip(before, (memory[1].keys, memory[1].crf)))
+    lines = []
+    run(data_dir, tmp_path / "m", dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8, mem_size=64, mem_novelty=2.0), stream=4, max_iters=22,
+        batch_size=2, init_from="resume", say=lines.append)
+    assert any("memories of other rows than these 2; they begin empty" in l for l in lines)
+    for layers, more, word in (("AM", dict(history=8, n_span=2, span=4), "slots"), ("A(M)A", dict(chunk="4"), "outside levels")):
+        run(data_dir, tmp_path / word, dict(layers=layers, mem_chunk=4, mem_top=4, mem_dim=8, **more), max_iters=3)
+        with pytest.raises(UserError, match=word):
+            said("learn", f"--memory={tmp_path}/x.db", f"{tmp_path}/t.txt", out=tmp_path / word)
+    with pytest.raises(UserError, match="memory_index is for a memory"):
+        said(*go, "--memory_index")
     with pytest.raises(UserError, match="no block M.*config/facts.py"):
         said(*go, f"--memory={store}", out=trained / "strong")
     run(data_dir, tmp_path / "n", dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8), max_iters=3)

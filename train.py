@@ -236,6 +236,10 @@ class Data:
                 raise UserError(f"{path} has a document of {longest} tokens, and its answer needs all of them; give a block_size "
                                 f"of at least {longest}, not {self.T}")
 
+        if self.stream and (self.last < self.T or self.docs is not None):
+            raise UserError(f"stream reads windows that follow one another, and where only {'whole documents' if self.docs else 'score_last'} "
+                            f"score, they overlap; leave stream out" + ("" if self.docs else ", or score_last"))
+
     def facts(self, mcfg):
         """The settings of a model that the dataset knows."""
         think = mcfg.think_token if mcfg.think_token >= 0 else self.meta.get("think_token", -1)
@@ -793,9 +797,12 @@ def train(mcfg, tcfg, say=print):
                                                if run.replaced else "") +
             (f"; {sum(p.numel() for p in like.values()):,} weights start as its own" if saved is None else ""))
     if resumed:
-        for i, m in run.memory.items():
-            for mine, all_rows in zip((m.keys, m.values, m.crf), saved["memory"][i]):
-                mine.copy_(all_rows[run.slice])
+        if run.memory and len(next(iter(saved["memory"].values()))[0]) != run.n_rows:
+            say(f"{start} has memories of other rows than these {run.n_rows}; they begin empty")
+        else:
+            for i, m in run.memory.items():
+                for mine, all_rows in zip((m.keys, m.values, m.crf), saved["memory"][i]):
+                    mine.copy_(all_rows[run.slice])
         step, best, saved_val = saved["step"], saved["best_val_loss"], saved["val_loss"]
         step_seconds, block_loss = saved["step_seconds"], saved["block_loss"]
     del saved, teacher
