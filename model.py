@@ -1579,10 +1579,11 @@ class Level(Stack):
             doc_before = torch.cat((before[:, 3:], doc[:, :-1]), 1)
             scored = None if ctx.scored is None else (inside * ctx.scored[:, None, S:]).sum(-1)
             self.step(x, ctx, part, sums, before[:, 1], ends.any(-1), of(at.expand(B, T)), doc, doc_before, scored)
-            ended = docs[:, -1] > closed[:, -1]  # a document that no chunk has closed in: what the one before left ends all the same
-            for m in self.modules() if part is None and ctx.wrote is not None else ():
-                if isinstance(m, AssociativeMemory):
-                    ctx.wrote[m.i].crf[:, -1] *= ~ended[:, None, None]
+            if part is None and ctx.wrote is not None and T:
+                ended = docs[:, -1] > closed[:, -1]  # a document that no chunk has closed in: what the one before left ends all the same
+                for m in self.modules():
+                    if isinstance(m, AssociativeMemory):
+                        ctx.wrote[m.i].crf[:, -1] *= ~ended[:, None, None]
         if self.tell is None:
             return x
         if part is None:  # a product with 0 and 1 in place of a lookup, whose gradient would be added up row by row
