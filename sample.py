@@ -565,8 +565,9 @@ def absorb(model, ids, piece=8192, rows=32):
 
 def learn_memory(store, model, tok, ids):
     """Read a text, a list of ids, into a Store of the kind "memory"; the text of an entry ends in what it brings back."""
-    total, (said, spans), source = 0, passages(tok, ids), store.state()["next"]
+    total, (said, spans) = 0, passages(tok, ids)
     with store.batch():
+        source = store.state()["next"]
         for i, heads in absorb(model, ids).items():
             for h, (keys, values, place) in enumerate(heads):
                 store.add(i, np.full(len(keys), h), keys.float().numpy(), values.float().numpy(), [said(p) for p in place.tolist()],
@@ -1153,13 +1154,17 @@ class Store:
                 if not bad:
                     parts.append(self.columns(some, raw))
             told = self.state()["counts"].get(str(layer), 0)
-        if bad:
-            raise UserError(f"store {self.path} has a damaged entry ({bad[0]}{f', and {len(bad) - 1} more' * (len(bad) > 1)}: the checksum "
-                            f"does not fit); take it out with python sample.py memory {self.path} forget {' '.join(map(str, bad[:20]))}")
+        self.sound(bad, "the checksum does not fit")
         if n != told:
             raise UserError(f"store {self.path} is damaged (layer {layer} has {n:,} of its {told:,} entries); put a copy of it back, or "
                             f"learn it again")
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    def sound(self, bad, why):
+        """UserError that names the damaged entries, where there are some."""
+        if len(bad):
+            raise UserError(f"store {self.path} has a damaged entry ({bad[0]}{f', and {len(bad) - 1} more' * (len(bad) > 1)}: {why}); take it "
+                            f"out with python sample.py memory {self.path} forget {' '.join(map(str, bad[:20]))}")
 
     def columns(self, some, raw):
         ids, _, head, key, value, *_, uses, _, last = zip(*some) if some else [()] * 13
@@ -1220,9 +1225,7 @@ class Store:
             all_ = np.array(list(self.db.execute("SELECT id, CAST(worth AS REAL), CAST(last AS REAL) FROM entries ORDER BY id"))).reshape(-1, 3)
             with np.errstate(all="ignore"):
                 rank = np.log2(all_[:, 1]) + all_[:, 2] / HALF_LIFE  # the order is the same at any time
-            if not np.isfinite(rank).all():
-                raise UserError(f"store {self.path} has a damaged entry ({all_[~np.isfinite(rank)][0, 0]:.0f}: what its uses are worth); take "
-                                f"it out with python sample.py memory {self.path} forget {all_[~np.isfinite(rank)][0, 0]:.0f}")
+            self.sound(all_[~np.isfinite(rank), 0].astype(int).tolist(), "what its uses are worth")
             return self.forget(all_[np.argsort(rank, kind="stable")[:max(len(all_) - n, 0)], 0])
 
     def stats(self):
@@ -1311,8 +1314,9 @@ def outputs(model, ids, rows=16):
 
 def learn_knn(store, model, tok, ids):
     """Put every output vector over a text, a list of ids, into a Store with the token that came next; the text of an entry ends in it."""
-    (said, spans), at, source = passages(tok, ids), 0, store.state()["next"]
+    (said, spans), at = passages(tok, ids), 0
     with store.batch(), prepare.bar(total=len(ids) - 1, desc="learn", unit="token") as shown:
+        source = store.state()["next"]
         for h, _ in outputs(model, ids):
             places = range(at + 1, at + 1 + len(h))
             store.add(KNN_LAYER, np.zeros(len(h), np.int64), h.cpu().numpy(), np.array([ids[t] for t in places])[:, None],

@@ -2698,6 +2698,12 @@ def test_bad_stores(trained, data_dir, tmp_path):
     before = (tmp_path / "other.db").read_bytes()
     refused(sample.main, [where, "learn", f"--knn={tmp_path}/other.db", f"{tmp_path}/t.txt"], "other.db", "not a store")
     assert (tmp_path / "other.db").read_bytes() == before
+    good = open(knn, "rb").read()
+    with contextlib.closing(sqlite3.connect(knn)) as db:
+        db.execute("UPDATE facts SET value = 'x' WHERE name = 'state'")
+        db.commit()
+    refused(sample.main, [*learning, f"{tmp_path}/t.txt"], knn, "damaged")
+    open(knn, "wb").write(good)
     sample.main(["memory", knn, "prune", "0"])
     refused(sample.main, [where, f"--knn={knn}"], knn, "no entries")
     for argv, words in ((["--knn_lambda=1.5"], ["knn_lambda", "1.5"]), (["--knn_lambda=-0.1"], ["knn_lambda"]), (["--knn_k=0"], ["knn_k"]),
