@@ -1240,7 +1240,7 @@ def retrieval(cfg, Q=4096, N=65536, k=32):
     for kind in ("hidden", "attention", "Gaussian"):
         index[kind] = Clusters(64)
         index[kind].add(kinds[kind][1])
-        for probes in (8, 20, 32):
+        for probes in (6, 16, 32):
             arms[f"clusters, {probes} of {index[kind].n_page} pages", kind] = \
                 lambda c=index[kind], q=kinds[kind][0], p=probes: c.search(q, k, p)[1]
     found = {name: f() for name, f in arms.items()}
@@ -1372,7 +1372,7 @@ def variants(cfg):
     return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 500 steps, mean of {cfg.seeds} seeds", rows)
 
 
-def facts(cfg, sizes=(100, 1000, 10_000, 100_000), n=400):
+def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_000):
     """random facts, each read once and asked far outside the window, by how many are stored: right answers, seconds"""
     have(cfg, "facts")
     model, ckpt = sample.load(kept(cfg, "facts", "facts", dataset="facts"))
@@ -1383,12 +1383,12 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000), n=400):
         found = []
         read = seconds(lambda: found.append(sample.absorb(model, tok.encode("\n" + "".join(f"!{k} {v}\n" for k, v in known)))))
         entries = max(len(keys) for heads in found[0].values() for keys, *_ in heads)
-        for how in ("exact", "index", "cleared"):
+        for how in ("exact", "index", "cleared") if size <= indexed else ("exact", "cleared"):  # an index takes as much room again, and more
             memory, made = None, 0.0
             if how != "cleared":
                 box = []
                 made = seconds(lambda: box.append(sample.remembered(model, found[0], index=how == "index")))
-                memory = box[0]
+                memory = box.pop()
             d = sample.Decoder(model, [tok.encode("\n?")], memory=memory)
             rows.append({"facts": size, "memory": how, "entries": entries if memory else 0, "GB": sum(
                 t.numel() * t.element_size() for m in (memory or {}).values() for t in (m.keys, m.values)) / 1e9,

@@ -425,11 +425,18 @@ def attend(q, k, v, mask, dropout):
 
 @torch.library.custom_op("nanoconcept::best", mutates_args=(), device_types="cpu")
 def sorted_best(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """`best` of many short rows in fp32: 64-bit numbers, the score's bits above its place, by NumPy's sort, which is vectorised."""
-    bits = scores.contiguous().view(torch.int32)
-    both = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32).bitwise_or_(torch.arange(scores.size(-1)))
-    both.numpy().sort(-1)
-    return both[..., -k:].flip(-1).bitwise_and_(0xFFFFFFFF)
+    """`best` of many short rows in fp32: 64-bit numbers, the score's bits above its place, partitioned and sorted by NumPy, which has
+    both vectorised; as many rows at a time as stay in the cache."""
+    N, found = scores.size(-1), []
+    for part in scores.reshape(-1, N).split(max(1, 2 ** 18 // N)):
+        bits = part.contiguous().view(torch.int32)
+        both = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32).bitwise_or_(torch.arange(N)).numpy()
+        if 2 * k < N:
+            both.partition(N - k, -1)
+        both = both[:, N - k:] if 2 * k < N else both
+        both.sort(-1)
+        found.append(torch.from_numpy(both[:, -k:]).flip(-1).bitwise_and_(0xFFFFFFFF))
+    return torch.cat(found).view(*scores.shape[:-1], k)
 
 
 @sorted_best.register_fake
@@ -438,8 +445,8 @@ def _(scores, k):
 
 
 def best(scores, k):
-    """Where the k largest of scores (..., N) stand, largest first: (..., k). On a CPU many rows of up to 1,024 are sorted whole, which takes
-    a fifth to a fifteenth of topk's time."""
+    """Where the k largest of scores (..., N) stand, largest first: (..., k). On a CPU many rows of up to 1,024 go another way, which takes
+    a fourth to a fifteenth of topk's time."""
     if scores.dtype == torch.float32 and scores.device.type == "cpu" and scores.size(-1) <= 1024 and scores.numel() >= 64 * scores.size(-1):
         return sorted_best(scores.detach(), k)
     return scores.topk(k)[1]
@@ -493,73 +500,97 @@ class Clusters:
     the direction in which it is longest; whenever the number of keys has doubled, all of them choose their page anew. A query
     reads the keys of those pages that may hold the best: mean score plus two standard deviations, had the page no direction.
 
-    Inverted files (Sivic and Zisserman 2003) whose lists split as those of SPFresh (Xu et al. 2023, arXiv:2410.14452)."""
+    Inverted files (Sivic and Zisserman 2003) whose lists split and go as those of SPFresh (Xu et al. 2023, arXiv:2410.14452)."""
 
-    def __init__(self, dim, size=128, device="cpu"):
+    def __init__(self, dim, size=96, device="cpu"):
         self.size, self.n_page, self.n_key, self.settled = size, 1, 0, size
         self.slot = torch.arange(size, device=device)
-        self.keys = torch.zeros(1, size, dim, device=device)
+        self.keys = torch.zeros(1, size, -(-dim // 4) * 4, device=device)  # grouped_mm takes multiples of 4
         self.ids = torch.zeros(1, size, dtype=torch.long, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # how many keys each page has: its first ones
-        self.mean, self.spread = torch.zeros(1, dim, device=device), torch.zeros(1, device=device)
+        self.mean, self.spread = torch.zeros_like(self.keys[:, 0]), torch.zeros(1, device=device)
         self.home = torch.zeros(0, dtype=torch.long, device=device)  # the page of each id
 
     def __len__(self):
         return int(self.count.sum())
 
+    def wide(self, x):
+        return F.pad(x.float(), (0, self.keys.size(-1) - x.size(-1)))
+
     @torch.no_grad()
     def add(self, keys, ids=None):
         """Take in keys (n, D) under ids (n,) that are not there yet; by default the numbers that follow those of before."""
-        self.place(keys.float(), torch.arange(self.n_key, self.n_key + len(keys), device=keys.device) if ids is None else ids)
+        ids = torch.arange(self.n_key, self.n_key + len(keys), device=keys.device) if ids is None else ids
         self.n_key += len(keys)
+        if not len(keys):
+            return
+        if (most := int(ids.max())) >= len(self.home):
+            self.home = F.pad(self.home, (0, most + 1), value=-1)
+        keys, mean = self.wide(keys), self.mean[:self.n_page]
+        self.place(keys, ids, torch.cat([nearness(x, mean).argmax(-1) for x in keys.split(1024)]))
         if len(self) > 2 * self.settled:
-            held = self.slot < self.count[:, None]
-            keys, ids = self.keys[held], self.ids[held]
-            self.settled = len(ids)
-            self.count.zero_()
-            self.place(keys, ids)
+            self.settled = len(self)
+            for _ in range(5):
+                self.settle()
 
-    def place(self, keys, ids):
+    def place(self, keys, ids, page):
+        """Put keys (n, D) in those pages (n,), and where one is full, in the nearer of its halves."""
         while len(keys):
-            if (most := int(ids.max())) >= len(self.home):
-                self.home = F.pad(self.home, (0, most + 1), value=-1)
-            mean = self.mean[:self.n_page]
-            page = torch.cat([(x @ mean.t() - mean.square().sum(-1) / 2).argmax(-1) for x in keys.split(4096)])
             page, order = page.sort(stable=True)
             keys, ids, new = keys[order], ids[order], torch.bincount(page, minlength=len(self.count))
             at = self.count[page] + torch.arange(len(page), device=page.device) - (new.cumsum(0) - new)[page]
             fits = at < self.size
             self.keys[page[fits], at[fits]], self.ids[page[fits], at[fits]] = keys[fits], ids[fits]
-            self.home[ids] = page  # of those without room, too: they come again below
+            self.home[ids[fits]] = page[fits]
             self.count = (self.count + new).clamp(max=self.size)
             self.measure(new.nonzero()[:, 0])
-            keys, ids = keys[~fits], ids[~fits]
+            keys, ids, page = keys[~fits], ids[~fits], page[~fits]
             if len(keys):
-                self.split(page[~fits].unique())
+                full, which = page.unique(return_inverse=True)
+                half = self.split(full)[which]
+                near = [(keys * m - m.square() / 2).sum(-1) for m in (self.mean[page], self.mean[half])]
+                page = torch.where(near[1] > near[0], half, page)
+
+    def settle(self, near=128):
+        """All keys choose their page anew, among those whose means are nearest to that of their page; pages with few are given up."""
+        mean, count, found = self.mean[:self.n_page], self.count[:self.n_page], []
+        held, few = self.slot < count[:, None], count < 0.6 * count[count > 0].float().mean()
+        shut = torch.zeros_like(mean[:, 0]).masked_fill(few, -1e30)
+        for some in torch.arange(self.n_page, device=mean.device).split(1024):
+            pages = top(nearness(mean[some], mean) + shut, min(near, self.n_page))[1]  # (n, near)
+            score = self.keys[some] @ mean[pages].mT + (shut[pages] - mean[pages].square().sum(-1) / 2)[:, None]
+            found.append(pages.gather(1, score.argmax(-1))[held[some]])
+        keys, ids = self.keys[:self.n_page][held], self.ids[:self.n_page][held]
+        self.count.zero_()
+        self.place(keys, ids, torch.cat(found))
 
     def measure(self, pages):
-        x, held = self.keys[pages], (self.slot < self.count[pages, None])[..., None]
-        n = self.count[pages, None].clamp(min=1)
-        self.mean[pages] = mean = (x * held).sum(1) / n
-        self.spread[pages] = (((x - mean[:, None]) * held).square().sum(1) / n).mean(-1).sqrt()
+        for some in pages.split(4096):
+            x, held = self.keys[some], (self.slot < self.count[some, None])[..., None]
+            n = self.count[some, None].clamp(min=1)
+            self.mean[some] = mean = (x * held).sum(1) / n
+            self.spread[some] = (((x - mean[:, None]) * held).square().sum(1) / n).mean(-1).sqrt()
 
     def split(self, full):
+        """Halve those pages (n,); -> the pages that take the other halves (n,)."""
+        empty = (self.count[:self.n_page] == 0).nonzero()[:, 0]
+        halves = torch.cat((empty, torch.arange(self.n_page, self.n_page + len(full), device=full.device)))[:len(full)]
+        self.n_page = max(self.n_page, int(halves.max()) + 1)
+        if self.n_page > len(self.count):
+            for name in ("keys", "ids", "count", "mean", "spread"):
+                t = getattr(self, name)
+                setattr(self, name, torch.cat((t, t.new_zeros(self.n_page, *t.shape[1:]))))
         x = self.keys[full] - self.mean[full, None]
         way = x[:, :1]
         for _ in range(6):  # towards the first principal direction
             way = F.normalize((x @ way.mT).mT @ x, dim=-1)
         order = (x @ way.mT)[..., 0].argsort(-1)
-        halves = torch.arange(self.n_page, self.n_page + len(full), device=full.device)
-        self.n_page += len(full)
-        if self.n_page > len(self.count):
-            for name in ("keys", "ids", "count", "mean", "spread"):
-                t = getattr(self, name)
-                setattr(self, name, torch.cat((t, t.new_zeros(self.n_page, *t.shape[1:]))))
         keys, ids = self.keys[full[:, None], order], self.ids[full[:, None], order]
         for pages, a, b in ((full, 0, self.size // 2), (halves, self.size // 2, self.size)):
             self.keys[pages, :b - a], self.ids[pages, :b - a], self.count[pages] = keys[:, a:b], ids[:, a:b], b - a
             self.home[ids[:, a:b]] = pages[:, None]
             self.measure(pages)
+        return halves
 
     def drop(self, ids):
         """Forget the keys under those of ids (n,) that there are."""
@@ -578,22 +609,32 @@ class Clusters:
         where there are no more."""
         if len(q) > 4096:
             return tuple(torch.cat(part) for part in zip(*(self.search(x, k, probes) for x in q.split(4096))))
-        q = q.float()
-        hope = products(q, self.mean) + 2 * q.norm(dim=-1, keepdim=True) * self.spread
-        probe = top(hope.masked_fill(self.count == 0, float("-inf")), min(probes, len(self.count)))[1]  # (Q, P)
-        if probe.numel() < self.n_page:  # few: the keys come to the queries
-            scores = torch.einsum("qpsd,qd->qps", self.keys[probe], q)
-            scores = scores.masked_fill(self.slot >= self.count[probe][..., None], float("-inf"))
+        q, n = self.wide(q), self.n_page
+        spread = self.spread[:n].masked_fill(self.count[:n] == 0, -1e30)
+        hope = products(torch.cat((q, 2 * q.norm(dim=-1, keepdim=True)), -1), torch.cat((self.mean[:n], spread[:, None]), -1))
+        probe = top(hope, min(probes, n))[1]  # (Q, P)
+        if probe.numel() < n:  # few: the keys come to the queries, and pair p is place p of probe
+            page, pair = probe.flatten(), torch.arange(probe.numel(), device=q.device)
+            scores = torch.einsum("qpsd,qd->qps", self.keys[probe], q).flatten(0, 1)
         else:  # the queries come to the keys, page by page
             page, order = probe.flatten().sort()
-            x = q[order // probe.size(1)]
-            found, a = x.new_full((len(x), self.size), float("-inf")), 0
-            for p, (n, m) in enumerate(zip(torch.bincount(page).tolist(), self.count.tolist())):
-                torch.mm(x[a:a + n], self.keys[p, :m].t(), out=found[a:a + n, :m])
-                a += n
-            scores = torch.empty_like(found).index_copy_(0, order, found)
-        scores, best = top(scores.view(len(q), -1), min(k, probe.size(1) * self.size))
-        return scores, self.ids[probe.gather(1, best // self.size), best % self.size]
+            scores = F.grouped_mm(q.index_select(0, order // probe.size(1)), self.keys[:n].mT,
+                                  offs=torch.bincount(page, minlength=n).cumsum(0).int())
+            pair = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=q.device))
+        void = torch.zeros_like(self.slot, dtype=q.dtype).masked_fill(self.slot >= self.count[:, None], float("-inf"))
+        scores += void.index_select(0, page)  # (pairs, size)
+        a, b, c, d = scores.chunk(4, 1)  # the best lie in the k groups of 4 with the largest maxima
+        groups = torch.maximum(torch.maximum(a, b), torch.maximum(c, d)).index_select(0, pair).view(len(q), -1)
+        group, n = best(groups, min(k, groups.size(1))), a.size(1)
+        which, slots = group // n, torch.cat([group % n + i * n for i in range(4)], 1)
+        values = scores.take(pair.view(probe.shape).gather(1, which).repeat(1, 4) * self.size + slots)
+        places = best(values, min(k, values.size(1)))
+        return values.gather(1, places), self.ids[probe.gather(1, which).repeat(1, 4).gather(1, places), slots.gather(1, places)]
+
+
+def nearness(x, means):
+    """-> (n, N), larger where x (n, D) is nearer to one of means (N, D)."""
+    return products(x, means) - means.square().sum(-1) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

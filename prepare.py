@@ -4,7 +4,7 @@
     python prepare.py --input=book.txt --name=book       a text of your own; repeat --input for several documents
     python prepare.py --tokenizer=gpt2                   any tiktoken encoding instead of characters
     python prepare.py cipher                             a synthetic task; others: chain, plan, fork, parity, even_pairs,
-                                                         cycle_navigation, modular_arithmetic, reverse_string
+                                                         cycle_navigation, modular_arithmetic, reverse_string, facts
 
 Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their own shares) and meta.json.
 """

@@ -591,6 +591,22 @@ def test_clusters():
     assert torch.equal(grown.search(q, 10, probes=10 ** 6)[1] % 10 ** 6, places)
 
 
+def test_clusters_use_empty_pages_again():
+    g = torch.Generator().manual_seed(0)
+    index, n = Clusters(5, size=8), []  # 5: any width will do
+    for _ in range(6):
+        ids = torch.arange(index.n_key, index.n_key + 400)
+        keys = torch.randn(400, 5, generator=g)
+        index.add(keys)
+        values, places = index.search(keys, 3, probes=10 ** 6)
+        want = search(keys, keys, 3)
+        torch.testing.assert_close(values, want[0])
+        assert torch.equal(places - ids[0], want[1])
+        index.drop(ids)
+        n.append(index.n_page)
+    assert len(index) == 0 and n[-1] < 3 * n[0], "what is dropped leaves room"
+
+
 def test_clusters_of_few_and_of_equal_keys():
     index = Clusters(4, size=8)
     scores, _ = index.search(torch.ones(2, 4), 3)
