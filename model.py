@@ -424,7 +424,7 @@ def attend(q, k, v, mask, dropout):
 
 
 @torch.library.custom_op("nanoconcept::best", mutates_args=(), device_types="cpu")
-def sorted_best(scores: torch.Tensor, k: int) -> torch.Tensor:
+def sorted_best(scores: torch.Tensor, k: int, ordered: bool) -> torch.Tensor:
     """`best` of many short rows in fp32: 64-bit numbers, the score's bits above its place, partitioned and sorted by NumPy, which has
     both vectorised; as many rows at a time as stay in the cache."""
     N, found = scores.size(-1), []
@@ -433,47 +433,48 @@ def sorted_best(scores: torch.Tensor, k: int) -> torch.Tensor:
         both = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32).bitwise_or_(torch.arange(N)).numpy()
         if 2 * k < N:
             both.partition(N - k, -1)
-        both = both[:, N - k:] if 2 * k < N else both
-        both.sort(-1)
+            both = both[:, N - k:]
+        if ordered or both.shape[1] > k:
+            both.sort(-1)
         found.append(torch.from_numpy(both[:, -k:]).flip(-1).bitwise_and_(0xFFFFFFFF))
     return torch.cat(found).view(*scores.shape[:-1], k)
 
 
 @sorted_best.register_fake
-def _(scores, k):
+def _(scores, k, ordered):
     return scores.new_empty((*scores.shape[:-1], k), dtype=torch.long)
 
 
-def best(scores, k):
-    """Where the k largest of scores (..., N) stand, largest first: (..., k). On a CPU many rows of up to 1,024 go another way, which takes
+def best(scores, k, ordered=True):
+    """Where the k largest of scores (..., N) stand, largest first if they are to be ordered: (..., k). On a CPU many rows of up to 1,024 go another way, which takes
     a fourth to a fifteenth of topk's time."""
     if scores.dtype == torch.float32 and scores.device.type == "cpu" and scores.size(-1) <= 1024 and scores.numel() >= 64 * scores.size(-1):
-        return sorted_best(scores.detach(), k)
-    return scores.topk(k)[1]
+        return sorted_best(scores.detach(), k, ordered)
+    return scores.topk(k, sorted=ordered)[1]
 
 
-def top(scores, k, group=8):
-    """The k largest of scores (..., N), largest first, and where they stand: (..., k) each, exactly. They lie in the k groups of
+def top(scores, k, group=8, ordered=True):
+    """The k largest of scores (..., N), largest first if they are to be ordered, and where they stand: (..., k) each, exactly. They lie in the k groups of
     8 with the largest maxima, and those are found in the same way; where values are equal, either may be taken. Values have a
     gradient. On a CPU it takes a fifth to a half of topk's time for many rows and k = 32, a quarter for one of a million."""
     N = scores.size(-1)
     n = N // group
     if N < 16 * k or scores.numel() < 2 ** 17 or scores.device.type != "cpu":
-        places = best(scores, k)
+        places = best(scores, k, ordered)
     else:
         groups = scores.detach()[..., :n * group].unflatten(-1, (group, n))  # j, j + n, j + 2n, ..: so the maxima are of vectors
-        found = top(groups.amax(-2), k)[1]
+        found = top(groups.amax(-2), k, ordered=False)[1]
         rest = torch.arange(n * group, N, device=scores.device).expand(*found.shape[:-1], -1)
         places = torch.cat([found + i * n for i in range(group)] + [rest], dim=-1)
-        places = places.gather(-1, best(scores.detach().gather(-1, places), k))
+        places = places.gather(-1, best(scores.detach().gather(-1, places), k, ordered))
     return scores.gather(-1, places), places
 
 
-def products(q, keys):
-    """q (Q, D) and keys (N, D) -> (Q, N). In fp32 on a CPU by oneDNN, on an AMD in half the time of the library behind @."""
+def products(q, keys, bias=None):
+    """q (Q, D), keys (N, D), and what is added for each key (N,) -> (Q, N). In fp32 on a CPU by oneDNN, on an AMD in half the time of the library behind @."""
     if len(q) > 8 and q.dtype == torch.float32 and q.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(q, keys.contiguous(), None, "none", [], "")
-    return q @ keys.t()
+        return torch.ops.mkldnn._linear_pointwise(q, keys.contiguous(), bias, "none", [], "")
+    return F.linear(q, keys, bias)
 
 
 @torch.no_grad()
@@ -486,7 +487,7 @@ def search(q, keys, k, room=2 ** 24, span=2 ** 16):
         near = []
         for first in range(0, len(keys), span):
             part = keys[first:first + span].to(q.dtype)
-            values, places = top(products(x, part), min(k, len(part)))
+            values, places = top(products(x, part), min(k, len(part)), ordered=False)
             near.append((values, places + first))
         values, places = (torch.cat(part, dim=-1) for part in zip(*near))
         order = best(values, k)
@@ -495,32 +496,33 @@ def search(q, keys, k, room=2 ** 24, span=2 ** 16):
 
 
 class Clusters:
-    """An approximate index of keys (D wide) by their inner product with queries, that grows with its keys. They live in pages of
+    """An approximate index, on the CPU, of keys (D wide) by their inner product with queries, that grows with its keys. They live in pages of
     `size`, each around its mean, and a new one goes to the page whose mean is nearest. A full page splits in two halves, across
     the direction in which it is longest; whenever the number of keys has doubled, all of them choose their page anew. A query
     reads the keys of those pages that may hold the best: mean score plus two standard deviations, had the page no direction.
 
     Inverted files (Sivic and Zisserman 2003) whose lists split and go as those of SPFresh (Xu et al. 2023, arXiv:2410.14452)."""
 
-    def __init__(self, dim, size=96, device="cpu"):
+    def __init__(self, dim, size=96):
         self.size, self.n_page, self.n_key, self.settled = size, 1, 0, size
-        self.slot = torch.arange(size, device=device)
-        self.keys = torch.zeros(1, size, -(-dim // 4) * 4, device=device)  # grouped_mm takes multiples of 4
-        self.ids = torch.zeros(1, size, dtype=torch.long, device=device)
-        self.count = torch.zeros(1, dtype=torch.long, device=device)  # how many keys each page has: its first ones
-        self.mean, self.spread = torch.zeros_like(self.keys[:, 0]), torch.zeros(1, device=device)
-        self.home = torch.zeros(0, dtype=torch.long, device=device)  # the page of each id
+        self.slot = torch.arange(size)
+        self.keys = torch.zeros(1, size, -(-dim // 4) * 4)  # grouped_mm takes multiples of 4
+        self.ids = torch.zeros(1, size, dtype=torch.long)
+        self.count = torch.zeros(1, dtype=torch.long)  # how many keys each page has: its first ones
+        self.mean, self.spread = torch.zeros_like(self.keys[:, 0]), torch.zeros(1)
+        self.void = torch.full((1, size), float("-inf"))  # what is added to a score: nothing where there is a key
+        self.home = torch.zeros(0, dtype=torch.long)  # the page of each id
 
     def __len__(self):
         return int(self.count.sum())
 
     def wide(self, x):
-        return F.pad(x.float(), (0, self.keys.size(-1) - x.size(-1)))
+        return F.pad(x.float().cpu(), (0, self.keys.size(-1) - x.size(-1)))
 
     @torch.no_grad()
     def add(self, keys, ids=None):
         """Take in keys (n, D) under ids (n,) that are not there yet; by default the numbers that follow those of before."""
-        ids = torch.arange(self.n_key, self.n_key + len(keys), device=keys.device) if ids is None else ids
+        ids = torch.arange(self.n_key, self.n_key + len(keys)) if ids is None else ids.cpu()
         self.n_key += len(keys)
         if not len(keys):
             return
@@ -538,7 +540,7 @@ class Clusters:
         while len(keys):
             page, order = page.sort(stable=True)
             keys, ids, new = keys[order], ids[order], torch.bincount(page, minlength=len(self.count))
-            at = self.count[page] + torch.arange(len(page), device=page.device) - (new.cumsum(0) - new)[page]
+            at = self.count[page] + torch.arange(len(page)) - (new.cumsum(0) - new)[page]
             fits = at < self.size
             self.keys[page[fits], at[fits]], self.ids[page[fits], at[fits]] = keys[fits], ids[fits]
             self.home[ids[fits]] = page[fits]
@@ -556,28 +558,30 @@ class Clusters:
         mean, count, found = self.mean[:self.n_page], self.count[:self.n_page], []
         held, few = self.slot < count[:, None], count < 0.6 * count[count > 0].float().mean()
         shut = torch.zeros_like(mean[:, 0]).masked_fill(few, -1e30)
-        for some in torch.arange(self.n_page, device=mean.device).split(1024):
-            pages = top(nearness(mean[some], mean) + shut, min(near, self.n_page))[1]  # (n, near)
+        for some in torch.arange(self.n_page).split(1024):
+            pages = top(nearness(mean[some], mean, shut), min(near, self.n_page), ordered=False)[1]  # (n, near)
             score = self.keys[some] @ mean[pages].mT + (shut[pages] - mean[pages].square().sum(-1) / 2)[:, None]
             found.append(pages.gather(1, score.argmax(-1))[held[some]])
         keys, ids = self.keys[:self.n_page][held], self.ids[:self.n_page][held]
         self.count.zero_()
         self.place(keys, ids, torch.cat(found))
+        self.measure((self.count[:self.n_page] == 0).nonzero()[:, 0])
 
     def measure(self, pages):
         for some in pages.split(4096):
-            x, held = self.keys[some], (self.slot < self.count[some, None])[..., None]
-            n = self.count[some, None].clamp(min=1)
-            self.mean[some] = mean = (x * held).sum(1) / n
-            self.spread[some] = (((x - mean[:, None]) * held).square().sum(1) / n).mean(-1).sqrt()
+            x, n, held = self.keys[some], self.count[some, None], self.slot < self.count[some, None]
+            self.mean[some] = mean = (x * held[..., None]).sum(1) / n.clamp(min=1)
+            spread = (((x - mean[:, None]) * held[..., None]).square().sum(1) / n.clamp(min=1)).mean(-1).sqrt()
+            self.spread[some] = spread.masked_fill(n[:, 0] == 0, -1e30)  # no query goes there
+            self.void[some] = torch.zeros_like(self.void[some]).masked_fill(~held, float("-inf"))
 
     def split(self, full):
         """Halve those pages (n,); -> the pages that take the other halves (n,)."""
         empty = (self.count[:self.n_page] == 0).nonzero()[:, 0]
-        halves = torch.cat((empty, torch.arange(self.n_page, self.n_page + len(full), device=full.device)))[:len(full)]
+        halves = torch.cat((empty, torch.arange(self.n_page, self.n_page + len(full))))[:len(full)]
         self.n_page = max(self.n_page, int(halves.max()) + 1)
         if self.n_page > len(self.count):
-            for name in ("keys", "ids", "count", "mean", "spread"):
+            for name in ("keys", "ids", "count", "mean", "spread", "void"):
                 t = getattr(self, name)
                 setattr(self, name, torch.cat((t, t.new_zeros(self.n_page, *t.shape[1:]))))
         x = self.keys[full] - self.mean[full, None]
@@ -594,6 +598,7 @@ class Clusters:
 
     def drop(self, ids):
         """Forget the keys under those of ids (n,) that there are."""
+        ids = ids.cpu()
         ids = ids[ids < len(self.home)]
         pages = self.home[ids].unique()
         pages = pages[pages >= 0]
@@ -609,32 +614,31 @@ class Clusters:
         where there are no more."""
         if len(q) > 4096:
             return tuple(torch.cat(part) for part in zip(*(self.search(x, k, probes) for x in q.split(4096))))
-        q, n = self.wide(q), self.n_page
-        spread = self.spread[:n].masked_fill(self.count[:n] == 0, -1e30)
-        hope = products(torch.cat((q, 2 * q.norm(dim=-1, keepdim=True)), -1), torch.cat((self.mean[:n], spread[:, None]), -1))
-        probe = top(hope, min(probes, n))[1]  # (Q, P)
+        device, q, n = q.device, self.wide(q), self.n_page
+        hope = products(F.normalize(q, dim=-1), self.mean[:n], 2 * self.spread[:n])
+        probe = top(hope, min(probes, n), ordered=False)[1]  # (Q, P)
         if probe.numel() < n:  # few: the keys come to the queries, and pair p is place p of probe
-            page, pair = probe.flatten(), torch.arange(probe.numel(), device=q.device)
+            page, pair = probe.flatten(), torch.arange(probe.numel())
             scores = torch.einsum("qpsd,qd->qps", self.keys[probe], q).flatten(0, 1)
         else:  # the queries come to the keys, page by page
             page, order = probe.flatten().sort()
             scores = F.grouped_mm(q.index_select(0, order // probe.size(1)), self.keys[:n].mT,
                                   offs=torch.bincount(page, minlength=n).cumsum(0).int())
-            pair = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=q.device))
-        void = torch.zeros_like(self.slot, dtype=q.dtype).masked_fill(self.slot >= self.count[:, None], float("-inf"))
-        scores += void.index_select(0, page)  # (pairs, size)
+            pair = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+        scores += self.void.index_select(0, page)  # (pairs, size)
         a, b, c, d = scores.chunk(4, 1)  # the best lie in the k groups of 4 with the largest maxima
         groups = torch.maximum(torch.maximum(a, b), torch.maximum(c, d)).index_select(0, pair).view(len(q), -1)
-        group, n = best(groups, min(k, groups.size(1))), a.size(1)
+        group, n = best(groups, min(k, groups.size(1)), ordered=False), a.size(1)
         which, slots = group // n, torch.cat([group % n + i * n for i in range(4)], 1)
         values = scores.take(pair.view(probe.shape).gather(1, which).repeat(1, 4) * self.size + slots)
         places = best(values, min(k, values.size(1)))
-        return values.gather(1, places), self.ids[probe.gather(1, which).repeat(1, 4).gather(1, places), slots.gather(1, places)]
+        ids = self.ids[probe.gather(1, which).repeat(1, 4).gather(1, places), slots.gather(1, places)]
+        return values.gather(1, places).to(device), ids.to(device)
 
 
-def nearness(x, means):
-    """-> (n, N), larger where x (n, D) is nearer to one of means (N, D)."""
-    return products(x, means) - means.square().sum(-1) / 2
+def nearness(x, means, shut=0.0):
+    """-> (n, N), larger where x (n, D) is nearer to one of means (N, D); shut (N,) takes some out."""
+    return products(x, means, -means.square().sum(-1) / 2 + shut)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1195,6 +1199,7 @@ PROBES = 64  # pages of an index that a query reads
 
 class Near:
     """One forward's view of what an associative memory can find: old entries and those of the window, in one row of numbers."""
+    ROOM = 2 ** 26  # scores at once
 
     def __init__(self, of, w, base):
         self.of, self.w, self.base, self.N, self.L = of, w, base, 0 if base is None else base.crf.size(-1), w.ok.size(1)
@@ -1211,7 +1216,9 @@ class Near:
             score, at = (torch.stack(t, 1) for t in zip(*(i.search(x.reshape(-1, D).float(), n, PROBES) for i, x in zip(base.index, q.unbind(1)))))
             score, at = (t.view(B, T, H, n).transpose(1, 2) for t in (score, at))
             return score.masked_fill(~there.expand(-1, -1, T, -1).gather(3, at), float("-inf")), at
-        keys = base.keys.to(q.dtype)
+        keys, room = base.keys.to(q.dtype), max(1, self.ROOM // (B * H * base.keys.size(2)))
+        if T > room:  # as many queries at a time as have room for their scores
+            return tuple(torch.cat(t, 2) for t in zip(*(self.old(x, there[:, :, 0], n) for x in q.split(room, 2))))
         if len(keys) == 1:  # one row stands for all: one product, and no copies of it
             score = (q.transpose(0, 1).reshape(1, H, B * T, D) @ keys.mT).view(H, B, T, -1).transpose(0, 1)
         else:

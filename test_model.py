@@ -37,7 +37,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import Clusters, Embedding, Exits, FeaturalMemory, GPT, GPTConfig, rms_norm, search, top
+from model import Clusters, Embedding, Exits, FeaturalMemory, GPT, GPTConfig, Near, rms_norm, search, top
 from train import Data, TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -576,7 +576,7 @@ def test_clusters():
     values, places = search(q, keys, 10)
     for index in (grown, batch):
         everything = index.search(q, 10, probes=10 ** 6)
-        assert torch.equal(everything[1], places) and torch.allclose(everything[0], values, atol=1e-5)
+        assert share(everything[1], places) > 0.999 and torch.allclose(everything[0], values, atol=1e-5)  # (rounding may swap two)
         found, ids = index.search(q, 10, probes=8)
         assert share(ids, places) > 0.95 and torch.allclose(found, (q[:, None] * keys[ids]).sum(-1), atol=1e-5)
         assert 8 * index.size < 0.25 * len(keys), "it reads a small part of the keys"
@@ -588,7 +588,7 @@ def test_clusters():
     grown.drop(gone)
     assert len(grown) == 6000 - len(gone) and not torch.isin(grown.search(q, 10)[1], gone).any()
     grown.add(keys[gone], gone + 10 ** 6)
-    assert torch.equal(grown.search(q, 10, probes=10 ** 6)[1] % 10 ** 6, places)
+    assert share(grown.search(q, 10, probes=10 ** 6)[1] % 10 ** 6, places) > 0.999
 
 
 def test_clusters_use_empty_pages_again():
@@ -903,6 +903,44 @@ def test_a_memory_chunk_searches_before_it_is_written():
     assert block.c_v.weight.grad is None or block.c_v.weight.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("flag", ["mem_drop", "mem_noise"])
+def test_what_is_found_is_dropped_or_blurred_in_training(flag):
+    """Each alone: a little changes little, all that is dropped is as if nothing were found, and evaluation knows neither."""
+    x = torch.randint(6, 24, (2, 16), generator=torch.Generator().manual_seed(9))
+
+    def logits(m, memory):
+        torch.manual_seed(0)
+        return m(x, memory=memory).logits
+    plain = memory_model()
+    memory = filled(plain, 2)
+    want, models = logits(plain, memory), [memory_model(**{flag: v}) for v in (1e-6, 0.5, 0.999999 if flag == "mem_drop" else 1e3)]
+    assert all(torch.equal(logits(m, memory), want) for m in models)
+    slight, half, most = (logits(m.train(), memory) for m in models)
+    torch.testing.assert_close(slight, want, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(half, want, atol=1e-3) and not torch.allclose(most, half, atol=1e-3)
+    if flag == "mem_drop":
+        deaf = memory_model()
+        for i in memory:
+            deaf.blocks[i].mlp.c_proj.weight.data.zero_()
+        torch.testing.assert_close(most, logits(deaf, memory))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_an_entry_pairs_a_key_with_what_came_later(shift):
+    m = memory_model(mem_novelty=2.0, mem_shift=shift)
+    got = {}
+    for name in ("c_k", "c_v"):
+        getattr(m.blocks[1].mlp, name).register_forward_hook(lambda _, x, y, name=name: got.update({name: y.view(1, 16, 2, 8).transpose(1, 2)}))
+    x = torch.randint(6, 24, (1, 16), generator=torch.Generator().manual_seed(9))
+    x[0, 7] = 5  # no pair reaches over the end of a document, and what ended is gone
+    wrote = m(x, memory=m.init_memory(1)).wrote[1]
+    there = (wrote.crf[0, -1, :, 24:] > 0).all(0)
+    assert there.tolist() == [t >= 7 + shift for t in range(16)]
+    keys = got["c_k"][:, :, there.nonzero()[:, 0] - shift]
+    torch.testing.assert_close(wrote.keys[:, :, there], keys / keys.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(wrote.values[:, :, there], got["c_v"][:, :, there])
+
+
 def test_a_document_sees_its_own_entries():
     """Behind an end of text nothing hangs on what was stored before it, and it is gone from the memory; recurrences alone
     carry the rest, so the layers are R and M's attention is cut off."""
@@ -991,7 +1029,7 @@ def test_memory_outlasts_the_window():
     assert not torch.allclose(plain.logits[0], d.logits[0], atol=1e-3)
 
 
-def test_an_index_finds_what_search_finds():
+def test_an_index_finds_what_search_finds(monkeypatch):
     """With every page read an index is exact, also after the memory was written to."""
     m = memory_model(mem_novelty=2.0)
     ids = torch.randint(6, 24, (120,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -1003,6 +1041,8 @@ def test_an_index_finds_what_search_finds():
         for i in exact:
             exact[i].write(a.wrote[i]), indexed[i].write(b.wrote[i])
         assert indexed[1].index[0].count.sum() == (indexed[1].crf[0, 0] > 0).sum()
+    monkeypatch.setattr(Near, "ROOM", 3 * 2 * len(exact[1].crf[0, 0]))  # queries three at a time find the same
+    torch.testing.assert_close(m(x, memory=exact).logits, m(x, memory=indexed).logits, atol=1e-5, rtol=1e-5)
     rows = sample.Decoder(m, [[1, 2], [3, 4, 5]], memory=indexed)
     torch.testing.assert_close(rows.logits, sample.Decoder(m, [[1, 2], [3, 4, 5]], memory=exact).logits, atol=1e-5, rtol=1e-5)
 
@@ -1508,6 +1548,13 @@ def test_nanogpt_presets_are_faithful(preset, millions):
     assert not tcfg.compile and tcfg.dtype == "float32" and (tcfg.beta2, tcfg.weight_decay, tcfg.warmup_iters) == (0.99, 0.1, 100)
 
 
+def test_values_of_memories_learn_at_a_rate_of_their_own():
+    model = GPT(GPTConfig(**BASE, layers="AF", **FEATURAL), 0)
+    rates = {id(p): g["lr"] for o in train.make_optimizers(model, TrainConfig(learning_rate=0.01, value_lr=7.0)) for g in o.param_groups
+             for p in g["params"]}
+    assert rates[id(model.blocks[1].mlp.values.weight)] == pytest.approx(0.07) and rates[id(model.wte.weight)] == pytest.approx(0.01)
+
+
 def test_a_small_table_as_a_product_is_the_lookup():
     """What a compiled training step makes of a small table on a CPU: the rows of the lookup, and the same gradient."""
     table, ids = Embedding(24, 8), torch.randint(24, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -1641,6 +1688,8 @@ def test_bad_teachers(teacher, data_dir, tmp_path):
     refused(train.main, [f"--teacher={teacher}", *argv, *slots, "--block_size=17", f"--out_dir={tmp_path}/p"], "block_size of at most 16")
     refused(train.main, [f"--teacher={teacher}", *argv, "--dataset=chain", "--block_size=64"], "another tokenizer", "'chain'")
     refused(train.main, [f"--teacher={teacher}", "--distill=0"], "distill_ce")
+    refused(train.main, ["--distill_ce=1", *argv], "distill_ce", "--teacher=")
+    refused(train.main, ["--value_lr=3", *argv], "value_lr", "F")
     refused(train.main, [f"--teacher={teacher}", "--distill_match=-1"], "distill_match")
     (tmp_path / "text.pt").write_text("nothing of the kind")
     refused(train.main, [f"--teacher={tmp_path}/text.pt", *argv], "text.pt is not a checkpoint")
@@ -2670,6 +2719,9 @@ def test_knn_from_the_shell(trained, data_dir, capsys, tmp_path, monkeypatch):
     assert said(*go, f"--knn={store}", "--knn_lambda=0") == plain and said(*go, f"--knn={store}", "--knn_lambda=0.9") != plain
     learnt = said("--prompt=" + text[:60], "--max_new_tokens=100", "--temperature=0", f"--knn={store}", "--knn_lambda=1", "--knn_k=1")
     assert learnt[60:].strip() and learnt.strip() in text  # the nearest place of a text that was learned is that place
+    near, *far = (json.loads(said(*go, "--json", f"--knn={store}", "--knn_lambda=1", f"--knn_temp={t}").splitlines()[0])["entropy"] for t in
+                  (1e-5, 1e6, 2e6))
+    assert near < 0.1 and far[0] == far[1] > 1  # what stood behind the nearest place alone, or behind all places alike
     for more in (["--n=3"], ["--beams=2"], ["--best_of=2"], ["--soft"], [f"--amateur={trained}/weak"], ["--dtype=bfloat16"]):
         assert len(said(*go, f"--knn={store}", *more)) >= 40
     rows = [json.loads(l) for l in said(*go, "--json", f"--knn={store}").splitlines()]

@@ -90,6 +90,9 @@ class TrainConfig:
                       "muon_lr", "value_lr", "stream", "distill", "distill_match", "distill_ce", "seed")
         if self.teacher and not (self.distill or self.distill_ce):
             raise ValueError("distill = 0 and distill_ce = 0 leave nothing to learn but what feed-forward layers give; set one of them")
+        for name in ("distill", "distill_match", "distill_ce"):
+            if not self.teacher and getattr(self, name) != getattr(TrainConfig, name):
+                raise ValueError(f"{name} is what a teacher's word counts, and there is none; give --teacher=PATH")
         config.within(self, 0, 1, "history_drop", "cooldown")
         config.within(self, 0, 0.99999, "momentum", "beta1", "beta2")
         config.within(self, 1e-12, None, "learning_rate")
@@ -554,6 +557,8 @@ class Runner:
             raise UserError(f"batch_size * gradient_accumulation_steps ({tcfg.batch_size} * "
                             f"{tcfg.gradient_accumulation_steps}) rows cannot be dealt evenly to {place.world} processes in "
                             f"whole micro-steps; choose multiples")
+        if tcfg.value_lr != TrainConfig.value_lr and "F" not in mcfg.layers:
+            raise UserError("value_lr has no featural memory to work on; put an F into layers")
         self.peak = matmul_peak(place)  # before torch.compile, whose workers take the cores while they start
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
         self.model.dtype = place.dtype
