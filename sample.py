@@ -540,6 +540,8 @@ def absorb(model, ids, piece=8192, rows=32):
     """Read ids into memory, without a gradient: pieces of the text are read side by side, each into a memory of its own, half a
     window at a time behind the half before. -> {block: [(keys (n, D), values (n, D), places in ids (n,)) for each head]}."""
     T, n, device = model.cfg.block_size, len(ids), model.wte.weight.device
+    if list(model.init_memory(1, size=0)) == [model.blocks[-1].i] and model.cfg.mem_novelty > 1:
+        piece = min(piece, 4 * T)  # what the last block finds changes nothing that is written, and little is searched faster
     ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
     firsts, found = torch.arange(0, n, max(piece, T)), {}
     for first in prepare.bar(firsts.split(rows), desc="read"):

@@ -1060,6 +1060,12 @@ def test_reading_into_memory():
         assert max(later) < 1e-5  # the same text behind them
     short = sample.absorb(m, ids[:5])
     assert sorted(short[1][0][2].tolist()) == [1, 2, 3, 4]
+    # where nothing that is written hangs on what is found, pieces are short, and their length does not matter; elsewhere it does
+    for layers, same in (("AAM", True), ("AMM", False)):
+        m = memory_model(layers=layers, mem_novelty=2.0)
+        (k1, v1, p1), (k2, v2, p2) = ([t[place.argsort()] for t in (keys, values, place)] for n in (16, 10 ** 4)
+                                      for keys, values, place in sample.absorb(m, ids, piece=n, rows=3)[2][:1])
+        assert torch.equal(p1, p2) and torch.allclose(k1, k2, atol=1e-5) == torch.allclose(v1, v2, atol=1e-5) == same
 
 
 def test_answers_need_their_whole_document(tmp_path):

@@ -1,5 +1,5 @@
 """Facts that are told once and asked later, far outside the window, kept by an associative memory. python prepare.py facts makes the
-data; about a quarter of an hour on two cores. Then read facts of your own into it: python sample.py learn --help."""
+data; about half an hour on two cores. Then read facts of your own into it: python sample.py learn --help."""
 out_dir = "out/facts"
 dataset = "facts"
 layers = "AAAM"
@@ -15,5 +15,5 @@ mem_novelty = 2.0
 mem_noise = 0.1
 stream = 96
 batch_size = 8
-max_iters = 6000
+max_iters = 10000
 eval_interval = 2000
