@@ -1241,7 +1241,7 @@ def retrieval(cfg, Q=4096, N=65536, k=32):
         index[kind] = Clusters(64)
         index[kind].add(kinds[kind][1])
         for probes in (6, 16, 32):
-            arms[f"clusters, {probes} of {index[kind].n_page} pages", kind] = \
+            arms[f"clusters, {probes} of {int((index[kind].count > 0).sum())} pages", kind] = \
                 lambda c=index[kind], q=kinds[kind][0], p=probes: c.search(q, k, p)[1]
     found = {name: f() for name, f in arms.items()}
     times = turns(arms, cfg.rounds, seconds, 0.5)
@@ -1384,7 +1384,8 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
         read = seconds(lambda: found.append(sample.absorb(model, tok.encode("\n" + "".join(f"!{k} {v}\n" for k, v in known)))))
         entries = max(len(keys) for heads in found[0].values() for keys, *_ in heads)
         for how in ("exact", "index", "cleared") if size <= indexed else ("exact", "cleared"):  # an index takes as much room again, and more
-            memory, made = None, 0.0
+            d = memory = None  # the one before goes first
+            made = 0.0
             if how != "cleared":
                 box = []
                 made = seconds(lambda: box.append(sample.remembered(model, found[0], index=how == "index")))

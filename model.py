@@ -498,12 +498,14 @@ def search(q, keys, k, room=2 ** 24, span=2 ** 16):
 class Clusters:
     """An approximate index, on the CPU, of keys (D wide) by their inner product with queries, that grows with its keys. They live in pages of
     `size`, each around its mean, and a new one goes to the page whose mean is nearest. A full page splits in two halves, across
-    the direction in which it is longest; whenever the number of keys has doubled, all of them choose their page anew. A query
-    reads the keys of those pages that may hold the best: mean score plus two standard deviations, had the page no direction.
+    the direction in which it is longest; whenever the number of keys has doubled, all of them choose their page anew, five times. A
+    query reads the keys of those pages that may hold the best: mean score plus two standard deviations, had the page no direction.
 
     Inverted files (Sivic and Zisserman 2003) whose lists split and go as those of SPFresh (Xu et al. 2023, arXiv:2410.14452)."""
 
     def __init__(self, dim, size=96):
+        if size % 4:
+            raise ValueError(f"pages are read in groups of 4; size is a multiple of it, not {size}")
         self.size, self.n_page, self.n_key, self.settled = size, 1, 0, size
         self.slot = torch.arange(size)
         self.keys = torch.zeros(1, size, -(-dim // 4) * 4)  # grouped_mm takes multiples of 4
@@ -523,10 +525,10 @@ class Clusters:
     def add(self, keys, ids=None):
         """Take in keys (n, D) under ids (n,) that are not there yet; by default the numbers that follow those of before."""
         ids = torch.arange(self.n_key, self.n_key + len(keys)) if ids is None else ids.cpu()
-        self.n_key += len(keys)
         if not len(keys):
             return
-        if (most := int(ids.max())) >= len(self.home):
+        self.n_key = max(self.n_key, (most := int(ids.max())) + 1)
+        if most >= len(self.home):
             self.home = F.pad(self.home, (0, most + 1), value=-1)
         keys, mean = self.wide(keys), self.mean[:self.n_page]
         self.place(keys, ids, torch.cat([nearness(x, mean).argmax(-1) for x in keys.split(1024)]))
@@ -536,7 +538,7 @@ class Clusters:
                 self.settle()
 
     def place(self, keys, ids, page):
-        """Put keys (n, D) in those pages (n,), and where one is full, in the nearer of its halves."""
+        """Put keys (n, D) in those pages (n,), and where one is full, in the nearer of its halves; keys that are equal in either, by turns."""
         while len(keys):
             page, order = page.sort(stable=True)
             keys, ids, new = keys[order], ids[order], torch.bincount(page, minlength=len(self.count))
@@ -550,8 +552,9 @@ class Clusters:
             if len(keys):
                 full, which = page.unique(return_inverse=True)
                 half = self.split(full)[which]
-                near = [(keys * m - m.square() / 2).sum(-1) for m in (self.mean[page], self.mean[half])]
-                page = torch.where(near[1] > near[0], half, page)
+                nearer = (keys * (self.mean[half] - self.mean[page])).sum(-1) - (self.mean[half].square() - self.mean[page].square()).sum(-1) / 2
+                turn = (1e-6 * self.mean[page].square().sum(-1) + 1e-12) * (1 - 2 * (torch.arange(len(page)) % 2))  # (rounding)
+                page = torch.where(nearer > turn, half, page)
 
     def settle(self, near=128):
         """All keys choose their page anew, among those whose means are nearest to that of their page; pages with few are given up."""
@@ -583,7 +586,7 @@ class Clusters:
         if self.n_page > len(self.count):
             for name in ("keys", "ids", "count", "mean", "spread", "void"):
                 t = getattr(self, name)
-                setattr(self, name, torch.cat((t, t.new_zeros(self.n_page, *t.shape[1:]))))
+                setattr(self, name, torch.cat((t, t.new_zeros(self.n_page - len(t) + self.n_page // 4, *t.shape[1:]))))
         x = self.keys[full] - self.mean[full, None]
         way = x[:, :1]
         for _ in range(6):  # towards the first principal direction
@@ -617,7 +620,7 @@ class Clusters:
         device, q, n = q.device, self.wide(q), self.n_page
         hope = products(F.normalize(q, dim=-1), self.mean[:n], 2 * self.spread[:n])
         probe = top(hope, min(probes, n), ordered=False)[1]  # (Q, P)
-        if probe.numel() < n:  # few: the keys come to the queries, and pair p is place p of probe
+        if probe.numel() < min(n, 4096):  # few: the keys come to the queries, and pair p is place p of probe
             page, pair = probe.flatten(), torch.arange(probe.numel())
             scores = torch.einsum("qpsd,qd->qps", self.keys[probe], q).flatten(0, 1)
         else:  # the queries come to the keys, page by page
@@ -627,13 +630,15 @@ class Clusters:
             pair = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
         scores += self.void.index_select(0, page)  # (pairs, size)
         a, b, c, d = scores.chunk(4, 1)  # the best lie in the k groups of 4 with the largest maxima
-        groups = torch.maximum(torch.maximum(a, b), torch.maximum(c, d)).index_select(0, pair).view(len(q), -1)
-        group, n = best(groups, min(k, groups.size(1)), ordered=False), a.size(1)
+        n = a.size(1)
+        groups = torch.maximum(torch.maximum(a, b), torch.maximum(c, d)).index_select(0, pair).view(len(q), probe.size(1) * n)
+        group = best(groups, min(k, groups.size(1)), ordered=False)
         which, slots = group // n, torch.cat([group % n + i * n for i in range(4)], 1)
         values = scores.take(pair.view(probe.shape).gather(1, which).repeat(1, 4) * self.size + slots)
         places = best(values, min(k, values.size(1)))
         ids = self.ids[probe.gather(1, which).repeat(1, 4).gather(1, places), slots.gather(1, places)]
-        return values.gather(1, places).to(device), ids.to(device)
+        more = 0, k - places.size(1)
+        return F.pad(values.gather(1, places), more, value=float("-inf")).to(device), F.pad(ids, more).to(device)
 
 
 def nearness(x, means, shut=0.0):
@@ -1081,9 +1086,9 @@ class Memory:
             i, j = (t[..., None].expand(*t.shape, mine.size(-1)) for t in (slot, at))
             mine.scatter_(2, i, torch.where(better[..., None], new.gather(2, j).to(mine.dtype), mine.gather(2, i)))
         self.crf.scatter_(2, slot, torch.where(better, high, low))
-        for index, keys, some in zip(self.index or (), self.keys[0], zip(slot[0], better[0])):
-            places = some[0][some[1]]
-            index.drop(places)
+        for index, keys, places, new, left in zip(self.index or (), self.keys[0], slot[0], better[0], self.crf[0]):
+            places = places[new]
+            index.drop(torch.cat((places, (left == 0).nonzero()[:, 0])))
             index.add(keys[places], places)
         return slot, at, better
 
@@ -1213,9 +1218,10 @@ class Near:
         places, (B, H, T, n) each. A large memory may have an index, which finds almost all of them."""
         (B, H, T, D), base, there = q.shape, self.base, there[:, :, None]
         if base.index is not None:
-            score, at = (torch.stack(t, 1) for t in zip(*(i.search(x.reshape(-1, D).float(), n, PROBES) for i, x in zip(base.index, q.unbind(1)))))
-            score, at = (t.view(B, T, H, n).transpose(1, 2) for t in (score, at))
-            return score.masked_fill(~there.expand(-1, -1, T, -1).gather(3, at), float("-inf")), at
+            found = [i.search(x.reshape(-1, D), 2 * n, PROBES) for i, x in zip(base.index, q.unbind(1))]  # twice as many: some may be gone
+            score, at = (torch.stack(t, 1).view(B, T, H, 2 * n).transpose(1, 2) for t in zip(*found))
+            score, some = top(score.masked_fill(~there.expand(-1, -1, T, -1).gather(3, at), float("-inf")), n)
+            return score, at.gather(3, some)
         keys, room = base.keys.to(q.dtype), max(1, self.ROOM // (B * H * base.keys.size(2)))
         if T > room:  # as many queries at a time as have room for their scores
             return tuple(torch.cat(t, 2) for t in zip(*(self.old(x, there[:, :, 0], n) for x in q.split(room, 2))))

@@ -83,7 +83,7 @@ class SampleConfig:
     beams: int = 0  # beam search over so many texts, of which the n likeliest are shown; 0: off
     best_of: int = 0  # make so many samples and show the n likeliest; 0: off
     memory: str = ""  # a store that learn --memory wrote with this model: what blocks M find besides what they read
-    memory_index: bool = False  # memory: search it by an index, made at the start: faster from some 100,000 entries on, and almost always right
+    memory_index: bool = False  # memory: search it by an index, made at the start: faster from some 50,000 entries on, and almost always right
     knn: str = ""  # a datastore that learn --knn wrote with this model: mix in what came next at the places most like this one
     knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
     knn_k: int = 256  # knn: how many places
@@ -106,7 +106,7 @@ class SampleConfig:
         config.within(self, 0, 1, "top_p", "min_p", "alpha", "knn_lambda")
         config.within(self, 1, None, "knn_k")
         config.within(self, 1e-6, None, "knn_temp")
-        config.within(self, 0, None, "limit")
+        config.within(self, 0, 2 ** 62, "limit")
         config.within(self, 1e-6, 1 - 1e-6, "risk", "confidence")
         if self.exit and self.exit not in CONFIDENCE:
             raise ValueError(f"exit is one of {', '.join(CONFIDENCE)}, not {self.exit!r}")
@@ -955,14 +955,14 @@ TABLES = ("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
           "checksum INTEGER NOT NULL, uses INTEGER NOT NULL, worth REAL NOT NULL, last REAL NOT NULL)")
 COLUMNS = "id, layer, head, key, value, text, source, start, stop, checksum, uses, worth, last"
 STORE_FORMAT = "2"
-BROKEN = sqlite3.DatabaseError, UnicodeDecodeError  # what reading a damaged file may raise
+BROKEN = sqlite3.DatabaseError, UnicodeError  # what reading a damaged file may raise
 HALF_LIFE = 7 * 24 * 3600.0  # seconds after which a use counts half when entries are pruned
 
 
 def connect(path, write):
     """(a connection of the standard library's sort (PEP 249, `?` for parameters), whether the database is empty): another database would
     come in here. A commit is on the disk when it returns, readers go on while somebody writes, and deleting gives room back."""
-    db = sqlite3.connect(f"file:{urllib.parse.quote(os.path.abspath(path))}?mode={'rwc' if write else 'rw'}", uri=True, timeout=10)
+    db = sqlite3.connect(f"file:{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode={'rwc' if write else 'rw'}", uri=True, timeout=10)
     db.text_factory = lambda raw: raw.decode(errors="replace")  # a damaged text is for the checksum to find
     empty = not db.execute("PRAGMA schema_version").fetchone()[0]
     if write and empty:
@@ -985,7 +985,8 @@ def whole(entry):
     """Whether an entry, a tuple of COLUMNS, is as it was written."""
     *said, found, uses, worth, last = entry
     try:
-        return checksum(*said) == found and isinstance(uses, int) and isinstance(worth, float) and isinstance(last, float)
+        return checksum(*said) == found and isinstance(uses, int) and isinstance(worth, float) and \
+            isinstance(last, float) and 0 <= last < 2 ** 36  # (a time before the year 4147)
     except TypeError:  # a damaged column may have another type
         return False
 
@@ -1496,6 +1497,9 @@ def learn(cfg, *files):
         raise UserError("learn needs to know where to: --memory=PATH for blocks M, or --knn=PATH, one at a time")
     kind = "memory" if cfg.memory else "knn"
     target = getattr(cfg, kind)
+    for k in ("memory_index", "knn_k", "knn_lambda", "knn_temp"):
+        if getattr(cfg, k) != SampleConfig.__dataclass_fields__[k].default:
+            raise UserError(f"{k} is for what is made with a store, and learn fills one; leave it out")
     if not files:
         raise UserError(f"learn needs texts to read: python sample.py learn --{kind}={target} FILE...")
     model, ckpt, path = open_model(cfg)
@@ -1536,6 +1540,8 @@ def memory(cfg, path="", action="stats", *rest):
     actions = {"list": memory_list, "show": memory_show, "forget": memory_forget, "prune": memory_prune, "stats": memory_stats}
     if not path or action not in actions:
         raise UserError(f"memory takes a store and one of {', '.join(actions)}, as python sample.py memory facts.db list")
+    if any("\ud800" <= c <= "\udfff" for w in rest for c in w):  # bytes that are no UTF-8
+        raise UserError(f"{action} takes text in UTF-8, not {' '.join(rest)!r}")
     with Store(path, write=action in ("forget", "prune")) as store:
         actions[action](store, cfg, list(rest))
     return 0
@@ -1543,8 +1549,8 @@ def memory(cfg, path="", action="stats", *rest):
 
 def numbers(words, what):
     """Words as whole numbers; UserError where there are none, or others."""
-    if not words or not all(w.isascii() and w.isdecimal() for w in words):
-        raise UserError(f"{what} takes a number, not {' '.join(words) or 'nothing'}")
+    if not words or not all(w.isascii() and w.isdecimal() and len(w) < 100 for w in words):
+        raise UserError(f"{what} takes a number, not {' '.join(words)[:40] or 'nothing'}")
     return [min(int(w), 2 ** 63 - 1) for w in words]
 
 

@@ -607,7 +607,7 @@ def test_clusters_use_empty_pages_again():
     assert len(index) == 0 and n[-1] < 3 * n[0], "what is dropped leaves room"
 
 
-def test_clusters_of_few_and_of_equal_keys():
+def test_clusters_of_few_and_of_equal_keys(monkeypatch):
     index = Clusters(4, size=8)
     scores, _ = index.search(torch.ones(2, 4), 3)
     assert scores.isinf().all(), "an empty index has nothing to find"
@@ -615,6 +615,16 @@ def test_clusters_of_few_and_of_equal_keys():
     index.add(torch.zeros(1, 4))
     scores, ids = index.search(torch.ones(1, 4), 100, probes=10 ** 6)
     assert len(index) == 101 and sorted(ids[0].tolist()) == list(range(100)) and (scores == 4).all()
+    many, rounds, split = Clusters(4), [], Clusters.split
+    monkeypatch.setattr(Clusters, "split", lambda self, full: rounds.append(1) or split(self, full))
+    for keys in (torch.ones(5000, 4), torch.zeros(5000, 4)):
+        many.add(keys, torch.arange(len(keys)) + 7 + many.n_key)
+    assert len(rounds) < 150 and many.n_key == 10_014, "equal keys are dealt to both halves"
+    many.add(torch.ones(1, 4))
+    assert many.home[10_014] >= 0 and many.home[[0, 6, 5007, 5013]].eq(-1).all() and len(many) == 10_001
+    assert many.search(torch.ones(1, 4), 6000, probes=10 ** 6)[0].eq(4).sum() == 5001
+    with pytest.raises(ValueError, match="multiple"):
+        Clusters(4, size=10)
     index.drop(torch.arange(101))
     assert len(index) == 0 and index.search(torch.ones(1, 4), 2)[0].isinf().all()
 
@@ -1045,6 +1055,28 @@ def test_an_index_finds_what_search_finds(monkeypatch):
     torch.testing.assert_close(m(x, memory=exact).logits, m(x, memory=indexed).logits, atol=1e-5, rtol=1e-5)
     rows = sample.Decoder(m, [[1, 2], [3, 4, 5]], memory=indexed)
     torch.testing.assert_close(rows.logits, sample.Decoder(m, [[1, 2], [3, 4, 5]], memory=exact).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_an_index_forgets_what_is_gone():
+    """Entries that a near one replaced, or whose document ended, take no place among those that an index finds."""
+    m = memory_model(mem_novelty=0.98, mem_size=64)
+    g = torch.Generator().manual_seed(2)
+    exact, indexed = (sample.remembered(m, sample.absorb(m, torch.randint(6, 24, (50,), generator=torch.Generator().manual_seed(1)).tolist()), index=i)
+                      for i in (False, True))
+    same = torch.randint(6, 24, (1, 16), generator=g)
+    for t in range(12):
+        x = same.clone() if t % 3 else torch.randint(6, 24, (1, 16), generator=g)
+        if t % 4 == 3:
+            x[0, 5] = 5
+        a, b = m(x, memory=exact), m(x, memory=indexed)
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
+        for i in exact:
+            exact[i].write(a.wrote[i]), indexed[i].write(b.wrote[i])
+        for h in range(2):
+            assert len(indexed[1].index[h]) == (indexed[1].crf[0, h] > 0).sum()
+    greedy = memory_model(mem_top=300, mem_size=400)  # more than one page holds
+    few = sample.remembered(greedy, sample.absorb(greedy, list(range(6, 24)) * 20), index=True)
+    assert greedy(same, memory=few).logits.isfinite().all()
 
 
 def test_reading_into_memory():
@@ -2752,6 +2784,7 @@ def test_bad_stores(trained, data_dir, tmp_path):
     learning = [where, "learn", f"--knn={knn}"]
     refused(sample.main, [where, "learn", f"{tmp_path}/t.txt"], "learn", "--knn")
     refused(sample.main, learning, "texts")
+    refused(sample.main, [*learning, "--knn_k=3", f"{tmp_path}/t.txt"], "knn_k", "learn")
     for name, word in (("gone.txt", "cannot be read"), ("bad.txt", "\u2603"), ("short.txt", "2 tokens")):
         refused(sample.main, [*learning, f"{tmp_path}/t.txt", f"{tmp_path}/{name}"], name, word)
         assert not os.path.exists(knn)
@@ -2789,7 +2822,9 @@ def test_bad_stores(trained, data_dir, tmp_path):
                         ([knn, "show", "999"], ["999"]), ([knn, "forget"], ["forget"]), ([knn, "forget", " "], ["forget"]),
                         ([knn, "prune", "x"], ["prune", "x"]), ([knn, "prune", "1", "000"], ["prune", "1 000"]), ([knn, "stats", "x"], ["stats", "x"]),
                         ([str(tmp_path), "stats"], ["folder"]), ([str(tmp_path / "none.db"), "list"], ["none.db", "does not exist"]),
-                        ([str(tmp_path / "none.db"), "forget", "1"], ["none.db", "does not exist"])):
+                        ([str(tmp_path / "none.db"), "forget", "1"], ["none.db", "does not exist"]), ([knn, "show", "9" * 5000], ["show", "number"]),
+                        ([knn, "list", "\udcff"], ["list", "UTF-8"]), ([knn, "list", f"--limit={10 ** 20}"], ["limit"]),
+                        ([str(tmp_path / "\udcff.db"), "list"], ["does not exist"])):
         refused(sample.main, ["memory", *argv], *words)
     assert not (tmp_path / "none.db").exists()
     refused(sample.main, ["calibrate", "learn"], "calibrate", "learn")
