@@ -1639,7 +1639,7 @@ def teacher(data_dir, tmp_path_factory):
 
 def learner(teacher, data_dir, model=None, **t):
     """A Runner that has taken the teacher, and a batch: x, y, h."""
-    tcfg = TrainConfig(**{**dict(dataset="text", data_dir=data_dir, compile=False, dtype="float32", batch_size=4), **t})
+    tcfg = TrainConfig(**{**dict(dataset="text", data_dir=data_dir, compile=False, dtype="float32", batch_size=4, teacher=str(teacher)), **t})
     mcfg = GPTConfig(**{**TINY, **SLOTS, "n_layer": 3, **(model or {})})
     data = Data(tcfg, mcfg, "train")
     r = train.Runner(GPTConfig(**{**train.settings(mcfg), **data.facts(mcfg)}), tcfg, train.find_place(tcfg))
@@ -1727,7 +1727,7 @@ def test_bad_teachers(teacher, data_dir, tmp_path):
     refused(train.main, [f"--teacher={teacher}", *argv, "--dataset=chain", "--block_size=64"], "another tokenizer", "'chain'")
     refused(train.main, [f"--teacher={teacher}", "--distill=0"], "distill_ce")
     refused(train.main, ["--distill_ce=1", *argv], "distill_ce", "--teacher=")
-    refused(train.main, ["--value_lr=3", *argv], "value_lr", "F")
+    refused(train.main, ["--value_lr=3", *argv, f"--out_dir={tmp_path}/r"], "value_lr", "F")
     refused(train.main, [f"--teacher={teacher}", "--distill_match=-1"], "distill_match")
     (tmp_path / "text.pt").write_text("nothing of the kind")
     refused(train.main, [f"--teacher={tmp_path}/text.pt", *argv], "text.pt is not a checkpoint")
