@@ -83,7 +83,7 @@ class SampleConfig:
     beams: int = 0  # beam search over so many texts, of which the n likeliest are shown; 0: off
     best_of: int = 0  # make so many samples and show the n likeliest; 0: off
     memory: str = ""  # a store that learn --memory wrote with this model: what blocks M find besides what they read
-    memory_index: bool = False  # memory: search it by an index, made at the start: faster from some 50,000 entries on, and almost always right
+    memory_index: bool = False  # memory: search it by an index, made at the start: faster from some 100,000 entries on, and almost always right
     knn: str = ""  # a datastore that learn --knn wrote with this model: mix in what came next at the places most like this one
     knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
     knn_k: int = 256  # knn: how many places
