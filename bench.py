@@ -1240,7 +1240,7 @@ def retrieval(cfg, Q=4096, N=65536, k=32):
     for kind in ("hidden", "attention", "Gaussian"):
         index[kind] = Clusters(64)
         index[kind].add(kinds[kind][1])
-        for probes in (6, 16, 32):
+        for probes in (6, 17, 32):
             arms[f"clusters, {probes} of {int((index[kind].count > 0).sum())} pages", kind] = \
                 lambda c=index[kind], q=kinds[kind][0], p=probes: c.search(q, k, p)[1]
     found = {name: f() for name, f in arms.items()}

@@ -543,7 +543,9 @@ def absorb(model, ids, piece=8192, rows=32):
     if list(model.init_memory(1, size=0)) == [model.blocks[-1].i] and model.cfg.mem_novelty > 1:
         piece = min(piece, 4 * T)  # what the last block finds changes nothing that is written, and little is searched faster
     ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
-    firsts, found = torch.arange(0, n, max(piece, T)), {}
+    firsts, H, D = torch.arange(0, n, max(piece, T)), model.cfg.mem_head, model.cfg.mem_dim
+    found = {i: [[torch.empty(n, D, dtype=m.keys.dtype), torch.empty(n, D, dtype=m.keys.dtype), torch.empty(n, dtype=torch.long), 0] for _ in range(H)]
+             for i, m in model.init_memory(1, size=0).items()}  # room for all: a position is written once (what is not filled takes no memory)
     for first in prepare.bar(firsts.split(rows), desc="read"):
         last = (first + max(piece, T)).clamp(max=n)
         memory, read = model.init_memory(len(first), size=int((last - first).max())), first.clone()
@@ -559,10 +561,12 @@ def absorb(model, ids, piece=8192, rows=32):
             read = end
         for i, m in memory.items():
             there = m.crf > 0
-            for h in range(m.crf.size(1)):
-                of = found.setdefault(i, [[] for _ in range(m.crf.size(1))])[h]
-                of.append([t[:, h][there[:, h]].cpu() for t in (m.keys, m.values, source[i].to(device))])
-    return {i: [tuple(map(torch.cat, zip(*of))) for of in heads] for i, heads in found.items()}
+            for h, of in enumerate(found[i]):
+                new = [t[:, h][there[:, h]] for t in (m.keys, m.values, source[i].to(device))]
+                for all_, t in zip(of, new):
+                    all_[of[3]:of[3] + len(t)] = t
+                of[3] += len(new[0])
+    return {i: [tuple(t[:size] for t in of) for *of, size in heads] for i, heads in found.items()}
 
 
 def learn_memory(store, model, tok, ids):
