@@ -446,17 +446,17 @@ def _(scores, k, ordered):
 
 
 def best(scores, k, ordered=True):
-    """Where the k largest of scores (..., N) stand, largest first if they are to be ordered: (..., k). On a CPU many rows of up to 1,024 go another way, which takes
-    a fourth to a fifteenth of topk's time."""
+    """Where the k largest of scores (..., N) stand, largest first if they are to be ordered: (..., k). On a CPU many rows of up to
+    1,024 go another way, which takes a fourth to a fifteenth of topk's time."""
     if scores.dtype == torch.float32 and scores.device.type == "cpu" and scores.size(-1) <= 1024 and scores.numel() >= 64 * scores.size(-1):
         return sorted_best(scores.detach(), k, ordered)
     return scores.topk(k, sorted=ordered)[1]
 
 
 def top(scores, k, group=8, ordered=True):
-    """The k largest of scores (..., N), largest first if they are to be ordered, and where they stand: (..., k) each, exactly. They lie in the k groups of
-    8 with the largest maxima, and those are found in the same way; where values are equal, either may be taken. Values have a
-    gradient. On a CPU it takes a fifth to a half of topk's time for many rows and k = 32, a quarter for one of a million."""
+    """The k largest of scores (..., N), largest first if they are to be ordered, and where they stand: (..., k) each, exactly. They
+    lie in the k groups of 8 with the largest maxima, and those are found in the same way; where values are equal, either may be
+    taken. Values have a gradient. On a CPU it takes a fifth to a half of topk's time for many rows and k = 32, a quarter for one of a million."""
     N = scores.size(-1)
     n = N // group
     if N < 16 * k or scores.numel() < 2 ** 17 or scores.device.type != "cpu":
@@ -471,7 +471,8 @@ def top(scores, k, group=8, ordered=True):
 
 
 def products(q, keys, bias=None):
-    """q (Q, D), keys (N, D), and what is added for each key (N,) -> (Q, N). In fp32 on a CPU by oneDNN, on an AMD in half the time of the library behind @."""
+    """q (Q, D), keys (N, D), and what is added for each key (N,) -> (Q, N). In fp32 on a CPU by oneDNN, on an AMD in half the time of
+    the library behind @."""
     if len(q) > 8 and q.dtype == torch.float32 and q.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(q, keys.contiguous(), bias, "none", [], "")
     return F.linear(q, keys, bias)
@@ -552,8 +553,9 @@ class Clusters:
             if len(keys):
                 full, which = page.unique(return_inverse=True)
                 half = self.split(full)[which]
-                nearer = (keys * (self.mean[half] - self.mean[page])).sum(-1) - (self.mean[half].square() - self.mean[page].square()).sum(-1) / 2
-                turn = (1e-6 * self.mean[page].square().sum(-1) + 1e-12) * (1 - 2 * (torch.arange(len(page)) % 2))  # (rounding)
+                mine, other = self.mean[page], self.mean[half]
+                nearer = ((keys - (mine + other) / 2) * (other - mine)).sum(-1)  # to the other: above 0
+                turn = (1e-6 * mine.square().sum(-1) + 1e-12) * (1 - 2 * (torch.arange(len(page)) % 2))  # (equal, up to rounding)
                 page = torch.where(nearer > turn, half, page)
 
     def settle(self, near=128):

@@ -122,7 +122,7 @@ class SampleConfig:
             if self.knn and getattr(self, k):
                 raise ValueError(f"knn needs the last layer's vector of every token when it is chosen, which {k} does without; choose one")
         for k in ("knn_k", "knn_lambda", "knn_temp"):
-            if not self.knn and getattr(self, k) != SampleConfig.__dataclass_fields__[k].default:
+            if not self.knn and getattr(self, k) != getattr(SampleConfig, k):
                 raise ValueError(f"{k} is for a datastore, such as --knn=works.db")
         if self.memory_index and not self.memory:
             raise ValueError("memory_index is for a memory, such as --memory=facts.db")
@@ -1502,7 +1502,7 @@ def learn(cfg, *files):
     kind = "memory" if cfg.memory else "knn"
     target = getattr(cfg, kind)
     for k in ("memory_index", "knn_k", "knn_lambda", "knn_temp"):
-        if getattr(cfg, k) != SampleConfig.__dataclass_fields__[k].default:
+        if getattr(cfg, k) != getattr(SampleConfig, k):
             raise UserError(f"{k} is for what is made with a store, and learn fills one; leave it out")
     if not files:
         raise UserError(f"learn needs texts to read: python sample.py learn --{kind}={target} FILE...")
