@@ -1544,7 +1544,7 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
 
     places = itertools.cycle(at.split(1))
     path = os.path.join(scratch(), "knn.db")
-    with sample.Store(path, prepare.checkpoint_id(sample.checkpoint_path(folder)), "knn", (C, "float16"), (1, "int32"), True) as store:
+    with sample.Store(path, prepare.checkpoint_id(prepare.checkpoint_path(folder)), "knn", (C, "float16"), (1, "int32"), True) as store:
         for before, size in itertools.pairwise((0, *sizes)):
             sample.learn_knn(store, model, tok, train_ids[before:size + 1])
             t0 = time.perf_counter()

@@ -115,6 +115,25 @@ def make_dir(path):
         raise UserError(f"directory {path} cannot be made ({e.strerror}); choose another") from None
 
 
+def seal(data):
+    """Plain data as JSON with a checksum of its own, for small files beside others."""
+    body = json.dumps(data, sort_keys=True, ensure_ascii=False)
+    return json.dumps({**data, "checksum": hashlib.sha256(body.encode()).hexdigest()}, indent=1, ensure_ascii=False).encode()
+
+
+def unseal(raw):
+    """What `seal` was given, a dict; ValueError where the checksum does not fit, or it is something else."""
+    try:
+        data = json.loads(raw)
+        found = data.pop("checksum")
+        body = json.dumps(data, sort_keys=True, ensure_ascii=False)
+        if found == hashlib.sha256(body.encode()).hexdigest():
+            return data
+    except (TypeError, KeyError, AttributeError, RecursionError, UnicodeError):
+        pass
+    raise ValueError("its checksum does not fit")
+
+
 # magic, version, bytes a token, vocabulary, 1 if masked, tokens, SHA-256 of the tokenizer and of what follows the header
 BIN = struct.Struct("<8sIIIIQ32s32s")
 BIN_MAGIC, BIN_VERSION = b"ncTOKENS", 1
@@ -204,6 +223,19 @@ CKPT_MAGIC = b"ncCKPT01"
 def previous(path):
     """The name under which the checkpoint before the one at `path` is kept."""
     return str(path).removesuffix(".pt") + "_prev.pt"
+
+
+def best(path):
+    """The name under which the checkpoint with the lowest validation loss is kept beside the last one at `path`."""
+    return str(path).removesuffix(".pt") + "_best.pt"
+
+
+def checkpoint_path(path):
+    """The file of a checkpoint that is given as that file or as the folder it is in: there the best one, or else the last."""
+    if path.endswith(".pt") and not os.path.isdir(path):
+        return path
+    last = os.path.join(path, "ckpt.pt")
+    return best(last) if os.path.exists(best(last)) else last
 
 
 def save_checkpoint(path, state):

@@ -1344,14 +1344,9 @@ def newest(root="out"):
     return max(found, key=os.path.getmtime)
 
 
-def checkpoint_path(path):
-    """The file of a checkpoint that is given as that file or as the folder it is in."""
-    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) or not path.endswith(".pt") else path
-
-
 def load(path, device="cpu", dtype="float32"):
     """(model in eval mode, checkpoint) of a checkpoint file or the folder it is in."""
-    path = checkpoint_path(path)
+    path = prepare.checkpoint_path(path)
     ckpt = prepare.load_checkpoint(path)
     try:
         model = GPT(GPTConfig(**ckpt["model_config"]))
@@ -1435,7 +1430,7 @@ def calibrate(cfg):
 
 def model_id(cfg, path):
     """What a threshold was found for: the checkpoint, and how its weights are held."""
-    return f"{prepare.checkpoint_id(checkpoint_path(path))} {cfg.dtype}{' int8' if cfg.int8 else ''}"
+    return f"{prepare.checkpoint_id(prepare.checkpoint_path(path))} {cfg.dtype}{' int8' if cfg.int8 else ''}"
 
 
 def thresholds_path(path):
@@ -1536,7 +1531,7 @@ def open_store(kind, target, model, path, write=False):
         key = value = model.cfg.mem_dim, "float16"
     else:
         key, value = (model.cfg.n_embd, "float16"), (1, "int32")
-    return Store(target, prepare.checkpoint_id(checkpoint_path(path)), kind, key, value, write)
+    return Store(target, prepare.checkpoint_id(prepare.checkpoint_path(path)), kind, key, value, write)
 
 
 def memory(cfg, path="", action="stats", *rest):

@@ -33,6 +33,12 @@ class UserError(Exception):
     """Something the user gave is wrong. The message is one sentence: what, and what to do. Ends a run with exit code 2."""
 
 
+def visible(text):
+    """Text for a terminal: control characters but tabs and line ends as escapes, so that no text, name or path can steer it."""
+    return "".join(c if c in "\t\n" or c.isprintable() or c.isspace() and ord(c) >= 0xA0 else c.encode("unicode_escape").decode()
+                   for c in text)
+
+
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
        ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos}
 
