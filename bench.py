@@ -68,6 +68,8 @@ def read_arm(preset=None, **overrides):
     model_fields = {f.name for f in dataclasses.fields(GPTConfig)}
     for k, v in overrides.items():
         (m if k in model_fields else t)[k] = v
+    if "layers" in m:
+        m.pop("n_layer", None)
     return m, t
 
 

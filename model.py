@@ -28,12 +28,26 @@ from torch.nn import functional as F
 # settings
 
 
+CHOICES = {"mlp": ("relu2", "gelu", "swiglu"), "norm": ("rms", "layer", "scale"), "pos": ("rope", "learned", "none"),
+           "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"), "compose": ("sum", "mlp"),
+           "concept": ("cos", "mse", "energy", "flow"), "head": ("softmax", "nearest"), "semantic": ("cos", "mse", "soft_ce"),
+           "exit_loss": ("depth", "rotate")}
+RANGES = {"block_size": (1, 2 ** 20), "vocab_size": (0, 2 ** 24), "n_layer": (0, 1000), "n_embd": (1, 2 ** 16), "n_head": (1, 2 ** 12),
+          "n_kv_head": (0, 2 ** 12), "head_dim": (0, 2 ** 12), "n_mlp": (-1, 2 ** 20), "concept_weight": (0, 1e6), "horizon": (1, 2 ** 12),
+          "eot": (-1, 2 ** 24), "space": (0, 2 ** 24), "n_mem": (1, 2 ** 24), "mem_head": (1, 2 ** 10), "mem_top": (1, 2 ** 12),
+          "mem_dim": (1, 2 ** 12), "mem_size": (0, 2 ** 24), "mem_chunk": (1, 2 ** 16), "mem_shift": (0, 2 ** 16), "mem_novelty": (1e-6, 1e6),
+          "mem_drop": (0, 1 - 1e-9), "mem_noise": (0, 1e6), "n_value_embed": (0, 1000), "dropout": (0, 1 - 1e-9), "channel_drop": (0, 1 - 1e-9),
+          "ce_weight": (0, 1e6), "semantic_weight": (0, 1e6), "semantic_temp": (1e-6, 1e6), "soft_rate": (0, 1), "n_think": (0, 1000),
+          "think_token": (-1, 2 ** 24), "history": (0, 2 ** 20), "aggregate": (0, 1), "n_segment": (0, 2 ** 12), "n_span": (0, 2 ** 16),
+          "span": (0, 2 ** 16), "exit_weight": (0, 1e6), "exit_distill": (0, 1), "exit_rate": (0, 1), "layer_drop": (0, 1 - 1e-9)}
+
+
 @dataclass
 class GPTConfig:
     block_size: int = 256  # tokens in the window (hard tokens: context slots come on top)
     vocab_size: int = 0  # number of tokens; 0: that of the dataset
     layers: str = ""  # one character a block; "" means "A" * n_layer
-    n_layer: int = 6  # number of blocks when layers is ""
+    n_layer: int = 0  # number of blocks; 0: 6, or those of layers
     n_embd: int = 384  # channels C of the residual stream
     n_head: int | tuple[int, ...] = 6  # query heads; one number, or one per block in the order of the string
     n_kv_head: int | tuple[int, ...] = 0  # key and value heads (grouped-query attention), one or per layer; 0: n_head
@@ -96,79 +110,31 @@ class GPTConfig:
     layer_drop: float = 0.0  # chance that a training step leaves out the last block; earlier ones have less, the first none
 
     def __post_init__(self):
-        def choice(name, *options):
+        for name, options in CHOICES.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
-
-        choice("mlp", "relu2", "gelu", "swiglu")
-        choice("norm", "rms", "layer", "scale")
-        choice("pos", "rope", "learned", "none")
-        choice("init", "fan_in", "gpt2")
-        choice("head", "softmax", "nearest")
-        choice("semantic", "cos", "mse", "soft_ce")
-        choice("gate", "positive", "real", "complex")
-        choice("plan", "add", "cross")
-        choice("compose", "sum", "mlp")
-        choice("concept", "cos", "mse", "energy", "flow")
-        choice("exit_loss", "depth", "rotate")
-        self.layers = self.layers or "A" * self.n_layer
-        if "F" in self.layers and (min(self.mem_head, self.mem_top) < 1 or math.isqrt(max(self.n_mem, 0)) ** 2 != self.n_mem or
-                                   not 0 < self.mem_top <= self.n_mem or self.mem_dim < 2 or self.mem_dim % 2):
-            raise ValueError(f"a memory F needs n_mem ({self.n_mem}) to be a square number of at least mem_top ({self.mem_top}) slots, "
-                             f"mem_dim ({self.mem_dim}) to be even, and mem_head at least 1")
-        if "M" in self.layers:
-            if min(self.mem_head, self.mem_top, self.mem_chunk, self.mem_dim) < 1 or min(self.mem_size, self.mem_shift, self.mem_noise) < 0:
-                raise ValueError("a memory M needs mem_head, mem_top, mem_chunk and mem_dim of at least 1, and mem_size, mem_shift and "
-                                 "mem_noise that are not negative")
-            if self.mem_shift >= self.block_size:
-                raise ValueError(f"mem_shift ({self.mem_shift}) pairs a key with a value so many places on; give fewer than block_size "
-                                 f"({self.block_size})")
-            if self.block_size % self.mem_chunk or self.block_size < 2 * self.mem_chunk:
-                raise ValueError(f"block_size ({self.block_size}) holds at least two whole memory chunks: a multiple of mem_chunk "
-                                 f"({self.mem_chunk}), so that training reaches what was written earlier")
-            if not 0 <= self.mem_drop < 1 or self.mem_novelty <= 0:
-                raise ValueError("mem_drop must lie in [0, 1), and mem_novelty must be positive")
-        tree = parse_layers(self.layers)
-        self.n_layer = sum(c in BLOCKS for c in self.layers)
-        self.check_levels(tree)
-        for name in ("block_size", "n_embd", "n_layer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("n_head", "n_kv_head", "n_mlp"):
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != self.n_layer:
-                raise ValueError(f"{name} gives {len(value)} values for {self.n_layer} layers")
-        for i in range(self.n_layer):
-            h, kv, d = self.heads(i)
-            if h < 1 or kv < 1 or h % kv:
-                raise ValueError(f"n_head ({h}) must be a positive multiple of n_kv_head ({kv}) in layer {i}")
-            if d * h != self.n_embd and not self.head_dim:
-                raise ValueError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({h}); set head_dim to choose one")
-            if d < 1 or (self.pos == "rope" and (d % 2 or d != self.heads(0)[2])):
-                raise ValueError(f"head_dim must be positive, and for pos = rope even and the same in all layers, not {d}; "
-                                 f"with a different n_head per layer set head_dim")
-        if not 0 <= self.n_value_embed <= tree.count("A"):
-            raise ValueError(f"n_value_embed ({self.n_value_embed}) must lie between 0 and the number of token-level blocks A")
+            if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,))):  # NaN is in no range
+                raise ValueError(f"{name} must lie between {low} and {high:,}, not {value}")
+        if len(self.layers) > 4000:
+            raise ValueError(f"layers has {len(self.layers):,} characters; a model has at most 1,000 blocks")
+        tree = parse_layers(self.layers or "A" * (self.n_layer or 6))
+        self.layers = self.layers or "A" * (self.n_layer or 6)
+        blocks = [c for c in self.layers if c in BLOCKS]
+        if self.n_layer not in (0, len(blocks)) or len(blocks) > 1000:
+            raise ValueError(f"n_layer says {self.n_layer} blocks, and layers = {self.layers} has {len(blocks)}; leave one of them out")
+        self.n_layer = len(blocks)
+        self.check_idle()
+        self.check_levels(tree)
+        self.check_memories(tree)
+        self.check_heads(tree)
+        self.check_slots(tree)
         if self.tie and self.init == "fan_in" and not self.embed_norm:
             raise ValueError("tie = True with init = fan_in needs embed_norm = True: one table cannot be small for the head "
                              "and large for the input")
-        for name in ("dropout", "channel_drop", "layer_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        if min(self.ce_weight, self.semantic_weight, self.n_think) < 0 or self.semantic_temp <= 0:
-            raise ValueError("ce_weight, semantic_weight and n_think cannot be negative, and semantic_temp is positive")
-        if not 0 <= self.soft_rate <= 1:
-            raise ValueError(f"soft_rate must lie in [0, 1], not {self.soft_rate}")
-        if not (0 <= self.exit_distill <= 1 and 0 <= self.exit_rate <= 1) or self.exit_weight < 0:
-            raise ValueError("exit_distill and exit_rate must lie in [0, 1], and exit_weight cannot be negative")
-        for name in ("mem_drop", "mem_noise", "mem_straight"):
-            if getattr(self, name) and "M" not in self.layers:
-                raise ValueError(f"{name} has no associative memory to work on; put an M into layers")
-        if self.mem_share and "F" not in self.layers:
-            raise ValueError("mem_share has no featural memory to work on; put an F into layers")
-        for name in ("exit_rate", "exit_keys", "exit_distill", "exit_classifier"):
-            if getattr(self, name) and "." not in self.layers:
-                raise ValueError(f"{name} has no exit to work on; put a . into layers")
+        if self.layer_drop and self.n_layer < 2:
+            raise ValueError("layer_drop spares the first block, and there is no other; leave it out")
         if "." in self.layers and self.head == "nearest" and not self.ce_weight:
             raise ValueError("exits are trained by cross-entropy, which ce_weight = 0 turns off; leave one of them out")
         if not self.ce_weight and not self.semantic_weight:
@@ -179,12 +145,78 @@ class GPTConfig:
             raise ValueError("ce_weight = 0 with head = nearest regresses a point; it needs semantic = mse or cos")
         if self.head == "nearest" and self.tie:
             raise ValueError("head = nearest has no table to tie: it already reads the token embedding; leave tie out")
-        if self.enrich and not self.n_slot:
-            raise ValueError("enrich needs context slots to make; set history and its slots")
+        if self.exit_keys and (carries := [c for c in self.layers[self.layers.index("."):] if c in "RGM("]):
+            raise ValueError(f"exit_keys promises that a token which leaves changes nothing for others, and behind the first exit in layers = "
+                             f"{self.layers} {'a level' if carries[0] == '(' else carries[0]} carries on what a token left with; put A or F there")
+
+    def idle(self, shapes=True):
+        """Yields (name, what it needs) of each setting that was changed and has nothing to work on; shapes: also of those that only say
+        how large or of which kind a mechanism is, which settings shared by several models may well have."""
+        has = lambda letters: bool(set(letters) & set(self.layers))
+        for there, needs, names, shape in (
+                (has("R"), "a block R in layers", "", "gate"),
+                (has("AFM") or self.plan == "cross", "a block that attends (A, F or M) in layers", "", "n_kv_head head_dim qk_norm"),
+                (has("ARG") or self.compose == "mlp", "a block with an MLP (A, R or G) in layers", "", "mlp"),
+                (has("("), "a level, ( ), in layers", "share_levels", "chunk plan compose concept concept_weight horizon"),
+                (has("FM"), "a memory (F or M) in layers", "", "mem_head mem_top mem_dim"),
+                (has("F"), "a block F in layers", "mem_share", "n_mem"),
+                (has("M"), "a block M in layers", "mem_drop mem_noise mem_straight", "mem_size mem_chunk mem_shift mem_novelty"),
+                (has("."), "an exit, . , in layers", "exit_distill exit_rate exit_keys exit_classifier", "exit_weight exit_loss"),
+                (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span", "enrich", ""),
+                (self.n_span, "spans: history, n_span and span", "", "span_binding"),
+                (self.semantic_weight, "a semantic_weight above 0", "", "semantic semantic_temp"),
+                (self.n_think, "n_think above 0", "", "think_token")):
+            for name in (names + (" " + shape) * shapes).split():
+                if not there and getattr(self, name) != getattr(GPTConfig, name):
+                    yield name, needs
+
+    def check_idle(self):
+        for name, needs in self.idle(shapes=False):
+            raise ValueError(f"{name} has nothing to work on; it needs {needs}")
+
+    def check_memories(self, tree):
+        if "F" in self.layers and (math.isqrt(self.n_mem) ** 2 != self.n_mem or not 2 <= self.mem_top <= self.n_mem or self.mem_dim % 2 or
+                                   self.mem_dim < 4):
+            raise ValueError(f"a memory F needs n_mem ({self.n_mem}) to be a square number of at least mem_top ({self.mem_top}) slots, mem_top to "
+                             f"be at least 2 (of one slot it cannot learn which), and mem_dim ({self.mem_dim}) to be even and at least 4")
+
+        def check(items, depth):
+            places = self.most_chunks(depth, self.block_size)
+            first = self.mem_chunk * (self.mem_shift // self.mem_chunk + 1)  # the place that finds something first
+            if "M" in items and places <= first:
+                raise ValueError(f"a block M has " + (f"{places} chunks of a level" if depth else f"block_size = {places} tokens") + f", and with mem_chunk "
+                                 f"= {self.mem_chunk} and mem_shift = {self.mem_shift} finds nothing before the {first + 1}th; give smaller ones")
+            for item in items:
+                if isinstance(item, list):
+                    check(item, depth + 1)
+        if "M" in self.layers:
+            check(tree, 0)
+            if self.block_size % self.mem_chunk:
+                raise ValueError(f"block_size ({self.block_size}) is not a multiple of mem_chunk ({self.mem_chunk})")
+            if self.mem_shift > self.block_size // 2:
+                raise ValueError(f"mem_shift ({self.mem_shift}) pairs a key with a value so many places on; give at most half of block_size "
+                                 f"({self.block_size})")
+
+    def check_heads(self, tree):
+        for name in ("n_head", "n_kv_head", "n_mlp"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.n_layer:
+                raise ValueError(f"{name} gives {len(value)} values for {self.n_layer} layers")
+        for i in self.attending():
+            h, kv, d = self.heads(i)
+            if h % kv:
+                raise ValueError(f"n_head ({h}) must be a positive multiple of n_kv_head ({kv}) in layer {i}")
+            if d * h != self.n_embd and not self.head_dim:
+                raise ValueError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({h}); set head_dim to choose one")
+            if d < 1 or (self.pos == "rope" and (d % 2 or d != self.heads(self.attending()[0])[2])):
+                raise ValueError(f"head_dim must be positive, and for pos = rope even and the same in all layers, not {d}; "
+                                 f"with a different n_head per layer set head_dim")
+        if self.n_value_embed > tree.count("A"):
+            raise ValueError(f"n_value_embed ({self.n_value_embed}) must lie between 0 and the number of token-level blocks A")
+
+    def check_slots(self, tree):
         if self.enrich and self.pos == "learned" and self.history > self.block_size:
             raise ValueError(f"enrich with pos = learned needs history ({self.history}) <= block_size ({self.block_size})")
-        if min(self.history, self.n_segment, self.n_span, self.span) < 0 or self.aggregate not in (0, 1):
-            raise ValueError("history, n_segment, n_span and span cannot be negative, and aggregate is 0 or 1")
         if bool(self.history) != bool(self.n_slot):
             raise ValueError("history and its slots (aggregate, n_segment, n_span) go together: set both or neither")
         if bool(self.n_span) != bool(self.span) or self.n_span * self.span > self.history:
@@ -194,29 +226,27 @@ class GPTConfig:
             raise ValueError(f"history ({self.history}) is not a multiple of n_segment ({self.n_segment})")
         if self.n_span and self.n_embd % 2:
             raise ValueError(f"n_embd ({self.n_embd}) must be even for the rotary binding of spans")
+        if self.n_slot and not any(c in BLOCKS for c in tree if isinstance(c, str)):
+            raise ValueError(f"context slots are read by blocks outside of levels, and layers = {self.layers} has none; add one")
 
     def check_levels(self, tree):
         """ValueError where the settings of levels and of recurrences do not fit the tree of a layer string."""
         chunks = str(self.chunk).replace(" ", "").split(",")
         self.chunk = ",".join(chunks)
-        depth = max(self.layers[:i].count("(") - self.layers[:i].count(")") for i in range(len(self.layers) + 1))
+        depth = max(itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in self.layers))
         for i, c in enumerate(chunks):
-            if not (c.isascii() and c.isdecimal() and int(c) > 0) and not (c == "space" and i == 0):
+            if not (c.isascii() and c.isdecimal() and len(c) < 10 and int(c) > 0) and not (c == "space" and i == 0):
                 raise ValueError(f"chunk is a positive number or, for the first level, space, not {c!r}")
         if len(chunks) not in (1, depth) and depth:
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
         if chunks == ["space"] and depth > 1:
             raise ValueError("chunk = space says nothing of the levels above words; give one value a depth, as space,4")
-        if depth and math.prod(4 if c == "space" else int(c) for c in (chunks if len(chunks) > 1 else chunks * depth)) > self.block_size:
+        if depth and not self.most_chunks(depth, self.block_size):
             raise ValueError(f"chunk = {self.chunk} closes no chunk of the slowest level in a window of {self.block_size}; give a smaller one")
         if isinstance(self.concept_weight, tuple) and len(self.concept_weight) != depth:
             raise ValueError(f"concept_weight gives {len(self.concept_weight)} values for {depth} depths of levels")
-        if min(self.level_weight(d) for d in range(1, max(depth, 1) + 1)) < 0:
-            raise ValueError("concept_weight cannot be negative")
-        if not 1 <= self.horizon <= self.block_size:
-            raise ValueError(f"horizon must lie between 1 and block_size, not {self.horizon}")
-        if self.eot < -1 or min(self.space, default=0) < 0:
-            raise ValueError("eot and space are ids, which cannot be negative (eot = -1: that of the dataset)")
+        if self.horizon > self.block_size:
+            raise ValueError(f"horizon ({self.horizon}) must lie between 1 and block_size ({self.block_size})")
         if self.share_levels and self.plan == "cross" and depth > 1:
             raise ValueError("share_levels with plan = cross takes one depth of levels: nobody would read the slower plans")
         if self.share_levels and "M" in self.layers:
@@ -240,6 +270,17 @@ class GPTConfig:
     def n_slot(self):
         return self.aggregate + self.n_segment + self.n_span
 
+    def attending(self):
+        """The numbers of the blocks that attend to something, by heads."""
+        return [i for i, c in enumerate(c for c in self.layers if c in BLOCKS) if c in "AFM" or self.plan == "cross"]
+
+    def most_chunks(self, depth, length):
+        """The most chunks that levels of this depth close over so many tokens (words beyond a quarter of them are none to a level)."""
+        chunks = self.chunk.split(",")
+        for c in chunks[:depth] if len(chunks) > 1 else chunks * depth:
+            length //= 4 if c == "space" else int(c)
+        return length
+
     def per_layer(self, name, i):
         value = getattr(self, name)
         return value[i] if isinstance(value, tuple) else value
@@ -260,10 +301,12 @@ class GPTConfig:
 
 def parse_layers(layers):
     """A layer string as a tree: characters are blocks, lists are levels. ValueError names the first character that is wrong."""
-    open_lists = [[]]
+    open_lists, last = [[]], max(map(layers.rfind, BLOCKS))  # last: where the last block stands
     for i, c in enumerate(layers):
         where = f"layers = {layers!r}: character {i + 1}, {c!r},"
         if c == "(":
+            if len(open_lists) > 8:
+                raise ValueError(f"{where} opens more than 8 levels in one another")
             open_lists.append([])
         elif c == ")":
             if len(open_lists) == 1 or not open_lists[-1]:
@@ -273,7 +316,7 @@ def parse_layers(layers):
         elif c == ".":
             if len(open_lists) > 1:
                 raise ValueError(f"{where} is an exit inside a level, which has no tokens to choose; put it outside")
-            if not open_lists[0] or open_lists[0][-1] == "." or not set(layers[i:]) & set(BLOCKS):
+            if not open_lists[0] or open_lists[0][-1] == "." or i > last:
                 raise ValueError(f"{where} is an exit, which stands between blocks")
             open_lists[0].append(c)
         elif c in BLOCKS:
@@ -514,27 +557,21 @@ class Clusters:
         self.count = torch.zeros(1, dtype=torch.long)  # how many keys each page has: its first ones
         self.mean, self.spread = torch.zeros_like(self.keys[:, 0]), torch.zeros(1)
         self.void = torch.full((1, size), float("-inf"))  # what is added to a score: nothing where there is a key
-        self.home = torch.zeros(0, dtype=torch.long)  # the page of each id
-
-    def __len__(self):
-        return int(self.count.sum())
 
     def wide(self, x):
         return F.pad(x.float().cpu(), (0, self.keys.size(-1) - x.size(-1)))
 
     @torch.no_grad()
-    def add(self, keys, ids=None):
-        """Take in keys (n, D) under ids (n,) that are not there yet; by default the numbers that follow those of before."""
-        ids = torch.arange(self.n_key, self.n_key + len(keys)) if ids is None else ids.cpu()
+    def add(self, keys):
+        """Take in keys (n, D) under the numbers that follow those of before."""
         if not len(keys):
             return
-        self.n_key = max(self.n_key, (most := int(ids.max())) + 1)
-        if most >= len(self.home):
-            self.home = F.pad(self.home, (0, most + 1), value=-1)
+        ids = torch.arange(self.n_key, self.n_key + len(keys))
+        self.n_key += len(keys)
         keys, mean = self.wide(keys), self.mean[:self.n_page]
         self.place(keys, ids, torch.cat([nearness(x, mean).argmax(-1) for x in keys.split(1024)]))
-        if len(self) > 2 * self.settled:
-            self.settled = len(self)
+        if self.n_key > 2 * self.settled:
+            self.settled = self.n_key
             for _ in range(5):
                 self.settle()
 
@@ -546,7 +583,6 @@ class Clusters:
             at = self.count[page] + torch.arange(len(page)) - (new.cumsum(0) - new)[page]
             fits = at < self.size
             self.keys[page[fits], at[fits]], self.ids[page[fits], at[fits]] = keys[fits], ids[fits]
-            self.home[ids[fits]] = page[fits]
             self.count = (self.count + new).clamp(max=self.size)
             self.measure(new.nonzero()[:, 0])
             keys, ids, page = keys[~fits], ids[~fits], page[~fits]
@@ -597,21 +633,8 @@ class Clusters:
         keys, ids = self.keys[full[:, None], order], self.ids[full[:, None], order]
         for pages, a, b in ((full, 0, self.size // 2), (halves, self.size // 2, self.size)):
             self.keys[pages, :b - a], self.ids[pages, :b - a], self.count[pages] = keys[:, a:b], ids[:, a:b], b - a
-            self.home[ids[:, a:b]] = pages[:, None]
             self.measure(pages)
         return halves
-
-    def drop(self, ids):
-        """Forget the keys under those of ids (n,) that there are."""
-        ids = ids.cpu()
-        ids = ids[ids < len(self.home)]
-        pages = self.home[ids].unique()
-        pages = pages[pages >= 0]
-        kept = (self.slot < self.count[pages, None]) & ~torch.isin(self.ids[pages], ids)
-        order = kept.sort(descending=True, stable=True)[1]
-        self.keys[pages], self.ids[pages] = self.keys[pages[:, None], order], self.ids[pages[:, None], order]
-        self.home[ids], self.count[pages] = -1, kept.sum(-1)
-        self.measure(pages)
 
     @torch.no_grad()
     def search(self, q, k, probes=16):
@@ -675,11 +698,10 @@ class State:
     per block. Passed to GPT.forward and updated by it; made by GPT.init_state. Every shape stays as it is, so that a
     decoding step compiles once; that no row outgrows `capacity` is for the caller to see to."""
 
-    def __init__(self, pos, parts, capacity, begun=False, memory=None, known=None):
+    def __init__(self, pos, parts, capacity, begun=False, memory=None):
         self.pos, self.parts, self.capacity = pos, parts, capacity
         self.begun = begun  # the slots are in
         self.memory = memory or {}  # {block: Memory} that blocks M read, and never change
-        self.known = known  # (B,) as in Context
 
     def advance(self, T):
         """Positions (B, T) of the next T inputs, none past the last place (which levels leave for that)."""
@@ -694,7 +716,7 @@ class State:
     def select(self, rows):
         """The state of these rows (a LongTensor; a row may be taken several times)."""
         return State(self.pos[rows], [p.select(rows) for p in self.parts], self.capacity, self.begun,
-                     {i: m.select(rows) for i, m in self.memory.items()}, None if self.known is None else self.known[rows])
+                     {i: m.select(rows) for i, m in self.memory.items()})
 
 
 class Parts(list):
@@ -716,7 +738,6 @@ class Context:
     tokens: torch.Tensor | None = None  # (B, T) ids or (B, T, V) distributions, for value embeddings; a prefix has none
     space: torch.Tensor | None = None  # (B, T) True where a word ends
     fresh: torch.Tensor | None = None  # (B, L) True where a document begins; None: nowhere
-    have: torch.Tensor | None = None  # (B, L) False where there is no token; None: there is one everywhere
     real: torch.Tensor | None = None  # (B, L) False where no chunk closed: places that follow all others; None: real everywhere
     scored: torch.Tensor | None = None  # (B, L) how many scored tokens stand there; None: there is no loss to find
     losses: dict | None = None  # where a level leaves its loss, by depth
@@ -731,21 +752,15 @@ class Context:
     values: nn.Module | None = None  # the table that all featural memories read, where they share one
     memory: dict | None = None  # {block: Memory} that blocks M read
     wrote: dict | None = None  # {block: Wrote}: where blocks M leave what they would write
-    when: torch.Tensor | None = None  # (B, L) tokens read when each position is there; None: position + 1
-    known: torch.Tensor | None = None  # (B,) tokens at the front of the window that memory holds already, and are not written again
     plan: "Plan | None" = None  # what the last level has predicted, for blocks that read it
 
     @classmethod
-    def make(cls, x, table, state, have=None, **more):
+    def make(cls, x, table, state, **more):
         """For inputs x: the causal mask and rotary angles, and where the state stands."""
-        T, at = x.size(1), torch.arange(x.size(1), device=x.device)
-        begins = state is None or not state.begun
+        T, begins = x.size(1), state is None or not state.begun
         if state is None:
             rope = None if table is None else tuple(t[:T].to(x.dtype) for t in table)
-            mask = None
-            if have is not None:  # what is missing is seen by nobody but itself
-                mask = ((have[:, None] & (at <= at[:, None])) | (at == at[:, None]))[:, None]
-            return cls(mask, rope, table, None, begins, have=have, **more)
+            return cls(None, rope, table, None, begins, **more)
         pos = state.advance(T)  # (B, T)
         mask = (torch.arange(state.capacity, device=x.device) <= pos[..., None])[:, None]
         rope = None if table is None else tuple(t[pos[:, None]].to(x.dtype) for t in table)
@@ -935,8 +950,6 @@ class Recurrence(nn.Module):
         b = (1 - a.abs()) * v
         if ctx.fresh is not None:
             a = a.masked_fill(ctx.fresh[..., None], 0.0)
-        if ctx.have is not None:  # what is missing passes
-            a, b = torch.where(ctx.have[..., None], a, 1.0), torch.where(ctx.have[..., None], b, 0.0)
         if trail is not None:
             b = torch.cat((b[:, :1] + a[:, :1] * trail.before(ctx.pos)[:, None], b[:, 1:]), dim=1)
         h = scan(a, b)
@@ -968,8 +981,6 @@ class GRU(nn.Module):
         v = x.to(self.rnn.weight_ih_l0.dtype)  # torch's own takes no other
         before = None if trail is None else trail.before(ctx.pos).to(v.dtype)
         starts = torch.zeros(B, T, dtype=torch.bool, device=x.device) if ctx.fresh is None else ctx.fresh
-        if ctx.have is not None:  # the first token that is there begins
-            starts = starts | (ctx.have & ~F.pad(ctx.have[:, :-1], (1, 0)))
         h = self.pieces(v, starts, before)
         if trail is not None:
             trail.write(h, ctx.pos)
@@ -1062,7 +1073,8 @@ class Memory:
     keys: torch.Tensor
     values: torch.Tensor
     crf: torch.Tensor
-    index: list | None = None  # Clusters of the keys of each head, for one row with very many; None: search is exact
+    told: "Memory | None" = None  # entries besides, that every document finds and that nothing changes: those of a store
+    index: list | None = None  # Clusters of the keys of each head, for very many that nothing changes; None: search is exact
 
     @classmethod
     def empty(cls, B, cfg, size=None, device=None, dtype=torch.float32):
@@ -1072,7 +1084,11 @@ class Memory:
 
     def select(self, rows):
         """Those rows (a slice or a LongTensor); what stands for all still does."""
-        return self if len(self.crf) == 1 else Memory(self.keys[rows], self.values[rows], self.crf[rows])
+        return self if len(self.crf) == 1 else Memory(self.keys[rows], self.values[rows], self.crf[rows], self.told)
+
+    def copy(self, B):
+        """A memory of B rows that may be written to, each as the one row of this."""
+        return Memory(*(t.expand(B, *t.shape[1:]).clone() for t in (self.keys, self.values, self.crf)), self.told)
 
     @torch.no_grad()
     def write(self, wrote):
@@ -1088,49 +1104,54 @@ class Memory:
             i, j = (t[..., None].expand(*t.shape, mine.size(-1)) for t in (slot, at))
             mine.scatter_(2, i, torch.where(better[..., None], new.gather(2, j).to(mine.dtype), mine.gather(2, i)))
         self.crf.scatter_(2, slot, torch.where(better, high, low))
-        for index, keys, places, new, left in zip(self.index or (), self.keys[0], slot[0], better[0], self.crf[0]):
-            places = places[new]
-            index.drop(torch.cat((places, (left == 0).nonzero()[:, 0])))
-            index.add(keys[places], places)
         return slot, at, better
 
 
 @dataclass
 class Wrote:
-    """What a block M would write of a window: entries (B, H, L, D), and crf (B, K + 1, H, N + L) of old ones and these before each of
-    K memory chunks and after the last."""
+    """What a block M would write of a window: entries (B, H, L, D), and crf (B, .., H, N + L) of old ones and these, the last of which
+    counts (a whole window has one before each memory chunk and one after the last)."""
     keys: torch.Tensor
     values: torch.Tensor
     crf: torch.Tensor
 
 
 class Window:
-    """What a block M knows of the positions of its window: keys, values (B, H, L, D), which positions count ok (B, L), documents
-    begun docs (B, L), which are not written skip (B, L), what each found and its weight (B, H, L + 1, k; the last place is
-    nobody's), and crf before each memory chunk (B, K + 1, H, N + L). All by place, and a chunk's end is computed from its places,
-    so rollback has nothing to do here."""
+    """What a block M knows of the positions of its window: entries keys, values (B, H, L, D), where there is one ok (B, L), which
+    positions count real (B, L), documents begun docs (B, L), what each found and its weight (B, H, L, k), and crf before each memory
+    chunk (B, K + 1, H, N + L). In all but crf there is one place more, which is nobody's. All by place, and a chunk's end is computed
+    from its places, so rollback has nothing to do here."""
 
-    def __init__(self, keys, values, ok, docs, skip, found, weight, crf, front=0):
-        self.parts = keys, values, ok, docs, skip, found, weight, crf
-        self.keys, self.values, self.ok, self.docs, self.skip, self.found, self.weight, self.crf = self.parts
+    def __init__(self, keys, values, ok, real, docs, found, weight, crf, given, front=0):
+        self.parts = keys, values, ok, real, docs, found, weight, crf, given
+        self.keys, self.values, self.ok, self.real, self.docs, self.found, self.weight, self.crf, self.given = self.parts
         self.front = front  # positions that come first and count nothing: slots, a level's bos
+        # given (B,): the first entries behind those are what they are, and not made anew of what stands there
 
     def select(self, rows):
         return Window(*(t[rows] for t in self.parts), self.front)
 
-    def note(self, ctx, pos):
-        """Note of positions pos (B, T) which count, their documents, and which are in memory already."""
+    def note(self, ctx, pos, shift):
+        """Note of positions pos (B, T) which count, their documents, and which make an entry: those with a key `shift` places before."""
         rows, before = torch.arange(len(pos), device=pos.device)[:, None], pos[:, :1] - 1
         if ctx.begins:
             self.front = ctx.prefix
         docs = torch.zeros_like(pos) if ctx.fresh is None else ctx.fresh.cumsum(1)
-        self.docs[rows, pos] = docs + self.docs.gather(1, before.clamp(min=0)) * (before >= 0)
-        ok = pos >= self.front
-        for there in (ctx.have, ctx.real):
-            ok = ok if there is None else ok & there
-        self.ok[rows, pos] = ok
-        when = pos - self.front + 1 if ctx.when is None else ctx.when
-        self.skip[rows, pos] = False if ctx.known is None else when <= ctx.known[:, None]
+        self.docs[rows, pos] = docs = docs + self.docs.gather(1, before.clamp(min=0)) * (before >= 0)
+        self.real[rows, pos] = real = (pos >= self.front) if ctx.real is None else (pos >= self.front) & ctx.real
+        key = (pos - shift).clamp(min=0)
+        ok = real & (pos >= shift) & self.real.gather(1, key) & (self.docs.gather(1, key) == docs)
+        self.ok[rows, self.new(pos)] = ok
+
+    def new(self, at):
+        """Places at (B, T), where what is there is to be made anew; nobody's elsewhere."""
+        L = self.real.size(1) - 1
+        return torch.where(at < self.front + self.given[:, None], L, at.clamp(max=L))
+
+    def put(self, k, v, pos, shift):
+        """Put what positions pos (B, T) make of entries: values v (B, H, T, D), and keys k (B, H, T, D) of those `shift` places later."""
+        rows = torch.arange(len(pos), device=pos.device)[:, None]
+        self.keys[rows, :, self.new(pos + shift)], self.values[rows, :, self.new(pos)] = k.transpose(1, 2), v.transpose(1, 2)
 
 
 class AssociativeMemory(nn.Module):
@@ -1150,20 +1171,28 @@ class AssociativeMemory(nn.Module):
         self.none = nn.Parameter(torch.empty(H))  # the cosine of "nothing", in halves
         self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, bias=cfg.bias)
 
-    def window(self, B, L, N, keys, values):
-        """An empty Window of L places over N entries."""
-        H, k, K = self.shape[0], min(self.cfg.mem_top, N + L), -(-L // self.cfg.mem_chunk)
-        new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, device=keys.device, dtype=dtype)
-        return Window(keys, values, new(L, dtype=torch.bool), new(L, dtype=torch.long), new(L, dtype=torch.bool),
-                      new(H, L + 1, k, dtype=torch.long), new(H, L + 1, k), new(K + 1, H, N + L))
+    def window(self, B, L, base, dtype, device):
+        """An empty Window of L places over the entries of a Memory, or of None."""
+        (H, D), N, told = self.shape, *(0 if m is None else m.crf.size(-1) for m in (base, base and base.told))
+        k, K = min(self.cfg.mem_top, N + told + L), -(-L // self.cfg.mem_chunk)
+        new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, device=device, dtype=dtype)
+        crf = new(K + 1, H, N + L)
+        if N:
+            crf[:, 0, :, :N] = base.crf
+        return Window(new(H, L + 1, D, dtype=dtype), new(H, L + 1, D, dtype=dtype), new(L + 1, dtype=torch.bool),
+                      new(L + 1, dtype=torch.bool), new(L + 1, dtype=torch.long), new(H, L + 1, k, dtype=torch.long), new(H, L + 1, k),
+                      crf, new(dtype=torch.long))
 
     def init_state(self, B, L, memory, device, dtype):
-        base = memory.get(self.i)
-        keys, values = (torch.zeros(B, self.shape[0], L, self.shape[1], device=device, dtype=dtype) for _ in range(2))
-        w = self.window(B, L, 0 if base is None else base.crf.size(-1), keys, values)
-        if base is not None:
-            w.crf[:, 0, :, :base.crf.size(-1)] = base.crf
-        return w
+        return self.window(B, L, memory.get(self.i), dtype, device)
+
+    @torch.no_grad()
+    def left(self, w, base, n):
+        """What a Window w over the entries of a Memory would write of its first n (B,) positions, a Wrote; w is of no use then."""
+        near, c, rows = Near(self, w, base), n // self.cfg.mem_chunk, torch.arange(len(n), device=n.device)
+        near.close(c.clamp(max=w.crf.size(1) - 2), w.front + n - 1)  # the chunk that is left in part
+        crf = w.crf[rows, (n + self.cfg.mem_chunk - 1) // self.cfg.mem_chunk]
+        return Wrote(near.keys, near.values, crf[:, None])
 
     def forward(self, x, ctx, part=None):
         (B, T, _), (H, D), m = x.shape, self.shape, self.cfg.mem_chunk
@@ -1172,16 +1201,17 @@ class AssociativeMemory(nn.Module):
             q = F.normalize(q.float(), dim=-1) + self.cfg.mem_noise * torch.randn(q.shape, device=q.device)
         q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
         base = None if ctx.memory is None else ctx.memory.get(self.i)
-        N = 0 if base is None else base.crf.size(-1)
         rows, at = torch.arange(B, device=x.device)[:, None], torch.arange(T, device=x.device)
         if part is None:
-            w, pos, chunks = self.window(B, T, N, k, v), at.expand(B, T), -(-(T - ctx.prefix) // m)
-            w.crf[:, 0, :, :N] = 0 if base is None else base.crf
+            w, pos, chunks = self.window(B, T, base, x.dtype, x.device), at.expand(B, T), -(-(T - ctx.prefix) // m)
         else:
             w, pos, chunks = part, ctx.pos, -(-T // m) + (T > 1)  # rows may begin anywhere in a chunk
-            w.keys[rows, :, pos], w.values[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
-        w.note(ctx, pos)
-        near, y = Near(self, w, base if N else None), x.new_zeros(B, T + 1, self.c_proj.in_features)
+        w.note(ctx, pos, self.cfg.mem_shift)
+        if part is None:
+            w.keys, w.values = F.pad(k, (0, 0, self.cfg.mem_shift, 0))[:, :, :T], v
+        else:
+            w.put(k, v, pos, self.cfg.mem_shift)
+        near, y = Near(self, w, base), x.new_zeros(B, T + 1, self.c_proj.in_features)
         chunk = (pos - w.front).div(m, rounding_mode="floor")  # (B, T)
         for j in range(chunks):
             c = (chunk[:, 0].clamp(min=0) + j).clamp(max=w.crf.size(1) - 2)  # (B,)
@@ -1197,7 +1227,7 @@ class AssociativeMemory(nn.Module):
                 if part is None or torch.compiler.is_compiling() or bool((pos[:, -1] >= w.front + (c + 1) * m - 1).any()):
                     near.close(c, pos[:, -1])
         if part is None and ctx.wrote is not None:
-            ctx.wrote[self.i] = Wrote(near.keys.detach(), w.values.detach(), w.crf[:, :chunks + 1])
+            ctx.wrote[self.i] = Wrote(near.keys.detach(), near.values.detach(), w.crf[:, :chunks + 1])
         return self.c_proj(y[:, :T])
 
 
@@ -1205,33 +1235,30 @@ PROBES = 64  # pages of an index that a query reads
 
 
 class Near:
-    """One forward's view of what an associative memory can find: old entries and those of the window, in one row of numbers."""
+    """One forward's view of what an associative memory can find: old entries and those of the window, in one row of numbers, and
+    behind those what was told."""
     ROOM = 2 ** 26  # scores at once
 
     def __init__(self, of, w, base):
-        self.of, self.w, self.base, self.N, self.L = of, w, base, 0 if base is None else base.crf.size(-1), w.ok.size(1)
-        s = of.cfg.mem_shift
-        self.keys = F.pad(w.keys, (0, 0, s, 0))[:, :, :self.L]  # of entries: what stood before
-        same = F.pad(w.docs, (s, 0), value=-1)[:, :self.L] == w.docs
-        self.ok = w.ok & F.pad(w.ok, (s, 0))[:, :self.L] & same
+        self.of, self.w, self.base, self.told = of, w, base, None if base is None else base.told
+        self.N, self.L = 0 if base is None else base.crf.size(-1), w.real.size(1) - 1
+        self.keys, self.values, self.ok = w.keys[:, :, :self.L], w.values[:, :, :self.L], w.ok[:, :self.L]
 
-    def old(self, q, there, n):
-        """The n nearest to q (B, H, T, D) of the old entries that are there (B, H, N): cosines, -inf where there are no more, and
-        places, (B, H, T, n) each. A large memory may have an index, which finds almost all of them."""
-        (B, H, T, D), base, there = q.shape, self.base, there[:, :, None]
-        if base.index is not None:
-            found = [i.search(x.reshape(-1, D), 2 * n, PROBES) for i, x in zip(base.index, q.unbind(1))]  # twice as many: some may be gone
-            score, at = (torch.stack(t, 1).view(B, T, H, 2 * n).transpose(1, 2) for t in zip(*found))
-            score, some = top(score.masked_fill(~there.expand(-1, -1, T, -1).gather(3, at), float("-inf")), n)
-            return score, at.gather(3, some)
-        keys, room = base.keys.to(q.dtype), max(1, self.ROOM // (B * H * base.keys.size(2)))
+    def old(self, memory, q, there, n):
+        """The n nearest to q (B, H, T, D) of the entries of a Memory that are there (B or 1, H, N): cosines, -inf where there are no more,
+        and places, (B, H, T, n) each. A large one may have an index, which finds almost all of them."""
+        B, H, T, D = q.shape
+        if memory.index is not None:
+            found = [i.search(x.reshape(-1, D), n, PROBES) for i, x in zip(memory.index, q.unbind(1))]
+            return tuple(torch.stack(t, 1).view(B, T, H, n).transpose(1, 2) for t in zip(*found))
+        keys, room = memory.keys.to(q.dtype), max(1, self.ROOM // (B * H * memory.keys.size(2)))
         if T > room:  # as many queries at a time as have room for their scores
-            return tuple(torch.cat(t, 2) for t in zip(*(self.old(x, there[:, :, 0], n) for x in q.split(room, 2))))
+            return tuple(torch.cat(t, 2) for t in zip(*(self.old(memory, x, there, n) for x in q.split(room, 2))))
         if len(keys) == 1:  # one row stands for all: one product, and no copies of it
             score = (q.transpose(0, 1).reshape(1, H, B * T, D) @ keys.mT).view(H, B, T, -1).transpose(0, 1)
         else:
             score = q @ keys.mT
-        return top(score.float().masked_fill(~there, float("-inf")), n)
+        return top(score.float().masked_fill(~there[:, :, None], float("-inf")), n)
 
     def doc(self, c):
         """Documents begun before chunk c (B,)."""
@@ -1244,22 +1271,27 @@ class Near:
         cfg, w, N = self.of.cfg, self.w, self.N
         rows = torch.arange(len(c), device=c.device)
         there, mine = w.crf[rows, c] > 0, (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
-        cosine, n = (q @ self.keys.mT).float(), 0
+        cosine, scores, old, count = (q @ self.keys.mT).float(), [], [], there.sum(-1)
         with torch.no_grad():
-            score = cosine.masked_fill(~(there[:, :, None, N:] & mine), float("-inf"))  # (B, H, T, L)
-            if self.base is not None:
-                n = min(cfg.mem_top, N)
-                best, at = self.old(q, there[..., :N], n)
-                score = torch.cat((best.masked_fill(~mine, float("-inf")), score), dim=-1)
+            if self.told is not None:
+                told = self.told.crf > 0
+                score, at = self.old(self.told, q, told, min(cfg.mem_top, told.size(-1)))
+                scores, old, count = [score], [(self.told, at, N + self.L)], count + told.sum(-1)
+            if N:
+                score, at = self.old(self.base, q, there[..., :N], min(cfg.mem_top, N))
+                scores, old = [*scores, score.masked_fill(~mine, float("-inf"))], [*old, (self.base, at, 0)]
+            score = torch.cat((*scores, cosine.masked_fill(~(there[:, :, None, N:] & mine), float("-inf"))), -1)
             low, found = top(score, w.found.size(-1))
-            chosen = (score >= low[..., -1:]) & (score > float("-inf"))  # no gradient flows into the choice, only into what is chosen
+            chosen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, found, low > float("-inf"))  # no gradient flows into the choice
+        n, old_k, old_v = score.size(-1) - self.L, None, None
         if n:
-            old_k, old_v = (t.to(q.dtype).expand(len(c), -1, -1, -1).gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1)))
-                            .view(*at.shape, -1) for t in (self.base.keys, self.base.values))
+            old_k, old_v = (torch.cat([t.to(q.dtype).expand(len(c), -1, -1, -1).gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1)))
+                                       .view(*at.shape, -1) for t, at in each], 3)
+                            for each in ([(m.keys, at) for m, at, _ in old], [(m.values, at) for m, at, _ in old]))
             cosine = torch.cat(((q[..., None, :] * old_k).sum(-1).float(), cosine), -1)
         if training and cfg.mem_drop:
             chosen = chosen & (torch.rand_like(cosine) >= cfg.mem_drop)
-        sharp = 10 * self.of.scale * (there.sum(-1) + 2).log()  # (B, H): the more there are, the nearer the best false one (arXiv:2501.19399)
+        sharp = 10 * self.of.scale * (count + 2).log()  # (B, H): the more there are, the nearer the best false one (arXiv:2501.19399)
         logits = (sharp[..., None, None] * cosine).masked_fill(~chosen, float("-inf"))
         none = (sharp * self.of.none / 2)[..., None, None].expand(*logits.shape[:3], 1)
         p = torch.cat((logits, none), -1).softmax(-1)[..., :-1]
@@ -1268,43 +1300,45 @@ class Near:
             y = p[..., n:].to(new.dtype) @ new
             return y + (p[..., :n, None].to(new.dtype) * old).sum(-2) if n else y
 
-        y = read(w.values, old_v if n else None)
+        y = read(self.values, old_v)
         if cfg.mem_straight:
-            y = torch.cat((y, read(self.keys, old_k if n else None) + q - q.detach()), -1)
+            y = torch.cat((y, read(self.keys, old_k) + q - q.detach()), -1)
         places = N + found - n
         if n:
+            at = torch.cat([at + first for _, at, first in old], -1)
             places = torch.where(found < n, at.gather(-1, found.clamp(max=n - 1)), places)
         return y, places, p.detach().gather(-1, found)
 
     def close(self, c, last):
         """Write what chunk c (B,) has at places up to `last` (B,): the crf before the next chunk."""
-        cfg, w, N = self.of.cfg, self.w, self.N
+        cfg, w, N, m = self.of.cfg, self.w, self.N, self.of.cfg.mem_chunk
         rows = torch.arange(len(c), device=c.device)
-        place = w.front + c[:, None] * cfg.mem_chunk + torch.arange(cfg.mem_chunk, device=c.device)  # (B, m)
+        place = w.front + c[:, None] * m + torch.arange(m, device=c.device)  # (B, m)
         there, place = place <= last[:, None], place.clamp(max=self.L - 1)
         docs, doc = w.docs.gather(1, place), self.doc(c)
-        there = there & w.ok.gather(1, place)
+        decay = self.of.DECAY ** there.float().mean(1)
+        there = there & w.real.gather(1, place)
         now = torch.where(there, docs, 0).amax(1).maximum(doc)
         same = (now == doc)[:, None, None]
         crf = w.crf[rows, c] * same  # a new document begins with none
         stored = crf > 0
         pick = lambda t: t.gather(2, place[:, None, :, None].expand(-1, t.size(1), -1, t.size(-1)))
-        used = pick(w.weight) * (there & ~w.skip.gather(1, place))[:, None, :, None] * same[..., None]
-        crf = (crf * self.of.DECAY).scatter_add(2, pick(w.found).flatten(2), used.flatten(2))
-        there = there & ~w.skip.gather(1, place)
+        found = pick(w.found)
+        used = pick(w.weight) * there[:, None, :, None] * same[..., None] * (found < N + self.L)
+        crf = (crf * decay[:, None, None]).scatter_add(2, found.flatten(2).clamp(max=N + self.L - 1), used.flatten(2))
         new = (self.ok.gather(1, place) & there & (docs == now[:, None]))[:, None].expand(-1, crf.size(1), -1)  # (B, H, m)
         gain = torch.ones_like(new, dtype=crf.dtype)
         if cfg.mem_novelty <= 1:
             keys = pick(self.keys)
             best, at = (keys @ self.keys.mT).float().masked_fill(~stored[:, :, None, N:], -1.0).max(-1)
             at = at + N
-            if self.base is not None:
-                old, where = (t[..., 0] for t in self.old(keys, stored[..., :N], 1))
+            if N:
+                old, where = (t[..., 0] for t in self.old(self.base, keys, stored[..., :N], 1))
                 best, at = torch.maximum(best, old), torch.where(old > best, where, at)
             near = (best >= cfg.mem_novelty) & new
             gain = gain + near * crf.gather(2, at)
             crf = crf * (1 - torch.zeros_like(crf).scatter_add(2, at, near.float()).clamp(max=1))  # the newer one takes its place
-            later = torch.ones(cfg.mem_chunk, cfg.mem_chunk, device=c.device, dtype=torch.bool).triu(1)
+            later = torch.ones(m, m, device=c.device, dtype=torch.bool).triu(1)
             new = new & ~((keys @ keys.mT >= cfg.mem_novelty) & new[:, :, None] & later).any(-1)
         gain = gain * new
         w.crf[rows, c + 1] = crf.scatter_add(2, (N + place)[:, None].expand_as(gain), gain)
@@ -1435,6 +1469,19 @@ class Stack(nn.Module):
         for layer, part in zip(self.order[first:], state.parts[first:]):
             (layer.remember if isinstance(layer, Block) else layer)(x, ctx, part)
 
+    def written(self, parts, memory, S, n):
+        """What blocks M would write into memory {block: Memory} of the first n (B,) positions behind S, by what decoding carries of
+        them, `parts`: yields (block, Wrote)."""
+        for layer, part in zip(self.order, parts):
+            if isinstance(layer, Level):
+                marks = part.marks[torch.arange(len(n), device=n.device), (S + n - 1).clamp(min=0)] * (n > 0)[:, None]
+                _, closed, docs, doc = marks.unbind(1)
+                for i, wrote in layer.written(part.inner.parts, memory, 1, closed):
+                    wrote.crf *= (docs == doc)[:, None, None, None]  # a document that no chunk has closed in ends the one before all the same
+                    yield i, wrote
+            elif part[2] is not None:
+                yield layer.i, layer.mlp.left(part[2], memory.get(layer.i), n)
+
     def flops(self, L):
         """Of forward and backward over L positions: 6 per weight of a matrix and position, and 12 H D for every pair of
         positions (PaLM, arXiv:2204.02311, appendix B). Attention to plans counts its weights alone, at every position."""
@@ -1549,13 +1596,10 @@ class Level(Stack):
 
     def __init__(self, cfg, tree, number, depth, shared):
         super().__init__()
-        C, chunks = cfg.n_embd, cfg.chunk.replace(" ", "").split(",")
+        C, chunks = cfg.n_embd, cfg.chunk.split(",")
         self.chunk = chunks[min(depth, len(chunks)) - 1]
         self.depth, self.horizon = depth, cfg.horizon
-        longest = max(cfg.block_size, cfg.history if cfg.enrich else 0)
-        for c in chunks[:depth] if len(chunks) > 1 else chunks * depth:  # the most chunks that a window closes
-            longest //= 4 if c == "space" else int(c)  # (words beyond a quarter of the window are none to the level)
-        self.capacity = longest
+        self.capacity = cfg.most_chunks(depth, max(cfg.block_size, cfg.history if cfg.enrich else 0))
         self.bos = nn.Parameter(torch.empty(C))
         self.compose = MLP(cfg, 2 * C) if cfg.compose == "mlp" else None
         self.ln = NORMS[cfg.norm](cfg)
@@ -1579,20 +1623,16 @@ class Level(Stack):
         4): the marks of the position before."""
         S, at = ctx.prefix, torch.arange(T, device=before.device)
         none = torch.zeros(len(before), T, dtype=torch.bool, device=before.device)
-        have = none | True if ctx.have is None else ctx.have[:, S:]
-        fresh = none if ctx.fresh is None else ctx.fresh[:, S:]
-        if ctx.have is not None:  # the first token that is there begins
-            fresh = fresh | (have & ~F.pad(have[:, :-1], (1, 0)))
-        starts = fresh
+        starts = fresh = none if ctx.fresh is None else ctx.fresh[:, S:]
         if self.chunk == "space":
             starts = fresh | F.pad(ctx.space[:, :-1], (1, 0))
         start = torch.where(starts, at, -1).cummax(1).values  # where the running chunk, or document, began; -1: before
         place = torch.where(start >= 0, at - start, before[:, :1] + at)
         if self.chunk == "space":
-            closes = ctx.space & have
+            closes = ctx.space
         else:
             place = place % len(self.cos)
-            closes = (place == len(self.cos) - 1) & have
+            closes = place == len(self.cos) - 1
         if ctx.real is not None:
             closes = closes & ctx.real[:, S:]
         count = before[:, 1:2] + closes.cumsum(1)
@@ -1653,7 +1693,7 @@ class Level(Stack):
         concepts = rms_norm(sums)
         if self.compose is not None:
             concepts = rms_norm(concepts + self.compose(concepts))
-        fresh = None if ctx.fresh is None and ctx.have is None else doc != doc_before
+        fresh = None if ctx.fresh is None else doc != doc_before
         h, n = concepts, int(ctx.begins)
         if ctx.begins:
             h = torch.cat((self.bos.to(x.dtype).expand(len(x), 1, -1), h), dim=1)
@@ -1663,8 +1703,7 @@ class Level(Stack):
             state.begun, state.pos = not ctx.begins, closed + 1 - n
         first = closed + 1 - n
         inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels, keep=ctx.keep, values=ctx.values,
-                             memory=ctx.memory, wrote=ctx.wrote, known=ctx.known, when=F.pad(self.when(ctx, end), (n, 0)),
-                             real=F.pad(exists, (n, 0), value=True),
+                             memory=ctx.memory, wrote=ctx.wrote, real=F.pad(exists, (n, 0), value=True),
                              scored=None if scored is None else F.pad(scored, (n, 0)))
         u = self.ln(self.run(h, inner, state))
         if ctx.levels is not None:
@@ -1679,10 +1718,6 @@ class Level(Stack):
             part.told[torch.arange(len(x), device=x.device)[:, None], place] = self.tell(u).to(part.told.dtype)
         if scored is not None and self.regresses and part is None:
             self.regress(ctx, u, concepts.detach().float(), exists, doc, doc_before, scored)
-
-    def when(self, ctx, end):
-        """Tokens read at places end (B, M) of the stack below."""
-        return end + 1 if ctx.when is None else ctx.when.gather(1, end + ctx.prefix)
 
     def unbind(self, concepts):
         """Concepts (.., C) that are sums -> vectors (.., chunk, C): turned back by each place. Their products with embeddings
@@ -1866,8 +1901,10 @@ class GPT(Stack):
             raise ValueError(f"think_token must be an id below {cfg.vocab_size}, not {cfg.think_token}")
         if cfg.tie:
             self.lm_head.weight = self.wte.weight
-        if cfg.pos == "rope":
-            angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(0)[2]))
+        table = cfg.pos == "rope" and cfg.attending()
+        self.register_buffer("cos", None, persistent=False)
+        if table:
+            angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(table[0])[2]))
             length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0) + 2 * bool(self.levels)  # a level has bos
             angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
             self.register_buffer("cos", angle.cos(), persistent=False)
@@ -1879,7 +1916,8 @@ class GPT(Stack):
             space = torch.isin(torch.arange(cfg.vocab_size), torch.tensor(cfg.space))
         self.register_buffer("space", space, persistent=False)
         self.dtype = torch.float32  # what the forward computes in; the trainer sets bf16 where it is fast
-        self.init_weights(seed)
+        if seed is not None:  # else the values come from elsewhere
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -1953,21 +1991,41 @@ class GPT(Stack):
         history = self.flops(cfg.n_slot + cfg.history) / 3 if cfg.enrich else 0
         return head * reads + (self.flops(cfg.n_slot + cfg.block_size) * passes + history) / cfg.block_size
 
-    def init_state(self, B, dtype=None, memory=None, known=None):
+    def init_state(self, B, dtype=None, memory=None, carried=None, known=None):
         """An empty decoding State for B rows, with room for every slot and the whole window. memory {block: Memory}: what blocks M
-        can find besides what they read, which holds the first `known` (B,) tokens of each row already."""
-        device, L, V = self.wte.weight.device, self.cfg.n_slot + self.cfg.block_size, self.cfg.vocab_size
+        can find besides what they read; carried: the entries of the first known (B,) tokens, as leave_window gave them."""
+        device, S, V = self.wte.weight.device, self.cfg.n_slot, self.cfg.vocab_size
+        L = S + self.cfg.block_size
         parts = self.init_states(B, L, memory or {}, device, dtype or self.dtype)
         if self.cfg.n_think:
             parts.append(Thoughts(torch.zeros(B, L, V, device=device), torch.zeros(B, L, dtype=torch.long, device=device)))
-        return State(torch.zeros(B, dtype=torch.long, device=device), parts, L, memory=memory, known=known)
+        for layer, part in zip(self.order, parts) if carried else ():
+            if isinstance(layer, Block) and layer.i in carried:
+                w, (keys, values, ok) = part[2], carried[layer.i]
+                w.keys[:, :, S:], w.values[:, :, S:], w.ok[:, S:], w.given = keys, values, ok, known
+        return State(torch.zeros(B, dtype=torch.long, device=device), parts, L, memory=memory)
+
+    def leave_window(self, state, n):
+        """Write into the memories of a state what leaves its window with the first n (B,) tokens. -> {block: what Memory.write gave},
+        and for token-level blocks {block: entries of the tokens behind those}, which were made with more before them than will stand
+        in a window that begins there: keys and values (B, H, L, D), and which there are (B, L). Levels make theirs anew."""
+        wrote = {i: state.memory[i].write(w) for i, w in self.written(state.parts, state.memory, self.cfg.n_slot, n)}
+        S, carried = self.cfg.n_slot, {}
+        for layer, part in zip(self.order, state.parts):
+            if isinstance(layer, Block) and part[2] is not None:
+                w, L = part[2], part[2].ok.size(1)
+                at = (S + n[:, None] + torch.arange(L - S, device=n.device)).clamp(max=L - 1)
+                keys, values = (t.gather(2, at[:, None, :, None].expand(-1, t.size(1), -1, t.size(3))) for t in (w.keys, w.values))
+                carried[layer.i] = keys, values, w.ok.gather(1, at)
+        return wrote, carried
 
     def recalled(self, state):
-        """Of each token-level block M, what the last position of each row found: yields (block, places (B, H, k), weights (B, H, k))."""
+        """Of each token-level block M, what the last position of each row found of what was told: yields (block, places (B, H, k) there,
+        negative for something else, weights (B, H, k))."""
         for layer, part in zip(self.order, state.parts):
             if isinstance(layer, Block) and part[2] is not None:
                 rows, at = torch.arange(len(state.pos), device=state.pos.device), state.pos - 1
-                yield layer.i, part[2].found[rows, :, at], part[2].weight[rows, :, at]
+                yield layer.i, part[2].found[rows, :, at] - part[2].crf.size(-1), part[2].weight[rows, :, at]
 
     def init_memory(self, B, size=None):
         """{block: an empty Memory} for B rows of blocks M, `size` entries each (mem_size); {} where there are none."""
@@ -2005,30 +2063,34 @@ class GPT(Stack):
         x = x.to(self.dtype)
         return self.drop(rms_norm(x) if self.cfg.embed_norm else x), S
 
-    def context(self, x, S, tokens, state, have=None, targets=None, losses=None, **more):
-        """What all blocks and levels share of these inputs x (B, S + T, C)."""
+    def context(self, x, S, tokens, state, ids=None, targets=None, losses=None, **more):
+        """What all blocks and levels share of these inputs x (B, S + T, C). ids (B, T): which symbols soft tokens stand for."""
         if self.cfg.eot >= 0 or self.space is not None:
-            ids = tokens.argmax(-1) if tokens.is_floating_point() else tokens
+            if ids is None:
+                ids = tokens.argmax(-1) if tokens.is_floating_point() else tokens
             more["fresh"] = F.pad(ids == self.cfg.eot, (S, 0)) if self.cfg.eot >= 0 else None
             more["space"] = self.space[ids] if self.space is not None else None
-        if have is not None:
-            have = F.pad(have, (S, 0), value=True)
         if targets is not None and losses is not None:  # a token that is a target is scored where it stands
             more["scored"] = F.pad((targets[:, :-1] >= 0).float(), (S + 1, 0))
-        table = (self.cos, self.sin) if self.cfg.pos == "rope" else None
+        table = None if self.cos is None else (self.cos, self.sin)
         if state is not None:
-            more["memory"], more["known"] = state.memory, state.known if not state.begun else None
-        return Context.make(x, table, state, have, prefix=S, tokens=tokens, losses=losses, values=self.values, **more)
+            more["memory"] = state.memory
+        return Context.make(x, table, state, prefix=S, tokens=tokens, losses=losses, values=self.values, **more)
 
-    def hidden(self, tokens, history=None, state=None, have=None, targets=None, losses=None, exits=None, keep=None, fed=None,
-               memory=None, wrote=None, known=None):
+    def hidden(self, tokens, history=None, state=None, have=None, ids=None, targets=None, losses=None, exits=None, keep=None, fed=None,
+               memory=None, wrote=None):
         """The trunk: tokens, ids (B, T) or distributions (B, T, V) -> normalised output vectors (B, T, C). have (B, T) is
-        False where there is no token. Levels leave what they lose in `losses`, over the scored ones of targets (B, T); what
+        False where there is no token: what it gives there means nothing, and all else is as if the row had none there. ids (B, T):
+        which symbols soft tokens stand for. Levels leave what they lose in `losses`, over the scored ones of targets (B, T); what
         there is of exits goes to `exits`, an Exits; token-level feed-forward layers leave what they gave in `fed`,
         blocks M what they would write into memory {block: Memory} in `wrote`. keep (n_layer,) is 0 for blocks to leave out."""
+        if have is not None:  # what is missing goes behind all that is there, where nothing sees it
+            order = (~have).sort(stable=True)[1]
+            h = self.hidden(tokens.gather(1, order))
+            return torch.empty_like(h).scatter(1, order[..., None].expand_as(h), h)
         x, S = self.embed(tokens, history, state)
-        ctx = self.context(x, S, tokens, state, have, targets, losses, exits=None if exits is None else [], keep=keep, fed=fed,
-                           memory=memory, wrote=wrote, known=known)
+        ctx = self.context(x, S, tokens, state, ids, targets, losses, exits=None if exits is None else [], keep=keep, fed=fed,
+                           memory=memory, wrote=wrote)
         if self.training and self.cfg.exit_rate:
             ctx.leave = self.trial(len(x), S)
         x = self.run(x, ctx, state)
@@ -2140,8 +2202,11 @@ class GPT(Stack):
         """Training inputs of which a share is soft: idx (B, T) -> (B, T, V), where a token is replaced by what the model
         expected in its place, from a pass without gradient."""
         with torch.no_grad():
-            p = self.read(self.hidden(idx, history))[0].softmax(-1)
-        soft = (torch.rand(idx.shape, device=idx.device) < self.cfg.soft_rate) & (idx != self.cfg.think_token)
+            logits = self.read(self.hidden(idx, history))[0]
+            if self.cfg.eot >= 0:  # where a text ends is no guess: an end stays one, and nothing else becomes one
+                logits[..., self.cfg.eot] = float("-inf")
+            p = logits.softmax(-1)
+        soft = (torch.rand(idx.shape, device=idx.device) < self.cfg.soft_rate) & (idx != self.cfg.think_token) & (idx != self.cfg.eot)
         soft = soft[:, 1:, None]  # nothing is expected in the first place
         hard = F.one_hot(idx, self.cfg.vocab_size).to(p.dtype)
         return torch.cat((hard[:, :1], torch.where(soft, p[:, :-1], hard[:, 1:])), dim=1)
@@ -2170,7 +2235,7 @@ class GPT(Stack):
                 tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
                 if state is not None:
                     state.pos, state.begun = before
-            h = self.hidden(tokens, history, state, **({"keep": more["keep"], "memory": more["memory"], "known": more["known"]} if i < n else more))
+            h = self.hidden(tokens, history, state, **({k: more[k] for k in ("ids", "keep", "memory")} if i < n else more))
         if state is not None:
             rows = torch.arange(B, device=hard.device)[:, None]
             pos = state.pos[:, None] - T + torch.arange(T, device=hard.device)
@@ -2178,7 +2243,7 @@ class GPT(Stack):
             state.parts[-1].count[rows, pos] = count
         return h
 
-    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0, taught=None, fed=None, memory=None, known=None):
+    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0, taught=None, fed=None, memory=None, ids=None):
         """idx (B, T) token ids, or (B, T, V) distributions over them (soft tokens) -> Output.
 
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed cross-entropy over `denom`
@@ -2187,11 +2252,12 @@ class GPT(Stack):
         state: decoding State that idx continues; it is updated in place.
         drawn: what plan_step drew for this step; None: no block is left out, and exits count by depth.
         at_exit: also read the exit after so many blocks, as Output.early.
-        memory: {block: Memory} of these rows, for blocks M without a state; Output.wrote is what they would write there. known (B,): so
-        many tokens at the front are in it already.
+        memory: {block: Memory} of these rows, for blocks M without a state; Output.wrote is what they would write there.
+        ids (B, T): which symbols soft tokens stand for, as far as ends of documents and words go; None: the likeliest.
         taught: what a teacher says, Taught, to learn from that. fed: a dict for what token-level feed-forward layers give, by block.
         """
         cfg = self.cfg
+        ids = idx if ids is None and not idx.is_floating_point() else ids
         if self.training and cfg.soft_rate:
             idx = self.soften(idx, history)
         trunk, of_levels, exits = self.think if cfg.n_think else self.hidden, {}, None
@@ -2199,7 +2265,7 @@ class GPT(Stack):
             exits = Exits()
         keep = drawn[:cfg.n_layer] if self.training and cfg.layer_drop and drawn is not None else None
         fed, wrote = {} if taught is not None else fed, None if memory is None else {}
-        h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep, fed=fed, memory=memory, wrote=wrote, known=known)
+        h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep, fed=fed, memory=memory, wrote=wrote, ids=ids)
         logits, z, e = self.read(h, regress=targets is not None)
         early = self.read(exits.h[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
         if targets is None:

@@ -345,7 +345,7 @@ class Decoder:
         if context:
             self.T, self.H = min(context, self.T), 0
         self.memory, self.own = dict(memory or {}), False  # own: nobody else reads it
-        self.known = [0] * len(rows)  # tokens of each window that memory holds
+        self.carried, self.known = {}, [0] * len(rows)  # entries of the first known tokens of each window, as the one before had them
         self.rows = []  # (history, window) per row, lists of ids, oldest first
         self.soft = []  # per row {place in the window: distribution (V,)} of the tokens that are soft
         for ids in rows:
@@ -362,8 +362,7 @@ class Decoder:
         if fold:
             n = max(1, self.T // 4)
             if self.memory:
-                self.write(b)
-                self.known[b] = self.T - n
+                self.write(b, n)
             ring.extend(window[:n])
             del window[:n]
             del ring[:max(0, len(ring) - self.H)]
@@ -374,62 +373,72 @@ class Decoder:
         return fold
 
     @torch.inference_mode()
-    def write(self, b):
-        """Write what row b's window has into its memory, in one pass."""
-        for i, m in self.memory.items():
-            if not self.own or len(m.crf) < len(self.known):
-                self.memory[i] = Memory(*(t.expand(len(self.known), *t.shape[1:]).clone() for t in (m.keys, m.values, m.crf)),
-                                        index=copy.deepcopy(m.index) if len(self.known) == 1 else None)
-        self.own = True
-        mine, history = {i: m.select(slice(b, b + 1)) for i, m in self.memory.items()}, self.history()
-        out = self.model(self.inputs([0], self.T, [b]), history=None if history is None else history[b:b + 1], memory=mine,
-                         known=torch.tensor([self.known[b]], device=self.model.wte.weight.device))
-        for i, m in mine.items():
-            m.write(out.wrote[i])
+    def write(self, b, n):
+        """Write into row b's memory what leaves its window with the first n tokens."""
+        if not self.own:
+            self.memory, self.own = {i: m.copy(len(self.known)) for i, m in self.memory.items()}, True
+        state = self.state_of([b])
+        self.read(self.model, self.inputs([0], self.T, [b]), state, self.history([b]), self.made - self.T)
+        for i, parts in self.model.leave_window(state, torch.tensor([n], device=state.pos.device))[1].items():
+            for t, new in zip(self.carried.setdefault(i, [t.repeat(len(self.known), *[1] * (t.dim() - 1)) for t in parts]), parts):
+                t[b:b + 1] = new
+        self.known[b] = self.T - n
+
+    def state_of(self, rows):
+        """An empty state for these rows, with what each finds besides its window."""
+        if not self.memory:
+            return self.model.init_state(len(rows))
+        at = torch.tensor(rows, device=self.model.wte.weight.device)
+        at = slice(rows[0], rows[0] + 1) if len(rows) == 1 else at  # of one row a view, to write to
+        known = torch.tensor([self.known[b] for b in rows], device=self.model.wte.weight.device)
+        return self.model.init_state(len(rows), memory={i: m.select(at) for i, m in self.memory.items()},
+                                     carried={i: [t[at] for t in parts] for i, parts in self.carried.items()}, known=known)
 
     def inputs(self, first, width, rows=None):
         """What the model reads of each of these rows (all) from place first[i] on, `width` tokens padded at the right: ids (B,
-        width), or distributions (B, width, V) where one of them is soft."""
+        width), or where one of them is soft distributions (B, width, V); and the ids."""
         rows = range(len(self.rows)) if rows is None else rows
-        idx = torch.tensor([(self.rows[b][1][f:f + width] + [0] * width)[:width] for f, b in zip(first, rows)],
+        ids = torch.tensor([(self.rows[b][1][f:f + width] + [0] * width)[:width] for f, b in zip(first, rows)],
                            device=self.model.wte.weight.device)
         soft = [(i, at - f, p) for i, (f, b) in enumerate(zip(first, rows)) for at, p in self.soft[b].items() if f <= at < f + width]
-        if soft:
-            idx = F.one_hot(idx, self.V).float()
-            for b, at, p in soft:
-                idx[b, at] = p
-        return idx
+        if not soft:
+            return ids, ids
+        idx = F.one_hot(ids, self.V).float()
+        for b, at, p in soft:
+            idx[b, at] = p
+        return idx, ids
 
-    def history(self, n=None):
-        """The ring behind the window of the first n rows (all), as the model takes it; None where it has no slots."""
+    def history(self, rows=None):
+        """The ring behind the window of these rows (all), as the model takes it; None where it has no slots."""
         if not self.H:
             return None
-        ring = np.array([[-1] * (self.H - len(r)) + r for r, _ in self.rows[:n]])
+        rings = self.rows if rows is None else [self.rows[b] for b in rows]
+        ring = np.array([[-1] * (self.H - len(r)) + r for r, _ in rings])
         return torch.from_numpy(prepare.forget(ring, self.eot)).to(self.model.wte.weight.device)
 
     @torch.inference_mode()
     def fill(self):
         """Slots, window and state from what is kept, in one pass over rows padded at the right."""
-        device = self.model.wte.weight.device
+        lengths = torch.tensor([[len(w)] for _, w in self.rows], device=self.model.wte.weight.device)
         width = max(len(w) for _, w in self.rows)
-        more = dict(memory=self.memory, known=torch.tensor(self.known, device=device)) if self.memory else {}
-        self.state = self.model.init_state(len(self.rows), **more)
-        made = self.read(self.model, self.inputs([0] * len(self.rows), width), self.history())
-        short = torch.tensor([width - len(w) for _, w in self.rows], device=device)
+        self.state = self.state_of(range(len(self.rows)))
+        made = self.read(self.model, self.inputs([0] * len(self.rows), width), self.state, self.history(), self.made + 1 - lengths)
+        short = width - lengths[:, 0]
         if bool(short.any()):
             self.state.rollback(short)
         self.take(made, width - 1 - short)
         return made[0]
 
-    def read(self, model, idx, history=None):
-        """Logits over idx (B, T), which ends where each row ends or is padded behind that, with `at_exit` those of the exit, with
-        `leave` the blocks run, and without it what the head read. Tokens of a prompt leave early too: so the state is that of decoding from its first token."""
+    def read(self, model, inputs, state, history=None, t=None):
+        """Logits over inputs, ids or distributions and ids (B, T), with `at_exit` those of the exit, with `leave` the blocks run, and
+        without it what the head read. Tokens of a prompt leave early too: so the state is that of decoding from its first token. t, a
+        number or (B, 1): how many tokens were made before the first of these."""
+        idx, ids = inputs
         if self.leave is None:
-            out = model(idx, history=history, state=self.state, at_exit=self.at_exit)
+            out = model(idx, history=history, state=state, at_exit=self.at_exit, ids=ids)
             return out.logits, out.early, None, out.h
-        before = idx.size(1) if self.state.begun else torch.tensor([[len(w)] for _, w in self.rows], device=idx.device)
-        self.leave.t = self.made + 1 - before  # self.made: tokens before the last of these
-        logits, depth = model.leaving(idx, self.leave, history, self.state)
+        self.leave.t = self.made + 1 - idx.size(1) if t is None else t
+        logits, depth = model.leaving(idx, self.leave, history, state)
         return logits, None, depth, None
 
     def take(self, made, last):
@@ -444,12 +453,11 @@ class Decoder:
         self.depth = [self.model.cfg.n_layer] * len(self.rows) if depth is None else depth.tolist()
 
     def recall(self, store, ids, places, weights):
-        """Note which entries of a store the last token of each row found, as long as nothing took their places: ids (H, N), places a list of
-        H * k in each row, weights (B, H, k)."""
+        """Note which entries of a store the last token of each row found: ids (H, N), places a list of H * k in each row, weights (B, H, k)."""
         for b, (at, w) in enumerate(zip(places, weights.flatten(1))):
             for j in w.topk(min(TRACED, len(w)))[1].tolist():
                 h = j // weights.size(2)
-                if w[j] > 0.05 and at[j] < ids.shape[1] and ids[h, at[j]] >= 0 and not self.known[b]:
+                if w[j] > 0.05 and at[j] >= 0 and ids[h, at[j]] >= 0:
                     self.found[b].append((store, int(ids[h, at[j]])))
 
     @torch.inference_mode()
@@ -459,7 +467,7 @@ class Decoder:
         if any([self.keep(b, t, soft and soft[b]) for b, t in enumerate(tokens)]):
             self.fill()
         else:
-            self.take(self.read(self.step, self.inputs([len(w) - 1 for _, w in self.rows], 1)), -1)
+            self.take(self.read(self.step, self.inputs([len(w) - 1 for _, w in self.rows], 1), self.state), -1)
         return self.logits
 
     @torch.inference_mode()
@@ -470,7 +478,7 @@ class Decoder:
         if any([self.keep(b, t) for b in range(len(self.rows)) for t in ids]):
             self.fill()
         else:
-            self.take(self.read(self.model, self.inputs([len(w) - len(ids) for _, w in self.rows], len(ids))), -1)
+            self.take(self.read(self.model, self.inputs([len(w) - len(ids) for _, w in self.rows], len(ids)), self.state), -1)
 
     @torch.inference_mode()
     def harden(self, changes):
@@ -484,11 +492,12 @@ class Decoder:
                     window[at] = token
                     del self.soft[b][len(window) + at]
                     first = min(first, at)
+                    self.known[b] = min(self.known[b], len(window) + at)
         if not first:
             return
-        if -first < min(len(w) for _, w in self.rows):
+        if -first < min(len(w) for _, w in self.rows) and not self.carried:
             self.state.rollback(-first)
-            self.take(self.read(self.model, self.inputs([len(w) + first for _, w in self.rows], -first)), -1)
+            self.take(self.read(self.model, self.inputs([len(w) + first for _, w in self.rows], -first), self.state), -1)
         else:
             self.fill()
 
@@ -501,6 +510,7 @@ class Decoder:
         new.soft, new.known = [dict(self.soft[r]) for r in rows], [self.known[r] for r in rows]
         at = torch.tensor(rows, device=self.logits.device)
         new.memory = {i: m.select(at) for i, m in self.memory.items()}
+        new.carried = {i: [t[at] for t in parts] for i, parts in self.carried.items()}
         self.own = new.own = False  # one row is shared until somebody writes
         new.state, new.logits = self.state.select(at), self.logits[at]
         new.early, new.depth = self.early[at] if self.at_exit else None, [self.depth[r] for r in rows]
@@ -517,7 +527,7 @@ class Decoder:
         """For each chunk that row 0's window holds now, the tokens whose composition is nearest to the concept that is predicted
         from what stands before it, beside what was written."""
         device = self.model.wte.weight.device
-        made = next(m for m in self.model.concepts(torch.tensor([self.rows[0][1]], device=device), self.history(1))
+        made = next(m for m in self.model.concepts(torch.tensor([self.rows[0][1]], device=device), self.history([0]))
                     if m.level is self.model.order[0])
         near = made.level.unbind(made.level.head(made.u)[0, :, 0]) @ rms_norm(self.model.wte.weight.float()).T  # (M + 1, chunk, V)
         k = near.size(1)
@@ -538,7 +548,7 @@ class Decoder:
 @torch.inference_mode()
 def absorb(model, ids, piece=8192, rows=32):
     """Read ids into memory, without a gradient: pieces of the text are read side by side, each into a memory of its own, half a
-    window at a time behind the half before. -> {block: [(keys (n, D), values (n, D), places in ids (n,)) for each head]}."""
+    window at a time behind the half before. A text is one document. -> {block: [(keys (n, D), values (n, D), places in ids (n,)) for each head]}."""
     T, n, device = model.cfg.block_size, len(ids), model.wte.weight.device
     if list(model.init_memory(1, size=0)) == [model.blocks[-1].i] and model.cfg.mem_novelty > 1:
         piece = min(piece, 4 * T)  # what the last block finds changes nothing that is written, and little is searched faster
@@ -547,20 +557,21 @@ def absorb(model, ids, piece=8192, rows=32):
     found = {i: [[torch.empty(n, D, dtype=m.keys.dtype), torch.empty(n, D, dtype=m.keys.dtype), torch.empty(n, dtype=torch.long), 0] for _ in range(H)]
              for i, m in model.init_memory(1, size=0).items()}  # room for all: a position is written once (what is not filled takes no memory)
     for first in prepare.bar(firsts.split(rows), desc="read"):
-        last = (first + max(piece, T)).clamp(max=n)
-        memory, read = model.init_memory(len(first), size=int((last - first).max())), first.clone()
+        last, start, carried = (first + max(piece, T)).clamp(max=n), (first - T // 2).clamp(min=0), None
+        memory, known = model.init_memory(len(first), size=int((last - start).max())), torch.zeros_like(first)
         source = {i: torch.full(m.crf.shape, -1) for i, m in memory.items()}
-        while bool((read < last).any()):
-            end = torch.minimum(torch.where(read < T, T, read + T // 2), last)
-            start = (end - T).clamp(min=0)
+        while bool((start < last).any()):
             x = ids[(start[:, None] + torch.arange(min(T, n))).clamp(max=n - 1)].to(device)
-            wrote = model(x, memory=memory, known=torch.where(read < last, read - start, T).to(device)).wrote
-            for i, m in memory.items():
-                slot, at, better = (t.cpu() for t in m.write(wrote[i]))
+            state = model.init_state(len(first), memory=memory, carried=carried, known=known.to(device))
+            model(x, state=state)
+            left = torch.where(last - start > T, max(T // 2, 1), last - start)
+            wrote, carried = model.leave_window(state, left.to(device))
+            for i, w in wrote.items():
+                slot, at, better = (t.cpu() for t in w)
                 source[i].scatter_(2, slot, torch.where(better, start[:, None, None] + at, source[i].gather(2, slot)))
-            read = end
+            start, known = start + left, T - left
         for i, m in memory.items():
-            there = m.crf > 0
+            there = (m.crf > 0) & (source[i] >= first[:, None, None]).to(device)  # what was read before it is another piece's
             for h, of in enumerate(found[i]):
                 new = [t[:, h][there[:, h]] for t in (m.keys, m.values, source[i].to(device))]
                 for all_, t in zip(of, new):
@@ -610,16 +621,16 @@ def open_memory(store, model, room, index=False):
 
 
 def remembered(model, found, room=0, index=False):
-    """What absorb found as {block: Memory} of one row, with room for more; index: search it by one."""
-    memory = {}
+    """What absorb found as told, {block: Memory} of one row with room for what is read besides; index: search it by one."""
+    memory = model.init_memory(1, size=room)
     for i, heads in found.items():
-        n = max(len(keys) for keys, *_ in heads)
-        memory[i] = m = model.init_memory(1, size=n + room)[i]
+        told = model.init_memory(1, size=max(len(keys) for keys, *_ in heads))[i]
         for h, (keys, values, *_) in enumerate(heads):
-            m.keys[0, h, :len(keys)], m.values[0, h, :len(keys)], m.crf[0, h, :len(keys)] = keys, values, 1.0
-        m.index = [Clusters(keys.size(1)) for keys, *_ in heads] if index else None
-        for clusters, (keys, *_) in zip(m.index or (), heads):
+            told.keys[0, h, :len(keys)], told.values[0, h, :len(keys)], told.crf[0, h, :len(keys)] = keys, values, 1.0
+        told.index = [Clusters(keys.size(1)) for keys, *_ in heads] if index else None
+        for clusters, (keys, *_) in zip(told.index or (), heads):
             clusters.add(keys)
+        memory[i].told = told
     return memory
 
 
