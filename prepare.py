@@ -282,6 +282,9 @@ def checkpoint_id(path):
 # tokenizer
 
 
+END = "<|endoftext|>"  # how users name the end of a text
+
+
 class Tokenizer:
     """Text to token ids and back. spec is plain data: {"kind": "char", "chars": ..., "eot": bool}, {"kind": "byte"} or
     {"kind": "tiktoken", "encoding": ...}; `hash` is the SHA-256 of its JSON."""
