@@ -1208,6 +1208,11 @@ class Store:
             pass
         raise sqlite3.DatabaseError("what it says of its entries cannot be read") from None
 
+    def count(self):
+        """How many entries the store says that it has."""
+        with self.asking():
+            return sum(self.state()["counts"].values())
+
     def put_state(self, state):
         self.db.execute("UPDATE facts SET value = ? WHERE name = 'state'", (prepare.seal(state).decode(),))
 
@@ -1644,7 +1649,7 @@ def learn(cfg, *files):
     with open_store(kind, target, model, path, write=True) as store:
         for name, ids in texts:
             print(f"{config.visible(name)}: {read(store, model, tok, ids):,} entries")
-        print(f"{config.visible(target)}: {store.stats()['entries']:,} entries")
+        print(f"{config.visible(target)}: {store.count():,} entries")
     return 0
 
 
@@ -1725,7 +1730,7 @@ def memory_forget(store, cfg, words):
     if not gone:
         raise UserError(f"store {store.path} has no entry {what!r}; python sample.py memory {shlex.quote(store.path)} list shows which there are, and a "
                         f"text is looked for in the last 40 characters before each")
-    print(f"{config.visible(store.path)}: forgot {gone:,} of {gone + store.stats()['entries']:,} entries")
+    print(f"{config.visible(store.path)}: forgot {gone:,} of {gone + store.count():,} entries")
 
 
 def memory_prune(store, cfg, words):
@@ -1733,7 +1738,7 @@ def memory_prune(store, cfg, words):
     if len(words) != 1:
         raise UserError(f"prune takes one number, of the entries to keep, not {' '.join(words) or 'nothing'}")
     gone = store.prune(*numbers(words, "prune"))
-    print(f"{config.visible(store.path)}: pruned {gone:,} of {gone + store.stats()['entries']:,} entries")
+    print(f"{config.visible(store.path)}: pruned {gone:,} of {gone + store.count():,} entries")
 
 
 def memory_stats(store, cfg, words):
