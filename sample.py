@@ -3,6 +3,7 @@
     python sample.py                                        500 tokens from the newest checkpoint under out/
     python sample.py --prompt="ROMEO:" --n=3 --top_p=0.9
     python sample.py --prompt=FILE:scene.txt --temperature=0
+    python sample.py --prompt= --stop_at_end                a text from its beginning to its end
     python sample.py --amateur=out/small/ckpt.pt            contrastive decoding against a weaker model
     python sample.py --exit=softmax --trace                 a token leaves at the first exit that is sure of it
     python sample.py --speculate=4 --draft_exit=2           the first 2 blocks draft, the rest verifies: the same text, sooner
@@ -49,7 +50,7 @@ from model import Clusters, GPT, GPTConfig, Level, Linear, Memory, rms_norm, sea
 @dataclass
 class SampleConfig:
     out_dir: str = ""  # folder of a checkpoint, or a checkpoint file; default: the newest under out/
-    prompt: str = "\n"  # text to go on from; FILE:path reads a file, - reads standard input; empty: begin a new text
+    prompt: str = "\n"  # text to go on from; FILE:path, or - for standard input; empty: a new text
     n: int = 1  # samples
     max_new_tokens: int = 500  # tokens to make; no upper bound
     temperature: float = 0.8  # 0: the most likely token always
@@ -115,16 +116,18 @@ class SampleConfig:
         config.within(self, 1e-6, 1e9, "knn_temp")
         config.within(self, 1e-6, 1 - 1e-6, "risk", "confidence")
         config.within(self, 0.01, 100, "repetition_penalty")
-        for name, off, low, high in (("temperature", 0, 1e-3, 1000), ("gumbel", 0, 1e-3, 1000), ("exit_threshold", -1, 0, 1),
-                                     ("collapse_threshold", -1, 0, 1000)):
-            if not (getattr(self, name) == off or low <= getattr(self, name) <= high):
-                raise ValueError(f"{name} must be {off} or lie between {low} and {high}, not {getattr(self, name)}")
+        for name, off, low, high in (
+                ("temperature", 0, 1e-3, 1000), ("gumbel", 0, 1e-3, 1000),
+                ("exit_threshold", -1, 0, 1), ("collapse_threshold", -1, 0, 1000)):
+            if getattr(self, name) != off:
+                config.within(self, low, high, name)
         if self.exit and self.exit not in CONFIDENCE:
             raise ValueError(f"exit is one of {', '.join(CONFIDENCE)}, not {self.exit!r}")
         if self.collapse_by not in ("nearest", "context"):
             raise ValueError(f"collapse_by is nearest or context, not {self.collapse_by!r}")
-        if not re.fullmatch("always|never|entropy|distance|every:0*[1-9][0-9]{0,17}", self.collapse):
-            raise ValueError(f"collapse is always, never, entropy, distance or every:N, not {self.collapse!r}")
+        if not re.fullmatch("always|never|entropy|distance|every:[1-9][0-9]{0,17}", self.collapse):
+            raise ValueError(f"collapse is always, never, entropy, distance or every:N, "
+                             f"not {self.collapse!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is float32 or bfloat16, not {self.dtype!r}")
         for name in ("stop", "think_after"):
@@ -138,55 +141,71 @@ class SampleConfig:
         for names, idle, why in IDLE:
             for name in names.split():
                 if name in given(self) and idle(self):
-                    raise ValueError(f"{name} {why.format(name=name, cfg=self)}")
+                    raise ValueError(f"{name} {why}")
 
 
 MANY = 10_000  # rows decoded side by side, or blocks, or tokens of a draft
 
 SOFT = "soft_top_k gumbel collapse collapse_threshold collapse_by collapse_back"
-IDLE = (  # settings that would do nothing, or could not do what they say: their names, when, and why
-    ("soft", lambda c: c.temperature == 0, "needs a temperature above 0: at 0 a token has nothing soft about it"),
-    (SOFT, lambda c: not c.soft, "is for soft tokens; give --soft too, or leave it out"),
+LEAVE = "give that too, or leave it out"
+IDLE = (  # settings that would do nothing, or not what they say: their names, when, and why
+    ("soft", lambda c: c.temperature == 0,
+     "needs a temperature above 0: at 0 a token has nothing soft about it"),
+    (SOFT, lambda c: not c.soft, f"is for soft tokens, that is --soft; {LEAVE}"),
     ("soft_top_k gumbel collapse_by collapse_back", lambda c: c.collapse == "always",
      "is for soft tokens, and with collapse = always there are none; leave it out"),
     ("collapse_by collapse_back", lambda c: c.collapse == "never",
      "is for soft tokens that collapse, and with collapse = never none does; leave it out"),
     ("collapse_threshold", lambda c: c.collapse not in ("entropy", "distance"),
-     "is for collapse = entropy or distance, not {cfg.collapse}; leave it out"),
+     "is for collapse = entropy or distance; leave it out"),
     ("collapse_by", lambda c: c.collapse_back == 0,
-     "is for earlier soft tokens, which collapse_back = 0 leaves as they are; leave one of them out"),
+     "is for earlier soft tokens, and collapse_back = 0 leaves those as they are; choose one"),
     ("collapse_by", lambda c: c.knn and c.collapse_by == "context",
      "= context draws from the model alone; with knn take collapse_by = nearest"),
-    ("exit_threshold exit_decay", lambda c: not c.exit, "is for early exits, such as --exit=softmax; give that too, or leave it out"),
-    ("speculate", lambda c: bool(c.draft_exit) == bool(c.draft), "needs a draft: either draft_exit or draft"),
-    ("draft_exit draft", lambda c: not c.speculate, "is for drafts, such as --speculate=4; give that too, or leave it out"),
-    ("alpha beta", lambda c: not c.amateur, "is for contrastive decoding, such as --amateur=context:8; give that too, or leave it out"),
-    ("amateur", lambda c: c.exit or c.speculate, "reads every layer of every token, which exit and speculate save; choose one"),
+    ("exit_threshold exit_decay", lambda c: not c.exit,
+     f"is for early exits, such as --exit=softmax; {LEAVE}"),
+    ("speculate", lambda c: bool(c.draft_exit) == bool(c.draft),
+     "needs a draft: either draft_exit or draft"),
+    ("draft_exit draft", lambda c: not c.speculate,
+     f"is for drafts, such as --speculate=4; {LEAVE}"),
+    ("alpha beta", lambda c: not c.amateur,
+     f"is for contrastive decoding, such as --amateur=context:8; {LEAVE}"),
+    ("amateur", lambda c: c.exit or c.speculate,
+     "reads every layer of every token, which exit and speculate save; choose one"),
     ("knn", lambda c: c.exit or c.speculate,
-     "needs the last layer's vector of every token when it is chosen, which exit and speculate do without; choose one"),
-    ("knn_k knn_lambda knn_temp", lambda c: not c.knn, "is for a datastore, such as --knn=works.db; give that too, or leave it out"),
-    ("knn_k knn_temp", lambda c: c.knn_lambda == 0, "is for a datastore, which has no say with knn_lambda = 0; leave it out"),
-    ("knn_temp", lambda c: c.knn_k == 1, "weighs several places against each other, and knn_k = 1 takes one; leave it out"),
-    ("memory_index", lambda c: not c.memory, "is for a memory, such as --memory=facts.db; give that too, or leave it out"),
+     "needs the last layer's vector of every token at once, which exit and speculate do without; "
+     "choose one"),
+    ("knn_k knn_lambda knn_temp", lambda c: not c.knn,
+     f"is for a datastore, such as --knn=works.db; {LEAVE}"),
+    ("knn_k knn_temp", lambda c: c.knn_lambda == 0,
+     "is for a datastore, which has no say with knn_lambda = 0; leave it out"),
+    ("knn_temp", lambda c: c.knn_k == 1,
+     "weighs several places against each other, and knn_k = 1 takes one; leave it out"),
+    ("memory_index", lambda c: not c.memory,
+     f"is for a memory, such as --memory=facts.db; {LEAVE}"),
     ("temperature top_k top_p min_p repetition_penalty think_after", lambda c: c.beams,
      "is for draws, and beams look for the likeliest text and draw nothing; leave it out"),
     ("top_k top_p min_p best_of", lambda c: c.temperature == 0,
      "is for draws, and at temperature = 0 nothing is drawn; leave one of them out"),
     ("n beams best_of json trace_html n_think", lambda c: c.interactive,
-     "does not go with interactive, which reads lines and shows one sample as it is made; leave it out"),
-    ("prompt", lambda c: c.interactive and c.prompt == "-", "= - and interactive both read standard input; choose one"),
-    ("trace", lambda c: c.json, "colours text, and json prints none; leave one of them out, or take trace_html"),
-    ("int8", lambda c: c.dtype != "bfloat16", "needs dtype = bfloat16: beside fp32 torch's 8-bit product is slower than the plain one"),
+     "does not go with interactive, which reads lines and shows one sample as it is made; "
+     "leave it out"),
+    ("prompt", lambda c: c.interactive and c.prompt in ("-", "FILE:-"),
+     "and interactive both read standard input; choose one"),
+    ("trace", lambda c: c.json,
+     "colours text, and json prints none; choose one, or take trace_html"),
+    ("int8", lambda c: c.dtype != "bfloat16",
+     "needs dtype = bfloat16: beside fp32 torch's 8-bit product is slower than the plain one"),
 )
 
 
 def given(cfg):
-    """The names of the settings that are not as they are by default."""
+    """Return the names of the settings that are not as they are by default."""
     return [f.name for f in fields(cfg) if getattr(cfg, f.name) != f.default]
 
 
 def of_utf8(text, name):
-    """UserError where a text holds bytes that are no UTF-8, which a shell hands on as halves of characters."""
+    """Raise UserError where a text has bytes that are no UTF-8, for a shell half a character."""
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{name} is not UTF-8 text: {text[:80]!r}; convert it first")
 
@@ -631,7 +650,8 @@ def open_memory(store, model, room, index=False):
     for i in model.init_memory(1, size=0):
         a = store.arrays(i)
         if not len(a["ids"]):
-            raise UserError(f"store {store.path} has no entries of block {i}; python sample.py learn --memory={shlex.quote(store.path)} FILE fills it")
+            raise UserError(f"store {store.path} has no entries of block {i}; python sample.py "
+                            f"learn --memory={shlex.quote(store.path)} FILE fills it")
         found[i] = [tuple(torch.from_numpy(a[k][a["head"] == h].astype(np.float32)) for k in ("keys", "values"))
                     for h in range(model.cfg.mem_head)]
         ids = np.full((model.cfg.mem_head, max(len(k) for k, _ in found[i])), -1)
@@ -666,9 +686,8 @@ def compiled(model):
 
 
 class Int8(torch.nn.Module):
-    """A Linear with its weights as 8-bit integers and a scale per output (torch's own weight-only product).
-
-    That product reads past the end of rows whose length is no multiple of 16, so rows are padded with zeros."""
+    """A Linear with its weights as 8-bit integers and a scale per output (torch's own weight-only
+    product; it reads past the end of rows that are no multiple of 16 long, so they are padded)."""
 
     def __init__(self, linear):
         super().__init__()
@@ -682,7 +701,8 @@ class Int8(torch.nn.Module):
 
     def rows(self, x, first=0, last=None):
         x = F.pad(x, self.pad).contiguous()
-        y = torch._weight_int8pack_mm(x.view(-1, x.size(-1)), self.q[first:last], self.scale[first:last]).view(*x.shape[:-1], -1)
+        q, scale = self.q[first:last], self.scale[first:last]
+        y = torch._weight_int8pack_mm(x.view(-1, x.size(-1)), q, scale).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[first:last].to(y.dtype)
 
     def forward(self, x):
@@ -909,7 +929,8 @@ def gather(steps, B):
 @torch.inference_mode()
 def beam_search(expert, cfg, tok, amateur=None):
     """The cfg.beams likeliest texts found from each row of expert (a Decoder over G rows), by the sum of log-probabilities; a
-    text that has ended grows no more. -> G lists of lists of Made, the likeliest first (by its mean, as lengths differ)."""
+    text that has ended grows no more. -> G lists of lists of Made, the likeliest first (by its
+    mean, as lengths differ)."""
     G, N = len(expert.rows), cfg.beams
     expert, amateur = (d and d.select([g for g in range(G) for _ in range(N)]) for d in (expert, amateur))
     device, V = expert.logits.device, expert.V
@@ -953,8 +974,8 @@ def likelihood(made):
 
 
 class Text:
-    """The text of one row as its tokens come in: whole characters only, ended before the stop string or by the token `last`. Holds no
-    more than what may be the beginning of the stop string."""
+    """The text of one row as its tokens come in: whole characters only, ended before the stop
+    string or by the token `last`. It holds no more than what may begin the stop string."""
 
     def __init__(self, tokenizer, stop="", silent=None, last=None):
         self.tok, self.stop, self.held, self.done = tokenizer, stop, "", False
@@ -976,8 +997,9 @@ class Text:
             if self.done:
                 out, self.held = self.held[:at], ""
                 return out
-            # the stop string may have begun
-            sure -= next((n for n in range(min(len(self.stop) - 1, sure), 0, -1) if self.held.endswith(self.stop[:n])), 0)
+            begun = (n for n in range(min(len(self.stop) - 1, sure), 0, -1)
+                     if self.held.endswith(self.stop[:n]))
+            sure -= next(begun, 0)  # the stop string may have begun
         out, self.held = self.held[:sure], self.held[sure:]
         return out
 
@@ -988,8 +1010,9 @@ class Text:
 
 
 def new_text(cfg, tok, mcfg):
-    """The Text of a sample that begins."""
-    return Text(tok, cfg.stop, mcfg.think_token if mcfg.n_think else None, tok.eot if cfg.stop_at_end else None)
+    """Return the Text of a sample that begins."""
+    silent = mcfg.think_token if mcfg.n_think else None
+    return Text(tok, cfg.stop, silent, tok.eot if cfg.stop_at_end else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -997,17 +1020,21 @@ def new_text(cfg, tok, mcfg):
 
 
 TABLES = ("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-          "CREATE TABLE entries (id INTEGER PRIMARY KEY, layer INTEGER NOT NULL, head INTEGER NOT NULL, source INTEGER NOT NULL, "
-          "start INTEGER NOT NULL, stop INTEGER NOT NULL, checksum INTEGER NOT NULL, uses INTEGER NOT NULL, worth REAL NOT NULL, "
-          "last REAL NOT NULL, use_checksum INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, text TEXT NOT NULL)")
-SCHEMA = {("table", "facts", TABLES[0]), ("table", "entries", TABLES[1]), ("index", "sqlite_autoindex_facts_1", None)}
+          "CREATE TABLE entries (id INTEGER PRIMARY KEY, layer INTEGER NOT NULL, "
+          "head INTEGER NOT NULL, source INTEGER NOT NULL, start INTEGER NOT NULL, "
+          "stop INTEGER NOT NULL, checksum INTEGER NOT NULL, uses INTEGER NOT NULL, "
+          "worth REAL NOT NULL, last REAL NOT NULL, use_checksum INTEGER NOT NULL, "
+          "key BLOB NOT NULL, value BLOB NOT NULL, text TEXT NOT NULL)")
+SCHEMA = {("table", "facts", TABLES[0]), ("table", "entries", TABLES[1]),
+          ("index", "sqlite_autoindex_facts_1", None)}
 FACTS = "format", "kind", "model", "key", "value"  # what never changes about a store
-COLUMNS = "id, layer, head, key, value, text, source, start, stop, checksum, uses, worth, last, use_checksum"
+COLUMNS = ("id, layer, head, key, value, text, source, start, stop, checksum, "
+           "uses, worth, last, use_checksum")
 USES = "id, layer, uses, worth, last, use_checksum"
 STORE_FORMAT = "3"
 BROKEN = sqlite3.DatabaseError, UnicodeError  # what reading a damaged file may raise
 HALF_LIFE = 7 * 24 * 3600.0  # seconds after which a use counts half when entries are pruned
-AGAIN = "learn its texts with this model, into a new file"  # what to do about a store that cannot be used
+AGAIN = "learn its texts with this model, into a new file"  # what to do about a store of no use
 LARGEST = 2 ** 16  # bytes of an entry, besides its key and its value
 
 
@@ -1031,15 +1058,16 @@ def checksum(i, layer, head, key, value, text, source, start, stop):
 
 
 def use_checksum(i, layer, uses, worth, last):
-    """CRC-32 of how an entry was used."""
+    """Return the CRC-32 of how an entry was used."""
     return zlib.crc32(f"{i} {layer} {uses} {worth} {last}".encode())
 
 
 def uses_whole(i, layer, uses, worth, last, found):
-    """Whether what USES say of an entry is as it was written; a damaged column may have another type."""
-    return [type(v) for v in (i, layer, uses, worth, last)] == [int, int, int, float, float] and \
-        use_checksum(i, layer, uses, worth, last) == found and \
-        0 <= uses < 2 ** 53 and 0 < worth < 2 ** 53 and 0 <= last < 2 ** 36  # (a time before the year 4147)
+    """Tell whether the USES of an entry are as they were written, of their types too."""
+    said = i, layer, uses, worth, last
+    return [type(v) for v in said] == [int, int, int, float, float] and \
+        use_checksum(*said) == found and 0 <= uses < 2 ** 53 and 0 < worth < 2 ** 53 and \
+        0 <= last < 2 ** 36  # (a time before the year 4147)
 
 
 def facts_checksum(facts):
@@ -1048,7 +1076,7 @@ def facts_checksum(facts):
 
 
 def shape_of(said):
-    """(numbers, type) of keys or values as the facts of a store say them, such as "64 float16"."""
+    """Return (numbers, type) of keys or values as a store says them, such as "64 float16"."""
     n, t = re.fullmatch("([1-9][0-9]{0,5}) (float16|float32|int32)", said).groups()
     return int(n), np.dtype(t).newbyteorder("<")
 
@@ -1073,10 +1101,12 @@ class Store:
             raise UserError(f"store {path} does not exist; python sample.py learn makes one")
         lock = f"{path}.lock"
         if write and os.path.isfile(lock) and os.path.getsize(lock):
-            raise UserError(f"{lock} holds something, and a store at {path} needs an empty file of that name; choose another name")
+            raise UserError(f"{lock} holds something, and a store at {path} needs an empty file of "
+                            f"that name; choose another name")
         try:
             if write:
-                self.held = prepare.hold(lock, f"store {path} is being written by another process; wait for it to end")
+                self.held = prepare.hold(lock, f"store {path} is being written by another process; "
+                                               f"wait for it to end")
             self.db, empty = connect(path, write)
             if write and empty:
                 self.create(wanted)
@@ -1089,8 +1119,9 @@ class Store:
             raise UserError(f"store {path} cannot be opened ({e.strerror or e}); choose another place") from None
         except BROKEN as e:
             self.close()
-            raise UserError(f"{path} is not a store of this project, or it is damaged ({' '.join(str(e).split())[:100]}); nothing in it "
-                            f"was changed, name another file") from None
+            why = " ".join(str(e).split())[:100]
+            raise UserError(f"{path} is not a store of this project, or it is damaged ({why}); "
+                            f"nothing in it was changed, name another file") from None
         except UserError:
             self.close()
             raise
@@ -1108,21 +1139,24 @@ class Store:
         self.db.commit()
 
     def recognize(self):
-        """Read what the store is. sqlite3.DatabaseError unless the file has our tables, each page in its place, and nothing else: a view
-        or a trigger of somebody else's is never run."""
+        """Read what the store is. sqlite3.DatabaseError unless the file has our tables, each page
+        in its place, and nothing else: a view or a trigger of somebody else's is never run."""
         schema = set(self.db.execute("SELECT type, name, sql FROM sqlite_master LIMIT 4"))
         if schema != SCHEMA:
             if {row[:2] for row in schema} == {row[:2] for row in SCHEMA}:
-                raise UserError(f"store {self.path} was made by another version of this program; {AGAIN}")
+                raise UserError(f"store {self.path} was made by another version of this program; "
+                                f"{AGAIN}")
             raise sqlite3.DatabaseError("it has other tables")
         found = self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if found != "ok":
             raise sqlite3.DatabaseError(found)
         self.facts = dict(self.db.execute("SELECT name, value FROM facts LIMIT 8"))
-        if set(self.facts) != {*FACTS, "checksum", "state"} or self.facts["checksum"] != facts_checksum(self.facts):
+        if set(self.facts) != {*FACTS, "checksum", "state"} or \
+                self.facts["checksum"] != facts_checksum(self.facts):
             raise sqlite3.DatabaseError("the checksum of its facts does not fit")
         try:
-            (self.D, self.key_type), (self.E, self.value_type) = (shape_of(self.facts[k]) for k in ("key", "value"))
+            self.D, self.key_type = shape_of(self.facts["key"])
+            self.E, self.value_type = shape_of(self.facts["value"])
         except AttributeError:
             raise sqlite3.DatabaseError("it says nothing of its keys and values") from None
         self.sizes = self.D * self.key_type.itemsize, self.E * self.value_type.itemsize
@@ -1132,9 +1166,11 @@ class Store:
         """UserError unless the store is what is wanted."""
         for name, value in wanted.items():
             if value is not None and self.facts.get(name) != value:
-                raise UserError(f"store {self.path} belongs to another model ({self.facts.get(name)}, this one is {value}); {AGAIN}"
-                                if name == "model" else
-                                f"store {self.path} has {name} {self.facts.get(name)}, not {value}; give the right one, or {AGAIN}")
+                found = self.facts[name]
+                raise UserError(f"store {self.path} " + (
+                    f"belongs to another model ({found}, this one is {value}); {AGAIN}"
+                    if name == "model" else
+                    f"has {name} {found}, not {value}; give the right one, or {AGAIN}"))
 
     def __enter__(self):
         return self
@@ -1160,7 +1196,8 @@ class Store:
         except sqlite3.OperationalError as e:
             raise UserError(f"store {self.path} cannot be used ({e}); what was committed before is untouched") from None
         except BROKEN as e:
-            raise UserError(f"store {self.path} is damaged ({e}); put a copy of it back, or {AGAIN}") from None
+            raise UserError(f"store {self.path} is damaged ({e}); put a copy of it back, or "
+                            f"{AGAIN}") from None
 
     @contextlib.contextmanager
     def batch(self):
@@ -1191,8 +1228,10 @@ class Store:
             spans = [(0, len(t.encode())) for t in texts] if spans is None else np.asarray(spans).tolist()
             said = zip(range(first, first + n), [layer] * n, np.asarray(heads).tolist(), map(bytes, keys), map(bytes, values), texts,
                        range(first, first + n) if source is None else [source] * n, *zip(*spans))
-            self.db.executemany(f"INSERT INTO entries ({COLUMNS}) VALUES ({', '.join('?' * 14)})",
-                                ((*s, checksum(*s), 0, 1.0, now, use_checksum(s[0], layer, 0, 1.0, now)) for s in said))
+            uses = 0, 1.0, now
+            self.db.executemany(
+                f"INSERT INTO entries ({COLUMNS}) VALUES ({', '.join('?' * 14)})",
+                ((*s, checksum(*s), *uses, use_checksum(s[0], layer, *uses)) for s in said))
             state["counts"][str(layer)] = state["counts"].get(str(layer), 0) + n
             self.put_state({"next": first + n, "counts": state["counts"]})
         return np.arange(first, first + n)
@@ -1201,20 +1240,23 @@ class Store:
         """What changes about a store as a whole: the next id, and how many entries each layer has, so that one that a damaged page hides
         is missed."""
         try:
-            state = prepare.unseal(self.db.execute("SELECT value FROM facts WHERE name = 'state'").fetchone()[0])
-            if all(type(n) is int and 0 <= n < 2 ** 53 and int(layer) < 2 ** 31 for layer, n in (("0", state["next"]), *state["counts"].items())):
+            found = self.db.execute("SELECT value FROM facts WHERE name = 'state'").fetchone()
+            state = prepare.unseal(found[0])
+            if all(type(n) is int and 0 <= n < 2 ** 53 and int(layer) < 2 ** 31
+                   for layer, n in (("0", state["next"]), *state["counts"].items())):
                 return state
         except (ValueError, TypeError, KeyError, AttributeError):
             pass
         raise sqlite3.DatabaseError("what it says of its entries cannot be read") from None
 
     def count(self):
-        """How many entries the store says that it has."""
+        """Return how many entries the store says that it has."""
         with self.asking():
             return sum(self.state()["counts"].values())
 
     def put_state(self, state):
-        self.db.execute("UPDATE facts SET value = ? WHERE name = 'state'", (prepare.seal(state).decode(),))
+        sealed = prepare.seal(state).decode()
+        self.db.execute("UPDATE facts SET value = ? WHERE name = 'state'", (sealed,))
 
     @contextlib.contextmanager
     def snapshot(self):
@@ -1237,10 +1279,11 @@ class Store:
                 yield some
 
     def whole(self, entry):
-        """Whether an entry, a tuple of COLUMNS, is as it was written."""
-        i, layer, head, key, value, text, source, start, stop, found, *uses = entry
-        return [type(v) for v in entry[:9]] == [int, int, int, bytes, bytes, str, int, int, int] and \
-            checksum(*entry[:9]) == found and uses_whole(i, layer, *uses) and (len(key), len(value)) == self.sizes and 0 <= head < 2 ** 31
+        """Tell whether an entry, a tuple of COLUMNS, is as it was written."""
+        said, (found, *uses) = entry[:9], entry[9:]
+        return [type(v) for v in said] == [int, int, int, bytes, bytes, str, int, int, int] and \
+            checksum(*said) == found and uses_whole(*entry[:2], *uses) and \
+            (len(entry[3]), len(entry[4])) == self.sizes and 0 <= entry[2] < 2 ** 31
 
     def arrays(self, layer):
         """All entries of a layer in the order of their ids: {"ids" (n,), "head" (n,), "keys" (n, D), "values" (n, E), "uses" (n,),
@@ -1262,16 +1305,18 @@ class Store:
         return found
 
     def complete(self, layer, n, told):
-        """UserError where a layer has lost entries, or has more than were written."""
+        """Raise UserError where a layer has lost entries, or has more than were written."""
         if n != told:
-            raise UserError(f"store {self.path} is damaged (layer {layer} has {n:,} of its {told:,} entries); put a copy of it back, "
-                            f"or {AGAIN}")
+            raise UserError(f"store {self.path} is damaged (layer {layer} has {n:,} of its "
+                            f"{told:,} entries); put a copy of it back, or {AGAIN}")
 
     def sound(self, bad, why="the checksum does not fit"):
         """UserError that names the damaged entries, where there are some."""
         if len(bad):
-            raise UserError(f"store {self.path} has a damaged entry ({bad[0]}{f', and {len(bad) - 1} more' * (len(bad) > 1)}: {why}); take it "
-                            f"out with python sample.py memory {shlex.quote(self.path)} forget {' '.join(map(str, bad[:20]))}")
+            more = f", and {len(bad) - 1} more" * (len(bad) > 1)
+            raise UserError(f"store {self.path} has a damaged entry ({bad[0]}{more}: {why}); take "
+                            f"it out with python sample.py memory {shlex.quote(self.path)} forget "
+                            f"{' '.join(map(str, bad[:20]))}")
 
     def columns(self, some, raw):
         ids, _, head, key, value, *_, uses, _, last, _ = zip(*some) if some else [()] * 14
@@ -1279,23 +1324,26 @@ class Store:
                 "values": raw(value, self.value_type, self.E), "uses": np.array(uses, np.int64), "last": np.array(last, np.float64)}
 
     def texts(self, ids):
-        """The texts of entries, a list; "" for one that is not there any more, or is damaged."""
+        """Return the texts of entries; "" for one that is not there any more, or is damaged."""
         found = [next(self.entries("WHERE id = ?", int(i)), [None])[0] for i in ids]
         return [e[5] if e and self.whole(e) else "" for e in found]
 
     def uses(self):
-        """(n, 5): id, layer, uses, what they are worth and when the last one was, of all entries in the order of their ids. UserError
-        names damaged ones, and layers that are not complete."""
-        rows, bad = [], []
+        """Return (n, 5): id, layer, uses, what they are worth and when the last one was, of all
+        entries in the order of their ids. UserError names damaged entries and incomplete layers."""
+        parts, bad = [np.empty((0, 5))], []
         with self.snapshot():
-            for row in self.db.execute(f"SELECT {USES} FROM entries ORDER BY id"):
-                (rows if uses_whole(*row) else bad).append(row)
+            rows = self.db.execute(f"SELECT {USES} FROM entries ORDER BY id")
+            while some := rows.fetchmany(4096):
+                right = [row[:5] for row in some if uses_whole(*row)]
+                parts.append(np.array(right).reshape(-1, 5))
+                bad += sorted({row[0] for row in some} - {row[0] for row in right})
             told = self.state()["counts"]
-        self.sound([i for i, *_ in bad])
-        counts = collections.Counter(str(row[1]) for row in rows)
-        for layer in counts | told:
-            self.complete(layer, counts[layer], told.get(layer, 0))
-        return np.array([row[:5] for row in rows], dtype=np.float64).reshape(-1, 5)
+        self.sound(bad)
+        found = np.concatenate(parts)
+        for layer in {*found[:, 1].astype(int).tolist(), *map(int, told)}:
+            self.complete(layer, int((found[:, 1] == layer).sum()), told.get(str(layer), 0))
+        return found
 
     def touch(self, ids, n=1, now=None):
         """Entries were used n times (a number, or one for each id) at `now`, in seconds since 1970. What their uses are worth halves
@@ -1307,9 +1355,11 @@ class Store:
                 if found:
                     self.sound([i] * (not uses_whole(*found)))
                     _, layer, uses, worth, last, _ = found
-                    now_used = uses + m, worth * 2 ** (min(last - now, 0) / HALF_LIFE) + m, max(now, last)
-                    self.db.execute("UPDATE entries SET uses = ?, worth = ?, last = ?, use_checksum = ? WHERE id = ?",
-                                    (*now_used, use_checksum(i, layer, *now_used), i))
+                    worth = worth * 2 ** (min(last - now, 0) / HALF_LIFE) + m
+                    used = uses + m, worth, max(now, last)
+                    self.db.execute(
+                        "UPDATE entries SET uses = ?, worth = ?, last = ?, use_checksum = ? "
+                        "WHERE id = ?", (*used, use_checksum(i, layer, *used), i))
 
     def forget(self, what):
         """Take out entries by id, or all that bring back a piece of this text, wherever it was read -> how many there were."""
@@ -1318,9 +1368,10 @@ class Store:
                 what = self.within(what)
             gone, state = collections.Counter(), self.state()
             for i in map(int, what):
-                for _, layer, *uses in self.db.execute(f"SELECT {USES} FROM entries WHERE id = ?", (i,)).fetchall():
-                    layers = [layer, *map(int, state["counts"])]  # a damaged entry may say another than its own
-                    gone[str(next((l for l in layers if uses_whole(i, l, *uses)), layer))] += 1
+                row = self.db.execute(f"SELECT {USES} FROM entries WHERE id = ?", (i,)).fetchone()
+                if row:  # a damaged one may say another layer than its own
+                    layers = row[1], *map(int, state["counts"])
+                    gone[str(next((l for l in layers if uses_whole(i, l, *row[2:])), row[1]))] += 1
                 self.db.execute("DELETE FROM entries WHERE id = ?", (i,))
             self.put_state({**state, "counts": {l: n - gone[l] for l, n in state["counts"].items()}})
         return gone.total()
@@ -1356,7 +1407,8 @@ class Store:
     def stats(self):
         """What the store says of itself and its size: facts, bytes, entries, uses, and a list of (layer, entries, used ones, uses)."""
         _, layer, uses, *_ = self.uses().T
-        layers = [(int(l), int((layer == l).sum()), int((uses[layer == l] > 0).sum()), int(uses[layer == l].sum())) for l in np.unique(layer)]
+        each = ((l, uses[layer == l]) for l in np.unique(layer))
+        layers = [(int(l), len(u), int((u > 0).sum()), int(u.sum())) for l, u in each]
         sizes = [os.path.getsize(self.path + end) for end in ("", "-wal") if os.path.exists(self.path + end)]
         return {**self.facts, "bytes": sum(sizes), "entries": sum(l[1] for l in layers), "layers": layers}
 
@@ -1380,13 +1432,15 @@ class Neighbours:
 
     @classmethod
     def open(cls, store, k, lam, temp, device="cpu", n_vocab=None):
-        """Those of a Store of the kind "knn"; UserError where one brings a token that is none of n_vocab."""
+        """Return those of a Store of the kind "knn"; UserError where a token is none of n_vocab."""
         a = store.arrays(KNN_LAYER)
         if not len(a["ids"]):
-            raise UserError(f"store {store.path} has no entries; python sample.py learn --knn={shlex.quote(store.path)} FILE fills it")
+            raise UserError(f"store {store.path} has no entries; python sample.py learn "
+                            f"--knn={shlex.quote(store.path)} FILE fills it")
         tokens = torch.from_numpy(a["values"][:, 0]).long()
         if n_vocab is not None:
-            store.sound(a["ids"][((tokens < 0) | (tokens >= n_vocab)).numpy()].tolist(), "no token of this model")
+            wrong = (tokens < 0) | (tokens >= n_vocab)
+            store.sound(a["ids"][wrong.numpy()].tolist(), "no token of this model")
         return cls(torch.from_numpy(a["keys"]), tokens.to(device), k, lam, temp, a["ids"], store)
 
     def find(self, h, own=None):
@@ -1460,20 +1514,23 @@ def newest(root="out"):
     """The checkpoint under root that was written last."""
     found = glob.glob(os.path.join(root, "**", "ckpt.pt"), recursive=True)
     if not found:
-        raise UserError(f"there is no checkpoint under {root}/; name one with --out_dir=FOLDER, or make one with python prepare.py and "
-                        f"then python train.py")
+        raise UserError(f"there is no checkpoint under {root}/; name one with --out_dir=FOLDER, or "
+                        f"make one with python prepare.py and then python train.py")
     return max(found, key=os.path.getmtime)
 
 
 def find_device(name):
-    """The device that a setting names, with auto a GPU where there is one; UserError where it is not to be had."""
+    """Return the device that a setting names, with auto a GPU where there is one; UserError where
+    it is not to be had."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except Exception as e:  # each kind of device fails in a way of its own
         why = (str(e).splitlines() or [type(e).__name__])[0][:80]
-        raise UserError(f"device {name!r} is not to be had here ({why}); give --device=cpu, or leave it out") from None
+        raise UserError(f"device {name!r} is not to be had here ({why}); give --device=cpu, or "
+                        f"leave it out") from None
     return name
 
 
@@ -1486,7 +1543,9 @@ def load(path, device="cpu", dtype="float32"):
         model.load_state_dict(ckpt["model"])
         ckpt["tokenizer"], ckpt["step"]
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"checkpoint {path} does not fit this version ({' '.join(str(e).split())[:100]}); train it again") from None
+        why = " ".join(str(e).split())[:100]
+        raise UserError(f"checkpoint {path} does not fit this version ({why}); train it "
+                        f"again") from None
     model = model.to(device)
     if dtype == "bfloat16":
         model.bfloat16()
@@ -1495,30 +1554,34 @@ def load(path, device="cpu", dtype="float32"):
 
 
 def encode(tok, text, name):
-    """Token ids of a text; UserError says what the text is, and what the vocabulary has."""
+    """Return the token ids of a text; UserError says what it is, and what the vocabulary has."""
     try:
         return tok.encode(text)
     except UserError as e:
-        raise UserError(f"{name}: {e} (this model reads {tok.chars[:100]!r}{' ...' * (len(tok.chars) > 100)})") from None
+        more = " ..." * (len(tok.chars) > 100)
+        raise UserError(f"{name}: {e} (this model reads {tok.chars[:100]!r}{more})") from None
 
 
 def can_encode(tok, text):
+    """Tell whether the vocabulary has what a text needs."""
     with contextlib.suppress(UserError):
         return bool(tok.encode(text))
 
 
 def read_prompt(prompt, tok):
-    """(text, token ids) to go on from: --prompt itself, a file behind FILE:, or standard input for -. An empty one begins a new text, and
-    so does the default where the vocabulary has no line end."""
+    """Return (text, token ids) to go on from: --prompt itself, a file behind FILE:, or standard
+    input for -. An empty one begins a new text, as does the default where there is no line end."""
     text = prompt
     if prompt == "-" or prompt.startswith("FILE:"):
         text = "".join(prepare.pieces(prompt.removeprefix("FILE:")))
     of_utf8(text, "the prompt")
     if text == SampleConfig.prompt and not can_encode(tok, text):
         text = "" if tok.eot is not None else tok.decode([0])
-        print(f"[the model reads no line end; it begins {f'with {text!r}' if text else 'a new text'}]", file=sys.stderr)
+        begins = f"with {text!r}" if text else "a new text"
+        print(f"[the model reads no line end; it begins {begins}]", file=sys.stderr)
     if not text and tok.eot is None:
-        raise UserError("the prompt is empty, and the model has no end-of-text token to begin a new text with; give at least one character")
+        raise UserError("the prompt is empty, and the model has no end-of-text token to begin a "
+                        "new text with; give at least one character")
     return text, encode(tok, text, "the prompt") if text else [tok.eot]
 
 
@@ -1573,29 +1636,35 @@ def thresholds_path(path):
 
 
 def stored_thresholds(path):
-    """{confidence: what calibrate found} beside a checkpoint; {} where nothing is stored. UserError where somebody changed it."""
+    """Return {confidence: what calibrate found} beside a checkpoint; {} where nothing is stored.
+    UserError where somebody changed it."""
     try:
         with open(thresholds_path(path), "rb") as f:
             stored = prepare.unseal(f.read(2 ** 20))
         for kind, found in stored.items():
-            if not (kind in CONFIDENCE and type(found["threshold"]) is float and 0 <= found["threshold"] <= 1 and type(found["of"]) is str):
+            threshold = found["threshold"]
+            if not (kind in CONFIDENCE and type(threshold) is float and 0 <= threshold <= 1
+                    and type(found["of"]) is str):
                 raise ValueError(f"no threshold of {kind}")
         return stored
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{thresholds_path(path)} is damaged, or not as calibrate wrote it ({str(e)[:80]}); delete it and run python "
-                        f"sample.py calibrate again") from None
+        raise UserError(f"{thresholds_path(path)} is damaged, or not as calibrate wrote it "
+                        f"({str(e)[:80]}); delete it and run python sample.py calibrate "
+                        f"again") from None
 
 
 def check_exits(model, kind):
     """UserError unless the model can leave early by this confidence."""
     if not model.exits:
-        raise UserError("the model has no exits; train one with a . in layers, such as python train.py --layers=AA.AA.AA")
+        raise UserError("the model has no exits; train one with a . in layers, such as python "
+                        "train.py --layers=AA.AA.AA")
     if kind == "classifier" and model.sure is None:
         raise UserError("the model has no classifier of exits; train one with --exit_classifier, or use softmax, margin or cosine")
     if model.cfg.n_think:
-        raise UserError("a model that thinks (n_think) reads its own last layer and cannot leave early; leave exit out, or take another model")
+        raise UserError("a model that thinks (n_think) reads its own last layer and cannot leave "
+                        "early; leave exit out, or take another model")
 
 
 def make_rule(cfg, model, path):
@@ -1607,10 +1676,12 @@ def make_rule(cfg, model, path):
     if threshold < 0:
         found = stored_thresholds(path).get(cfg.exit)
         if found is None or found["of"] != model_id(cfg, path) or cfg.exit_decay:
-            how = f"python sample.py calibrate --out_dir={shlex.quote(path)} --exit={cfg.exit} --dtype={cfg.dtype}{' --int8' * cfg.int8}"
-            raise UserError(f"no exit_threshold is stored for {cfg.exit} of this {path} in {cfg.dtype}; " + (
-                "none is ever for exit_decay: give an exit_threshold, or leave exit_decay out" if cfg.exit_decay else
-                f"run {how}, or give one"))
+            advice = "none ever is for exit_decay: give one, or leave exit_decay out"
+            if not cfg.exit_decay:
+                advice = (f"run python sample.py calibrate --out_dir={shlex.quote(path)} --exit="
+                          f"{cfg.exit} --dtype={cfg.dtype}{' --int8' * cfg.int8}, or give one")
+            raise UserError(f"no exit_threshold is stored for {cfg.exit} of this {path} in "
+                            f"{cfg.dtype}; {advice}")
         threshold = found["threshold"]
     return exit_rule(model, cfg.exit, threshold, cfg.exit_decay, max(cfg.max_new_tokens, 1))
 
@@ -1619,7 +1690,8 @@ def other_model(name, path, cfg, tokenizer):
     """The checkpoint that a setting names, with the tokenizer that it must have."""
     model, ckpt = load(path, cfg.device, cfg.dtype)
     if ckpt["tokenizer"] != tokenizer:
-        raise UserError(f"{name} {path} has another tokenizer than the model; name one that was trained on the same dataset")
+        raise UserError(f"{name} {path} has another tokenizer than the model; name one that was "
+                        f"trained on the same dataset")
     return to_int8(model) if cfg.int8 else model
 
 
@@ -1638,7 +1710,8 @@ def learn(cfg, *files):
     kind = "memory" if cfg.memory else "knn"
     target = getattr(cfg, kind)
     if not files:
-        raise UserError(f"learn needs texts to read: python sample.py learn --{kind}={shlex.quote(target)} FILE...")
+        raise UserError(f"learn needs texts to read: python sample.py learn "
+                        f"--{kind}={shlex.quote(target)} FILE...")
     model, ckpt, path = open_model(cfg)
     tok, texts = prepare.Tokenizer(ckpt["tokenizer"]), []
     for name in files:  # all that may be wrong with them is found before anything is written
@@ -1691,7 +1764,8 @@ def numbers(words, what):
 def memory_list(store, cfg, words):
     """The first entries, or the first that have a text in them; damaged ones always."""
     text = " ".join(words)
-    found = (e for e in itertools.chain.from_iterable(store.entries()) if not store.whole(e) or text in e[5])
+    found = (e for e in itertools.chain.from_iterable(store.entries())
+             if not store.whole(e) or text in e[5])
     print(f"{'id':>9}  {'layer':>5} {'head':>4} {'uses':>6}  {'last used':16}  text")
     for e in itertools.islice(found, cfg.limit or None):
         print(entry_line(store, e))
@@ -1716,7 +1790,8 @@ def memory_show(store, cfg, words):
         if entry is None:
             raise UserError(f"store {store.path} has no entry {i}; list shows which there are")
         print(entry_line(store, entry, width=10 ** 9))
-        for name, raw, t in (("key", entry[3], store.key_type), ("value", entry[4], store.value_type)) if store.whole(entry) else ():
+        parts = ("key", entry[3], store.key_type), ("value", entry[4], store.value_type)
+        for name, raw, t in parts if store.whole(entry) else ():
             numbers_ = np.frombuffer(raw, t)
             print(f"{name:>9}  {len(numbers_)} x {t.name}: {' '.join(f'{v:.4g}' for v in numbers_[:8])}{' ...' * (len(numbers_) > 8)}")
 
@@ -1728,8 +1803,9 @@ def memory_forget(store, cfg, words):
         raise UserError("forget takes the numbers of entries, or a text that was read")
     gone = store.forget(numbers(words, "forget") if what.replace(" ", "").isdecimal() else what)
     if not gone:
-        raise UserError(f"store {store.path} has no entry {what!r}; python sample.py memory {shlex.quote(store.path)} list shows which there are, and a "
-                        f"text is looked for in the last 40 characters before each")
+        raise UserError(f"store {store.path} has no entry {what!r}; python sample.py memory "
+                        f"{shlex.quote(store.path)} list shows which there are, and a text is "
+                        f"looked for in the last 40 characters before each")
     print(f"{config.visible(store.path)}: forgot {gone:,} of {gone + store.count():,} entries")
 
 
@@ -1746,21 +1822,24 @@ def memory_stats(store, cfg, words):
     if words:
         raise UserError(f"stats takes nothing, not {' '.join(words)}")
     s = store.stats()
-    print(config.visible(f"{store.path}: {s['kind']} of model {s['model'][:12]}, {s['entries']:,} entries, {s['bytes'] / 2 ** 20:,.1f} MB; "
+    size = f"{s['entries']:,} entries, {s['bytes'] / 2 ** 20:,.1f} MB"
+    print(config.visible(f"{store.path}: {s['kind']} of model {s['model'][:12]}, {size}; "
                          f"key {s['key']}, value {s['value']}"))
     for layer, n, used, uses in s["layers"]:
         print(f"layer {layer:>3}: {n:>9,} entries, {used / n:.1%} of them used, {uses:,} uses")
 
 
 COMMANDS = {  # what each does, and the settings that it takes besides out_dir
-    "calibrate": (calibrate, "exit risk confidence sequences length data_dir seed device dtype int8"),
+    "calibrate": (calibrate,
+                  "exit risk confidence sequences length data_dir seed device dtype int8"),
     "learn": (learn, "memory knn device dtype int8"),
     "memory": (memory, "limit")}
-ELSEWHERE = {**dict.fromkeys(("risk", "confidence", "sequences", "length", "data_dir"), "calibrate"), "limit": "memory FILE list"}
+ELSEWHERE = dict.fromkeys("risk confidence sequences length data_dir".split(), "calibrate")
+ELSEWHERE["limit"] = "memory FILE list"
 
 
 def check_taken(cfg, command):
-    """UserError for a setting that a command, or plain decoding, does nothing with."""
+    """Raise UserError for a setting that a command, or plain decoding, does nothing with."""
     for name in given(cfg):
         if command and name not in ("out_dir", *COMMANDS[command][1].split()):
             raise UserError(f"{name} does nothing in {command}; leave it out")
@@ -1769,14 +1848,15 @@ def check_taken(cfg, command):
 
 
 def open_model(cfg):
-    """(model, checkpoint, path of its file) of the settings, on the device and in the type that they say."""
+    """Return (model, checkpoint, path of its file) of the settings, on the device and in the type
+    that they say."""
     cfg.device = find_device(cfg.device)
     kind = torch.device(cfg.device).type
     missing = config.compiler_missing(kind) if cfg.compile else ""
     if missing:
         raise UserError(f"compile needs {missing}, which was not found; install it or leave --compile out")
     if cfg.int8 and kind != "cpu":
-        raise UserError(f"int8 is for a CPU, not {cfg.device}; give --device=cpu too, or leave int8 out")
+        raise UserError(f"int8 is for a CPU, not {cfg.device}; give --device=cpu, or leave it out")
     path = prepare.checkpoint_path(cfg.out_dir or os.path.dirname(newest()))
     model, ckpt = load(path, cfg.device, cfg.dtype)
     if cfg.int8:
@@ -1798,7 +1878,8 @@ def main(argv):
     except RuntimeError as e:
         if not (cfg.compile and isinstance(e, torch._dynamo.exc.TorchDynamoException)):
             raise
-        raise UserError(f"compile failed here ({str(e).splitlines()[0][:80]}); leave --compile out") from None
+        why = str(e).splitlines()[0][:80]
+        raise UserError(f"compile failed here ({why}); leave --compile out") from None
 
 
 def decode(cfg, stores):
@@ -1807,8 +1888,9 @@ def decode(cfg, stores):
     tok = prepare.Tokenizer(ckpt["tokenizer"])
     prompt, ids = read_prompt(cfg.prompt, tok)
     if cfg.stop_at_end and tok.eot is None:
-        raise UserError(f"{path} was trained on one text without an end, and would never stop there; leave stop_at_end out, or train on "
-                        f"several texts, as python prepare.py --input=ONE --input=TWO")
+        raise UserError(f"{path} was trained on one text without an end, and would never stop "
+                        f"there; leave stop_at_end out, or train on several texts, such as python "
+                        f"prepare.py --input=ONE --input=TWO")
     check_page(cfg.trace_html)
     think = ((), ())
     if cfg.n_think or cfg.think_after:
@@ -1817,7 +1899,8 @@ def decode(cfg, stores):
         if cfg.n_think > model.cfg.n_think:
             raise UserError(f"{path} thinks {model.cfg.n_think} times in a window, not {cfg.n_think}; give a smaller n_think")
         one = model.cfg.think_token
-        think, ids = (encode(tok, cfg.think_after, "think_after"), [one] * (cfg.n_think or model.cfg.n_think)), ids + [one] * cfg.n_think
+        after = encode(tok, cfg.think_after, "think_after")
+        think, ids = (after, [one] * (cfg.n_think or model.cfg.n_think)), ids + [one] * cfg.n_think
     if cfg.speculate and model.cfg.n_think:
         raise UserError(f"{path} thinks (n_think), and a draft cannot; leave speculate out")
     leave, at_exit, rows = make_rule(cfg, model, path), 0, [0] * (1 if cfg.beams else cfg.best_of or cfg.n)
@@ -1834,7 +1917,8 @@ def decode(cfg, stores):
             others[name] = other_model(name, getattr(cfg, name), cfg, ckpt["tokenizer"])
     room = min(m.cfg.block_size for m in (model, *others.values()))
     if cfg.speculate >= room:
-        raise UserError(f"speculate = {cfg.speculate} tokens ahead do not fit into a window of {room}; give fewer")
+        raise UserError(f"speculate = {cfg.speculate} tokens ahead do not fit into a window of "
+                        f"{room}; give fewer")
     start = lambda m, **more: Decoder(m, [ids], tok.eot, cfg.compile, **more).select(rows)
     neighbours, memory, sources = None, None, {}
     if cfg.memory:
@@ -1844,17 +1928,19 @@ def decode(cfg, stores):
         memory = model.init_memory(1)
     if cfg.knn:
         store = stores.enter_context(open_store("knn", cfg.knn, model, path))
-        neighbours = Neighbours.open(store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp * model.cfg.n_embd, cfg.device,
+        temp = cfg.knn_temp * model.cfg.n_embd
+        neighbours = Neighbours.open(store, cfg.knn_k, cfg.knn_lambda, temp, cfg.device,
                                      model.cfg.vocab_size)
     expert, others = start(model, at_exit=at_exit, leave=leave, neighbours=neighbours, memory=memory, sources=sources), {k: start(m) for k, m in others.items()}
     if cfg.amateur.startswith("context:"):
         others["amateur"] = start(model, context=after_kind("context", cfg.amateur))
     amateur, generator = others.get("amateur"), torch.Generator(device=cfg.device).manual_seed(cfg.seed)
     loss = ckpt.get("val_loss")
-    print(config.visible(f"[{path}, step {ckpt['step']}{'' if loss is None else f', val loss {loss:.4f}'}]"), file=sys.stderr)
+    scored = "" if loss is None else f", val loss {loss:.4f}"
+    print(config.visible(f"[{path}, step {ckpt['step']}{scored}]"), file=sys.stderr)
     if cfg.soft and not model.cfg.soft_rate:
-        print("[this model never read soft tokens in training; expect poor text, or train one with python train.py --soft_rate=0.3]",
-              file=sys.stderr)
+        print("[this model never read soft tokens in training; expect poor text, or train one with "
+              "python train.py --soft_rate=0.3]", file=sys.stderr)
     used = collections.Counter()
     if cfg.interactive:
         converse(expert, others, cfg, tok, model.cfg, prompt, generator, think, used)
@@ -1864,12 +1950,13 @@ def decode(cfg, stores):
     tokens = speculation.generate if speculation else lambda: generate(expert, cfg, amateur, generator, think)
     print("" if cfg.json else on_screen(prompt), end="", flush=True)
     if cfg.beams or cfg.best_of:
-        ranked = beam_search(expert, cfg, tok, amateur)[0] if cfg.beams else best(tokens(), cfg, tok, model.cfg)
+        ranked = beam_search(expert, cfg, tok, amateur)[0] if cfg.beams else \
+            best(tokens(), cfg, tok, model.cfg)
         steps = [ranked[:cfg.n]]  # all at once
     else:
         steps = tokens()
     found = cfg.trace and bool(sources or neighbours)
-    page = [[] for _ in range(cfg.n)] if cfg.trace_html or found else None  # (text, Made) of each sample
+    page = [[] for _ in range(cfg.n)] if cfg.trace_html or found else None  # (text, Made) of each
     write(steps, cfg, tok, model.cfg, prompt, used, page)
     if cfg.trace and expert.planned() and not (cfg.beams or cfg.best_of):
         print("\n" + "\n".join(expert.plan_lines(tok)))
@@ -1885,7 +1972,8 @@ def decode(cfg, stores):
 
 
 def count_uses(used):
-    """Note in their stores which entries were used and how often, {(store, id): n}, unless somebody else is writing there."""
+    """Note in their stores which entries were used and how often, {(store, id): n}, unless somebody
+    else is writing there."""
     for store in {store for store, _ in used}:
         ids = [i for s, i in used if s is store]
         try:
@@ -1897,7 +1985,8 @@ def count_uses(used):
 
 def best(steps, cfg, tok, mcfg):
     """All samples of an iterator of steps, each up to its end, the likeliest first."""
-    rows, texts = [[] for _ in range(cfg.best_of)], [new_text(cfg, tok, mcfg) for _ in range(cfg.best_of)]
+    rows, texts = [[] for _ in range(cfg.best_of)], []
+    texts += (new_text(cfg, tok, mcfg) for _ in rows)
     for ready in steps:
         for row, text, tokens in zip(rows, texts, ready):
             for made in tokens:
@@ -1910,13 +1999,14 @@ def best(steps, cfg, tok, mcfg):
 
 
 def on_screen(text):
-    """A text as it is printed: on a terminal its control characters are escapes."""
+    """Return a text as it is printed: on a terminal its control characters are escapes."""
     return config.visible(text) if sys.stdout.isatty() else text
 
 
 def write(steps, cfg, tok, mcfg, prompt, used, page=None):
-    """Print what an iterator of steps gives, the first sample as it is made, the others when they are whole. used: a Counter that takes
-    (store, id) of what was found; page: a list per sample that takes (text, Made). -> with interactive the ids of what is shown."""
+    """Print what an iterator of steps gives, the first sample as it is made, the others when they
+    are whole. used: a Counter that takes (store, id) of what was found; page: a list per sample
+    that takes (text, Made). -> with interactive the ids of what is shown."""
     shown = []
     texts = [new_text(cfg, tok, mcfg) for _ in range(cfg.n)]
     others = [[] for _ in texts]
@@ -1944,7 +2034,8 @@ def write(steps, cfg, tok, mcfg, prompt, used, page=None):
             pieces[-1] = (pieces[-1][0] + end, pieces[-1][1])
     print(on_screen(ends[0]), end="" if cfg.json else "\n")
     for pieces, end in zip(others[1:], ends[1:]):
-        print(*([] if cfg.json else ["-" * 40 + "\n" + on_screen(prompt)]), *pieces, on_screen(end), sep="", end="" if cfg.json else "\n")
+        head = [] if cfg.json else ["-" * 40 + "\n" + on_screen(prompt)]
+        print(*head, *pieces, on_screen(end), sep="", end="" if cfg.json else "\n")
     return shown
 
 
@@ -2015,21 +2106,24 @@ def show(made, text, i, tok, cfg, mcfg):
     return f"\033[38;5;{HEAT[min(int(heat(made, mcfg)[0] * len(HEAT)), len(HEAT) - 1)]}m{text}\033[0m"
 
 
-PAGE = ("<!doctype html><meta charset=utf-8><title>trace</title><style>body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;"
-        "white-space:pre-wrap}hr{border:0;border-top:1px solid #ccc}</style>")
+PAGE = ("<!doctype html><meta charset=utf-8><title>trace</title><style>"
+        "body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;white-space:pre-wrap}"
+        "hr{border:0;border-top:1px solid #ccc}</style>")
 
 
 def check_page(path):
-    """UserError where a page at path (none is wanted where that is empty) would take the place of something else, or has no folder."""
+    """Raise UserError where a page at path (none is wanted where that is empty) would take the
+    place of something else, or has no folder."""
     if path and not os.path.isdir(os.path.dirname(path) or "."):
-        raise UserError(f"the folder of trace_html {path} does not exist; make it, or choose another file")
+        raise UserError(f"the folder of trace_html {path} does not exist; make it, or name another")
     if path and os.path.lexists(path):
         with contextlib.suppress(OSError):
             if os.path.isfile(path):
                 with open(path, "rb") as f:
                     if f.read(len(PAGE)) == PAGE.encode():
                         return
-        raise UserError(f"trace_html {path} is there already, and is not a page that this wrote; choose another file")
+        raise UserError(f"trace_html {path} is there already, and is not a page that this wrote; "
+                        f"choose another file")
 
 
 def write_page(path, prompt, samples, mcfg):
