@@ -1007,7 +1007,8 @@ def contrast(cfg, n=200, length=192, skip=64):
         amateur = None
         if kind and "at_exit" not in more:
             amateur = sample.Decoder(model if more else weak, prompts, **more)
-        scfg, g = sample.SampleConfig(max_new_tokens=length, **settings), torch.Generator().manual_seed(1)
+        scfg = sample.SampleConfig(max_new_tokens=length, amateur=kind, **settings)
+        g = torch.Generator().manual_seed(1)
         made = sample.gather(sample.generate(expert, scfg, amateur, g), n)
         return [p + [t.token for t in row] for p, row in zip(prompts, made)]
 

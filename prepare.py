@@ -28,6 +28,8 @@ from tqdm import tqdm
 import config
 from config import UserError
 
+END = "<|endoftext|>"  # what the end of a text is called, in GPT-2's files and in ours
+
 
 @dataclass
 class PrepareConfig:

@@ -3,6 +3,7 @@
     python sample.py                                        500 tokens from the newest checkpoint under out/
     python sample.py --prompt="ROMEO:" --n=3 --top_p=0.9
     python sample.py --prompt=FILE:scene.txt --temperature=0
+    python sample.py --prompt= --stop_at_end                a text from its beginning to its end
     python sample.py --amateur=out/small/ckpt.pt            contrastive decoding against a weaker model
     python sample.py --exit=softmax --trace                 a token leaves at the first exit that is sure of it
     python sample.py --speculate=4 --draft_exit=2           the first 2 blocks draft, the rest verifies: the same text, sooner
@@ -28,12 +29,13 @@ import json
 import math
 import os
 import re
+import shlex
 import sqlite3
 import sys
 import time
 import urllib.parse
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import config  # before torch: it sets the allocator's switches
 import numpy as np
@@ -48,7 +50,7 @@ from model import Clusters, GPT, GPTConfig, Level, Linear, Memory, rms_norm, sea
 @dataclass
 class SampleConfig:
     out_dir: str = ""  # folder of a checkpoint, or a checkpoint file; default: the newest under out/
-    prompt: str = "\n"  # text to go on from; FILE:path reads a file, - reads standard input
+    prompt: str = "\n"  # text to go on from; FILE:path, or - for standard input; empty: a new text
     n: int = 1  # samples
     max_new_tokens: int = 500  # tokens to make; no upper bound
     temperature: float = 0.8  # 0: the most likely token always
@@ -56,7 +58,8 @@ class SampleConfig:
     top_p: float = 1.0  # keep the most likely tokens that hold this share of the probability
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the most likely one
     repetition_penalty: float = 1.0  # divide the odds of tokens in the window (CTRL, arXiv:1909.05858); 1: off
-    stop: str = ""  # end a sample before this text
+    stop: str = ""  # end a sample before this text; <|endoftext|>: as stop_at_end
+    stop_at_end: bool = False  # end a sample where the model ends the text
     amateur: str = ""  # contrastive decoding against a checkpoint, exit:K (the exit after K blocks) or context:N (at most the last N tokens)
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the expert's first
     beta: float = 0.5  # contrastive: strength
@@ -100,63 +103,111 @@ class SampleConfig:
     compile: bool = False  # compile the decoding step: half a minute once, then several times as fast on a CPU
 
     def __post_init__(self):
-        config.within(self, 1, None, "n", "sequences", "length")
-        config.within(self, 0, None, "max_new_tokens", "temperature", "top_k", "beta", "seed", "exit_decay", "speculate", "draft_exit",
-                      "beams", "best_of")
+        if self.stop == prepare.END:
+            self.stop, self.stop_at_end = "", True
+        config.within(self, 1, MANY, "n")
+        config.within(self, 0, MANY, "beams", "best_of", "speculate", "draft_exit", "n_think")
+        config.within(self, 1, 2 ** 31, "sequences", "length", "knn_k")
+        config.within(self, 0, 2 ** 62, "max_new_tokens", "top_k", "soft_top_k", "limit")
+        config.within(self, -1, 2 ** 62, "collapse_back")
+        config.within(self, 0, 2 ** 63 - 1, "seed")
         config.within(self, 0, 1, "top_p", "min_p", "alpha", "knn_lambda")
-        config.within(self, 1, None, "knn_k")
-        config.within(self, 1e-6, None, "knn_temp")
-        config.within(self, 0, 2 ** 62, "limit")
+        config.within(self, 0, 1000, "beta", "exit_decay")
+        config.within(self, 1e-6, 1e9, "knn_temp")
         config.within(self, 1e-6, 1 - 1e-6, "risk", "confidence")
+        config.within(self, 0.01, 100, "repetition_penalty")
+        for name, off, low, high in (
+                ("temperature", 0, 1e-3, 1000), ("gumbel", 0, 1e-3, 1000),
+                ("exit_threshold", -1, 0, 1), ("collapse_threshold", -1, 0, 1000)):
+            if getattr(self, name) != off:
+                config.within(self, low, high, name)
         if self.exit and self.exit not in CONFIDENCE:
             raise ValueError(f"exit is one of {', '.join(CONFIDENCE)}, not {self.exit!r}")
-        if not (self.exit_threshold == -1 or 0 <= self.exit_threshold <= 1):
-            raise ValueError(f"exit_threshold must lie in [0, 1], not {self.exit_threshold}")
+        if self.collapse_by not in ("nearest", "context"):
+            raise ValueError(f"collapse_by is nearest or context, not {self.collapse_by!r}")
+        if not re.fullmatch("always|never|entropy|distance|every:[1-9][0-9]{0,17}", self.collapse):
+            raise ValueError(f"collapse is always, never, entropy, distance or every:N, "
+                             f"not {self.collapse!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is float32 or bfloat16, not {self.dtype!r}")
+        for name in ("stop", "think_after"):
+            of_utf8(getattr(self, name), name)
         ways = [k for k in ("soft", "exit", "speculate", "beams", "best_of") if getattr(self, k)]
         if len(ways) > 1:
             raise ValueError(f"{ways[0]} and {ways[1]} are two ways to decode; choose one")
-        for k in ("exit", "speculate"):
-            if self.amateur and getattr(self, k):
-                raise ValueError(f"amateur reads every layer of every token, which {k} saves; choose one")
-        for k in ("exit", "speculate"):
-            if self.knn and getattr(self, k):
-                raise ValueError(f"knn needs the last layer's vector of every token when it is chosen, which {k} does without; choose one")
-        for k in ("knn_k", "knn_lambda", "knn_temp"):
-            if not self.knn and getattr(self, k) != getattr(SampleConfig, k):
-                raise ValueError(f"{k} is for a datastore, such as --knn=works.db")
-        if self.memory_index and not self.memory:
-            raise ValueError("memory_index is for a memory, such as --memory=facts.db")
-        if self.knn and self.soft and self.collapse_by == "context":
-            raise ValueError("collapse_by = context draws from the model alone; with knn take collapse_by = nearest")
-        if not self.exit and (self.exit_threshold >= 0 or self.exit_decay):
-            raise ValueError("exit_threshold and exit_decay need an exit, such as --exit=softmax")
-        if self.beams and (self.top_k or self.top_p < 1 or self.min_p or self.repetition_penalty != 1 or self.think_after):
-            raise ValueError("beams look for the likeliest text and draw nothing; leave top_k, top_p, min_p, repetition_penalty and "
-                             "think_after out")
-        if bool(self.speculate) != bool(self.draft_exit or self.draft) or (self.draft_exit and self.draft):
-            raise ValueError("speculate needs a draft: either draft_exit or draft, and they need speculate")
         for k in ("beams", "best_of"):
             if 0 < getattr(self, k) < self.n:
                 raise ValueError(f"{k} = {getattr(self, k)} cannot show n = {self.n} texts; give at least as many")
-        if self.interactive and (self.n > 1 or self.beams or self.best_of or self.json or self.trace_html or self.n_think
-                                 or self.prompt == "-"):
-            raise ValueError("interactive reads lines and shows one sample as it is made; leave n, beams, best_of, json, trace_html, "
-                             "n_think and --prompt=- out")
-        config.within(self, 0.01, 100, "repetition_penalty")
-        config.within(self, 0, None, "soft_top_k", "gumbel", "n_think")
-        config.within(self, -1, None, "collapse_back", "collapse_threshold")
-        if self.soft and self.temperature == 0:
-            raise ValueError("soft needs a temperature above 0: at 0 a token has nothing soft about it")
-        if self.collapse_by not in ("nearest", "context"):
-            raise ValueError(f"collapse_by is nearest or context, not {self.collapse_by!r}")
-        kind, _, every = self.collapse.partition(":")
-        if self.collapse not in ("always", "never", "entropy", "distance") and not (kind == "every" and every.isdigit()
-                                                                                    and int(every)):
-            raise ValueError(f"collapse is always, never, entropy, distance or every:N, not {self.collapse!r}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is float32 or bfloat16, not {self.dtype!r}")
-        if self.int8 and self.dtype != "bfloat16":
-            raise ValueError("int8 needs dtype = bfloat16: beside fp32 torch's 8-bit product is slower than the plain one")
+        for names, idle, why in IDLE:
+            for name in names.split():
+                if name in given(self) and idle(self):
+                    raise ValueError(f"{name} {why}")
+
+
+MANY = 10_000  # rows decoded side by side, or blocks, or tokens of a draft
+
+SOFT = "soft_top_k gumbel collapse collapse_threshold collapse_by collapse_back"
+LEAVE = "give that too, or leave it out"
+IDLE = (  # settings that would do nothing, or not what they say: their names, when, and why
+    ("soft", lambda c: c.temperature == 0,
+     "needs a temperature above 0: at 0 a token has nothing soft about it"),
+    (SOFT, lambda c: not c.soft, f"is for soft tokens, that is --soft; {LEAVE}"),
+    ("soft_top_k gumbel collapse_by collapse_back", lambda c: c.collapse == "always",
+     "is for soft tokens, and with collapse = always there are none; leave it out"),
+    ("collapse_by collapse_back", lambda c: c.collapse == "never",
+     "is for soft tokens that collapse, and with collapse = never none does; leave it out"),
+    ("collapse_threshold", lambda c: c.collapse not in ("entropy", "distance"),
+     "is for collapse = entropy or distance; leave it out"),
+    ("collapse_by", lambda c: c.collapse_back == 0,
+     "is for earlier soft tokens, and collapse_back = 0 leaves those as they are; choose one"),
+    ("collapse_by", lambda c: c.knn and c.collapse_by == "context",
+     "= context draws from the model alone; with knn take collapse_by = nearest"),
+    ("exit_threshold exit_decay", lambda c: not c.exit,
+     f"is for early exits, such as --exit=softmax; {LEAVE}"),
+    ("speculate", lambda c: bool(c.draft_exit) == bool(c.draft),
+     "needs a draft: either draft_exit or draft"),
+    ("draft_exit draft", lambda c: not c.speculate,
+     f"is for drafts, such as --speculate=4; {LEAVE}"),
+    ("alpha beta", lambda c: not c.amateur,
+     f"is for contrastive decoding, such as --amateur=context:8; {LEAVE}"),
+    ("amateur", lambda c: c.exit or c.speculate,
+     "reads every layer of every token, which exit and speculate save; choose one"),
+    ("knn", lambda c: c.exit or c.speculate,
+     "needs the last layer's vector of every token at once, which exit and speculate do without; "
+     "choose one"),
+    ("knn_k knn_lambda knn_temp", lambda c: not c.knn,
+     f"is for a datastore, such as --knn=works.db; {LEAVE}"),
+    ("knn_k knn_temp", lambda c: c.knn_lambda == 0,
+     "is for a datastore, which has no say with knn_lambda = 0; leave it out"),
+    ("knn_temp", lambda c: c.knn_k == 1,
+     "weighs several places against each other, and knn_k = 1 takes one; leave it out"),
+    ("memory_index", lambda c: not c.memory,
+     f"is for a memory, such as --memory=facts.db; {LEAVE}"),
+    ("temperature top_k top_p min_p repetition_penalty think_after", lambda c: c.beams,
+     "is for draws, and beams look for the likeliest text and draw nothing; leave it out"),
+    ("top_k top_p min_p best_of", lambda c: c.temperature == 0,
+     "is for draws, and at temperature = 0 nothing is drawn; leave one of them out"),
+    ("n beams best_of json trace_html n_think", lambda c: c.interactive,
+     "does not go with interactive, which reads lines and shows one sample as it is made; "
+     "leave it out"),
+    ("prompt", lambda c: c.interactive and c.prompt in ("-", "FILE:-"),
+     "and interactive both read standard input; choose one"),
+    ("trace", lambda c: c.json,
+     "colours text, and json prints none; choose one, or take trace_html"),
+    ("int8", lambda c: c.dtype != "bfloat16",
+     "needs dtype = bfloat16: beside fp32 torch's 8-bit product is slower than the plain one"),
+)
+
+
+def given(cfg):
+    """Return the names of the settings that are not as they are by default."""
+    return [f.name for f in fields(cfg) if getattr(cfg, f.name) != f.default]
+
+
+def of_utf8(text, name):
+    """Raise UserError where a text has bytes that are no UTF-8, for a shell half a character."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{name} is not UTF-8 text: {text[:80]!r}; convert it first")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,7 +661,8 @@ def open_memory(store, model, room, index=False):
     for i in model.init_memory(1, size=0):
         a = store.arrays(i)
         if not len(a["ids"]):
-            raise UserError(f"store {store.path} has no entries of block {i}; python sample.py learn --memory={store.path} FILE fills it")
+            raise UserError(f"store {store.path} has no entries of block {i}; python sample.py "
+                            f"learn --memory={shlex.quote(store.path)} FILE fills it")
         found[i] = [tuple(torch.from_numpy(a[k][a["head"] == h].astype(np.float32)) for k in ("keys", "values"))
                     for h in range(model.cfg.mem_head)]
         ids = np.full((model.cfg.mem_head, max(len(k) for k, _ in found[i])), -1)
@@ -645,19 +697,23 @@ def compiled(model):
 
 
 class Int8(torch.nn.Module):
-    """A Linear with its weights as 8-bit integers and a scale per output (torch's own weight-only product)."""
+    """A Linear with its weights as 8-bit integers and a scale per output (torch's own weight-only
+    product; it reads past the end of rows that are no multiple of 16 long, so they are padded)."""
 
     def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         w = linear.weight.detach().float()
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("q", (w / scale).round().to(torch.int8))
+        self.pad = 0, -self.in_features % 16
+        self.register_buffer("q", F.pad((w / scale).round().to(torch.int8), self.pad).contiguous())
         self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
         self.bias = linear.bias
 
     def rows(self, x, first=0, last=None):
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.q[first:last], self.scale[first:last]).view(*x.shape[:-1], -1)
+        x = F.pad(x, self.pad).contiguous()
+        q, scale = self.q[first:last], self.scale[first:last]
+        y = torch._weight_int8pack_mm(x.view(-1, x.size(-1)), q, scale).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[first:last].to(y.dtype)
 
     def forward(self, x):
@@ -884,13 +940,14 @@ def gather(steps, B):
 @torch.inference_mode()
 def beam_search(expert, cfg, tok, amateur=None):
     """The cfg.beams likeliest texts found from each row of expert (a Decoder over G rows), by the sum of log-probabilities; a
-    text with the stop string grows no more. -> G lists of lists of Made, the likeliest first (by its mean, as lengths differ)."""
+    text that has ended grows no more. -> G lists of lists of Made, the likeliest first (by its
+    mean, as lengths differ)."""
     G, N = len(expert.rows), cfg.beams
     expert, amateur = (d and d.select([g for g in range(G) for _ in range(N)]) for d in (expert, amateur))
     device, V = expert.logits.device, expert.V
     score = torch.full((G, N), -math.inf, device=device)
     score[:, 0] = 0.0  # the beams of a row are the same at first
-    texts = [([], Text(tok, cfg.stop)) for _ in range(G * N)]
+    texts = [([], new_text(cfg, tok, expert.model.cfg)) for _ in range(G * N)]
     for _ in range(cfg.max_new_tokens):
         logits = contrasted(expert, amateur, cfg)
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1).tolist()
@@ -928,36 +985,45 @@ def likelihood(made):
 
 
 class Text:
-    """The text of one row as its tokens come in: whole characters only, ended before the stop string."""
+    """The text of one row as its tokens come in: whole characters only, ended before the stop
+    string or by the token `last`. It holds no more than what may begin the stop string."""
 
-    def __init__(self, tokenizer, stop="", silent=-1):
-        self.tok, self.stop, self.text, self.shown, self.done = tokenizer, stop, "", 0, False
-        self.silent = silent  # the think token, which is no text
+    def __init__(self, tokenizer, stop="", silent=None, last=None):
+        self.tok, self.stop, self.held, self.done = tokenizer, stop, "", False
+        self.silent, self.last = silent, last  # silent: the think token, which is no text
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token):
         """Take a token; -> the text that is now certain to stand."""
         if self.done or token == self.silent:
             return ""
-        self.text += self.utf8.decode(self.tok.decode_bytes([token]))
-        sure = len(self.text)
+        if token == self.last:
+            out, self.done = self.end(), True
+            return out
+        self.held += self.utf8.decode(self.tok.decode_bytes([token]))
+        sure = len(self.held)
         if self.stop:
-            at = self.text.find(self.stop)
+            at = self.held.find(self.stop)
             self.done = at >= 0
             if self.done:
-                self.text, sure = self.text[:at], at
-            else:  # the stop string may have begun
-                sure -= next((n for n in range(min(len(self.stop) - 1, sure), 0, -1)
-                              if self.text.endswith(self.stop[:n])), 0)
-        out, self.shown = self.text[self.shown:sure], max(self.shown, sure)
+                out, self.held = self.held[:at], ""
+                return out
+            begun = (n for n in range(min(len(self.stop) - 1, sure), 0, -1)
+                     if self.held.endswith(self.stop[:n]))
+            sure -= next(begun, 0)  # the stop string may have begun
+        out, self.held = self.held[:sure], self.held[sure:]
         return out
 
     def end(self):
         """-> what was held back."""
-        if not self.done:
-            self.text += self.utf8.decode(b"", True)
-        out, self.shown = self.text[self.shown:], len(self.text)
+        out, self.held = self.held + ("" if self.done else self.utf8.decode(b"", True)), ""
         return out
+
+
+def new_text(cfg, tok, mcfg):
+    """Return the Text of a sample that begins."""
+    silent = mcfg.think_token if mcfg.n_think else None
+    return Text(tok, cfg.stop, silent, tok.eot if cfg.stop_at_end else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -965,13 +1031,22 @@ class Text:
 
 
 TABLES = ("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-          "CREATE TABLE entries (id INTEGER PRIMARY KEY, layer INTEGER NOT NULL, head INTEGER NOT NULL, key BLOB NOT NULL, "
-          "value BLOB NOT NULL, text TEXT NOT NULL, source INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, "
-          "checksum INTEGER NOT NULL, uses INTEGER NOT NULL, worth REAL NOT NULL, last REAL NOT NULL)")
-COLUMNS = "id, layer, head, key, value, text, source, start, stop, checksum, uses, worth, last"
-STORE_FORMAT = "2"
+          "CREATE TABLE entries (id INTEGER PRIMARY KEY, layer INTEGER NOT NULL, "
+          "head INTEGER NOT NULL, source INTEGER NOT NULL, start INTEGER NOT NULL, "
+          "stop INTEGER NOT NULL, checksum INTEGER NOT NULL, uses INTEGER NOT NULL, "
+          "worth REAL NOT NULL, last REAL NOT NULL, use_checksum INTEGER NOT NULL, "
+          "key BLOB NOT NULL, value BLOB NOT NULL, text TEXT NOT NULL)")
+SCHEMA = {("table", "facts", TABLES[0]), ("table", "entries", TABLES[1]),
+          ("index", "sqlite_autoindex_facts_1", None)}
+FACTS = "format", "kind", "model", "key", "value"  # what never changes about a store
+COLUMNS = ("id, layer, head, key, value, text, source, start, stop, checksum, "
+           "uses, worth, last, use_checksum")
+USES = "id, layer, uses, worth, last, use_checksum"
+STORE_FORMAT = "3"
 BROKEN = sqlite3.DatabaseError, UnicodeError  # what reading a damaged file may raise
 HALF_LIFE = 7 * 24 * 3600.0  # seconds after which a use counts half when entries are pruned
+AGAIN = "learn its texts with this model, into a new file"  # what to do about a store of no use
+LARGEST = 2 ** 16  # bytes of an entry, besides its key and its value
 
 
 def connect(path, write):
@@ -979,6 +1054,8 @@ def connect(path, write):
     come in here. A commit is on the disk when it returns, readers go on while somebody writes, and deleting gives room back."""
     db = sqlite3.connect(f"file:{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode={'rwc' if write else 'rw'}", uri=True, timeout=10)
     db.text_factory = lambda raw: raw.decode(errors="replace")  # a damaged text is for the checksum to find
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 16 * LARGEST)
+    db.execute("PRAGMA trusted_schema = OFF")
     empty = not db.execute("PRAGMA schema_version").fetchone()[0]
     if write and empty:
         db.execute("PRAGMA auto_vacuum = FULL")
@@ -991,19 +1068,28 @@ def checksum(i, layer, head, key, value, text, source, start, stop):
     return zlib.crc32(f"{i} {layer} {head} {len(key)} {source} {start} {stop} {text}".encode(), zlib.crc32(value, zlib.crc32(key)))
 
 
+def use_checksum(i, layer, uses, worth, last):
+    """Return the CRC-32 of how an entry was used."""
+    return zlib.crc32(f"{i} {layer} {uses} {worth} {last}".encode())
+
+
+def uses_whole(i, layer, uses, worth, last, found):
+    """Tell whether the USES of an entry are as they were written, of their types too."""
+    said = i, layer, uses, worth, last
+    return [type(v) for v in said] == [int, int, int, float, float] and \
+        use_checksum(*said) == found and 0 <= uses < 2 ** 53 and 0 < worth < 2 ** 53 and \
+        0 <= last < 2 ** 36  # (a time before the year 4147)
+
+
 def facts_checksum(facts):
     """CRC-32 of what does not change in the facts of a store."""
-    return str(zlib.crc32(str([facts.get(k) for k in ("format", "kind", "model", "key", "value")]).encode()))
+    return str(zlib.crc32(str([facts.get(k) for k in FACTS]).encode()))
 
 
-def whole(entry):
-    """Whether an entry, a tuple of COLUMNS, is as it was written."""
-    *said, found, uses, worth, last = entry
-    try:
-        return checksum(*said) == found and isinstance(uses, int) and isinstance(worth, float) and \
-            isinstance(last, float) and 0 <= last < 2 ** 36  # (a time before the year 4147)
-    except TypeError:  # a damaged column may have another type
-        return False
+def shape_of(said):
+    """Return (numbers, type) of keys or values as a store says them, such as "64 float16"."""
+    n, t = re.fullmatch("([1-9][0-9]{0,5}) (float16|float32|int32)", said).groups()
+    return int(n), np.dtype(t).newbyteorder("<")
 
 
 class Store:
@@ -1024,13 +1110,18 @@ class Store:
             raise UserError(f"store {path} is a folder; name a file")
         if not os.path.isfile(path) and (not write or None in wanted.values()):
             raise UserError(f"store {path} does not exist; python sample.py learn makes one")
+        lock = f"{path}.lock"
+        if write and os.path.isfile(lock) and os.path.getsize(lock):
+            raise UserError(f"{lock} holds something, and a store at {path} needs an empty file of "
+                            f"that name; choose another name")
         try:
             if write:
-                self.held = prepare.hold(f"{path}.lock", f"store {path} is being written by another process; wait for it to end")
+                self.held = prepare.hold(lock, f"store {path} is being written by another process; "
+                                               f"wait for it to end")
             self.db, empty = connect(path, write)
-            self.facts = self.create(wanted) if write and empty else dict(self.db.execute("SELECT name, value FROM facts"))
-            if self.facts.get("checksum") != facts_checksum(self.facts):
-                raise sqlite3.DatabaseError("the checksum of its facts does not fit")
+            if write and empty:
+                self.create(wanted)
+            self.recognize()
             self.check(wanted)
             if write:
                 self.db.execute("PRAGMA journal_mode = WAL")
@@ -1039,33 +1130,58 @@ class Store:
             raise UserError(f"store {path} cannot be opened ({e.strerror or e}); choose another place") from None
         except BROKEN as e:
             self.close()
-            raise UserError(f"{path} is not a store of this project, or it is damaged ({e}); nothing in it was changed, name another "
-                            f"file") from None
+            why = " ".join(str(e).split())[:100]
+            raise UserError(f"{path} is not a store of this project, or it is damaged ({why}); "
+                            f"nothing in it was changed, name another file") from None
         except UserError:
             self.close()
             raise
-        (self.D, self.key_type), (self.E, self.value_type) = (
-            (int(n), np.dtype(t).newbyteorder("<")) for n, t in (self.facts[k].split() for k in ("key", "value")))
 
     def create(self, facts):
         """Make the tables of a new store, and write what it is."""
         if None in facts.values():
             raise UserError(f"store {self.path} is empty; python sample.py learn fills it")
-        facts = {**facts, "checksum": facts_checksum(facts), "state": json.dumps({"next": 1, "counts": {}})}
+        facts = {**facts, "checksum": facts_checksum(facts), "state": ""}
         self.db.execute("BEGIN")
         for table in TABLES:
             self.db.execute(table)
         self.db.executemany("INSERT INTO facts (name, value) VALUES (?, ?)", facts.items())
+        self.put_state({"next": 1, "counts": {}})
         self.db.commit()
-        return facts
+
+    def recognize(self):
+        """Read what the store is. sqlite3.DatabaseError unless the file has our tables, each page
+        in its place, and nothing else: a view or a trigger of somebody else's is never run."""
+        schema = set(self.db.execute("SELECT type, name, sql FROM sqlite_master LIMIT 4"))
+        if schema != SCHEMA:
+            if {row[:2] for row in schema} == {row[:2] for row in SCHEMA}:
+                raise UserError(f"store {self.path} was made by another version of this program; "
+                                f"{AGAIN}")
+            raise sqlite3.DatabaseError("it has other tables")
+        found = self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        self.facts = dict(self.db.execute("SELECT name, value FROM facts LIMIT 8"))
+        if set(self.facts) != {*FACTS, "checksum", "state"} or \
+                self.facts["checksum"] != facts_checksum(self.facts):
+            raise sqlite3.DatabaseError("the checksum of its facts does not fit")
+        try:
+            self.D, self.key_type = shape_of(self.facts["key"])
+            self.E, self.value_type = shape_of(self.facts["value"])
+        except AttributeError:
+            raise sqlite3.DatabaseError("it says nothing of its keys and values") from None
+        self.sizes = self.D * self.key_type.itemsize, self.E * self.value_type.itemsize
+        self.db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, sum(self.sizes) + LARGEST)
 
     def check(self, wanted):
         """UserError unless the store is what is wanted."""
         for name, value in wanted.items():
             if value is not None and self.facts.get(name) != value:
-                raise UserError(f"store {self.path} belongs to another model ({self.facts.get(name)}, this one is {value}); learn it again "
-                                f"with this one" if name == "model" else
-                                f"store {self.path} has {name} {self.facts.get(name)}, not {value}; give the right one, or learn it again")
+                found = self.facts[name]
+                raise UserError(f"store {self.path} " + (
+                    f"belongs to another model ({found}, this one is {value}); {AGAIN}"
+                    if name == "model" else
+                    f"has {name} {found}, not {value}; give the right one, or {AGAIN}"))
 
     def __enter__(self):
         return self
@@ -1091,7 +1207,8 @@ class Store:
         except sqlite3.OperationalError as e:
             raise UserError(f"store {self.path} cannot be used ({e}); what was committed before is untouched") from None
         except BROKEN as e:
-            raise UserError(f"store {self.path} is damaged ({e}); put a copy of it back, or learn it again") from None
+            raise UserError(f"store {self.path} is damaged ({e}); put a copy of it back, or "
+                            f"{AGAIN}") from None
 
     @contextlib.contextmanager
     def batch(self):
@@ -1122,8 +1239,10 @@ class Store:
             spans = [(0, len(t.encode())) for t in texts] if spans is None else np.asarray(spans).tolist()
             said = zip(range(first, first + n), [layer] * n, np.asarray(heads).tolist(), map(bytes, keys), map(bytes, values), texts,
                        range(first, first + n) if source is None else [source] * n, *zip(*spans))
-            self.db.executemany(f"INSERT INTO entries ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 1.0, ?)",
-                                ((*s, checksum(*s), now) for s in said))
+            uses = 0, 1.0, now
+            self.db.executemany(
+                f"INSERT INTO entries ({COLUMNS}) VALUES ({', '.join('?' * 14)})",
+                ((*s, checksum(*s), *uses, use_checksum(s[0], layer, *uses)) for s in said))
             state["counts"][str(layer)] = state["counts"].get(str(layer), 0) + n
             self.put_state({"next": first + n, "counts": state["counts"]})
         return np.arange(first, first + n)
@@ -1132,13 +1251,23 @@ class Store:
         """What changes about a store as a whole: the next id, and how many entries each layer has, so that one that a damaged page hides
         is missed."""
         try:
-            state = json.loads(self.db.execute("SELECT value FROM facts WHERE name = 'state'").fetchone()[0])
-            return {"next": int(state["next"]), "counts": dict(state["counts"])}
-        except (ValueError, TypeError, KeyError):
-            raise sqlite3.DatabaseError("what it says of its entries cannot be read") from None
+            found = self.db.execute("SELECT value FROM facts WHERE name = 'state'").fetchone()
+            state = prepare.unseal(found[0])
+            if all(type(n) is int and 0 <= n < 2 ** 53 and int(layer) < 2 ** 31
+                   for layer, n in (("0", state["next"]), *state["counts"].items())):
+                return state
+        except (ValueError, TypeError, KeyError, AttributeError):
+            pass
+        raise sqlite3.DatabaseError("what it says of its entries cannot be read") from None
+
+    def count(self):
+        """Return how many entries the store says that it has."""
+        with self.asking():
+            return sum(self.state()["counts"].values())
 
     def put_state(self, state):
-        self.db.execute("UPDATE facts SET value = ? WHERE name = 'state'", (json.dumps(state),))
+        sealed = prepare.seal(state).decode()
+        self.db.execute("UPDATE facts SET value = ? WHERE name = 'state'", (sealed,))
 
     @contextlib.contextmanager
     def snapshot(self):
@@ -1160,6 +1289,13 @@ class Store:
             while some := rows.fetchmany(size):
                 yield some
 
+    def whole(self, entry):
+        """Tell whether an entry, a tuple of COLUMNS, is as it was written."""
+        said, (found, *uses) = entry[:9], entry[9:]
+        return [type(v) for v in said] == [int, int, int, bytes, bytes, str, int, int, int] and \
+            checksum(*said) == found and uses_whole(*entry[:2], *uses) and \
+            (len(entry[3]), len(entry[4])) == self.sizes and 0 <= entry[2] < 2 ** 31
+
     def arrays(self, layer):
         """All entries of a layer in the order of their ids: {"ids" (n,), "head" (n,), "keys" (n, D), "values" (n, E), "uses" (n,),
         "last" (n,)}. UserError names a damaged one."""
@@ -1167,33 +1303,58 @@ class Store:
         parts, bad, n = [self.columns([], raw)], [], 0
         with self.snapshot():
             for some in self.entries("WHERE layer = ?", layer):
-                wrong = [e[0] for e in some if not whole(e)]
+                wrong = [e[0] for e in some if not self.whole(e)]
                 bad, n = bad + wrong, n + len(some)
                 if not bad:
                     parts.append(self.columns(some, raw))
             told = self.state()["counts"].get(str(layer), 0)
-        self.sound(bad, "the checksum does not fit")
-        if n != told:
-            raise UserError(f"store {self.path} is damaged (layer {layer} has {n:,} of its {told:,} entries); put a copy of it back, or "
-                            f"learn it again")
-        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        self.sound(bad)
+        self.complete(layer, n, told)
+        found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        for k in ("keys", "values"):
+            self.sound(found["ids"][~np.isfinite(found[k]).all(1)].tolist(), "no finite numbers")
+        return found
 
-    def sound(self, bad, why):
+    def complete(self, layer, n, told):
+        """Raise UserError where a layer has lost entries, or has more than were written."""
+        if n != told:
+            raise UserError(f"store {self.path} is damaged (layer {layer} has {n:,} of its "
+                            f"{told:,} entries); put a copy of it back, or {AGAIN}")
+
+    def sound(self, bad, why="the checksum does not fit"):
         """UserError that names the damaged entries, where there are some."""
         if len(bad):
-            raise UserError(f"store {self.path} has a damaged entry ({bad[0]}{f', and {len(bad) - 1} more' * (len(bad) > 1)}: {why}); take it "
-                            f"out with python sample.py memory {self.path} forget {' '.join(map(str, bad[:20]))}")
+            more = f", and {len(bad) - 1} more" * (len(bad) > 1)
+            raise UserError(f"store {self.path} has a damaged entry ({bad[0]}{more}: {why}); take "
+                            f"it out with python sample.py memory {shlex.quote(self.path)} forget "
+                            f"{' '.join(map(str, bad[:20]))}")
 
     def columns(self, some, raw):
-        ids, _, head, key, value, *_, uses, _, last = zip(*some) if some else [()] * 13
+        ids, _, head, key, value, *_, uses, _, last, _ = zip(*some) if some else [()] * 14
         return {"ids": np.array(ids, np.int64), "head": np.array(head, np.int64), "keys": raw(key, self.key_type, self.D),
                 "values": raw(value, self.value_type, self.E), "uses": np.array(uses, np.int64), "last": np.array(last, np.float64)}
 
     def texts(self, ids):
-        """The texts of entries, a list; "" for one that is not there any more."""
-        with self.asking():
-            found = [self.db.execute("SELECT text FROM entries WHERE id = ?", (int(i),)).fetchone() for i in ids]
-        return [f[0] if f else "" for f in found]
+        """Return the texts of entries; "" for one that is not there any more, or is damaged."""
+        found = [next(self.entries("WHERE id = ?", int(i)), [None])[0] for i in ids]
+        return [e[5] if e and self.whole(e) else "" for e in found]
+
+    def uses(self):
+        """Return (n, 5): id, layer, uses, what they are worth and when the last one was, of all
+        entries in the order of their ids. UserError names damaged entries and incomplete layers."""
+        parts, bad = [np.empty((0, 5))], []
+        with self.snapshot():
+            rows = self.db.execute(f"SELECT {USES} FROM entries ORDER BY id")
+            while some := rows.fetchmany(4096):
+                right = [row[:5] for row in some if uses_whole(*row)]
+                parts.append(np.array(right).reshape(-1, 5))
+                bad += sorted({row[0] for row in some} - {row[0] for row in right})
+            told = self.state()["counts"]
+        self.sound(bad)
+        found = np.concatenate(parts)
+        for layer in {*found[:, 1].astype(int).tolist(), *map(int, told)}:
+            self.complete(layer, int((found[:, 1] == layer).sum()), told.get(str(layer), 0))
+        return found
 
     def touch(self, ids, n=1, now=None):
         """Entries were used n times (a number, or one for each id) at `now`, in seconds since 1970. What their uses are worth halves
@@ -1201,56 +1362,64 @@ class Store:
         now = time.time() if now is None else float(now)
         with self.batch():
             for i, m in zip(map(int, ids), np.broadcast_to(n, len(ids)).tolist()):
-                found = self.db.execute("SELECT worth, last FROM entries WHERE id = ?", (i,)).fetchone()
+                found = self.db.execute(f"SELECT {USES} FROM entries WHERE id = ?", (i,)).fetchone()
                 if found:
-                    worth = found[0] * 2 ** (min(found[1] - now, 0) / HALF_LIFE) + m
-                    self.db.execute("UPDATE entries SET uses = uses + ?, worth = ?, last = ? WHERE id = ?", (m, worth, max(now, found[1]), i))
+                    self.sound([i] * (not uses_whole(*found)))
+                    _, layer, uses, worth, last, _ = found
+                    worth = worth * 2 ** (min(last - now, 0) / HALF_LIFE) + m
+                    used = uses + m, worth, max(now, last)
+                    self.db.execute(
+                        "UPDATE entries SET uses = ?, worth = ?, last = ?, use_checksum = ? "
+                        "WHERE id = ?", (*used, use_checksum(i, layer, *used), i))
 
     def forget(self, what):
         """Take out entries by id, or all that bring back a piece of this text, wherever it was read -> how many there were."""
         with self.batch():
             if isinstance(what, str):
                 what = self.within(what)
-            gone = collections.Counter()
+            gone, state = collections.Counter(), self.state()
             for i in map(int, what):
-                layer = self.db.execute("SELECT layer FROM entries WHERE id = ?", (i,)).fetchone()
-                gone.update(str(l) for l in layer or ())
+                row = self.db.execute(f"SELECT {USES} FROM entries WHERE id = ?", (i,)).fetchone()
+                if row:  # a damaged one may say another layer than its own
+                    layers = row[1], *map(int, state["counts"])
+                    gone[str(next((l for l in layers if uses_whole(i, l, *row[2:])), row[1]))] += 1
                 self.db.execute("DELETE FROM entries WHERE id = ?", (i,))
-            state = self.state()
             self.put_state({**state, "counts": {l: n - gone[l] for l, n in state["counts"].items()}})
         return gone.total()
 
     def within(self, text):
         """The ids of the entries that bring back a piece of this text: one stands on the bytes start to stop of its source, of which it
         keeps the last few, so what comes after tells where the text stood."""
-        text, spans = text.encode(), {}
-        for source, stop, said in self.db.execute("SELECT source, stop, text FROM entries WHERE instr(text, ?)", (text.decode(),)):
-            said = said.encode()
-            for at in re.finditer(b"(?=" + re.escape(text) + b")", said):  # they may overlap
-                spans.setdefault(source, set()).add(stop - len(said) + at.start() + len(text))
+        raw, spans, bad = text.encode(), {}, []
+        for entry in itertools.chain.from_iterable(self.entries()):
+            if not self.whole(entry):
+                bad.append(entry[0])
+            elif text in entry[5]:
+                said, source, _, stop = entry[5].encode(), *entry[6:9]
+                for at in re.finditer(b"(?=" + re.escape(raw) + b")", said):  # they may overlap
+                    spans.setdefault(source, set()).add(stop - len(said) + at.start() + len(raw))
+        self.sound(bad)
         ids = []
         for source, ends in spans.items():
             i, start, stop = np.array(list(self.db.execute("SELECT id, start, stop FROM entries WHERE source = ?", (source,)))).T
             ends = np.array(sorted(ends))
             near = np.searchsorted(ends, start, side="right").clip(max=len(ends) - 1)  # the first that ends behind where it starts
-            ids += i[(ends[near] > start) & (ends[near] - len(text) < stop)].tolist()
+            ids += i[(ends[near] > start) & (ends[near] - len(raw) < stop)].tolist()
         return ids
 
     def prune(self, n):
         """Keep the n entries whose uses, the writing counted as one, are worth most: LRFU (Lee et al. 2001), each use counts half
         a HALF_LIFE later -> how many went."""
         with self.batch():
-            all_ = np.array(list(self.db.execute("SELECT id, CAST(worth AS REAL), CAST(last AS REAL) FROM entries ORDER BY id"))).reshape(-1, 3)
-            with np.errstate(all="ignore"):
-                rank = np.log2(all_[:, 1]) + all_[:, 2] / HALF_LIFE  # the order is the same at any time
-            self.sound(all_[~np.isfinite(rank), 0].astype(int).tolist(), "what its uses are worth")
-            return self.forget(all_[np.argsort(rank, kind="stable")[:max(len(all_) - n, 0)], 0])
+            ids, _, _, worth, last = self.uses().T
+            rank = np.log2(worth) + last / HALF_LIFE  # the order is the same at any time
+            return self.forget(ids[np.argsort(rank, kind="stable")[:max(len(ids) - n, 0)]])
 
     def stats(self):
         """What the store says of itself and its size: facts, bytes, entries, uses, and a list of (layer, entries, used ones, uses)."""
-        with self.asking():
-            layers = list(self.db.execute("SELECT layer, COUNT(*), SUM(CASE WHEN uses > 0 THEN 1 ELSE 0 END), SUM(uses) FROM entries "
-                                          "GROUP BY layer ORDER BY layer"))
+        _, layer, uses, *_ = self.uses().T
+        each = ((l, uses[layer == l]) for l in np.unique(layer))
+        layers = [(int(l), len(u), int((u > 0).sum()), int(u.sum())) for l, u in each]
         sizes = [os.path.getsize(self.path + end) for end in ("", "-wal") if os.path.exists(self.path + end)]
         return {**self.facts, "bytes": sum(sizes), "entries": sum(l[1] for l in layers), "layers": layers}
 
@@ -1273,12 +1442,17 @@ class Neighbours:
         self.keys[:, -1] = self.keys[:, :-1].square().sum(1) / -2
 
     @classmethod
-    def open(cls, store, k, lam, temp, device="cpu"):
-        """Those of a Store of the kind "knn"."""
+    def open(cls, store, k, lam, temp, device="cpu", n_vocab=None):
+        """Return those of a Store of the kind "knn"; UserError where a token is none of n_vocab."""
         a = store.arrays(KNN_LAYER)
         if not len(a["ids"]):
-            raise UserError(f"store {store.path} has no entries; python sample.py learn --knn={store.path} FILE fills it")
-        return cls(torch.from_numpy(a["keys"]), torch.from_numpy(a["values"][:, 0]).long().to(device), k, lam, temp, a["ids"], store)
+            raise UserError(f"store {store.path} has no entries; python sample.py learn "
+                            f"--knn={shlex.quote(store.path)} FILE fills it")
+        tokens = torch.from_numpy(a["values"][:, 0]).long()
+        if n_vocab is not None:
+            wrong = (tokens < 0) | (tokens >= n_vocab)
+            store.sound(a["ids"][wrong.numpy()].tolist(), "no token of this model")
+        return cls(torch.from_numpy(a["keys"]), tokens.to(device), k, lam, temp, a["ids"], store)
 
     def find(self, h, own=None):
         """Squared distances and rows (Q, k) of the entries nearest to h (Q, C), the nearest first. own (Q,): a row that each leaves
@@ -1351,8 +1525,24 @@ def newest(root="out"):
     """The checkpoint under root that was written last."""
     found = glob.glob(os.path.join(root, "**", "ckpt.pt"), recursive=True)
     if not found:
-        raise UserError(f"there is no checkpoint under {root}/; train one with python train.py, or name one with --out_dir")
+        raise UserError(f"there is no checkpoint under {root}/; name one with --out_dir=FOLDER, or "
+                        f"make one with python prepare.py and then python train.py")
     return max(found, key=os.path.getmtime)
+
+
+def find_device(name):
+    """Return the device that a setting names, with auto a GPU where there is one; UserError where
+    it is not to be had."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as e:  # each kind of device fails in a way of its own
+        why = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise UserError(f"device {name!r} is not to be had here ({why}); give --device=cpu, or "
+                        f"leave it out") from None
+    return name
 
 
 def load(path, device="cpu", dtype="float32"):
@@ -1364,34 +1554,46 @@ def load(path, device="cpu", dtype="float32"):
         model.load_state_dict(ckpt["model"])
         ckpt["tokenizer"], ckpt["step"]
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"checkpoint {path} does not fit this version ({str(e)[:100]}); train it again") from None
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device {device!r} is not to be had here ({str(e).splitlines()[0][:80]}); use cpu") from None
+        why = " ".join(str(e).split())[:100]
+        raise UserError(f"checkpoint {path} does not fit this version ({why}); train it "
+                        f"again") from None
+    model = model.to(device)
     if dtype == "bfloat16":
         model.bfloat16()
     model.dtype = getattr(torch, dtype)
     return model.eval(), ckpt
 
 
-def read_prompt(prompt):
-    """The text of --prompt: itself, a file behind FILE:, or standard input for -."""
+def encode(tok, text, name):
+    """Return the token ids of a text; UserError says what it is, and what the vocabulary has."""
     try:
-        if prompt == "-":
-            text = sys.stdin.read()
-        elif prompt.startswith("FILE:"):
-            with open(prompt[5:], encoding="utf-8") as f:
-                text = f.read()
-        else:
-            text = prompt
-    except OSError as e:
-        raise UserError(f"prompt {prompt} cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"prompt {prompt} is not UTF-8 text") from None
-    if not text:
-        raise UserError("the prompt is empty; give at least one character")
-    return text
+        return tok.encode(text)
+    except UserError as e:
+        more = " ..." * (len(tok.chars) > 100)
+        raise UserError(f"{name}: {e} (this model reads {tok.chars[:100]!r}{more})") from None
+
+
+def can_encode(tok, text):
+    """Tell whether the vocabulary has what a text needs."""
+    with contextlib.suppress(UserError):
+        return bool(tok.encode(text))
+
+
+def read_prompt(prompt, tok):
+    """Return (text, token ids) to go on from: --prompt itself, a file behind FILE:, or standard
+    input for -. An empty one begins a new text, as does the default where there is no line end."""
+    text = prompt
+    if prompt == "-" or prompt.startswith("FILE:"):
+        text = "".join(prepare.pieces(prompt.removeprefix("FILE:")))
+    of_utf8(text, "the prompt")
+    if text == SampleConfig.prompt and not can_encode(tok, text):
+        text = "" if tok.eot is not None else tok.decode([0])
+        begins = f"with {text!r}" if text else "a new text"
+        print(f"[the model reads no line end; it begins {begins}]", file=sys.stderr)
+    if not text and tok.eot is None:
+        raise UserError("the prompt is empty, and the model has no end-of-text token to begin a "
+                        "new text with; give at least one character")
+    return text, encode(tok, text, "the prompt") if text else [tok.eot]
 
 
 def held_out(ckpt, cfg, T):
@@ -1413,11 +1615,9 @@ def calibrate(cfg):
     """Find and store the laxest exit_threshold that keeps the risk on held-out text: Learn then Test (Angelopoulos et al. 2021), as
     CALM does."""
     kind = cfg.exit or "softmax"
-    for name in ("exit_decay", "compile", "amateur", "speculate", "beams", "best_of", "soft", "interactive", "knn"):
-        if getattr(cfg, name):
-            raise UserError(f"calibrate tests thresholds that stay as they are, in one pass over each text; leave {name} out")
     model, ckpt, path = open_model(cfg)
     check_exits(model, kind)
+    stored = stored_thresholds(path)
     if cfg.length > model.cfg.block_size:
         raise UserError(f"length ({cfg.length}) is larger than the model's block_size ({model.cfg.block_size}); give less")
     rows = held_out(ckpt, cfg, cfg.length)[:cfg.sequences].to(cfg.device)
@@ -1431,11 +1631,9 @@ def calibrate(cfg):
                         f"more risk, or give more sequences")
     found = {"threshold": THRESHOLDS[at], "risk": cfg.risk, "confidence": cfg.confidence, "sequences": len(rows), "length": cfg.length,
              "observed": risks[:, at].mean().item(), "blocks": depth[:, at].mean().item(), "of": model_id(cfg, path)}
-    stored = stored_thresholds(path)
-    stored[kind] = found
     with prepare.replacing(thresholds_path(path)) as f:
-        f.write((json.dumps(stored, indent=1) + "\n").encode())
-    print(f"{thresholds_path(path)}: {kind} {THRESHOLDS[at]:.4f}")
+        f.write(prepare.seal({**stored, kind: found}))
+    print(config.visible(f"{thresholds_path(path)}: {kind} {THRESHOLDS[at]:.4f}"))
     return 0
 
 
@@ -1449,25 +1647,35 @@ def thresholds_path(path):
 
 
 def stored_thresholds(path):
-    """{confidence: what calibrate found} beside a checkpoint; {} where nothing is stored."""
+    """Return {confidence: what calibrate found} beside a checkpoint; {} where nothing is stored.
+    UserError where somebody changed it."""
     try:
-        with open(thresholds_path(path), encoding="utf-8") as f:
-            stored = json.load(f)
-        return {k: {**v, "threshold": float(v["threshold"]), "of": str(v["of"])} for k, v in stored.items()}
+        with open(thresholds_path(path), "rb") as f:
+            stored = prepare.unseal(f.read(2 ** 20))
+        for kind, found in stored.items():
+            threshold = found["threshold"]
+            if not (kind in CONFIDENCE and type(threshold) is float and 0 <= threshold <= 1
+                    and type(found["of"]) is str):
+                raise ValueError(f"no threshold of {kind}")
+        return stored
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{thresholds_path(path)} cannot be read ({str(e)[:80]}); delete it and run sample.py calibrate again") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{thresholds_path(path)} is damaged, or not as calibrate wrote it "
+                        f"({str(e)[:80]}); delete it and run python sample.py calibrate "
+                        f"again") from None
 
 
 def check_exits(model, kind):
     """UserError unless the model can leave early by this confidence."""
     if not model.exits:
-        raise UserError("the model has no exits; train one with a . in layers, such as --layers=AA.AA.AA")
+        raise UserError("the model has no exits; train one with a . in layers, such as python "
+                        "train.py --layers=AA.AA.AA")
     if kind == "classifier" and model.sure is None:
         raise UserError("the model has no classifier of exits; train one with --exit_classifier, or use softmax, margin or cosine")
     if model.cfg.n_think:
-        raise UserError("a model that thinks (n_think) reads its own last layer and cannot leave early; leave exit out")
+        raise UserError("a model that thinks (n_think) reads its own last layer and cannot leave "
+                        "early; leave exit out, or take another model")
 
 
 def make_rule(cfg, model, path):
@@ -1479,8 +1687,12 @@ def make_rule(cfg, model, path):
     if threshold < 0:
         found = stored_thresholds(path).get(cfg.exit)
         if found is None or found["of"] != model_id(cfg, path) or cfg.exit_decay:
-            raise UserError(f"no exit_threshold is stored for {cfg.exit} of this {path} in {cfg.dtype}{', with exit_decay' * (cfg.exit_decay > 0)}; "
-                            f"run python sample.py calibrate --exit={cfg.exit}, or give one")
+            advice = "none ever is for exit_decay: give one, or leave exit_decay out"
+            if not cfg.exit_decay:
+                advice = (f"run python sample.py calibrate --out_dir={shlex.quote(path)} --exit="
+                          f"{cfg.exit} --dtype={cfg.dtype}{' --int8' * cfg.int8}, or give one")
+            raise UserError(f"no exit_threshold is stored for {cfg.exit} of this {path} in "
+                            f"{cfg.dtype}; {advice}")
         threshold = found["threshold"]
     return exit_rule(model, cfg.exit, threshold, cfg.exit_decay, max(cfg.max_new_tokens, 1))
 
@@ -1489,14 +1701,15 @@ def other_model(name, path, cfg, tokenizer):
     """The checkpoint that a setting names, with the tokenizer that it must have."""
     model, ckpt = load(path, cfg.device, cfg.dtype)
     if ckpt["tokenizer"] != tokenizer:
-        raise UserError(f"{name} {path} has another tokenizer than the model; it must be the same")
-    return model
+        raise UserError(f"{name} {path} has another tokenizer than the model; name one that was "
+                        f"trained on the same dataset")
+    return to_int8(model) if cfg.int8 else model
 
 
 def after_kind(name, text, low=1):
     """The number behind `name:` of an amateur such as exit:2."""
     number = text.partition(":")[2]
-    if not (number.isascii() and number.isdecimal() and int(number) >= low):
+    if not (number.isascii() and number.isdecimal() and len(number) < 10 and int(number) >= low):
         raise UserError(f"amateur {text} needs a number of at least {low}, as {name}:{low}")
     return int(number)
 
@@ -1507,26 +1720,20 @@ def learn(cfg, *files):
         raise UserError("learn needs to know where to: --memory=PATH for blocks M, or --knn=PATH, one at a time")
     kind = "memory" if cfg.memory else "knn"
     target = getattr(cfg, kind)
-    for k in ("memory_index", "knn_k", "knn_lambda", "knn_temp"):
-        if getattr(cfg, k) != getattr(SampleConfig, k):
-            raise UserError(f"{k} is for what is made with a store, and learn fills one; leave it out")
     if not files:
-        raise UserError(f"learn needs texts to read: python sample.py learn --{kind}={target} FILE...")
+        raise UserError(f"learn needs texts to read: python sample.py learn "
+                        f"--{kind}={shlex.quote(target)} FILE...")
     model, ckpt, path = open_model(cfg)
     tok, texts = prepare.Tokenizer(ckpt["tokenizer"]), []
     for name in files:  # all that may be wrong with them is found before anything is written
-        text = "".join(prepare.pieces(name))
-        try:
-            texts.append((name, tok.encode(text)))
-        except UserError as e:
-            raise UserError(f"{name}: {e}") from None
+        texts.append((name, encode(tok, "".join(prepare.pieces(name)), name)))
         if len(texts[-1][1]) < 2:
             raise UserError(f"{name} holds fewer than 2 tokens; give a longer text")
     read = learn_memory if cfg.memory else learn_knn
     with open_store(kind, target, model, path, write=True) as store:
         for name, ids in texts:
-            print(f"{name}: {read(store, model, tok, ids):,} entries")
-        print(f"{target}: {store.stats()['entries']:,} entries")
+            print(f"{config.visible(name)}: {read(store, model, tok, ids):,} entries")
+        print(f"{config.visible(target)}: {store.count():,} entries")
     return 0
 
 
@@ -1550,8 +1757,9 @@ def memory(cfg, path="", action="stats", *rest):
     actions = {"list": memory_list, "show": memory_show, "forget": memory_forget, "prune": memory_prune, "stats": memory_stats}
     if not path or action not in actions:
         raise UserError(f"memory takes a store and one of {', '.join(actions)}, as python sample.py memory facts.db list")
-    if any("\ud800" <= c <= "\udfff" for w in rest for c in w):  # bytes that are no UTF-8
-        raise UserError(f"{action} takes text in UTF-8, not {' '.join(rest)!r}")
+    if given(cfg).count("limit") and action != "list":
+        raise UserError(f"limit is for list, not {action}; leave it out")
+    of_utf8(" ".join(rest), f"what {action} takes")
     with Store(path, write=action in ("forget", "prune")) as store:
         actions[action](store, cfg, list(rest))
     return 0
@@ -1565,20 +1773,21 @@ def numbers(words, what):
 
 
 def memory_list(store, cfg, words):
-    """The first entries, or the first that have a text in them."""
+    """The first entries, or the first that have a text in them; damaged ones always."""
     text = " ".join(words)
-    found = itertools.chain.from_iterable(store.entries(*(("WHERE instr(text, ?)", text) if text else ())))
+    found = (e for e in itertools.chain.from_iterable(store.entries())
+             if not store.whole(e) or text in e[5])
     print(f"{'id':>9}  {'layer':>5} {'head':>4} {'uses':>6}  {'last used':16}  text")
     for e in itertools.islice(found, cfg.limit or None):
-        print(entry_line(e))
+        print(entry_line(store, e))
     if next(found, None):
         print(f"[the first {cfg.limit}; --limit=0 shows all]")
 
 
-def entry_line(entry, width=70):
+def entry_line(store, entry, width=70):
     """An entry as a line of a list."""
-    i, layer, head, _, _, text, *_, uses, _, last = entry
-    if not whole(entry):
+    i, layer, head, _, _, text, *_, uses, _, last, _ = entry
+    if not store.whole(entry):
         return f"{i:>9}  damaged"
     text = repr(text)
     return (f"{i:>9}  {layer:>5} {head:>4} {uses:>6}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(last))}  "
@@ -1591,8 +1800,9 @@ def memory_show(store, cfg, words):
         entry = next(store.entries("WHERE id = ?", i), [None])[0]
         if entry is None:
             raise UserError(f"store {store.path} has no entry {i}; list shows which there are")
-        print(entry_line(entry, width=10 ** 9))
-        for name, raw, t in (("key", entry[3], store.key_type), ("value", entry[4], store.value_type)) if whole(entry) else ():
+        print(entry_line(store, entry, width=10 ** 9))
+        parts = ("key", entry[3], store.key_type), ("value", entry[4], store.value_type)
+        for name, raw, t in parts if store.whole(entry) else ():
             numbers_ = np.frombuffer(raw, t)
             print(f"{name:>9}  {len(numbers_)} x {t.name}: {' '.join(f'{v:.4g}' for v in numbers_[:8])}{' ...' * (len(numbers_) > 8)}")
 
@@ -1604,9 +1814,10 @@ def memory_forget(store, cfg, words):
         raise UserError("forget takes the numbers of entries, or a text that was read")
     gone = store.forget(numbers(words, "forget") if what.replace(" ", "").isdecimal() else what)
     if not gone:
-        raise UserError(f"store {store.path} has no entry {what!r}; list shows which there are, and a text is looked for in the last 40 "
-                        f"characters before each")
-    print(f"{store.path}: forgot {gone:,} of {gone + store.stats()['entries']:,} entries")
+        raise UserError(f"store {store.path} has no entry {what!r}; python sample.py memory "
+                        f"{shlex.quote(store.path)} list shows which there are, and a text is "
+                        f"looked for in the last 40 characters before each")
+    print(f"{config.visible(store.path)}: forgot {gone:,} of {gone + store.count():,} entries")
 
 
 def memory_prune(store, cfg, words):
@@ -1614,7 +1825,7 @@ def memory_prune(store, cfg, words):
     if len(words) != 1:
         raise UserError(f"prune takes one number, of the entries to keep, not {' '.join(words) or 'nothing'}")
     gone = store.prune(*numbers(words, "prune"))
-    print(f"{store.path}: pruned {gone:,} of {gone + store.stats()['entries']:,} entries")
+    print(f"{config.visible(store.path)}: pruned {gone:,} of {gone + store.count():,} entries")
 
 
 def memory_stats(store, cfg, words):
@@ -1622,25 +1833,42 @@ def memory_stats(store, cfg, words):
     if words:
         raise UserError(f"stats takes nothing, not {' '.join(words)}")
     s = store.stats()
-    print(f"{store.path}: {s['kind']} of model {s['model'][:12]}, {s['entries']:,} entries, {s['bytes'] / 2 ** 20:,.1f} MB; key {s['key']}, "
-          f"value {s['value']}")
+    size = f"{s['entries']:,} entries, {s['bytes'] / 2 ** 20:,.1f} MB"
+    print(config.visible(f"{store.path}: {s['kind']} of model {s['model'][:12]}, {size}; "
+                         f"key {s['key']}, value {s['value']}"))
     for layer, n, used, uses in s["layers"]:
         print(f"layer {layer:>3}: {n:>9,} entries, {used / n:.1%} of them used, {uses:,} uses")
 
 
-COMMANDS = {"calibrate": calibrate, "learn": learn, "memory": memory}
+COMMANDS = {  # what each does, and the settings that it takes besides out_dir
+    "calibrate": (calibrate,
+                  "exit risk confidence sequences length data_dir seed device dtype int8"),
+    "learn": (learn, "memory knn device dtype int8"),
+    "memory": (memory, "limit")}
+ELSEWHERE = dict.fromkeys("risk confidence sequences length data_dir".split(), "calibrate")
+ELSEWHERE["limit"] = "memory FILE list"
+
+
+def check_taken(cfg, command):
+    """Raise UserError for a setting that a command, or plain decoding, does nothing with."""
+    for name in given(cfg):
+        if command and name not in ("out_dir", *COMMANDS[command][1].split()):
+            raise UserError(f"{name} does nothing in {command}; leave it out")
+        if not command and name in ELSEWHERE:
+            raise UserError(f"{name} is for python sample.py {ELSEWHERE[name]}; leave it out")
 
 
 def open_model(cfg):
-    """(model, checkpoint, path) of the settings, on the device and in the type that they say."""
-    if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    missing = config.compiler_missing(cfg.device) if cfg.compile else ""
+    """Return (model, checkpoint, path of its file) of the settings, on the device and in the type
+    that they say."""
+    cfg.device = find_device(cfg.device)
+    kind = torch.device(cfg.device).type
+    missing = config.compiler_missing(kind) if cfg.compile else ""
     if missing:
         raise UserError(f"compile needs {missing}, which was not found; install it or leave --compile out")
-    if cfg.int8 and cfg.device != "cpu":
-        raise UserError(f"int8 is for a CPU, not {cfg.device}; leave it out")
-    path = cfg.out_dir or newest()
+    if cfg.int8 and kind != "cpu":
+        raise UserError(f"int8 is for a CPU, not {cfg.device}; give --device=cpu, or leave it out")
+    path = prepare.checkpoint_path(cfg.out_dir or os.path.dirname(newest()))
     model, ckpt = load(path, cfg.device, cfg.dtype)
     if cfg.int8:
         to_int8(model)
@@ -1652,18 +1880,29 @@ def main(argv):
     cfg = config.build(SampleConfig, **values)
     if words[1:] and words[0] == "calibrate":
         raise UserError(f"calibrate takes settings alone, not {words[1]}")
+    check_taken(cfg, *words[:1] or [""])
     if words:
-        return COMMANDS[words[0]](cfg, *words[1:])
-    with contextlib.ExitStack() as stores:
-        return decode(cfg, stores)
+        return COMMANDS[words[0]][0](cfg, *words[1:])
+    try:
+        with contextlib.ExitStack() as stores:
+            return decode(cfg, stores)
+    except RuntimeError as e:
+        if not (cfg.compile and isinstance(e, torch._dynamo.exc.TorchDynamoException)):
+            raise
+        why = str(e).splitlines()[0][:80]
+        raise UserError(f"compile failed here ({why}); leave --compile out") from None
 
 
 def decode(cfg, stores):
     """Text by the settings. stores: an ExitStack that closes what is opened."""
     model, ckpt, path = open_model(cfg)
     tok = prepare.Tokenizer(ckpt["tokenizer"])
-    prompt = read_prompt(cfg.prompt)
-    ids = tok.encode(prompt)
+    prompt, ids = read_prompt(cfg.prompt, tok)
+    if cfg.stop_at_end and tok.eot is None:
+        raise UserError(f"{path} was trained on one text without an end, and would never stop "
+                        f"there; leave stop_at_end out, or train on several texts, such as python "
+                        f"prepare.py --input=ONE --input=TWO")
+    check_page(cfg.trace_html)
     think = ((), ())
     if cfg.n_think or cfg.think_after:
         if not model.cfg.n_think:
@@ -1671,7 +1910,8 @@ def decode(cfg, stores):
         if cfg.n_think > model.cfg.n_think:
             raise UserError(f"{path} thinks {model.cfg.n_think} times in a window, not {cfg.n_think}; give a smaller n_think")
         one = model.cfg.think_token
-        think, ids = (tok.encode(cfg.think_after), [one] * (cfg.n_think or model.cfg.n_think)), ids + [one] * cfg.n_think
+        after = encode(tok, cfg.think_after, "think_after")
+        think, ids = (after, [one] * (cfg.n_think or model.cfg.n_think)), ids + [one] * cfg.n_think
     if cfg.speculate and model.cfg.n_think:
         raise UserError(f"{path} thinks (n_think), and a draft cannot; leave speculate out")
     leave, at_exit, rows = make_rule(cfg, model, path), 0, [0] * (1 if cfg.beams else cfg.best_of or cfg.n)
@@ -1686,8 +1926,10 @@ def decode(cfg, stores):
     for name in ("amateur", "draft"):
         if getattr(cfg, name) and not (name == "amateur" and cfg.amateur.startswith(("exit:", "context:"))):
             others[name] = other_model(name, getattr(cfg, name), cfg, ckpt["tokenizer"])
-            if cfg.int8:
-                to_int8(others[name])
+    room = min(m.cfg.block_size for m in (model, *others.values()))
+    if cfg.speculate >= room:
+        raise UserError(f"speculate = {cfg.speculate} tokens ahead do not fit into a window of "
+                        f"{room}; give fewer")
     start = lambda m, **more: Decoder(m, [ids], tok.eot, cfg.compile, **more).select(rows)
     neighbours, memory, sources = None, None, {}
     if cfg.memory:
@@ -1697,57 +1939,65 @@ def decode(cfg, stores):
         memory = model.init_memory(1)
     if cfg.knn:
         store = stores.enter_context(open_store("knn", cfg.knn, model, path))
-        neighbours = Neighbours.open(store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp * model.cfg.n_embd, cfg.device)
+        temp = cfg.knn_temp * model.cfg.n_embd
+        neighbours = Neighbours.open(store, cfg.knn_k, cfg.knn_lambda, temp, cfg.device,
+                                     model.cfg.vocab_size)
     expert, others = start(model, at_exit=at_exit, leave=leave, neighbours=neighbours, memory=memory, sources=sources), {k: start(m) for k, m in others.items()}
     if cfg.amateur.startswith("context:"):
         others["amateur"] = start(model, context=after_kind("context", cfg.amateur))
     amateur, generator = others.get("amateur"), torch.Generator(device=cfg.device).manual_seed(cfg.seed)
-    print(f"[{path}, step {ckpt['step']}]", file=sys.stderr)
+    loss = ckpt.get("val_loss")
+    scored = "" if loss is None else f", val loss {loss:.4f}"
+    print(config.visible(f"[{path}, step {ckpt['step']}{scored}]"), file=sys.stderr)
     if cfg.soft and not model.cfg.soft_rate:
-        print("[this model never read soft tokens in training; expect poor text, or train one with --soft_rate=0.3]",
-              file=sys.stderr)
-    page = [[] for _ in range(cfg.n)]  # (text, Made) of each sample, for a page
+        print("[this model never read soft tokens in training; expect poor text, or train one with "
+              "python train.py --soft_rate=0.3]", file=sys.stderr)
+    used = collections.Counter()
     if cfg.interactive:
-        converse(expert, others, cfg, tok, model.cfg, prompt, generator, think)
+        converse(expert, others, cfg, tok, model.cfg, prompt, generator, think, used)
+        count_uses(used)
         return 0
     speculation = Speculation(expert, cfg, generator, others.get("draft")) if cfg.speculate else None
     tokens = speculation.generate if speculation else lambda: generate(expert, cfg, amateur, generator, think)
-    print("" if cfg.json else prompt, end="", flush=True)
+    print("" if cfg.json else on_screen(prompt), end="", flush=True)
     if cfg.beams or cfg.best_of:
-        ranked = beam_search(expert, cfg, tok, amateur)[0] if cfg.beams else best(tokens(), cfg, tok)
+        ranked = beam_search(expert, cfg, tok, amateur)[0] if cfg.beams else \
+            best(tokens(), cfg, tok, model.cfg)
         steps = [ranked[:cfg.n]]  # all at once
     else:
         steps = tokens()
-    write(steps, cfg, tok, model.cfg, prompt, page)
-    if cfg.trace and not cfg.json and expert.planned() and not (cfg.beams or cfg.best_of):
+    found = cfg.trace and bool(sources or neighbours)
+    page = [[] for _ in range(cfg.n)] if cfg.trace_html or found else None  # (text, Made) of each
+    write(steps, cfg, tok, model.cfg, prompt, used, page)
+    if cfg.trace and expert.planned() and not (cfg.beams or cfg.best_of):
         print("\n" + "\n".join(expert.plan_lines(tok)))
-    if cfg.trace and not cfg.json:
-        for piece, made in page[0]:
-            if made.found:
-                print(f"{piece!r:>12} | {' | '.join(f'{i} {text!r}' for i, text in retrieved(made))}")
+    for piece, made in page[0] if found else ():
+        if made.found:
+            print(f"{piece!r:>12} | {' | '.join(f'{i} {text!r}' for i, text in retrieved(made))}")
     if speculation:
         print(f"[{speculation.accepted} of {speculation.proposed} drafted tokens accepted]", file=sys.stderr)
     if cfg.trace_html:
         write_page(cfg.trace_html, prompt, page, model.cfg)
-    count_uses(page)
+    count_uses(used)
     return 0
 
 
-def count_uses(page):
-    """Note in their stores which entries the texts of a page used, unless somebody else is writing there."""
-    used = collections.Counter(f for row in page for _, made in row for f in made.found)
+def count_uses(used):
+    """Note in their stores which entries were used and how often, {(store, id): n}, unless somebody
+    else is writing there."""
     for store in {store for store, _ in used}:
         ids = [i for s, i in used if s is store]
         try:
             with Store(store.path, write=True) as writer:
                 writer.touch(ids, [used[store, i] for i in ids])
         except UserError as e:
-            print(f"[uses not counted: {e}]", file=sys.stderr)
+            print(config.visible(f"[uses not counted: {e}]"), file=sys.stderr)
 
 
-def best(steps, cfg, tok):
-    """All samples of an iterator of steps, each up to its stop string, the likeliest first."""
-    rows, texts = [[] for _ in range(cfg.best_of)], [Text(tok, cfg.stop) for _ in range(cfg.best_of)]
+def best(steps, cfg, tok, mcfg):
+    """All samples of an iterator of steps, each up to its end, the likeliest first."""
+    rows, texts = [[] for _ in range(cfg.best_of)], []
+    texts += (new_text(cfg, tok, mcfg) for _ in rows)
     for ready in steps:
         for row, text, tokens in zip(rows, texts, ready):
             for made in tokens:
@@ -1759,11 +2009,17 @@ def best(steps, cfg, tok):
     return sorted(rows, key=likelihood, reverse=True)
 
 
-def write(steps, cfg, tok, mcfg, prompt, page=None):
-    """Print what an iterator of steps gives, the first sample as it is made, the others when they are whole; page: a list per
-    sample that takes (text, Made). -> the ids of the first that are shown."""
+def on_screen(text):
+    """Return a text as it is printed: on a terminal its control characters are escapes."""
+    return config.visible(text) if sys.stdout.isatty() else text
+
+
+def write(steps, cfg, tok, mcfg, prompt, used, page=None):
+    """Print what an iterator of steps gives, the first sample as it is made, the others when they
+    are whole. used: a Counter that takes (store, id) of what was found; page: a list per sample
+    that takes (text, Made). -> with interactive the ids of what is shown."""
     shown = []
-    texts = [Text(tok, cfg.stop, mcfg.think_token if mcfg.n_think else -1) for _ in range(cfg.n)]
+    texts = [new_text(cfg, tok, mcfg) for _ in range(cfg.n)]
     others = [[] for _ in texts]
     for ready in steps:
         for i, (text, tokens) in enumerate(zip(texts, ready)):
@@ -1771,8 +2027,9 @@ def write(steps, cfg, tok, mcfg, prompt, page=None):
                 if text.done:
                     break
                 piece = text.add(made.token)
-                if not i:
+                if cfg.interactive and made.token != text.last:
                     shown.append(made.token)
+                used.update(made.found)
                 if page is not None:
                     page[i].append((piece, made))
                 piece = show(made, piece, i, tok, cfg, mcfg)
@@ -1786,33 +2043,40 @@ def write(steps, cfg, tok, mcfg, prompt, page=None):
     for end, pieces in zip(ends, page or []):
         if end and pieces:
             pieces[-1] = (pieces[-1][0] + end, pieces[-1][1])
-    print(ends[0], end="" if cfg.json else "\n")
+    print(on_screen(ends[0]), end="" if cfg.json else "\n")
     for pieces, end in zip(others[1:], ends[1:]):
-        print(*([] if cfg.json else ["-" * 40 + "\n" + prompt]), *pieces, end, sep="", end="" if cfg.json else "\n")
+        head = [] if cfg.json else ["-" * 40 + "\n" + on_screen(prompt)]
+        print(*head, *pieces, on_screen(end), sep="", end="" if cfg.json else "\n")
     return shown
 
 
-def converse(expert, others, cfg, tok, mcfg, prompt, generator, think):
+def converse(expert, others, cfg, tok, mcfg, prompt, generator, think, used):
     """Turn by turn: a line is read, appended to all that stands there, and gone on from; what was shown then stands there too. others:
-    {"amateur" or "draft": Decoder}."""
+    {"amateur" or "draft": Decoder}; used: as in write."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then knows the arrow keys, and the lines typed before)
-    print(prompt, end="" if prompt.endswith("\n") else "\n")
+    print(on_screen(prompt), end="\n" if prompt and not prompt.endswith("\n") else "")
+    line_end = "\n" if can_encode(tok, "\n") else ""
     while True:
         try:
-            line = tok.encode(input("> ") + "\n")
+            text = input("> ")
+            of_utf8(text, "the line")
+            line = encode(tok, text + line_end, "the line")
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            print("the line is not UTF-8 text; type another", file=sys.stderr)
+            continue
         except UserError as e:
-            print(e, file=sys.stderr)
+            print(config.visible(str(e)), file=sys.stderr)
             continue
         for d in (expert, *others.values()):
             d.extend(line)
         now, with_ = expert.select([0]), {name: d.select([0]) for name, d in others.items()}  # what is made and not shown goes
         steps = Speculation(now, cfg, generator, with_.get("draft")).generate() if cfg.speculate else \
             generate(now, cfg, with_.get("amateur"), generator, think)
-        shown = write(steps, cfg, tok, mcfg, prompt)
+        shown = write(steps, cfg, tok, mcfg, prompt, used)
         for d in (expert, *others.values()):
             d.extend(shown)
 
@@ -1845,6 +2109,7 @@ def show(made, text, i, tok, cfg, mcfg):
             more["found"] = [{"id": i, "text": text} for i, text in retrieved(made)]
         return json.dumps({"sample": i, "token": made.token, "text": tok.decode([made.token]), "soft": made.soft,
                            "entropy": round(made.entropy, 4), "logp": round(made.logp, 4), "soft_behind": made.behind, **more}) + "\n"
+    text = on_screen(text)
     if not (cfg.trace and text and sys.stdout.isatty()):
         return text
     if cfg.soft:
@@ -1852,10 +2117,29 @@ def show(made, text, i, tok, cfg, mcfg):
     return f"\033[38;5;{HEAT[min(int(heat(made, mcfg)[0] * len(HEAT)), len(HEAT) - 1)]}m{text}\033[0m"
 
 
+PAGE = ("<!doctype html><meta charset=utf-8><title>trace</title><style>"
+        "body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;white-space:pre-wrap}"
+        "hr{border:0;border-top:1px solid #ccc}</style>")
+
+
+def check_page(path):
+    """Raise UserError where a page at path (none is wanted where that is empty) would take the
+    place of something else, or has no folder."""
+    if path and not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"the folder of trace_html {path} does not exist; make it, or name another")
+    if path and os.path.lexists(path):
+        with contextlib.suppress(OSError):
+            if os.path.isfile(path):
+                with open(path, "rb") as f:
+                    if f.read(len(PAGE)) == PAGE.encode():
+                        return
+        raise UserError(f"trace_html {path} is there already, and is not a page that this wrote; "
+                        f"choose another file")
+
+
 def write_page(path, prompt, samples, mcfg):
     """Samples, lists of (text, Made), as a page: each token on its colour, what it says under the pointer."""
-    out = ["<!doctype html><meta charset=utf-8><title>trace</title><style>body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;"
-           "white-space:pre-wrap}hr{border:0;border-top:1px solid #ccc}</style>"]
+    out = [PAGE]
     for pieces in samples:
         out.append(html.escape(prompt))
         for text, made in pieces:
@@ -1864,11 +2148,8 @@ def write_page(path, prompt, samples, mcfg):
             out.append(f'<span title="{html.escape(says)}" style="background:hsl({120 * (1 - value):.0f},70%,'
                        f'85%)">{html.escape(text)}</span>')
         out.append("<hr>")
-    try:
-        with prepare.replacing(path) as f:
-            f.write("".join(out).encode())
-    except OSError as e:
-        raise UserError(f"trace_html {path} cannot be written ({e.strerror}); choose another file") from None
+    with prepare.replacing(path) as f:
+        f.write("".join(out).encode())
 
 
 if __name__ == "__main__":

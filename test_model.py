@@ -2199,6 +2199,11 @@ def test_text_as_it_comes():
     assert shown == "one STO two " and t.done
     t = sample.Text(tok, stop="STOP")
     assert "".join(t.add(b) for b in b"a ST") == "a " and t.end() == "ST"
+    t = sample.Text(tok, stop="STOP", silent=0, last=256)
+    shown = "".join(t.add(b) for b in (*b"a\0 ST", 0xC3, 256, *b"more")) + t.end()
+    assert shown == "a ST\ufffd" and t.done and not t.held
+    t = sample.Text(tok, stop="aab")
+    assert "".join(t.add(b) for b in b"aaaaaab") == "aaaa" and t.done  # begun again and again
 
 
 @pytest.fixture(scope="session")
@@ -2219,6 +2224,13 @@ def test_without_a_compiler(trained, data_dir, tmp_path, monkeypatch):
     run(data_dir, tmp_path, compile=True, max_iters=1, say=said.append)
     assert any("C++ compiler" in s and "uncompiled" in s for s in said) and not any("compiling" in s for s in said)
     refused(sample.main, [f"--out_dir={trained}/strong", "--compile"], "C++ compiler")
+    monkeypatch.delenv("CXX")  # one that is there, and fails when it is called
+    monkeypatch.setattr(config, "compiler_missing", lambda device: "")
+
+    def fails(*_):
+        raise torch._dynamo.exc.TorchDynamoException("CppCompileError: C++ error\nand 80 lines")
+    monkeypatch.setattr(sample, "compiled", fails)
+    refused(sample.main, [f"--out_dir={trained}/strong", "--compile"], "CppCompileError", "leave")
 
 
 def test_compiled_decoding_is_decoding(trained):
@@ -2254,7 +2266,7 @@ def test_sample_main(trained, capsys, tmp_path, monkeypatch):
     assert "e" not in stop
     (tmp_path / "p.txt").write_text("There were")
     assert text(f"--prompt=FILE:{tmp_path}/p.txt", "--max_new_tokens=5").startswith("There were")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("on the throne"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"on the throne")))
     assert text("--prompt=-", "--max_new_tokens=5").startswith("on the throne")
     assert text("--prompt=" + "It was the best " * 20, "--max_new_tokens=5").startswith("It was the best It")
     assert text("--prompt=It was", "--max_new_tokens=30", "--repetition_penalty=1.5", "--dtype=bfloat16")
@@ -2279,9 +2291,115 @@ def test_sample_main(trained, capsys, tmp_path, monkeypatch):
     assert json.loads(back.splitlines()[2])["soft_behind"] == [-2]
     for more in (["--collapse=never"], ["--collapse=distance"], ["--amateur=" + str(trained / "weak")], ["--dtype=bfloat16"]):
         assert len(text("--prompt=It was", "--max_new_tokens=40", "--soft", *more)) == 6 + 40 + 1
+    for terminal in (True, False):  # to a terminal goes no control character, to a pipe every byte
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        with monkeypatch.context() as m:
+            m.setattr(prepare.Tokenizer, "decode_bytes", lambda self, ids: b"\x1b[2J" * len(ids))
+            said = text("--max_new_tokens=2", "--prompt=It", "--n=2")
+            assert said.count("\x1b") == 4 * (not terminal)
     with pytest.raises(UserError, match="not trained to think"):
         text("--n_think=2")
     assert sample.newest(str(trained)) == str(trained / "strong" / "ckpt.pt")
+
+
+@pytest.fixture(scope="session")
+def ending(data_dir, tmp_path_factory):
+    """A checkpoint of a model that ends texts, has exits, and reads no line end."""
+    out = tmp_path_factory.mktemp("ending")
+    run(data_dir, out, dict(layers="A.A"), dataset="chain")
+    return out
+
+
+def test_the_end_of_a_text(ending, data_dir, capsys, tmp_path, monkeypatch):
+    """However it is decoded, a sample ends at the first end of a text."""
+    tok = prepare.Tokenizer(prepare.load_checkpoint(ending / "ckpt.pt")["tokenizer"])
+    go = [f"--out_dir={ending}", "--max_new_tokens=60", "--temperature=2"]
+
+    def ids(*argv, n=1):
+        sample.main([*go, "--prompt=a", *argv, "--json"])
+        lines = [json.loads(l) for l in capsys.readouterr().out.splitlines()]
+        return [[l["token"] for l in lines if l["sample"] == i] for i in range(n)]
+    for n, *more in ((3, "--n=3"), (1, "--exit=softmax", "--exit_threshold=0.03"),
+                     (1, "--speculate=3", "--draft_exit=1"),
+                     (1, "--soft", "--collapse=every:2", "--collapse_by=context")):
+        whole = ids(*more, n=n)
+        assert any(tok.eot in row for row in whole)
+        ended = [row[:(row + [tok.eot]).index(tok.eot) + 1] for row in whole]
+        assert ids(*more, "--stop_at_end", n=n) == ended
+    rows = ids("--best_of=4", "--n=4", f"--stop={prepare.END}", n=4)
+    assert any(row[-1] == tok.eot for row in rows) and all(tok.eot not in row[:-1] for row in rows)
+    first = ids()[0]
+    text = tok.decode(first[:first.index(tok.eot)])
+    sample.main([*go, "--prompt=a", "--stop_at_end"])
+    assert capsys.readouterr().out == "a" + text + "\n"
+    lines, extend, given = iter("aa"), sample.Decoder.extend, []
+    monkeypatch.setattr(sample.Decoder, "extend",
+                        lambda self, ids: given.append(list(ids)) or extend(self, ids))
+    monkeypatch.setattr("builtins.input",
+                        lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError()))
+    sample.main([*go, "--prompt=", "--stop_at_end", "--interactive"])
+    assert given[::2] == [tok.encode("a")] * 2 and not any(tok.eot in g for g in given)
+    shown = "".join(tok.decode(g) + "\n" for g in given[1::2])  # an empty prompt is not
+    assert capsys.readouterr().out == shown + "\n"
+
+
+def test_the_beginning_of_a_text(ending, data_dir, capsys, tmp_path, monkeypatch):
+    """An empty prompt begins a text, and so does the default where there is no line end."""
+    tok = prepare.Tokenizer(prepare.load_checkpoint(ending / "ckpt.pt")["tokenizer"])
+    rows, init = [], sample.Decoder.__init__
+    monkeypatch.setattr(sample.Decoder, "__init__",
+                        lambda self, m, r, *a, **k: rows.append(r[0]) or init(self, m, r, *a, **k))
+    (tmp_path / "empty").write_text("")
+    for argv in (["--prompt="], [f"--prompt=FILE:{tmp_path}/empty"], []):
+        sample.main([f"--out_dir={ending}", "--max_new_tokens=5", *argv])
+        said = capsys.readouterr()
+        assert rows.pop() == [tok.eot] and ("no line end" in said.err) == (not argv)
+        assert "val loss" in said.err and not said.out.startswith("\n\n")
+    (tmp_path / "t.txt").write_text("abcdefgh " * 99)
+    quiet(prepare.main, [f"--input={tmp_path}/t.txt", f"--data_dir={tmp_path}"])
+    run(str(tmp_path), tmp_path / "o", dataset="t")
+    where = f"--out_dir={tmp_path}/o"
+    sample.main([where, "--max_new_tokens=5"])
+    said = capsys.readouterr()
+    assert "begins with ' '" in said.err and len(said.out) == 1 + 5 + 1
+    for argv in (["--stop_at_end"], [f"--stop={prepare.END}"]):
+        refused(sample.main, [where, *argv], "stop_at_end", "--input=")
+    refused(sample.main, [where, "--prompt="], "empty", "at least one character")
+    refused(sample.main, [where, "--prompt=aX"], "the prompt", "'X'", "' abcdefgh'")
+
+
+def test_a_prompt_is_read_as_texts_are(data_dir, tmp_path, capsys):
+    quiet(prepare.main, ["--tokenizer=byte", f"--input={data_dir}/t.txt", "--name=bytes",
+                         f"--data_dir={tmp_path}"])
+    run(str(tmp_path), tmp_path / "o", dataset="bytes", max_iters=1)
+    (tmp_path / "p").write_bytes(b"one\r\ntwo\r")
+    sample.main([f"--out_dir={tmp_path}/o", f"--prompt=FILE:{tmp_path}/p", "--max_new_tokens=0"])
+    assert capsys.readouterr().out == "one\r\ntwo\r\n"
+    for flag in ("prompt", "stop", "think_after"):
+        refused(sample.main, [f"--out_dir={tmp_path}/o", f"--{flag}=a\udcff"], flag, "UTF-8")
+
+
+@pytest.mark.parametrize("more", [[], ["--soft"], ["--json"], ["--speculate=2", "--draft_exit=1"],
+                                  ["--stop=\u2603"]])
+def test_decoding_takes_no_more_memory_as_it_goes_on(more, ending, monkeypatch):
+    """Of 20,000 tokens nothing is kept once they are shown; it was 480 bytes each."""
+    import tracemalloc
+    made, used = sample.Made(1, bool(more), 1.5, [-1], -2.0), []
+
+    def steps(*_):
+        for i in range(20_000):
+            if i in (1000, 19_990):
+                used.append(tracemalloc.get_traced_memory()[0])
+            yield [[dataclasses.replace(made)]]
+    monkeypatch.setattr(sample, "generate", steps)
+    monkeypatch.setattr(sample.Speculation, "generate", steps)
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    tracemalloc.start()
+    try:
+        sample.main([f"--out_dir={ending}", "--prompt=a", *more])
+    finally:
+        tracemalloc.stop()
+    assert used[1] - used[0] < 20_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2520,6 +2638,12 @@ def test_beams():
     stop = chr(ord("a") + plain[2])
     texts = sample.beam_search(sample.Decoder(m, [[1]]), sample.SampleConfig(beams=3, max_new_tokens=12, stop=stop), tok)[0]
     assert any(t[-1].token == plain[2] and len(t) < 12 for t in texts)
+    tok = prepare.Tokenizer({"kind": "char", "chars": "abc", "eot": True})
+    cfg = sample.SampleConfig(beams=9, max_new_tokens=12, stop_at_end=True)
+    found = sample.beam_search(sample.Decoder(m, [[1]]), cfg, tok)[0]
+    texts = [[t.token for t in made] for made in found]
+    assert any(3 in text for text in texts)
+    assert all((text + [3]).index(3) == min(len(text) - (3 in text), 12) for text in texts)
 
 
 def test_amateurs_of_the_model_itself():
@@ -2562,6 +2686,26 @@ def test_int8_is_close(name):
     after, step = m(x, history=h).logits, m(x[:, :1], history=h, state=m.init_state(3)).logits
     assert 0 < (after - before).abs().mean() < 3 * (before - exact).abs().mean() + 0.05
     torch.testing.assert_close(step, after[:, :1], atol=0.1, rtol=0)
+
+
+def test_int8_of_any_shape():
+    """Any widths, slices of the outputs, one row or many, however they lie in memory: the plain
+    product, or nearly so."""
+    g = np.random.default_rng(0)
+    for _ in range(100):
+        inner, outer = g.integers(1, 200, size=2).tolist()
+        first, rows = int(g.integers(outer)), g.integers(1, 40, size=int(g.integers(1, 3))).tolist()
+        last = int(g.integers(first + 1, outer + 1)) if g.random() < 0.5 else None
+        layer = sample.Linear(inner, outer, bias=g.random() < 0.5).bfloat16()
+        with torch.no_grad():
+            for p in layer.parameters():
+                torch.nn.init.normal_(p)
+        x = torch.randn(*rows, inner).bfloat16()
+        if g.random() < 0.5:
+            x = torch.randn(inner, *rows).bfloat16().movedim(0, -1)
+        want = layer.rows(x, first, last).float()
+        got = sample.Int8(layer).rows(x, first, last).float()
+        assert got.shape == want.shape and (got - want).abs().max() < 0.1 * (1 + want.abs().max())
 
 
 def test_decoding_from_the_shell(trained, data_dir, capsys, tmp_path, monkeypatch):
@@ -2639,14 +2783,98 @@ def test_bad_decoding(trained, data_dir, tmp_path):
                         (["--exit_threshold=0.5"], ["exit_threshold", "--exit="]), (["--speculate=2", "--draft=exit:1"], ["exit:1"]),
                         (["calibrate", "--beams=2"], ["calibrate", "beams"])):
         refused(sample.main, [where, *argv], *words)
-    (trained / "exits" / "exits.json").write_text("{")
-    refused(sample.main, [where, "--exit=margin"], "exits.json", "delete")
-    (trained / "exits" / "exits.json").unlink()
+    stored = trained / "exits" / "exits.json"
+    found = {"margin": {"threshold": 0.5, "of": "x"}}
+    good = prepare.seal(found)
+    calibrating = [f"--data_dir={data_dir}", "--length=16", "--sequences=20", "--risk=0.9"]
+    for raw in (b"{", b"", b"[]", b"\xff", good.replace(b"0.5", b"0.1"), json.dumps(found).encode(),
+                *(prepare.seal(d) for d in ({"margin": {"of": "x"}}, {"margin": 3},
+                                            {"margin": {**found["margin"], "threshold": 1.5}},
+                                            {"luck": found["margin"]}))):
+        stored.write_bytes(raw)
+        refused(sample.main, [where, "--exit=margin"], "exits.json", "delete", "calibrate")
+        refused(sample.main, [where, "calibrate", *calibrating], "exits.json", "delete")
+    stored.write_bytes(good)
+    said = refused(sample.main, [where, "--exit=margin"], "no exit_threshold")
+    stored.unlink()  # what it says can be done
+    sample.main([*said.split("python sample.py ")[1].split(", or")[0].split(), *calibrating])
+    sample.main([where, "--exit=margin", "--max_new_tokens=2"])
+    stored.unlink()
+    (tmp_path / "mine.html").write_text("<!doctype html><meta charset=utf-8><title>mine</title>")
+    for name, word in (("mine.html", "already"), (".", "already"), ("no/t.html", "folder")):
+        refused(sample.main, [where, f"--trace_html={tmp_path}/{name}"], name, word)
+    refused(sample.main, [where, "--trace_html=/dev/null"], "/dev/null", "there already")
+    for _ in range(2):
+        sample.main([where, "--max_new_tokens=2", f"--trace_html={tmp_path}/t.html"])
+    refused(sample.main, [where, "--speculate=16", "--draft_exit=1"], "speculate = 16", "window")
+    for device in ("cuda:7", "tpu9", "meta", "xla"):
+        refused(sample.main, [where, f"--device={device}"], device, "--device=cpu")
     for layers, word in ((".A", "between"), ("A.", "between"), ("A..A", "between"), ("(A.A)A", "inside a level")):
         refused(train.main, [f"--layers={layers}"], "layers", word)
     refused(train.main, ["--exit_classifier=True"], "exit_classifier")
     refused(train.main, ["--layers=A.A", "--exit_distill=2"], "exit_distill")
     refused(train.main, ["--exit_keys=True"], "exit_keys", "layers")
+
+
+@pytest.mark.parametrize("more, idle", [
+    ({}, dict(alpha=0.2, beta=0.2, soft_top_k=2, gumbel=1, collapse="never", collapse_threshold=1,
+              collapse_by="context", collapse_back=0, exit_threshold=0.5, exit_decay=1, speculate=2,
+              draft="x", draft_exit=1, memory_index=True, knn_k=3, knn_lambda=0.5, knn_temp=1,
+              int8=True)),
+    (dict(temperature=0), dict(top_k=3, top_p=0.9, min_p=0.1, best_of=2, soft=True)),
+    (dict(beams=2), dict(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.1,
+                         think_after="x")),
+    (dict(soft=True, collapse="always"), dict(soft_top_k=2, gumbel=1, collapse_threshold=1,
+                                              collapse_by="context", collapse_back=1)),
+    (dict(soft=True, collapse="never"), dict(collapse_threshold=1, collapse_by="context",
+                                             collapse_back=1)),
+    (dict(soft=True, collapse="every:2"), dict(collapse_threshold=1)),
+    (dict(soft=True, collapse_back=0), dict(collapse_by="context")),
+    (dict(soft=True, knn="k"), dict(collapse_by="context")),
+    (dict(knn="k", knn_lambda=0), dict(knn_k=3, knn_temp=1)),
+    (dict(knn="k", knn_k=1), dict(knn_temp=1)),
+    (dict(exit="softmax"), dict(amateur="x", knn="k")),
+    (dict(speculate=2, draft_exit=1), dict(amateur="x", knn="k")),
+    (dict(json=True), dict(trace=True)),
+    (dict(interactive=True), dict(n=2, beams=2, best_of=2, json=True, trace_html="x", n_think=1,
+                                  prompt="-"))])
+def test_settings_that_do_nothing_are_refused(more, idle):
+    """Beside others, which are fine without them."""
+    sample.SampleConfig(**more)
+    for name, value in idle.items():
+        with pytest.raises(ValueError, match=rf"^{name} "):
+            sample.SampleConfig(**{name: value}, **more)
+
+
+def test_commands_refuse_settings_that_they_do_nothing_with(trained, tmp_path):
+    where = f"--out_dir={trained}/exits"
+    for argv, words in (
+            (["calibrate", "--temperature=0.5"], ["temperature", "calibrate"]),
+            (["calibrate", "--json"], ["json", "calibrate"]),
+            (["calibrate", "--exit=softmax", "--exit_threshold=0.5"], ["exit_threshold"]),
+            (["--risk=0.1"], ["risk", "calibrate"]), (["--length=9"], ["length", "calibrate"]),
+            (["--data_dir=x"], ["data_dir", "calibrate"]), (["--limit=3"], ["limit", "memory"]),
+            (["learn", "--knn=x", "--compile", "y"], ["compile", "learn"]),
+            (["memory", "x", "list", "--knn=y"], ["knn", "memory"]),
+            (["memory", "x", "stats", "--limit=3"], ["limit", "list"])):
+        refused(sample.main, [where, *argv], *words)
+
+
+def test_numbers_have_bounds():
+    """No number is too large, too small or none, and what is allowed at the edges decodes."""
+    for f in dataclasses.fields(sample.SampleConfig):
+        if f.type in (int, float):
+            for value in (math.nan, math.inf, -math.inf, -2, 2 ** 80):
+                with pytest.raises(ValueError, match=f.name):
+                    sample.SampleConfig(**{f.name: value})
+    m = make("plain").eval()
+    for more in (dict(temperature=1e-3), dict(temperature=1000), dict(min_p=5e-324, top_p=5e-324),
+                 dict(soft=True, gumbel=1e-3), dict(soft=True, gumbel=1000, temperature=1e-3),
+                 dict(seed=2 ** 63 - 1, top_k=2 ** 62), dict(repetition_penalty=100)):
+        cfg = sample.SampleConfig(**{**more, "max_new_tokens": 20})
+        d, g = sample.Decoder(m, [[1]]), torch.Generator().manual_seed(cfg.seed)
+        made = sample.gather(sample.generate(d, cfg, generator=g), 1)[0]
+        assert len(made) == 20 and all(math.isfinite(t.logp) for t in made)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2768,25 +2996,99 @@ def test_a_damaged_store_is_named(tmp_path):
         refused(sample.main, ["memory", path, *argv], path, "damaged")
 
 
-def test_flipped_bits_anywhere_are_found_or_harmless(tmp_path):
-    """Whatever bit of the file is flipped: what is read is right, or one sentence says that it is not."""
+def test_flipped_bits_anywhere_are_found_or_harmless(tmp_path, capsys):
+    """Whatever bits of the file are flipped: what is read, listed, counted and pruned is right, or
+    one sentence says that it is not, or a line that an entry is damaged."""
     path, g, refusals = str(tmp_path / "s.db"), np.random.default_rng(0), 0
+
+    def said(*argv):
+        capsys.readouterr()
+        sample.main(["memory", path, *argv])
+        return capsys.readouterr().out.replace(path, "")
+
+    def all_of_it():
+        yield said("list", "--limit=0")
+        with sample.Store(path, **MEMORY) as store:
+            yield {k: v.tolist() for k, v in store.arrays(0).items()}
+        for argv in (["stats"], ["list", "of 3"], ["show", "17"], ["prune", "15"],
+                     ["list", "--limit=0"]):
+            yield said(*argv)
     with sample.Store(path, **MEMORY, write=True) as store:
-        store.add(0, *entries(100))
-    good = bytearray(open(path, "rb").read())
-    _, keys, values, _ = entries(100)
-    for at in g.integers(len(good), size=300):
-        bad = good.copy()
-        bad[at] ^= 1 << g.integers(8)
+        ids = store.add(0, *entries(30), now=1e9)
+        store.touch(ids[::3], [int(i) % 5 + 1 for i in ids[::3]], now=1.0001e9)
+    good = open(path, "rb").read()
+    right = list(all_of_it())
+    for i, at in enumerate(g.integers(len(good), size=120).tolist()):
+        bad, n = bytearray(good), 1 + i % 2 * int(g.integers(8))
+        bad[at:at + n] = g.bytes(len(bad[at:at + n])) if n > 1 else [bad[at] ^ 1 << g.integers(8)]
+        path = str(tmp_path / f"{i}.db")  # a file of its own: what was refused may still be open
         open(path, "wb").write(bad)
         try:
-            with sample.Store(path, **MEMORY) as store:
-                a = store.arrays(0)
-                assert np.array_equal(a["keys"], keys) and np.array_equal(a["values"], values) and a["ids"].tolist() == list(range(1, 101))
+            for now, was in zip(all_of_it(), right):
+                if type(now) is str and "damaged" in now:
+                    now = "".join(w if "damaged" in line else line for line, w in zip(
+                        now.splitlines(True), was.splitlines(True)))
+                assert now == was
         except UserError as e:
             refusals += 1
             assert path in str(e) and "\n" not in str(e)
-    assert refusals > 50
+    assert 15 < refusals < 60
+
+
+def test_only_what_a_store_has_is_opened(tmp_path, capsys):
+    """Nothing of another's is run, and no file can ask for more than it holds."""
+    path = str(tmp_path / "s.db")
+    with sample.Store(path, **MEMORY, write=True) as store:
+        store.add(0, *entries(20))
+    good = open(path, "rb").read()
+    endless = "SELECT * FROM (WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) " \
+        "SELECT x AS id FROM c)"
+    trigger = f"CREATE TRIGGER t BEFORE DELETE ON entries BEGIN {endless}; END"
+    fact = lambda name, value: f"UPDATE facts SET value = '{value}' WHERE name = '{name}'"
+    state = lambda **said: fact("state", prepare.seal(said).decode())
+    for words, *asked in (
+            ("not a store", f"CREATE VIEW mine AS {endless}"),
+            ("not a store", "DROP TABLE entries", f"CREATE VIEW entries AS {endless}"),
+            ("not a store", trigger), ("not a store", "CREATE TABLE mine (x)"),
+            ("not a store", "CREATE INDEX mine ON entries (text)"),
+            ("another version", "ALTER TABLE entries DROP COLUMN use_checksum"),
+            ("damaged", state(next=2 ** 80, counts={"0": 20})), ("damaged", fact("state", "{}")),
+            ("damaged", state(next=1, counts={"x": 20})), ("damaged", state(next=1)),
+            ("20 of its 19", state(next=21, counts={"0": 19})),
+            ("damaged", "INSERT INTO facts VALUES ('mine', 1)"),
+            ("not a store", fact("key", "9 object")),
+            ("damaged", "UPDATE entries SET text = zeroblob(900000) WHERE id = 3")):
+        open(path, "wb").write(good)
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            for sql in asked:
+                db.execute(sql)
+            db.commit()
+        for argv in (["prune", "1"], ["stats"]):
+            try:
+                with sample.Store(path) as store:
+                    store.arrays(0)
+                sample.main(["memory", path, *argv])
+                raise AssertionError(asked)
+            except UserError as e:
+                assert words in str(e) and "\n" not in str(e), (asked, e)
+    open(path, "wb").write(good)
+    with contextlib.closing(sqlite3.connect(path)) as db:  # what says another layer can go
+        db.execute("UPDATE entries SET layer = 7 WHERE id = 3")
+        db.commit()
+    refused(sample.main, ["memory", path, "forget", "text"], "damaged entry (3", "forget 3")
+    sample.main(["memory", path, "forget", "3"])
+    with sample.Store(path) as store:
+        assert len(store.arrays(0)["ids"]) == store.count() == 19
+    (tmp_path / "s.db.lock").write_text("of another program")
+    refused(sample.main, ["memory", path, "prune", "1"], "s.db.lock", "another name")
+    assert (tmp_path / "s.db.lock").read_text() == "of another program"
+    open(path, "wb").write(good)
+    odd = str(tmp_path / "\x1b[2J.db")
+    with sample.Store(odd, **{**MEMORY, "model": "\x1b[2J"}, write=True) as store:
+        store.add(0, [0], np.zeros((1, 8)), np.zeros((1, 4)), ["\x1b[2Jx"])
+    for argv in (["list"], ["show", "1"], ["stats"], ["prune", "1"], ["forget", "x"]):
+        sample.main(["memory", odd, *argv])
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_a_full_disk_loses_no_entry(tmp_path):
