@@ -831,7 +831,7 @@ def test_formal_tasks(task):
         answers.append(answer)
         assert mask.tolist() == [False] * (len(string) + 1) + [True] * len(answer) and notes["whole"]
         if task == "modular_arithmetic":
-            right = str(config.evaluate(ast.parse(string, mode="eval").body) % 5)
+            right = str(eval(string) % 5)
         elif task == "cycle_navigation":
             at = 0
             for c in string:
@@ -1869,7 +1869,7 @@ def test_tiktoken_ranks_from_a_server(monkeypatch, tmp_path, no_proxy, data_dir)
         quiet(prepare.main, [f"--input={data_dir}/t.txt", "--name=bpe", "--tokenizer=x_base", f"--data_dir={tmp_path}"])
         meta = prepare.open_dataset("bpe", str(tmp_path))
         tokens, _, n_vocab, tok_hash, _ = prepare.open_bin(tmp_path / "bpe" / "train.bin")
-        tok = prepare.Tokenizer(meta["tokenizer"])
+        tokens, tok = np.asarray(tokens), prepare.Tokenizer(meta["tokenizer"])
         assert n_vocab == 260 and tok.hash == tok_hash and 257 in tokens
         assert tok.decode(tokens.tolist()) == TEXT[:int(len(TEXT) * 0.9)]
         with pytest.raises(UserError, match="gone_base could not be fetched.*--tokenizer=byte"):
@@ -1950,7 +1950,7 @@ def test_big_text_in_pieces(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert peak < 1 << 19 < os.path.getsize(path)
     tokens, *_ = prepare.open_bin(tmp_path / "big" / "val.bin")
-    assert bytes(tokens.astype(np.uint8)).decode() == path.read_text()[int(os.path.getsize(path) * 0.9):]
+    assert bytes(np.asarray(tokens, np.uint8)).decode() == path.read_text()[int(os.path.getsize(path) * 0.9):]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2912,16 +2912,20 @@ def test_bad_settings(tmp_path, data_dir):
 
 @pytest.mark.parametrize("code", ["import os", "n_layer = __import__('os').getpid()", "n_layer = open('x')", "for i in []: pass",
                                   "n_layer = [i for i in (1,)]", "n_layer = 1 if True else 2", "a.b = 1", "layers = 'A' * 10**99",
-                                  "layers = 'A' * 99999999", "n_layer = (", "n_layer = 1 / 0"])
+                                  "layers = 'A' * 99999999", "n_layer = (", "n_layer = 1 / 0", "layers = 'A' * 2",
+                                  "layers = '%999999999d' % 1", "n_head = (1,) * 12", "n_head = (4,) + (2,)", "n_layer = -True",
+                                  "n_layer = " + "-" * 200 + "1", "n_layer = " + "1+" * 20_000 + "1", "n_layer = " + "(" * 500,
+                                  "n_layer = " + "9" * 5000, "n_layer = 9223372036854775807 + 1", "min_lr = 1e999",
+                                  "min_lr = 1e300 * 1e300", "n_layer = 1\n" * 20_000, "n_layer = 1\0", "n_layer = [" * 60 + "1" + "]" * 60])
 def test_presets_are_never_run(code, tmp_path):
     (tmp_path / "p.py").write_text(code)
     refused(train.main, [str(tmp_path / "p.py")], "p.py")
 
 
 def test_presets_are_arithmetic(tmp_path):
-    (tmp_path / "p.py").write_text('"""doc"""\nn_embd = 6 * 64\nlayers = "A" * 12\nmin_lr = 1e-3 / 10\nn_kv_head = (1,) * 12\n')
+    (tmp_path / "p.py").write_text('\ufeff"""doc"""\nn_embd = 6 * 64\nlayers = "AAA"\nmin_lr = 1e-3 / 10\nn_kv_head = (1, 1 + 1)\n')
     m, t, _ = config.parse(["--n_embd=96", str(tmp_path / "p.py")], GPTConfig, TrainConfig)
-    assert m == {"n_embd": 96, "layers": "A" * 12, "n_kv_head": (1,) * 12} and t == {"min_lr": 1e-4}
+    assert m == {"n_embd": 96, "layers": "AAA", "n_kv_head": (1, 2)} and t == {"min_lr": 1e-4}
 
 
 def test_every_preset_is_valid():
@@ -2955,7 +2959,7 @@ def test_bad_text(tmp_path):
     prep("latin.txt", "é".encode("latin-1") * 50, "latin.txt", "UTF-8")
     prep("short.txt", b"abc", "too short")
     refused(prepare.main, [f"--input={tmp_path}/gone.txt", f"--data_dir={tmp_path}/d"], "gone.txt")
-    (tmp_path / "ok.txt").write_text("short but fine, " * 3)
+    (tmp_path / "ok.txt").write_text("short but fine, " * 50)
     quiet(prepare.main, [f"--input={tmp_path}/ok.txt", f"--data_dir={tmp_path}/d"])
     refused(train.main, ["--dataset=ok", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"], "block_size", "tokens")
     refused(train.main, ["--dataset=none", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"], "none", "python prepare.py")
@@ -2975,10 +2979,10 @@ def test_bad_bin(tmp_path, data_dir):
     bad(good[:-1], "train.bin", "truncated")
     bad(good[:20], "train.bin", "not a token file")
     bad(b"PK\3\4" + good, "train.bin", "not a token file")
-    bad(good[:8] + b"\2" + good[9:], "format 2")
-    bad(good[:96] + b"\xff\xff" + good[98:], "token 65535", "vocabulary")
-    bad(good[:32] + b"\0" * 32 + good[64:], "tokenizer")
-    bad(good[:64] + b"\0" * 32 + good[96:], "another text")
+    bad(good[:8] + b"\1" + good[9:], "format 1", "make it again", f"--data_dir={tmp_path}")
+    for at in (16, 40, 70, len(good) - 1):  # vocabulary, tokenizer, content, table
+        bad(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:], "SHA-256 of its header")
+    bad((tmp_path / "text" / "val.bin").read_bytes(), "another text")
     path.write_bytes(good)
     run(str(tmp_path), tmp_path / "o", max_iters=1)
 
@@ -3010,8 +3014,11 @@ def test_bad_checkpoint(trained, tmp_path, data_dir, capsys):
     refused(sample.main, [f"--out_dir={trained}/strong", "--prompt=día 7"], "'í'", "'7'")
     refused(sample.main, [f"--out_dir={trained}/strong", "--prompt="], "empty")
     refused(sample.main, [f"--out_dir={trained}/strong", f"--prompt=FILE:{tmp_path}/no"], "cannot be read")
-    prepare.save_checkpoint(str(tmp_path / "x.pt"), {**prepare.load_checkpoint(trained / "weak" / "ckpt.pt"),
-                                                     "tokenizer": {"kind": "byte"}})
+    weak = prepare.load_checkpoint(trained / "weak" / "ckpt.pt")
+    prepare.save_checkpoint(str(tmp_path / "x.pt"), {**weak, "tokenizer": {"kind": "byte"}})
+    refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={tmp_path}/x.pt"], "its tokenizer has 257 tokens")
+    weak["tokenizer"]["chars"] = weak["tokenizer"]["chars"].replace("a", "é")
+    prepare.save_checkpoint(str(tmp_path / "x.pt"), weak)
     refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={tmp_path}/x.pt"], "tokenizer")
     with pytest.raises(UserError, match="no checkpoint under"):
         sample.newest(str(tmp_path / "empty"))
@@ -3040,7 +3047,7 @@ def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path,
     path = str(tmp_path / "ckpt.pt")
     prepare.save_checkpoint(path, {"step": 1})
     prepare.save_checkpoint(path, {"step": 2})
-    assert prepare.load_checkpoint(path)["step"] == 2 and prepare.load_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+    assert prepare.read_checkpoint(path)["step"] == 2 and prepare.read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
     import resource  # a real limit: the kernel refuses to write past it, as a full disk does
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -3050,7 +3057,7 @@ def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
-    assert prepare.load_checkpoint(path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
+    assert prepare.read_checkpoint(path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
 
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -3058,7 +3065,7 @@ def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path,
     with pytest.raises(UserError, match="No space left"):
         prepare.save_checkpoint(path, {"step": 4})
     monkeypatch.undo()
-    assert prepare.load_checkpoint(path)["step"] == 2 and prepare.load_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+    assert prepare.read_checkpoint(path)["step"] == 2 and prepare.read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
 
 
 def test_out_dir_refused(data_dir, tmp_path):
