@@ -462,14 +462,15 @@ def load_checkpoint(path):
         check_checkpoint(data)
     except KeyError as e:
         raise UserError(f"{path} is not a checkpoint of train.py (it has no {e}); {others(path)}") from None
-    except (ValueError, TypeError, AttributeError, RuntimeError) as e:
+    except Exception as e:  # there is no end of what may stand where something else is expected
         why = e if type(e) is ValueError else "a part of it is of another kind"
         raise UserError(f"{path} is not a checkpoint of train.py ({why}); {others(path)}") from None
     return data
 
 
 def check_checkpoint(data):
-    """Raise KeyError, ValueError, TypeError, AttributeError or RuntimeError unless data is what train.py saves."""
+    """Raise an exception unless data is what train.py saves: KeyError with what is missing, ValueError with what is wrong,
+    or whatever comes of a part that is of another kind."""
     import torch
 
     def tensor(t):
@@ -747,7 +748,7 @@ def claim(folder, cfg, **made_from):
     except (OSError, ValueError):  # nothing, or nothing that could be used
         return mine
     if there.get("made_from") != mine and not cfg.overwrite:
-        raise UserError(f"{folder} holds a dataset that was made from something else or with other settings ({there.get('source')}); "
+        raise UserError(f"{folder} holds a dataset that was made from something else or with other settings ({there.get('files') or there.get('source')}); "
                         f"give this one a name with --name=OTHER, or replace that with --overwrite")
     return mine
 
