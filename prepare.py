@@ -497,6 +497,7 @@ def check_checkpoint(data):
            isinstance(data["memory"], dict), *(type(m) in (list, tuple) and len(m) == 3 and all(map(tensor, m)) for m in data["memory"].values()),
            type(data["optimizers"]) is list)
     for o in data["optimizers"]:
+        demand(type(o) is dict)
         demand(table(o["state"], lambda s: table(s, lambda x: number(x) or tensor(x)), int), type(o["param_groups"]) is list,
                *(table(g, lambda x: True) and all(map(integer, g["params"])) for g in o["param_groups"]))
     demand(integer(data["step"]), data["validated"] is None or integer(data["validated"]), number(data["step_seconds"]),

@@ -1988,6 +1988,7 @@ def test_separators_end_documents(tmp_path, monkeypatch):
                 got[-1] += part
                 got += [""] * ends
             assert got == re.split(re.escape(separator) + "(?:\r?\n)?", text), text
+    monkeypatch.undo()
     docs = [f"document {i} says this\n" for i in range(100)]
     (tmp_path / "x.txt").write_text(f"{end}\n".join(docs))
     argv = [f"--input={tmp_path}/x.txt", f"--data_dir={tmp_path}"]
@@ -3225,10 +3226,11 @@ def test_what_is_no_checkpoint_takes_no_memory(tmp_path):
     refused(prepare.load_checkpoint, tmp_path / "x.pt", "was not loaded")
 
 
-def test_damage_behind_a_hash_that_fits_is_one_sentence(trained, tmp_path):
+def test_damage_behind_a_hash_that_fits_is_one_sentence(data_dir, tmp_path):
     """Random bytes of a checkpoint changed, and random parts of it replaced: refused, or of the shape that train.py writes."""
+    run(data_dir, tmp_path, max_iters=2)
     path, rng = tmp_path / "x.pt", np.random.default_rng(0)
-    good = (trained / "weak" / "ckpt.pt").read_bytes()[40:]
+    good = (tmp_path / "ckpt.pt").read_bytes()[40:]
     zeros = torch.zeros(1)
     junk = [None, True, -1, 2 ** 80, 1.5, math.nan, "x", [], {}, [[]], {"x": {}}, {0: {}}, (1,), zeros, zeros.expand(10 ** 6, 10 ** 6), zeros / 0,
             zeros.to(torch.complex64), torch.zeros(3, dtype=torch.int64), zeros.to_sparse(), torch.empty(5, device="meta"), b"x"]
@@ -3253,7 +3255,7 @@ def test_damage_behind_a_hash_that_fits_is_one_sentence(trained, tmp_path):
         reseal(path, bytes(body) if i % 5 else bytes(body[:rng.integers(len(body))]))
         check()
     for i in range(150):
-        data = prepare.read_checkpoint(trained / "weak" / "ckpt.pt")
+        data = prepare.read_checkpoint(tmp_path / "ckpt.pt")
         at, key = data, list(data)[i % len(data)]
         while isinstance(at[key], (dict, list)) and at[key] and rng.random() < 0.7:
             at = at[key]
@@ -3263,11 +3265,11 @@ def test_damage_behind_a_hash_that_fits_is_one_sentence(trained, tmp_path):
             del at[key]
         prepare.save_checkpoint(path, data)
         check()
-    assert len(outcomes) > 3 and "loaded" in outcomes
+    assert len(outcomes) == 3 and "loaded" in outcomes
 
 
-def test_an_older_checkpoint_has_no_last_validation(trained, tmp_path):
-    data = prepare.load_checkpoint(trained / "weak" / "ckpt.pt")
+def test_an_older_checkpoint_has_no_last_validation(data_dir, tmp_path):
+    _, data = run(data_dir, tmp_path, max_iters=1)
     data.pop("validated")
     prepare.save_checkpoint(tmp_path / "x.pt", data)
     assert prepare.load_checkpoint(tmp_path / "x.pt")["validated"] is None
