@@ -2,7 +2,7 @@
 
     python prepare.py                                    tiny Shakespeare (or, without a network, the 42 works)
     python prepare.py --input=book.txt --name=book       a text of your own; repeat --input for several documents
-    python prepare.py --input=gpt2.txt --separator='<|endoftext|>'    documents end there inside a text
+    python prepare.py --input=gpt2.txt --separator='<|endoftext|>'    documents end there in a text
     python prepare.py --tokenizer=gpt2                   any tiktoken encoding instead of characters
     python prepare.py cipher                             a synthetic task; others: chain, plan, fork, parity, even_pairs,
                                                          cycle_navigation, modular_arithmetic, reverse_string, facts
@@ -50,7 +50,7 @@ class PrepareConfig:
     doc_len: int = 512  # tokens of a document of the cipher task
     n_pause: int = -1  # think tokens before the answer of the chain task; -1: as many as the answer needs steps
     seed: int = 1337  # of a synthetic task
-    separator: str = ""  # ends a document inside a text, as '<|endoftext|>' does; a line end right behind it goes too
+    separator: str = ""  # ends a document in a text ('<|endoftext|>'); a line end behind goes too
     overwrite: bool = False  # put the dataset in the place of one that was made from something else
 
     def __post_init__(self):
@@ -68,9 +68,11 @@ class PrepareConfig:
 
 
 def check_name(name):
-    """ValueError unless `name` is that of one folder, which stands under data_dir and nowhere else."""
+    """ValueError unless `name` is that of one folder, which stands under data_dir and nowhere
+    else."""
     if name in ("", ".", "..") or re.search(r"[/\\:]", name):
-        raise ValueError(f"a dataset has the name of one folder under data_dir, without / \\ : and .., not {name!r}; "
+        raise ValueError(f"a dataset has the name of one folder under data_dir, without / \\ : "
+                         f"and .., not {name!r}; "
                          f"another place is given as --data_dir")
 
 
@@ -79,12 +81,13 @@ def check_name(name):
 
 
 def sweep(path):
-    """Remove what programs that were killed while writing `path` left beside it: files path.PID.tmp (and .tmp.old, of
-    earlier versions) whose process is gone."""
+    """Remove what programs that were killed while writing `path` left beside it: files path.PID.tmp
+    (and .tmp.old, of earlier versions) whose process is gone."""
     folder, name = os.path.split(str(path))
     ours = re.compile(re.escape(name) + r"\.(\d{1,9})\.tmp(\.old)?")
     with contextlib.suppress(OSError):
-        for entry in list(os.scandir(folder or ".")) if os.name == "posix" else ():  # (elsewhere kill would kill)
+        # (on Windows os.kill would end the process it asks for)
+        for entry in list(os.scandir(folder or ".")) if os.name == "posix" else ():
             m = ours.fullmatch(entry.name)
             if m and entry.is_file(follow_symlinks=False) and not running(int(m[1])):
                 os.unlink(entry.path)
@@ -102,7 +105,8 @@ def running(pid):
 
 
 def also_as(path, other):
-    """Give the file at `path` a second name, or make a copy of it where there are no links, in the place of `other`."""
+    """Give the file at `path` a second name, or make a copy of it where there are no links, in the
+    place of `other`."""
     sweep(other)
     beside = f"{other}.{os.getpid()}.tmp"
     try:
@@ -122,7 +126,8 @@ def replacing(path, previous=None):
     fsynced, renamed over, the directory fsynced. The old file goes on under the name `previous`, if one is given. On any
     failure all stays as it was; UserError for a full disk or a directory that cannot be written."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is a folder or a device, and a file is to be written; choose another name")
+        raise UserError(f"{path} is a folder or a device, and a file is to be written; choose "
+                        f"another name")
     sweep(path)
     beside = f"{path}.{os.getpid()}.tmp"
     try:
@@ -195,16 +200,17 @@ def unseal(raw):
     raise ValueError("its checksum does not fit")
 
 
-# magic, version, bytes a token, vocabulary, 1 if masked, tokens, SHA-256 of the tokenizer, and of the header before this
-# and the table, which ends the file: a SHA-256 for each BLOCK of what stands between
+# magic, version, bytes a token, vocabulary, 1 if masked, tokens, SHA-256 of the tokenizer, and of
+# the header before this and the table, which ends the file: a SHA-256 for each BLOCK between them
 BIN = struct.Struct("<8sIIIIQ32s32s")
 BIN_MAGIC, BIN_VERSION = b"ncTOKENS", 2
 BLOCK = 4 << 20
 
 
 class BinWriter:
-    """Appends tokens to a .bin file: a 96-byte header, the tokens, for a task a byte a token that is 1 where the token is
-    to be predicted, and the table of hashes. `hash` is that of all, once closed. Use inside `replacing`."""
+    """Appends tokens to a .bin file: a 96-byte header, the tokens, for a task a byte a token that
+    is 1 where the token is to be predicted, and the table of hashes. `hash` is that of all, once
+    closed. Use inside `replacing`."""
 
     def __init__(self, f, n_vocab, tokenizer_hash, masked=False):
         self.f, self.n_vocab, self.tok_hash = f, n_vocab, tokenizer_hash
@@ -236,8 +242,9 @@ class BinWriter:
             self.put(mask.tobytes())
         if self.size % BLOCK:
             self.table += self.sha.digest()
-        head = BIN.pack(BIN_MAGIC, BIN_VERSION, self.dtype.itemsize, self.n_vocab, int(self.masks is not None),
-                        self.n, bytes.fromhex(self.tok_hash), b"")[:-32]
+        head = BIN.pack(BIN_MAGIC, BIN_VERSION, self.dtype.itemsize, self.n_vocab,
+                        int(self.masks is not None), self.n, bytes.fromhex(self.tok_hash), b"")
+        head = head[:-32]
         digest = hashlib.sha256(head + self.table).digest()
         self.hash = digest.hex()
         self.f.write(self.table)
@@ -248,12 +255,13 @@ class BinWriter:
 
 
 class Blocks:
-    """What stands between header and table of a .bin file, memory-mapped. A block is compared with its hash, and its tokens
-    with the vocabulary, when it is first read."""
+    """What stands between header and table of a .bin file, memory-mapped. A block is compared with
+    its hash, and its tokens with the vocabulary, when it is first read. tokens: how many bytes at
+    the beginning are tokens, and their type."""
 
     def __init__(self, path, table, size, n_vocab, tokens):
-        self.path, self.table, self.n_vocab, self.tokens = path, table, n_vocab, tokens  # tokens: (bytes of all, type)
-        self.bytes = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", offset=BIN.size, shape=(size,)))
+        self.path, self.table, self.n_vocab, self.tokens = path, table, n_vocab, tokens
+        self.bytes = np.asarray(np.memmap(path, np.uint8, "r", offset=BIN.size, shape=(size,)))
         self.known = np.zeros(-(-size // BLOCK), dtype=bool)
 
     def check(self, blocks):
@@ -264,18 +272,18 @@ class Blocks:
         for i in asked[~self.known[asked]].tolist():
             raw = self.bytes[i * BLOCK:(i + 1) * BLOCK]
             if hashlib.sha256(raw).digest() != self.table[32 * i:32 * i + 32]:
-                raise UserError(f"{self.path} is damaged (the SHA-256 of its block {i} does not fit); "
+                raise UserError(f"{self.path} is damaged (the SHA-256 of block {i} does not fit); "
                                 f"make it again: {command(self.path)}")
             ids = raw[:max(self.tokens[0] - i * BLOCK, 0)].view(self.tokens[1])
             if len(ids) and ids.max() >= self.n_vocab:
-                raise UserError(f"{self.path} holds token {ids.max()}, beyond its vocabulary of {self.n_vocab}; "
-                                f"make it again: {command(self.path)}")
+                raise UserError(f"{self.path} holds token {ids.max()}, beyond its vocabulary of "
+                                f"{self.n_vocab}; make it again: {command(self.path)}")
             self.known[i] = True
 
 
 class Column:
-    """Numbers of a .bin file, its tokens or its mask: column[i], column[a:b] and column[array] are NumPy's, of blocks that
-    were checked; np.asarray(column) reads all."""
+    """Numbers of a .bin file, its tokens or its mask: column[i], column[a:b] and column[array] are
+    NumPy's, of blocks that were checked; np.asarray(column) reads all."""
 
     def __init__(self, blocks, start, dtype, n):
         self.blocks, self.start, self.width = blocks, start, np.dtype(dtype).itemsize
@@ -290,7 +298,8 @@ class Column:
             ends = [(self.start + i * self.width) // BLOCK for i in (*places[:1], *places[-1:])]
             self.blocks.check(slice(min(ends, default=0), max(ends, default=-1) + 1))
         else:
-            self.blocks.check(np.ravel((self.start + np.asarray(at) % len(self) * self.width) // BLOCK))
+            places = np.asarray(at) % len(self)
+            self.blocks.check(np.ravel((self.start + places * self.width) // BLOCK))
         return self.array[at]
 
     def __array__(self, dtype=None, copy=None):
@@ -298,15 +307,18 @@ class Column:
 
 
 def command(path):
-    """The command that makes the dataset which the file `path` is of."""
+    """Return the command that makes the dataset which the file `path` is of."""
     data_dir, name = os.path.split(os.path.dirname(path))
-    what = "" if name == "shakespeare" else f" {name}" if name in TASKS else f" --input=FILE --name={shlex.quote(name)}"
-    return f"python prepare.py{what}" + (f" --data_dir={shlex.quote(data_dir)}" if data_dir != "data" else "")
+    what = [name] if name in TASKS else ["--input=FILE", f"--name={name}"]
+    if name == "shakespeare":
+        what = []
+    where = [f"--data_dir={data_dir}"] if data_dir != "data" else []
+    return shlex.join(["python", "prepare.py", *what, *where])
 
 
 def open_bin(path):
-    """(tokens, mask, n_vocab, tokenizer hash, content hash) of a .bin file; tokens a Column, mask too, or None. Neither is
-    read here: what is damaged is found when it is."""
+    """(tokens, mask, n_vocab, tokenizer hash, content hash) of a .bin file; tokens a Column, mask
+    too, or None. Neither is read here: what is damaged is found when it is."""
     path = str(path)
     again = f"make it again: {command(path)}"
     try:
@@ -317,11 +329,13 @@ def open_bin(path):
                 raise UserError(f"{path} is not a token file of this project; {again}")
             _, version, width, n_vocab, masked, n, tok, sha = BIN.unpack(head)
             if version != BIN_VERSION or width not in (2, 4):
-                raise UserError(f"{path} has format {version} with {width}-byte tokens, this reads format {BIN_VERSION}; {again}")
+                raise UserError(f"{path} has format {version} with {width}-byte tokens, this "
+                                f"reads format {BIN_VERSION}; {again}")
             body = n * (width + bool(masked))
             whole = BIN.size + body + 32 * -(-body // BLOCK)
             if size != whole:
-                raise UserError(f"{path} is truncated or damaged ({size} bytes, its header says {whole}); {again}")
+                raise UserError(f"{path} is truncated or damaged ({size} bytes, its header says "
+                                f"{whole}); {again}")
             f.seek(BIN.size + body)
             table = f.read()
         if not n or hashlib.sha256(head[:-32] + table).digest() != sha:
@@ -330,7 +344,8 @@ def open_bin(path):
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}); {again}") from None
     tokens = Column(blocks, 0, f"<u{width}", n)
-    return tokens, Column(blocks, n * width, np.uint8, n) if masked else None, n_vocab, tok.hex(), sha.hex()
+    mask = Column(blocks, n * width, np.uint8, n) if masked else None
+    return tokens, mask, n_vocab, tok.hex(), sha.hex()
 
 
 def demand(*conditions):
@@ -351,16 +366,21 @@ def open_dataset(name, data_dir="data"):
         with open(path, "rb") as f:
             meta = unseal(f.read())
         spec, n_vocab, eot = meta["tokenizer"], meta["n_vocab"], meta["eot"]
-        demand(check_tokenizer(spec) in (n_vocab, None), integer(n_vocab, 1, 2 ** 32), meta["tokenizer_sha256"] == spec_hash(spec),
-               eot is None or integer(eot, 0, n_vocab - 1), integer(meta.get("think_token", 0), 0, n_vocab - 1),
-               type(meta["source"]) is str, type(meta.get("whole", False)) is bool,
+        demand(check_tokenizer(spec) in (n_vocab, None),
+               meta["tokenizer_sha256"] == spec_hash(spec),
+               integer(n_vocab, 1, 2 ** 32), eot is None or integer(eot, 0, n_vocab - 1),
+               integer(meta.get("think_token", 0), 0, n_vocab - 1), type(meta["source"]) is str,
+               type(meta.get("whole", False)) is bool,
                type(meta.get("entropy_rate", 0.0)) is float)
         for split in ("train", "val"):
-            demand(type(meta["sha256"][split]) is str, *(integer(meta[k][split], 1) for k in ("bytes", "tokens")))
+            demand(type(meta["sha256"][split]) is str, integer(meta["bytes"][split], 1),
+                   integer(meta["tokens"][split], 1))
     except OSError as e:
-        raise UserError(f"dataset {name!r} is not in {os.path.dirname(path)} ({e.strerror}); make it with: {command(path)}") from None
+        raise UserError(f"dataset {name!r} is not in {os.path.dirname(path)} ({e.strerror}); make "
+                        f"it with: {command(path)}") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged, or of an earlier version; make the dataset again with: {command(path)}") from None
+        raise UserError(f"{path} is damaged, or of an earlier version; make the dataset again "
+                        f"with: {command(path)}") from None
     return meta
 
 
@@ -394,9 +414,10 @@ def checkpoint_path(path):
 
 
 def save_checkpoint(path, state, demote=True, is_best=False):
-    """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. With demote the checkpoint
-    that was there, if it is whole, becomes *_prev.pt; with is_best the new one is *_best.pt too. At every moment the last
-    whole checkpoint has a name. On failure all stays as it was, and UserError says why."""
+    """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. With
+    demote the checkpoint that was there, if it is whole, becomes *_prev.pt; with is_best the new
+    one is *_best.pt too. At every moment the last whole checkpoint has a name. On failure all stays
+    as it was, and UserError says why."""
     import torch
     path, buffer = str(path), io.BytesIO()
     torch.save(state, buffer)
@@ -411,8 +432,10 @@ def is_whole(path):
     """Whether `path` is a checkpoint that fits its SHA-256."""
     try:
         with open(path, "rb") as f:
-            magic, digest = f.read(8), f.read(32)
-            return magic == CKPT_MAGIC and hashlib.file_digest(f, "sha256").digest() == digest
+            magic, digest, sha = f.read(8), f.read(32), hashlib.sha256()
+            for part in iter(lambda: f.read(1 << 20), b"") if magic == CKPT_MAGIC else ():
+                sha.update(part)
+            return sha.digest() == digest
     except OSError:
         return False
 
@@ -421,47 +444,55 @@ def others(path):
     """What to do about a checkpoint that cannot be used."""
     last = re.sub(r"(_prev|_best)?\.pt$", ".pt", path)
     there = [p for p in (last, previous(last), best(last)) if p != path and os.path.exists(p)]
-    return f"take {' or '.join(there)} instead" if there else "take another, or train one with python train.py"
+    if there:
+        return f"take {' or '.join(there)} instead"
+    return "take another, or train one with python train.py"
 
 
 def read_checkpoint(path):
-    """The plain data in a checkpoint file, whatever it is. The SHA-256 is verified before a byte is parsed, and what is
-    parsed is weights only and takes no more memory than the file is long."""
+    """The plain data in a checkpoint file, whatever it is. The SHA-256 is verified before a byte is
+    parsed, and what is parsed is weights only and takes no more memory than the file is long."""
     import torch
     path = str(path)
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"checkpoint {path} is a folder or a device, not a file; {others(path)}")
+            raise UserError(f"checkpoint {path} is a folder or device, not a file; {others(path)}")
         with open(path, "rb") as f:
             magic, digest = f.read(8), f.read(32)
             if magic != CKPT_MAGIC:
                 raise UserError(f"{path} is not a checkpoint of this project; {others(path)}")
             payload = f.read()
     except OSError as e:
-        raise UserError(f"checkpoint {path} cannot be read ({e.strerror}); {others(path)}") from None
+        raise UserError(f"checkpoint {path} cannot be read ({e.strerror}); "
+                        f"{others(path)}") from None
     if hashlib.sha256(payload).digest() != digest:
-        raise UserError(f"checkpoint {path} is truncated or damaged (its SHA-256 does not fit); {others(path)}")
+        raise UserError(f"checkpoint {path} is truncated or damaged (its SHA-256 does not fit); "
+                        f"{others(path)}")
     try:
-        with zipfile.ZipFile(io.BytesIO(payload)) as entries:  # nothing that unpacks to more than it is
-            stored = entries.infolist()
-        demand(all(e.compress_type == zipfile.ZIP_STORED for e in stored), sum(e.file_size for e in stored) <= len(payload))
+        with zipfile.ZipFile(io.BytesIO(payload)) as archive:  # what unpacks to more is not ours
+            entries = archive.infolist()
+        demand(all(e.compress_type == zipfile.ZIP_STORED for e in entries),
+               sum(e.file_size for e in entries) <= len(payload))
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as e:  # torch says it in many ways; nothing of it was run
         if config.out_of_memory(e):
-            raise UserError(f"checkpoint {path} does not fit into memory; close other programs, or use a smaller one") from None
+            raise UserError(f"checkpoint {path} does not fit into memory; close other programs, "
+                            f"or use a smaller one") from None
         raise UserError(f"checkpoint {path} holds something other than tensors, numbers and strings, and was not "
                         f"loaded; {others(path)}") from None
 
 
 def load_checkpoint(path):
-    """The data of a checkpoint that train.py wrote, each part of the type that it has there. `validated`, the step of the last
-    validation, is None where it was not kept. UserError for anything else."""
+    """The data of a checkpoint that train.py wrote, each part of the type that it has there.
+    `validated`, the step of the last validation, is None where it was not kept. UserError for
+    anything else."""
     path = str(path)
     data = read_checkpoint(path)
     try:
         check_checkpoint(data)
     except KeyError as e:
-        raise UserError(f"{path} is not a checkpoint of train.py (it has no {e}); {others(path)}") from None
+        raise UserError(f"{path} is not a checkpoint of train.py (it has no {e}); "
+                        f"{others(path)}") from None
     except Exception as e:  # there is no end of what may stand where something else is expected
         why = e if type(e) is ValueError else "a part of it is of another kind"
         raise UserError(f"{path} is not a checkpoint of train.py ({why}); {others(path)}") from None
@@ -469,44 +500,53 @@ def load_checkpoint(path):
 
 
 def check_checkpoint(data):
-    """Raise an exception unless data is what train.py saves: KeyError with what is missing, ValueError with what is wrong,
-    or whatever comes of a part that is of another kind."""
+    """Raise an exception unless data is what train.py saves: KeyError with what is missing,
+    ValueError with what is wrong, or whatever comes of a part that is of another kind."""
     import torch
 
     def tensor(t):
-        """Whether t is an ordinary tensor, as long as its storage, without NaN or infinity."""
-        return (type(t) is torch.Tensor and t.layout is torch.strided and t.device.type == "cpu" and not t.is_quantized
-                and t.numel() * t.element_size() <= t.untyped_storage().nbytes() and bool(torch.isfinite(t).all()))
+        """Whether t is an ordinary tensor, no longer than its storage, without NaN or infinity."""
+        return (type(t) is torch.Tensor and t.layout is torch.strided and t.device.type == "cpu"
+                and not t.is_quantized
+                and t.numel() * t.element_size() <= t.untyped_storage().nbytes()
+                and bool(torch.isfinite(t).all()))
 
     def number(x):
         return type(x) is float and math.isfinite(x) or integer(x, -2 ** 63, 2 ** 63)
 
-    def plain(x):
-        """Whether x is a setting."""
-        return x is None or type(x) in (bool, str) or number(x) or type(x) in (tuple, list) and all(
-            type(y) in (bool, str) or number(y) for y in x)
+    def item(x):
+        return type(x) in (bool, str) or number(x)
+
+    def setting(x):
+        return x is None or item(x) or type(x) in (tuple, list) and all(map(item, x))
 
     def table(d, value, key=str):
         return isinstance(d, dict) and all(type(k) is key and value(v) for k, v in d.items())
 
+    def row(x, value):
+        return type(x) in (tuple, list) and all(map(value, x))
+
+    def optimizer(o):
+        return (type(o) is dict
+                and table(o["state"], lambda s: table(s, lambda x: number(x) or tensor(x)), int)
+                and row(o["param_groups"], lambda g: type(g) is dict and row(g["params"], integer)))
+
     demand(isinstance(data, dict))
     data.setdefault("validated", None)
-    for name in ("model_config", "train_config", "data"):
-        demand(table(data[name], plain))
-    demand(data["model"], table(data["model"], tensor), all(t.is_floating_point() for t in data["model"].values()),
-           isinstance(data["memory"], dict), *(type(m) in (list, tuple) and len(m) == 3 and all(map(tensor, m)) for m in data["memory"].values()),
-           type(data["optimizers"]) is list)
-    for o in data["optimizers"]:
-        demand(type(o) is dict)
-        demand(table(o["state"], lambda s: table(s, lambda x: number(x) or tensor(x)), int), type(o["param_groups"]) is list,
-               *(table(g, lambda x: True) and all(map(integer, g["params"])) for g in o["param_groups"]))
-    demand(integer(data["step"]), data["validated"] is None or integer(data["validated"]), number(data["step_seconds"]),
-           data["val_loss"] is None or number(data["val_loss"]), type(data["block_loss"]) is list, *map(number, data["block_loss"]),
-           type(data["best_val_loss"]) is float and data["best_val_loss"] > -math.inf, type(data["dataset"]) is str,
+    demand(*(table(data[k], setting) for k in ("model_config", "train_config", "data")))
+    demand(data["model"], table(data["model"], lambda t: tensor(t) and t.is_floating_point()),
+           isinstance(data["memory"], dict),
+           *(row(m, tensor) and len(m) == 3 for m in data["memory"].values()),
+           row(data["optimizers"], optimizer), integer(data["step"]), number(data["step_seconds"]),
+           data["validated"] is None or integer(data["validated"]),
+           data["val_loss"] is None or number(data["val_loss"]), row(data["block_loss"], number),
+           type(data["best_val_loss"]) is float and data["best_val_loss"] > -math.inf,
+           type(data["dataset"]) is str,
            *(type(data["data"][k]) is str for k in ("train.bin", "val.bin", "tokenizer")))
     n_vocab = check_tokenizer(data["tokenizer"])
     if n_vocab not in (data["model_config"]["vocab_size"], None):
-        raise ValueError(f"its tokenizer has {n_vocab} tokens, its model {data['model_config']['vocab_size']}")
+        raise ValueError(f"its tokenizer has {n_vocab} tokens, its model "
+                         f"{data['model_config']['vocab_size']}")
 
 
 def checkpoint_id(path):
@@ -524,15 +564,16 @@ def spec_hash(spec):
 
 
 def check_tokenizer(spec):
-    """Return how many tokens the tokenizer with this spec has, None where its ranks alone say it. ValueError or KeyError unless
-    the spec is one that `tokenizer_spec` makes."""
+    """Return how many tokens the tokenizer with this spec has, None where its ranks alone say it.
+    ValueError or KeyError unless the spec is one that `tokenizer_spec` makes."""
     demand(type(spec) is dict)
     keys = {"char": {"kind", "chars", "eot"}, "byte": {"kind"}, "tiktoken": {"kind", "encoding"}}
     kind = spec["kind"]
     demand(type(kind) is str, kind in keys and spec.keys() == keys[kind])
     if kind == "char":
         chars = spec["chars"]
-        demand(type(chars) is str and chars.encode(), len(set(chars)) == len(chars), type(spec["eot"]) is bool)
+        demand(type(chars) is str and chars.encode(), len(set(chars)) == len(chars),
+               type(spec["eot"]) is bool)
         return len(chars) + spec["eot"]
     if kind == "tiktoken":
         demand(type(spec["encoding"]) is str)
@@ -568,8 +609,9 @@ class Tokenizer:
         missing = sorted(set(text) - self.index.keys())
         if missing:
             raise UserError(f"the vocabulary has no {' '.join(map(repr, missing[:10]))}"
-                            f"{' ...' if len(missing) > 10 else ''}; leave them out, or make a dataset that knows every letter "
-                            f"(python prepare.py --tokenizer=byte --input=FILE) and train on that")
+                            f"{' ...' if len(missing) > 10 else ''}; leave them out, or make a "
+                            f"dataset that knows every letter (python prepare.py --tokenizer=byte "
+                            f"--input=FILE) and train on that")
         return self.table[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].tolist()
 
     def spaces(self):
@@ -637,7 +679,8 @@ def fetch_tiny(folder, url=TINY_URL, sha=TINY_SHA):
             body = io.BytesIO()
             for piece in bar(r.iter_content(1 << 16), desc="download", unit="piece"):
                 body.write(piece)
-        check_hash(url, body.getvalue(), sha, "take the works with --source=works, or try again later")
+        check_hash(url, body.getvalue(), sha, "take the works with --source=works, or try again "
+                                              "later")
         with replacing(path) as f:
             f.write(body.getvalue())
     with open(path, "rb") as f:
@@ -692,20 +735,21 @@ def fetch_shakespeare(cfg):
 
 
 def pieces(path, size=1 << 20):
-    """Yield the text of a UTF-8 file, or of standard input for "-", in pieces of about `size` bytes that end at a line where
-    there is one, in bounded memory. A byte-order mark at its beginning is dropped, line ends are kept. UserError for what
-    is no text."""
+    """Yield the text of a UTF-8 file, or of standard input for "-", in pieces of about `size` bytes
+    that end at a line where there is one, in bounded memory. A byte-order mark at its beginning is
+    dropped, line ends are kept. UserError for what is no text."""
     path, rest, decoder = str(path), "", codecs.getincrementaldecoder("utf-8-sig")()
     if path.lower().endswith((".jsonl", ".ndjson")):
-        raise UserError(f"{path} holds JSON records, not a text; extract their text first, such as with: "
-                        f"jq -r .text {shlex.quote(path)} > texts.txt")
+        raise UserError(f"{path} holds JSON records, not a text; extract their text first, such "
+                        f"as with: jq -r .text {shlex.quote(path)} > texts.txt")
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
             raw = None
             while raw != b"":
                 raw = f.read(size)
                 if b"\0" in raw:
-                    raise UserError(f"{path} is binary or UTF-16 (it has a zero byte); give a UTF-8 text")
+                    raise UserError(f"{path} is binary or UTF-16 (it has a zero byte); give a "
+                                    f"UTF-8 text")
                 rest += decoder.decode(raw, final=not raw)
                 cut = rest.rfind("\n") + 1 if raw else 0
                 cut = cut or len(rest)
@@ -713,14 +757,15 @@ def pieces(path, size=1 << 20):
                     yield rest[:cut]
                 rest = rest[cut:]
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason}: {e.object[e.start:e.start + 1]!r}); save it as UTF-8 first") from None
+        raise UserError(f"{path} is not UTF-8 text ({e.reason}: "
+                        f"{e.object[e.start:e.start + 1]!r}); save it as UTF-8 first") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror})") from None
 
 
 def documents(path, separator):
-    """Yield (text, whether a document ends behind it) for all of a file, in pieces. Without a separator none ends; a line end
-    directly behind one belongs to it."""
+    """Yield (text, whether a document ends behind it) for all of a file, in pieces. Without a
+    separator none ends; a line end directly behind one belongs to it."""
     if not separator:
         yield from ((text, False) for text in pieces(path))
         return
@@ -728,20 +773,21 @@ def documents(path, separator):
     for text in itertools.chain(pieces(path), [""]):
         rest, at = rest + text, 0
         for m in found.finditer(rest):
-            if text and not m[1] and rest[m.end():] in ("", "\r"):  # its line end may be yet to come
+            if text and not m[1] and rest[m.end():] in ("", "\r"):  # its line end may yet come
                 break
             yield rest[at:m.start()], True
             at = m.end()
-        # hold back what may be the beginning of a separator
         rest = rest[at:]
-        begun = next((k for k in range(len(separator) + 1, 0, -1) if rest.endswith((separator + "\r")[:k])), 0) if text else 0
-        yield rest[:len(rest) - begun], False
-        rest = rest[len(rest) - begun:]
+        # hold back what may be the beginning of a separator, but not at the end of the file
+        sizes = range(len(separator) + 1, 0, -1) if text else ()
+        held = next((k for k in sizes if rest.endswith((separator + "\r")[:k])), 0)
+        yield rest[:len(rest) - held], False
+        rest = rest[len(rest) - held:]
 
 
 def claim(folder, cfg, **made_from):
-    """Return the hash of what a dataset is made from. UserError where `folder` holds one that was made from something else,
-    unless that is to be overwritten."""
+    """Return the hash of what a dataset is made from. UserError where `folder` holds one that was
+    made from something else, unless that is to be overwritten."""
     mine = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     try:
         with open(os.path.join(folder, "meta.json"), "rb") as f:
@@ -749,18 +795,20 @@ def claim(folder, cfg, **made_from):
     except (OSError, ValueError):  # nothing, or nothing that could be used
         return mine
     if there.get("made_from") != mine and not cfg.overwrite:
-        raise UserError(f"{folder} holds a dataset that was made from something else or with other settings ({there.get('files') or there.get('source')}); "
+        raise UserError(f"{folder} holds a dataset that was made from something else or with "
+                        f"other settings ({there.get('files') or there.get('source')}); "
                         f"give this one a name with --name=OTHER, or replace that with --overwrite")
     return mine
 
 
 def prepare_text(paths, cfg, folder, source):
-    """Two passes over the files, each in bounded memory: count characters (and collect the vocabulary), then encode. The
-    first 90% of the characters are train, the rest val. With several files, or a separator, an end-of-text token closes
-    each document."""
+    """Two passes over the files, each in bounded memory: count characters (and collect the
+    vocabulary), then encode. The first 90% of the characters are train, the rest val. With several
+    files, or a separator, an end-of-text token closes each document."""
     for path in paths:
         if os.path.exists(path) and not os.path.isfile(path) or path == "-":
-            raise UserError(f"{path} is not a file on a disk, and a text is read twice here; save it as a file (of a folder, "
+            raise UserError(f"{path} is not a file on a disk, and a text is read twice here; save "
+                            f"it as a file (of a folder, "
                             f"give each file: --input=A --input=B)")
     ours = claim(folder, cfg, source=source, tokenizer=cfg.tokenizer, separator=cfg.separator,
                  paths=[os.path.abspath(p) for p in paths] if source == "files" else [])
@@ -777,7 +825,8 @@ def prepare_text(paths, cfg, folder, source):
             if n_chars == start:
                 raise UserError(f"{path} is empty; give a text")
     if seen and not cfg.separator:
-        print(f"{visible(min(seen))} has {END} in it, which is read as letters; if documents end there, give --separator='{END}'")
+        print(f"{visible(min(seen))} has {END} in it, which is read as letters; if documents end "
+              f"there, give --separator='{END}'")
     tok = Tokenizer(tokenizer_spec(cfg.tokenizer, chars, eot=len(paths) > 1 or bool(cfg.separator)))
     n_train, at = int(n_chars * 0.9), 0
     stats = {s: {"chars": 0, "bytes": 0} for s in ("train", "val")}
@@ -800,14 +849,16 @@ def prepare_text(paths, cfg, folder, source):
             if open_end and (cfg.separator or len(paths) > 1):
                 write["train" if at <= n_train else "val"].add([tok.eot])
         if at != n_chars:
-            raise UserError(f"{' '.join(paths)} changed while it was read; wait until it is complete and try again")
+            raise UserError(f"{' '.join(paths)} changed while it was read; wait until it is "
+                            f"complete and try again")
         least = min(w.n for w in write.values())
         if least < LEAST:
             enough = max(-(-n_chars * LEAST // max(least, 1)), 10 * LEAST)
-            raise UserError(f"the text is too short: a split would have {least} tokens, and {LEAST} are needed; give one of "
+            raise UserError(f"the text is too short: a split would have {least} tokens, and "
+                            f"{LEAST} are needed; give one of "
                             f"at least {enough:,} characters, not {n_chars}")
-        meta.update(source=source, files=[visible(os.path.basename(p)) for p in paths], chars=n_chars,
-                    bytes={s: stats[s]["bytes"] for s in stats})
+        meta.update(source=source, files=[visible(os.path.basename(p)) for p in paths],
+                    chars=n_chars, bytes={s: stats[s]["bytes"] for s in stats})
     return meta
 
 
@@ -815,14 +866,16 @@ def prepare_text(paths, cfg, folder, source):
 def dataset_writer(folder, tok, made_from, masked=False):
     """({split: BinWriter}, meta): when the block ends well, both .bin files and then meta.json are put in place."""
     make_dir(folder)
-    meta = {"tokenizer": tok.spec, "tokenizer_sha256": tok.hash, "n_vocab": tok.n_vocab, "eot": tok.eot, "made_from": made_from}
+    meta = {"tokenizer": tok.spec, "tokenizer_sha256": tok.hash, "n_vocab": tok.n_vocab,
+            "eot": tok.eot, "made_from": made_from}
     with contextlib.ExitStack() as stack:
         write = {s: BinWriter(stack.enter_context(replacing(os.path.join(folder, f"{s}.bin"))), tok.n_vocab, tok.hash,
                               masked) for s in ("train", "val")}
         yield write, meta
         for w in write.values():  # both are on the disk before either takes its place
             w.close()
-    meta.update(tokens={s: w.n for s, w in write.items()}, sha256={s: w.hash for s, w in write.items()})
+    meta.update(tokens={s: w.n for s, w in write.items()},
+                sha256={s: w.hash for s, w in write.items()})
     with replacing(os.path.join(folder, "meta.json")) as f:
         f.write(seal(meta))
 
@@ -1002,7 +1055,8 @@ def prepare_task(task, cfg, folder):
     if cfg.n_docs:
         n_train, n_val = -(-cfg.n_docs * 9 // 10), cfg.n_docs // 10
     n_docs = n_train + n_val
-    ours = claim(folder, cfg, task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause, seed=cfg.seed)
+    ours = claim(folder, cfg, task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause,
+                 seed=cfg.seed)
     tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
     with dataset_writer(folder, tok, ours, masked=True) as (write, meta):
         for i in bar(range(n_docs), desc=task, unit="doc"):
@@ -1010,7 +1064,8 @@ def prepare_task(task, cfg, folder):
             ids, mask = document(train)
             write["train" if train else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
         if min(w.n for w in write.values()) < LEAST:
-            raise UserError(f"{n_docs} documents are too few: each split needs {LEAST} tokens; give a larger --n_docs")
+            raise UserError(f"{n_docs} documents are too few: each split needs {LEAST} tokens; "
+                            f"give a larger --n_docs")
         meta.update(source=f"task {task}, seed {cfg.seed}", task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause,
                     seed=cfg.seed, **notes, bytes={s: w.n for s, w in write.items()})
     return meta
@@ -1023,7 +1078,8 @@ def main(argv):
     values, words = config.parse(argv, PrepareConfig, doc=__doc__, words=["shakespeare", *TASKS])
     cfg = config.build(PrepareConfig, **values)
     if len(words) > 1 or (words and cfg.input):
-        raise UserError(f"one dataset at a time, not {' and '.join([*words, *cfg.input])}; call prepare.py once for each")
+        raise UserError(f"one dataset at a time, not {' and '.join([*words, *cfg.input])}; call "
+                        f"prepare.py once for each")
     what = words[0] if words else "shakespeare"
     if what in TASKS and cfg.tokenizer != "char":
         raise UserError(f"task {what} has symbols of its own; leave out --tokenizer")
@@ -1036,7 +1092,8 @@ def main(argv):
     else:
         paths, source = (list(cfg.input), "files") if cfg.input else fetch_shakespeare(cfg)
         meta = prepare_text(paths, cfg, folder, source)
-    print(f"{meta['source']}\n{visible(folder)}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens, "
+    print(f"{meta['source']}\n{visible(folder)}: {meta['tokens']['train']:,} train and "
+          f"{meta['tokens']['val']:,} val tokens, "
           f"vocabulary {meta['n_vocab']:,}")
 
 

@@ -1,7 +1,8 @@
 """Reads presets and --key=value, types them by dataclass, builds --help, and turns a wrong word into one sentence.
 
-A preset is a file of assignments whose values are literals or arithmetic on numbers. It is read with `ast` and never
-executed. A setting is a field of a dataclass; its one-line meaning is the comment behind the field, and nowhere else.
+A preset is a file of assignments whose values are literals or arithmetic on numbers. It is read
+with `ast` and never executed. A setting is a field of a dataclass; its one-line meaning is the
+comment behind the field, and nowhere else.
 """
 import ast
 import contextlib
@@ -51,15 +52,16 @@ def visible(text):
                    for c in text)
 
 
-warnings.filterwarnings("ignore", module="<unknown>")  # of Python about the text that `ast` reads here
+warnings.filterwarnings("ignore", module="<unknown>")  # what Python says of a text that `ast` reads
 
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
        ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
 def evaluate(node, depth=0):
-    """Return the value of an ast node made of literals, tuples, lists and + - * / // % on numbers. ValueError
-    for anything else and what is nested deeper than 50; OverflowError for a number that 64 bits do not hold."""
+    """Return the value of an ast node made of literals, tuples, lists and + - * / // % on numbers.
+    ValueError for anything else and what is nested deeper than 50; OverflowError for a number that
+    64 bits do not hold."""
     if depth > 50:
         raise ValueError("what is nested so deeply")
     value = Ellipsis
@@ -86,13 +88,15 @@ def read_preset(path):
         with open(path, "rb") as f:
             raw = f.read(100_001)
         if len(raw) > 100_000:
-            raise UserError(f"preset {path} is longer than 100,000 bytes; write lines such as n_layer = 6")
+            raise UserError(f"preset {path} is longer than 100,000 bytes; write lines such as "
+                            f"n_layer = 6")
         tree = ast.parse(raw.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"preset {path} cannot be read ({getattr(e, 'strerror', None) or e}); "
                         f"presets are the .py files in config/") from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        raise UserError(f"preset {path} is not a list of assignments ({str(e)[:80] or 'nested too deeply'}); "
+        raise UserError(f"preset {path} is not a list of assignments "
+                        f"({str(e)[:80] or 'nested too deeply'}); "
                         f"write lines such as n_layer = 6") from None
     out = {}
     for node in tree.body:
@@ -122,7 +126,8 @@ def coerce(key, value, kind):
     given = value
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and (len(text) > 10_000 or "\0" in text):
-            raise UserError(f"{key} takes at most 10,000 characters and no zero byte; a longer text goes into a file")
+            raise UserError(f"{key} takes at most 10,000 characters and no zero byte; a longer "
+                            f"text goes into a file")
     if isinstance(value, str) and str not in kinds and not any(typing.get_args(k)[:1] == (str,) for k in kinds):
         try:
             value = evaluate(ast.parse(value.strip(), mode="eval").body)
@@ -147,12 +152,14 @@ def coerce(key, value, kind):
 
 
 ALIASES = {  # what other programs call a setting: what it is called here
-    "accum": "gradient_accumulation_steps", "bs": "batch_size", "checkpoint": "out_dir", "ckpt": "out_dir",
-    "context_length": "block_size", "d_model": "n_embd", "depth": "n_layer", "dim": "n_embd", "file": "input",
-    "heads": "n_head", "hidden_size": "n_embd", "iters": "max_iters", "lr": "learning_rate",
-    "max_length": "max_new_tokens", "max_steps": "max_iters", "max_tokens": "max_new_tokens",
-    "num_heads": "n_head", "num_layers": "n_layer", "num_samples": "n", "out": "out_dir", "resume": "init_from",
-    "seq_len": "block_size", "start": "prompt", "steps": "max_iters", "temp": "temperature", "wd": "weight_decay"}
+    "accum": "gradient_accumulation_steps", "bs": "batch_size", "checkpoint": "out_dir",
+    "ckpt": "out_dir", "context_length": "block_size", "d_model": "n_embd", "depth": "n_layer",
+    "dim": "n_embd", "file": "input", "heads": "n_head", "hidden_size": "n_embd",
+    "iters": "max_iters", "lr": "learning_rate", "max_length": "max_new_tokens",
+    "max_steps": "max_iters", "max_tokens": "max_new_tokens", "num_heads": "n_head",
+    "num_layers": "n_layer", "num_samples": "n", "out": "out_dir", "resume": "init_from",
+    "seq_len": "block_size", "start": "prompt", "steps": "max_iters", "temp": "temperature",
+    "wd": "weight_decay"}
 
 
 def nearest(word, words):
@@ -167,8 +174,8 @@ def stray(arg, words, types_):
     text = next((f"--{k}={'FILE:' * (k == 'prompt' and there)}{arg}" for k in ("input", "prompt")
                  if k in types_), "")
     if not words:
-        return (f"{arg} is neither a preset (a file that ends in .py, such as config/shakespeare.py) "
-                f"nor a setting (such as --seed=1)")
+        return (f"{arg} is neither a preset (a file that ends in .py, such as "
+                f"config/shakespeare.py) nor a setting (such as --seed=1)")
     like = nearest(arg, words)
     if text and (there or "did you mean" not in like):
         like = f"; a text is given as {shlex.quote(text)}"
@@ -252,7 +259,9 @@ def compiles(cxx):
         source, made = os.path.join(folder, "x.cpp"), os.path.join(folder, "x.so")
         with open(source, "w") as f:
             f.write("int x() { return 1; }")
-        how = ["/LD", source, f"/Fe:{made}"] if sys.platform == "win32" else ["-shared", "-fPIC", source, "-o", made]
+        how = ["-shared", "-fPIC", source, "-o", made]
+        if sys.platform == "win32":
+            how = ["/LD", source, f"/Fe:{made}"]
         try:
             subprocess.run([cxx, *how], cwd=folder, capture_output=True, timeout=60, check=True)
         except (OSError, ValueError, subprocess.SubprocessError):
@@ -265,8 +274,9 @@ def compiler_missing(device):
     if device == "cuda":
         from torch.utils._triton import has_triton
         return "" if has_triton() else "Triton for this GPU"
-    usual, package = {"darwin": ("clang++", "the Xcode tools: xcode-select --install"),
-                      "win32": ("cl", "Visual Studio's build tools")}.get(sys.platform, ("g++", "package g++"))
+    usual, package = {
+        "darwin": ("clang++", "the Xcode tools: xcode-select --install"),
+        "win32": ("cl", "Visual Studio's build tools")}.get(sys.platform, ("g++", "package g++"))
     cxx = os.environ.get("CXX", usual)  # as torch looks for it
     if not compiles(cxx):
         return f"a C++ compiler that works ({cxx} does not; {package})"
@@ -282,8 +292,9 @@ def out_of_memory(error):
 
 
 def run(main):
-    """main(argv) as a program. Exit code 2 and one sentence for a UserError, where memory is not enough, and for a file or
-    an output that fails; 130 when interrupted; 141 when nobody reads the output any more."""
+    """main(argv) as a program. Exit code 2 and one sentence for a UserError, where memory is not
+    enough, and for a file or an output that fails; 130 when interrupted; 141 when nobody reads the
+    output any more."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -305,12 +316,14 @@ def run(main):
     except KeyboardInterrupt:
         code = 130
     except OSError as e:
-        code, why = 2, f"{e.filename or 'a file or the output'} failed ({e.strerror or e}); see to it and try again"
+        code, why = 2, (f"{e.filename or 'a file or the output'} failed ({e.strerror or e}); see "
+                        f"to it and try again")
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        code, why = 2, ("there is not enough memory for this; lower batch_size, block_size, n_embd or n_layer (in "
-                        "sampling: n, beams or best_of; in preparing: n_docs), or close other programs")
+        code, why = 2, ("there is not enough memory for this; lower batch_size, block_size, "
+                        "n_embd or n_layer (in sampling: n, beams or best_of; in preparing: "
+                        "n_docs), or close other programs")
     with contextlib.suppress(OSError):
         if why:
             print(f"{os.path.basename(sys.argv[0])}: {visible(why)}", file=sys.stderr)
