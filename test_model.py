@@ -1953,7 +1953,8 @@ def test_big_text_in_pieces(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert peak < 1 << 19 < os.path.getsize(path)
     tokens, *_ = prepare.open_bin(tmp_path / "big" / "val.bin")
-    assert bytes(np.asarray(tokens, np.uint8)).decode() == path.read_text()[int(os.path.getsize(path) * 0.9):]
+    text = bytes(np.asarray(tokens, np.uint8)).decode()
+    assert text == path.read_text()[int(os.path.getsize(path) * 0.9):]
 
 
 def test_texts_are_read_in_one_way(tmp_path, monkeypatch):
@@ -1966,17 +1967,20 @@ def test_texts_are_read_in_one_way(tmp_path, monkeypatch):
     assert "".join(prepare.pieces("-")) == body.decode()[1:]
     for name in ("x.jsonl", "x.NDJSON"):
         (tmp_path / name).write_text('{"text": "a"}\n' * 100)
-        refused(prepare.main, [f"--input={tmp_path / name}", f"--data_dir={tmp_path}"], name, "extract their text")
+        refused(prepare.main, [f"--input={tmp_path / name}", f"--data_dir={tmp_path}"], name,
+                "extract their text")
     (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
     quiet(prepare.main, [f"--input={tmp_path}/x.txt", f"--data_dir={tmp_path}"])
     assert "\ufeff" not in prepare.open_dataset("x", str(tmp_path))["tokenizer"]["chars"]
     os.mkfifo(tmp_path / "pipe")  # (and nobody waits for somebody who writes into it)
     for path in (tmp_path / "pipe", "/dev/stdin", "-", tmp_path):
-        refused(prepare.main, [f"--input={path}", "--name=p", f"--data_dir={tmp_path}"], str(path), "save it as a file")
+        refused(prepare.main, [f"--input={path}", "--name=p", f"--data_dir={tmp_path}"], str(path),
+                "save it as a file")
 
 
 def test_separators_end_documents(tmp_path, monkeypatch):
-    """As re.split has it, wherever pieces are cut; the last tenth of the letters is val, and no letter is lost."""
+    """As re.split has it, wherever pieces are cut; the last tenth of the letters is val, and no
+    letter is lost."""
     rng, end = np.random.default_rng(0), prepare.END
     for separator in (end, "aa", "aba", "\n\n", "\r"):
         for _ in range(100):
@@ -1995,20 +1999,27 @@ def test_separators_end_documents(tmp_path, monkeypatch):
     assert "--separator='<|endoftext|>'" in quiet(prepare.main, argv)
     refused(prepare.main, ["cipher", "--separator=x"], "separator")
     for more in ([], ["--tokenizer=byte"]):
-        assert "endoftext" not in quiet(prepare.main, [*argv, f"--separator={end}", "--overwrite", *more])
+        said = quiet(prepare.main, [*argv, f"--separator={end}", "--overwrite", *more])
+        assert "endoftext" not in said
         meta = prepare.open_dataset("x", str(tmp_path))
-        splits = [np.asarray(prepare.open_bin(tmp_path / "x" / f"{s}.bin")[0]) for s in ("train", "val")]
+        splits = [np.asarray(prepare.open_bin(tmp_path / "x" / f"{s}.bin")[0])
+                  for s in ("train", "val")]
         ids, n = np.concatenate(splits), len("".join(docs))
-        assert (ids == meta["eot"]).sum() == 100 and ids[-1] == meta["eot"] and (splits[1] != meta["eot"]).sum() == n - int(n * 0.9)
-        assert prepare.Tokenizer(meta["tokenizer"]).decode(ids.tolist()) == "\n\n".join(docs) + "\n\n"
+        assert (ids == meta["eot"]).sum() == 100 and ids[-1] == meta["eot"]
+        assert (splits[1] != meta["eot"]).sum() == n - int(n * 0.9)
+        text = prepare.Tokenizer(meta["tokenizer"]).decode(ids.tolist())
+        assert text == "\n\n".join(docs) + "\n\n"
 
 
 def test_a_dataset_is_replaced_by_itself_alone(tmp_path):
-    """The same again is made again; anything else is refused, whatever differs, unless --overwrite; damage is no dataset."""
+    """The same again is made again; anything else is refused, whatever differs, unless --overwrite;
+    damage is no dataset."""
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(TEXT)
-    text, task = [f"--input={tmp_path}/a.txt", "--name=x", f"--data_dir={tmp_path}"], ["plan", "--n_docs=100", f"--data_dir={tmp_path}"]
-    for argv, changes in ((text, (["--tokenizer=byte"], ["--separator=."], [f"--input={tmp_path}/b.txt"])),
+    text = [f"--input={tmp_path}/a.txt", "--name=x", f"--data_dir={tmp_path}"]
+    task = ["plan", "--n_docs=100", f"--data_dir={tmp_path}"]
+    for argv, changes in ((text, (["--tokenizer=byte"], ["--separator=."],
+                                  [f"--input={tmp_path}/b.txt"])),
                           (task, (["--seed=2"], ["--n_docs=200"], ["--n_pause=3"]))):
         quiet(prepare.main, argv)
         folder = tmp_path / (argv[1][7:] if argv is text else "plan")
@@ -2027,13 +2038,16 @@ def test_a_dataset_is_replaced_by_itself_alone(tmp_path):
 def test_names_stay_in_data_dir(tmp_path):
     (tmp_path / "ok.txt").write_text(TEXT)
     for name in ("../x", "a/b", "..", ".", "/tmp/x", "a\\b", "C:x"):
-        refused(prepare.main, [f"--input={tmp_path}/ok.txt", f"--data_dir={tmp_path}/d", f"--name={name}"], "one folder under data_dir", repr(name))
-        refused(train.main, [f"--dataset={name}", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"], "one folder", repr(name))
+        refused(prepare.main, [f"--input={tmp_path}/ok.txt", f"--data_dir={tmp_path}/d",
+                               f"--name={name}"], "one folder under data_dir", repr(name))
+        refused(train.main, [f"--dataset={name}", f"--data_dir={tmp_path}/d",
+                             f"--out_dir={tmp_path}/o"], "one folder", repr(name))
     assert not os.path.exists(tmp_path / "d")
 
 
 def test_token_files_are_checked_where_they_are_read(tmp_path, monkeypatch):
-    """Column reads as NumPy does; a damaged block is found when it is touched, in the tokens and in the mask, and no other costs."""
+    """Column reads as NumPy does; a damaged block is found when it is touched, in the tokens and in
+    the mask, and no other costs."""
     monkeypatch.setattr(prepare, "BLOCK", 64)
     path, rng = tmp_path / "x" / "train.bin", np.random.default_rng(0)
     path.parent.mkdir()
@@ -2045,17 +2059,21 @@ def test_token_files_are_checked_where_they_are_read(tmp_path, monkeypatch):
                 w.add(want[i:i + 100], mask[i:i + 100])
             w.close()
         good = path.read_bytes()
-        for at in (0, -1, 776, slice(5, 9), slice(None), slice(9, 5), slice(None, None, -3), slice(700, 9999), np.array([[1, -2], [776, 3]])):
+        for at in (0, -1, 776, slice(5, 9), slice(None), slice(9, 5), slice(None, None, -3),
+                   slice(700, 9999), np.array([[1, -2], [776, 3]])):
             tokens, masked, *_ = prepare.open_bin(path)  # nothing is known yet
             assert np.array_equal(tokens[at], want[at]) and np.array_equal(masked[at], mask[at])
-        assert np.array_equal(np.asarray(tokens, np.int64), want) and len(tokens) == len(masked) == 777
+        assert np.array_equal(np.asarray(tokens, np.int64), want)
+        assert len(tokens) == len(masked) == 777
         width = 2 if n_vocab == 1000 else 4
         for column, place in ((0, 300 * width), (1, 777 * width + 300)):
             path.write_bytes(good[:96 + place] + bytes([good[96 + place] ^ 1]) + good[97 + place:])
             tokens = prepare.open_bin(path)[column]
-            assert np.array_equal(tokens[:200], (want, mask)[column][:200]) and tokens[776] == (want, mask)[column][776]
+            right = (want, mask)[column]
+            assert np.array_equal(tokens[:200], right[:200]) and tokens[776] == right[776]
             for at in (300, slice(290, 310), slice(None), np.arange(777), np.array([[3, 300]])):
-                with pytest.raises(UserError, match="train.bin is damaged.*SHA-256.*make it again: python prepare.py --input=FILE --name=x"):
+                with pytest.raises(UserError, match="train.bin is damaged.*SHA-256.*make it again: "
+                                                    "python prepare.py --input=FILE --name=x"):
                     tokens[at]
     with prepare.replacing(path) as f:
         w = prepare.BinWriter(f, 1000, "0" * 64)
@@ -2068,21 +2086,27 @@ def test_token_files_are_checked_where_they_are_read(tmp_path, monkeypatch):
 
 
 def test_bad_meta(tmp_path, data_dir):
-    """A letter changed, and any value of another type behind a checksum that fits: one sentence, when the dataset is opened."""
+    """A letter changed, and any value of another type behind a checksum that fits: one sentence,
+    when the dataset is opened."""
     shutil.copytree(os.path.join(data_dir, "chain"), tmp_path / "chain")
     path = tmp_path / "chain" / "meta.json"
     good = prepare.unseal(path.read_bytes())
     whole = path.read_bytes()
-    bad = [whole.replace(b'"source"', b'"sauce"'), whole.replace(b"abcd", b"abxd"), b"", b"[]", b"{}", b"\xff", b"[" * 10 ** 5, whole[:-3]]
+    bad = [whole.replace(b'"source"', b'"sauce"'), whole.replace(b"abcd", b"abxd"), b"", b"[]",
+           b"{}", b"\xff", b"[" * 10 ** 5, whole[:-3]]
     for key in good.keys() - {"task", "n_docs", "doc_len", "n_pause", "seed", "made_from"}:
-        bad += [prepare.seal({**good, key: value}) for value in ([], "x", -1.5, {"train": 1}, {"kind": "char"}, 10 ** 30)
+        bad += [prepare.seal({**good, key: value})
+                for value in ([], "x", -1.5, {"train": 1}, {"kind": "char"}, 10 ** 30)
                 if not (key == "source" and value == "x")]
-    for spec in ({"kind": "char", "chars": "aa", "eot": True}, {"kind": "char", "chars": "", "eot": False}, {"kind": "byte", "x": 1},
+    for spec in ({"kind": "char", "chars": "aa", "eot": True},
+                 {"kind": "char", "chars": "", "eot": False}, {"kind": "byte", "x": 1},
                  {"kind": []}, {"kind": "tiktoken", "encoding": 3}):
-        bad.append(prepare.seal({**good, "tokenizer": spec, "tokenizer_sha256": prepare.spec_hash(spec)}))
+        bad.append(prepare.seal({**good, "tokenizer": spec,
+                                 "tokenizer_sha256": prepare.spec_hash(spec)}))
     for raw in bad:
         path.write_bytes(raw)
-        with pytest.raises(UserError, match="meta.json is damaged.*python prepare.py chain --data_dir"):
+        with pytest.raises(UserError,
+                           match="meta.json is damaged.*python prepare.py chain --data_dir"):
             prepare.open_dataset("chain", str(tmp_path))
     with pytest.raises(ValueError):
         prepare.check_tokenizer({"kind": "char", "chars": "a\ud800", "eot": True})
@@ -3052,28 +3076,37 @@ def test_bad_settings(tmp_path, data_dir):
 
 @pytest.mark.parametrize("code", ["import os", "n_layer = __import__('os').getpid()", "n_layer = open('x')", "for i in []: pass",
                                   "n_layer = [i for i in (1,)]", "n_layer = 1 if True else 2", "a.b = 1", "layers = 'A' * 10**99",
-                                  "layers = 'A' * 99999999", "n_layer = (", "n_layer = 1 / 0", "layers = 'A' * 2",
-                                  "layers = '%999999999d' % 1", "n_head = (1,) * 12", "n_head = (4,) + (2,)", "n_layer = -True",
-                                  "n_layer = " + "-" * 200 + "1", "n_layer = " + "1+" * 20_000 + "1", "n_layer = " + "(" * 500,
-                                  "n_layer = " + "9" * 5000, "n_layer = 9223372036854775807 + 1", "min_lr = 1e999",
-                                  "min_lr = 1e300 * 1e300", "n_layer = 1\n" * 20_000, "n_layer = 1\0", "n_layer = [" * 60 + "1" + "]" * 60])
+                                  "layers = 'A' * 99999999", "n_layer = (", "n_layer = 1 / 0",
+                                  "layers = 'A' * 2",
+                                  "layers = '%999999999d' % 1", "n_head = (1,) * 12",
+                                  "n_head = (4,) + (2,)", "n_layer = -True",
+                                  "n_layer = " + "-" * 200 + "1",
+                                  "n_layer = " + "1+" * 20_000 + "1", "n_layer = " + "(" * 500,
+                                  "n_layer = " + "9" * 5000, "n_layer = 9223372036854775807 + 1",
+                                  "min_lr = 1e999",
+                                  "min_lr = 1e300 * 1e300", "n_layer = 1\n" * 20_000,
+                                  "n_layer = 1\0", "n_layer = [" * 60 + "1" + "]" * 60])
 def test_presets_are_never_run(code, tmp_path):
     (tmp_path / "p.py").write_text(code)
     refused(train.main, [str(tmp_path / "p.py")], "p.py")
 
 
 def test_presets_are_arithmetic(tmp_path):
-    (tmp_path / "p.py").write_text('\ufeff"""doc"""\nn_embd = 6 * 64\nlayers = "AAA"\nmin_lr = 1e-3 / 10\nn_kv_head = (1, 1 + 1)\n')
+    (tmp_path / "p.py").write_text('\ufeff"""doc"""\nn_embd = 6 * 64\nlayers = "AAA"\n'
+                                   'min_lr = 1e-3 / 10\nn_kv_head = (1, 1 + 1)\n')
     m, t, _ = config.parse(["--n_embd=96", str(tmp_path / "p.py")], GPTConfig, TrainConfig)
     assert m == {"n_embd": 96, "layers": "AAA", "n_kv_head": (1, 2)} and t == {"min_lr": 1e-4}
 
 
 def test_random_presets_end_in_a_sentence(tmp_path):
     rng = np.random.default_rng(0)
-    leaves = ["1", "2.5", "'A'", "True", "None", "9" * 30, "1e308", "x", "()", "'%d'", "-0", "0", "f''", "lambda: 1", "{}", "\\", "\0", "é", "1_0j"]
-    joints = [" + ", " - ", " * ", " // ", " % ", " / ", " ** ", ", ", " if ", "(", ")", "[", "]", "-", "(-", "\n", " = ", ": ", "#"]
+    leaves = ["1", "2.5", "'A'", "True", "None", "9" * 30, "1e308", "x", "()", "'%d'", "-0", "0",
+              "f''", "lambda: 1", "{}", "\\", "\0", "é", "1_0j"]
+    joints = [" + ", " - ", " * ", " // ", " % ", " / ", " ** ", ", ", " if ", "(", ")", "[", "]",
+              "-", "(-", "\n", " = ", ": ", "#"]
     for i in range(400):
-        code = "".join(f"{rng.choice(leaves)}{rng.choice(joints) * int(rng.choice([1, 1, 1, 100]))}" for _ in range(rng.integers(1, 9)))
+        code = "".join(f"{rng.choice(leaves)}{rng.choice(joints) * int(rng.choice([1, 1, 1, 100]))}"
+                       for _ in range(rng.integers(1, 9)))
         (tmp_path / "p.py").write_text("n_layer = " + code + rng.choice(leaves[:2]))
         try:
             config.parse([str(tmp_path / "p.py")], GPTConfig, TrainConfig)
@@ -3082,11 +3115,16 @@ def test_random_presets_end_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--max_iters=" + "9" * 5000], ["max_iters", "int"]), (["--max_iters=" + "9" * 30], ["max_iters", "64 bits"]),
-    (["--learning_rate=1e999"], ["learning_rate", "64 bits"]), (["--learning_rate=nan"], ["learning_rate"]),
-    (["--learning_rate=-inf"], ["learning_rate"]), (["--max_iters=" + "-" * 5000 + "1"], ["max_iters", "int"]),
-    (["--out_dir=" + "x" * 10_001], ["out_dir", "10,000"]), (["--lr=1"], ["did you mean learning_rate?"]),
-    (["--bs=1"], ["batch_size"]), (["--n_layers=3"], ["n_layer?"]), (["--=3"], ["--=3"]), (["book.txt"], ["book.txt", "preset"])])
+    (["--max_iters=" + "9" * 5000], ["max_iters", "int"]),
+    (["--max_iters=" + "9" * 30], ["max_iters", "64 bits"]),
+    (["--learning_rate=1e999"], ["learning_rate", "64 bits"]),
+    (["--learning_rate=nan"], ["learning_rate"]),
+    (["--learning_rate=-inf"], ["learning_rate"]),
+    (["--max_iters=" + "-" * 5000 + "1"], ["max_iters", "int"]),
+    (["--out_dir=" + "x" * 10_001], ["out_dir", "10,000"]),
+    (["--lr=1"], ["did you mean learning_rate?"]),
+    (["--bs=1"], ["batch_size"]), (["--n_layers=3"], ["n_layer?"]), (["--=3"], ["--=3"]),
+    (["book.txt"], ["book.txt", "preset"])])
 def test_what_a_stranger_gives(argv, words):
     assert len(refused(train.main, argv, *words)) < 250
 
@@ -3103,9 +3141,11 @@ def test_advice_that_can_be_followed(tmp_path, data_dir):
     for k, v in (("n_docs", 10 ** 9), ("doc_len", 10 ** 7), ("separator", "x" * 1001)):
         refused(prepare.main, ["cipher", f"--{k}={v}"], k)
     refused(prepare.main, ["plan", "--n_docs=10", f"--data_dir={tmp_path}"], "--n_docs")
-    text = refused(prepare.main, [f"--input={tmp_path}/short.txt", f"--data_dir={tmp_path}"], "short.txt")
+    text = refused(prepare.main, [f"--input={tmp_path}/short.txt", f"--data_dir={tmp_path}"],
+                   "short.txt")
     (tmp_path / "short.txt").write_text("x" * 12)
-    text = refused(prepare.main, [f"--input={tmp_path}/short.txt", f"--data_dir={tmp_path}"], "64 are needed", "640")
+    text = refused(prepare.main, [f"--input={tmp_path}/short.txt", f"--data_dir={tmp_path}"],
+                   "64 are needed", "640")
     (tmp_path / "short.txt").write_text("x" * 640)
     quiet(prepare.main, [f"--input={tmp_path}/short.txt", f"--data_dir={tmp_path}"])
 
@@ -3197,7 +3237,8 @@ def test_bad_checkpoint(trained, tmp_path, data_dir, capsys):
     refused(sample.main, [f"--out_dir={trained}/strong", f"--prompt=FILE:{tmp_path}/no"], "cannot be read")
     weak = prepare.load_checkpoint(trained / "weak" / "ckpt.pt")
     prepare.save_checkpoint(str(tmp_path / "x.pt"), {**weak, "tokenizer": {"kind": "byte"}})
-    refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={tmp_path}/x.pt"], "its tokenizer has 257 tokens")
+    refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={tmp_path}/x.pt"],
+            "its tokenizer has 257 tokens")
     weak["tokenizer"]["chars"] = weak["tokenizer"]["chars"].replace("a", "é")
     prepare.save_checkpoint(str(tmp_path / "x.pt"), weak)
     refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={tmp_path}/x.pt"], "tokenizer")
@@ -3211,14 +3252,16 @@ def reseal(path, body):
 
 
 def test_what_is_no_checkpoint_takes_no_memory(tmp_path):
-    """A device, a pipe, a folder, and archives that unpack to more than they are: refused before they are read."""
+    """A device, a pipe, a folder, and archives that unpack to more than they are: refused before
+    they are read."""
     os.mkfifo(tmp_path / "pipe.pt")
     os.mkdir(tmp_path / "folder.pt")
     for path in ("/dev/zero", tmp_path / "pipe.pt", tmp_path / "folder.pt"):
         refused(prepare.load_checkpoint, path, "not a file")
     body = io.BytesIO()
     torch.save({"step": torch.zeros(10 ** 6)}, body)
-    with zipfile.ZipFile(body) as old, zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as new:
+    with zipfile.ZipFile(body) as old, zipfile.ZipFile(tmp_path / "packed", "w",
+                                                       zipfile.ZIP_DEFLATED) as new:
         for e in old.infolist():
             new.writestr(e.filename, old.read(e))
     reseal(tmp_path / "x.pt", (tmp_path / "packed").read_bytes())
@@ -3227,13 +3270,16 @@ def test_what_is_no_checkpoint_takes_no_memory(tmp_path):
 
 
 def test_damage_behind_a_hash_that_fits_is_one_sentence(data_dir, tmp_path):
-    """Random bytes of a checkpoint changed, and random parts of it replaced: refused, or of the shape that train.py writes."""
+    """Random bytes of a checkpoint changed, and random parts of it replaced: refused, or of the
+    shape that train.py writes."""
     run(data_dir, tmp_path, max_iters=2)
     path, rng = tmp_path / "x.pt", np.random.default_rng(0)
     good = (tmp_path / "ckpt.pt").read_bytes()[40:]
     zeros = torch.zeros(1)
-    junk = [None, True, -1, 2 ** 80, 1.5, math.nan, "x", [], {}, [[]], {"x": {}}, {0: {}}, (1,), zeros, zeros.expand(10 ** 6, 10 ** 6), zeros / 0,
-            zeros.to(torch.complex64), torch.zeros(3, dtype=torch.int64), zeros.to_sparse(), torch.empty(5, device="meta"), b"x"]
+    junk = [None, True, -1, 2 ** 80, 1.5, math.nan, "x", [], {}, [[]], {"x": {}}, {0: {}}, (1,),
+            zeros, zeros.expand(10 ** 6, 10 ** 6), zeros / 0,
+            zeros.to(torch.complex64), torch.zeros(3, dtype=torch.int64), zeros.to_sparse(),
+            torch.empty(5, device="meta"), b"x"]
     outcomes = set()
 
     def check():
@@ -3243,14 +3289,17 @@ def test_damage_behind_a_hash_that_fits_is_one_sentence(data_dir, tmp_path):
             assert "\n" not in str(e)
             return outcomes.add(str(e).split("x.pt")[1][:30])
         outcomes.add("loaded")
-        assert all(type(t) is torch.Tensor and t.is_floating_point() and torch.isfinite(t).all() for t in data["model"].values())
-        assert type(data["step"]) is int and math.isfinite(data["step_seconds"]) and prepare.Tokenizer(data["tokenizer"]).n_vocab
+        assert all(type(t) is torch.Tensor and t.is_floating_point() and torch.isfinite(t).all()
+                   for t in data["model"].values())
+        assert type(data["step"]) is int and math.isfinite(data["step_seconds"])
+        assert prepare.Tokenizer(data["tokenizer"]).n_vocab
         assert all(isinstance(s, dict) for o in data["optimizers"] for s in o["state"].values())
 
     start = good.index(b"data.pkl")
     for i in range(150):
         body = bytearray(good)
-        for at in rng.integers(*((start, start + 4000) if i % 2 else (0, len(body))), size=rng.integers(1, 4)):
+        for at in rng.integers(*((start, start + 4000) if i % 2 else (0, len(body))),
+                               size=rng.integers(1, 4)):
             body[at] = rng.integers(256)
         reseal(path, bytes(body) if i % 5 else bytes(body[:rng.integers(len(body))]))
         check()
@@ -3259,20 +3308,18 @@ def test_damage_behind_a_hash_that_fits_is_one_sentence(data_dir, tmp_path):
         at, key = data, list(data)[i % len(data)]
         while isinstance(at[key], (dict, list)) and at[key] and rng.random() < 0.7:
             at = at[key]
-            key = list(at)[rng.integers(len(at))] if isinstance(at, dict) else int(rng.integers(len(at)))
+            keys = list(at) if isinstance(at, dict) else range(len(at))
+            key = keys[int(rng.integers(len(at)))]
         at[key] = junk[rng.integers(len(junk))]
         if isinstance(at, dict) and rng.random() < 0.2:
             del at[key]
         prepare.save_checkpoint(path, data)
         check()
     assert len(outcomes) == 3 and "loaded" in outcomes
-
-
-def test_an_older_checkpoint_has_no_last_validation(data_dir, tmp_path):
-    _, data = run(data_dir, tmp_path, max_iters=1)
-    data.pop("validated")
-    prepare.save_checkpoint(tmp_path / "x.pt", data)
-    assert prepare.load_checkpoint(tmp_path / "x.pt")["validated"] is None
+    data = prepare.read_checkpoint(tmp_path / "ckpt.pt")
+    data.pop("validated", None)  # as of an earlier version
+    prepare.save_checkpoint(path, data)
+    assert prepare.load_checkpoint(path)["validated"] is None
 
 
 def test_resuming_something_else_is_refused(data_dir, tmp_path):
@@ -3294,11 +3341,17 @@ def test_resuming_something_else_is_refused(data_dir, tmp_path):
     assert c["step"] == 4
 
 
+def steps_in(folder):
+    """{name: step} of the whole checkpoints in a folder."""
+    return {n: prepare.read_checkpoint(folder / n)["step"] for n in os.listdir(folder)
+            if n.endswith(".pt") and prepare.is_whole(folder / n)}
+
+
 def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path, monkeypatch):
     path = str(tmp_path / "ckpt.pt")
     prepare.save_checkpoint(path, {"step": 1})
     prepare.save_checkpoint(path, {"step": 2})
-    assert prepare.read_checkpoint(path)["step"] == 2 and prepare.read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+    assert steps_in(tmp_path) == {"ckpt.pt": 2, "ckpt_prev.pt": 1}
     import resource  # a real limit: the kernel refuses to write past it, as a full disk does
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -3308,7 +3361,7 @@ def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
-    assert prepare.read_checkpoint(path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
+    assert steps_in(tmp_path) == {"ckpt.pt": 2, "ckpt_prev.pt": 1} and len(os.listdir(tmp_path)) == 2
 
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -3316,12 +3369,7 @@ def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path,
     with pytest.raises(UserError, match="No space left"):
         prepare.save_checkpoint(path, {"step": 4})
     monkeypatch.undo()
-    assert prepare.read_checkpoint(path)["step"] == 2 and prepare.read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
-
-
-def steps_in(folder):
-    """{name: step} of the whole checkpoints in a folder."""
-    return {n: prepare.read_checkpoint(folder / n)["step"] for n in os.listdir(folder) if n.endswith(".pt") and prepare.is_whole(folder / n)}
+    assert steps_in(tmp_path) == {"ckpt.pt": 2, "ckpt_prev.pt": 1}
 
 
 def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path):
@@ -3333,17 +3381,20 @@ def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path):
     prepare.save_checkpoint(path, {"step": 3})
     assert steps_in(tmp_path) == {"ckpt.pt": 3, "ckpt_prev.pt": 1, "ckpt_best.pt": 1}
     prepare.save_checkpoint(path, {"step": 4}, demote=False, is_best=True)
-    assert steps_in(tmp_path) == {"ckpt.pt": 4, "ckpt_prev.pt": 1, "ckpt_best.pt": 4} and os.path.samefile(path, tmp_path / "ckpt_best.pt")
+    assert steps_in(tmp_path) == {"ckpt.pt": 4, "ckpt_prev.pt": 1, "ckpt_best.pt": 4}
+    assert os.path.samefile(path, tmp_path / "ckpt_best.pt")
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch, links):
-    """Every call to the system of a save is the last one, in turn: the newest or the one before it is whole, and the next save goes well."""
+    """Every call to the system of a save is the last one, in turn: the newest or the one before it
+    is whole, and the next save goes well."""
     calls = ("replace", "link", "unlink", "fsync", "open")
     path = tmp_path / "ckpt.pt"
 
     def killed_at(k):
-        """Whether a save of which the k-th call, and all behind it, do not happen came to its end."""
+        """Whether a save of which the k-th call, and all behind it, do not happen came to its
+        end."""
         left = [k]
         with monkeypatch.context() as m:
             for name in calls:
@@ -3368,9 +3419,11 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path, monkeyp
         prepare.save_checkpoint(path, {"step": 2})
         going_on = killed_at(k)
         now = steps_in(tmp_path)
-        assert now["ckpt.pt"] in (2, 3) and now["ckpt_prev.pt"] in (1, 2) and now["ckpt_best.pt"] in (1, 3)
+        assert now["ckpt.pt"] in (2, 3) and now["ckpt_prev.pt"] in (1, 2)
+        assert now["ckpt_best.pt"] in (1, 3)
         prepare.save_checkpoint(path, {"step": 4})
-        assert steps_in(tmp_path)["ckpt.pt"] == 4 and not [n for n in os.listdir(tmp_path) if "ckpt.pt." in n]
+        assert steps_in(tmp_path)["ckpt.pt"] == 4
+        assert not [n for n in os.listdir(tmp_path) if "ckpt.pt." in n]
         if not going_on:
             break
     assert k > 5
@@ -3380,7 +3433,8 @@ def test_what_a_killed_program_left_is_swept(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     left = [f"x.bin.{gone.pid}.tmp", f"x.bin.{gone.pid}.tmp.old", f"x.bin.{os.getpid()}.tmp"]
-    kept = [f"x.bin.{os.getppid()}.tmp", f"y.bin.{gone.pid}.tmp", f"x.bin.{gone.pid}.tmp2", "x.bin.tmp", f"x.bin.a{gone.pid}.tmp"]
+    kept = [f"x.bin.{os.getppid()}.tmp", f"y.bin.{gone.pid}.tmp", f"x.bin.{gone.pid}.tmp2",
+            "x.bin.tmp", f"x.bin.a{gone.pid}.tmp"]
     for name in left + kept:
         (tmp_path / name).write_text("")
     (tmp_path / "x.bin.99999999.tmp").mkdir()
@@ -3442,23 +3496,29 @@ def test_exit_code_2_and_one_sentence(argv):
 
 def program(code, *redirect, **env):
     """A program whose main is `code`: (exit code, stdout, stderr)."""
-    body = f"import sys\nimport config\nfrom config import UserError\ndef main(argv):\n    {code}\nconfig.run(main)"
-    r = subprocess.run(["sh", "-c", " ".join(['exec "$0" -c "$1"', *redirect]), sys.executable, body], capture_output=True, cwd=HERE,
+    body = ("import sys\nimport config\nfrom config import UserError\n"
+            f"def main(argv):\n    {code}\nconfig.run(main)")
+    r = subprocess.run(["sh", "-c", " ".join(['exec "$0" -c "$1"', *redirect]), sys.executable,
+                        body], capture_output=True, cwd=HERE,
                        env={**os.environ, **env}, timeout=60)
     return r.returncode, r.stdout.decode(), r.stderr.decode()
 
 
 def test_how_a_program_ends():
-    """One sentence, nothing that steers a terminal, and an exit code that says what happened, whatever the streams are."""
+    """One sentence, nothing that steers a terminal, and an exit code that says what happened,
+    whatever the streams are."""
     assert program("raise UserError('a \\x1b[31m b')")[::2] == (2, "-c: a \\x1b[31m b\n")
-    for what in ("MemoryError", "RuntimeError('[enforce] DefaultCPUAllocator: not enough memory: you tried')", "RuntimeError('CUDA out of memory.')"):
+    for what in ("MemoryError",
+                 "RuntimeError('[enforce] DefaultCPUAllocator: not enough memory: you tried')",
+                 "RuntimeError('CUDA out of memory.')"):
         code, _, err = program(f"raise {what}")
         assert code == 2 and err.count("\n") == 1 and "batch_size" in err
     code, _, err = program("raise RuntimeError('shapes')")  # a fault of ours stays one
     assert code == 1 and "Traceback" in err
     assert program("raise KeyboardInterrupt") == (130, "", "")
     assert program("print('\\u00e9')", PYTHONIOENCODING="ascii") == (0, "\\xe9\n", "")
-    assert program("print('x'); print('y', file=sys.stderr); sys.stdin.read()", "<&-", ">&-", "2>&-") == (0, "", "")
+    assert program("print('x'); print('y', file=sys.stderr); sys.stdin.read()", "<&-", ">&-",
+                   "2>&-") == (0, "", "")
     assert program("raise UserError('x')", ">&-", "2>&-")[0] == 2
     assert program("raise UserError('x')", RANK="0.5")[0] == 2
     code, _, err = program("print('x' * 100)", ">/dev/full")
@@ -3470,8 +3530,10 @@ def test_how_a_program_ends():
 
 @pytest.mark.parametrize("name, slow", [("train", "torch"), ("prepare", "requests")])
 def test_ctrl_c_while_imports_last(tmp_path, name, slow):
-    (tmp_path / f"{slow}.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
-    r = subprocess.run([sys.executable, f"{name}.py"], capture_output=True, cwd=HERE, env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
+    (tmp_path / f"{slow}.py").write_text("import os, signal, time\n"
+                                         "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    r = subprocess.run([sys.executable, f"{name}.py"], capture_output=True, cwd=HERE,
+                       env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
     assert (r.returncode, r.stdout, r.stderr) == (-signal.SIGINT, b"", b"")
 
 
