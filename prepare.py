@@ -72,8 +72,7 @@ def check_name(name):
     else."""
     if name in ("", ".", "..") or re.search(r"[/\\:]", name):
         raise ValueError(f"a dataset has the name of one folder under data_dir, without / \\ : "
-                         f"and .., not {name!r}; "
-                         f"another place is given as --data_dir")
+                         f"and .., not {name!r}; another place is given as --data_dir")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -618,7 +617,7 @@ class Tokenizer:
         """Ids of the characters or bytes that are white space."""
         if self.spec["kind"] == "tiktoken":
             raise UserError("chunk = space needs a tokenizer of characters or bytes, where white space is a token of its own; use "
-                            "a number, or make the dataset with --tokenizer=char")
+                            "a number, or make the dataset with python prepare.py --tokenizer=char")
         return [i for i in range(self.n_vocab) if i != self.eot and self.token_bytes(i).decode(errors="replace").isspace()]
 
     def decode_bytes(self, ids):
@@ -647,7 +646,7 @@ def tiktoken_encoding(name):
         return tiktoken.get_encoding(name)
     except (requests.RequestException, OSError, ValueError) as e:
         raise UserError(f"the ranks of tokenizer {name} could not be fetched ({type(e).__name__}); connect to a network "
-                        f"or use --tokenizer=byte, which needs none") from None
+                        f"or make a dataset that needs none (--tokenizer=byte)") from None
 
 
 def tokenizer_spec(kind, chars="", eot=False):
@@ -739,6 +738,7 @@ def pieces(path, size=1 << 20):
     that end at a line where there is one, in bounded memory. A byte-order mark at its beginning is
     dropped, line ends are kept. UserError for what is no text."""
     path, rest, decoder = str(path), "", codecs.getincrementaldecoder("utf-8-sig")()
+    name = "standard input" if path == "-" else path
     if path.lower().endswith((".jsonl", ".ndjson")):
         raise UserError(f"{path} holds JSON records, not a text; extract their text first, such "
                         f"as with: jq -r .text {shlex.quote(path)} > texts.txt")
@@ -748,7 +748,7 @@ def pieces(path, size=1 << 20):
             while raw != b"":
                 raw = f.read(size)
                 if b"\0" in raw:
-                    raise UserError(f"{path} is binary or UTF-16 (it has a zero byte); give a "
+                    raise UserError(f"{name} is binary or UTF-16 (it has a zero byte); give a "
                                     f"UTF-8 text")
                 rest += decoder.decode(raw, final=not raw)
                 cut = rest.rfind("\n") + 1 if raw else 0
@@ -757,10 +757,10 @@ def pieces(path, size=1 << 20):
                     yield rest[:cut]
                 rest = rest[cut:]
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason}: "
+        raise UserError(f"{name} is not UTF-8 text ({e.reason}: "
                         f"{e.object[e.start:e.start + 1]!r}); save it as UTF-8 first") from None
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror})") from None
+        raise UserError(f"{name} cannot be read ({e.strerror})") from None
 
 
 def documents(path, separator):

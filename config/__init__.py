@@ -255,18 +255,18 @@ def within(cfg, low=None, high=None, *names):
 @functools.lru_cache
 def compiles(cxx):
     """Whether a C++ compiler makes a shared library of one line: tried, once."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, made = os.path.join(folder, "x.cpp"), os.path.join(folder, "x.so")
-        with open(source, "w") as f:
-            f.write("int x() { return 1; }")
-        how = ["-shared", "-fPIC", source, "-o", made]
-        if sys.platform == "win32":
-            how = ["/LD", source, f"/Fe:{made}"]
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source, made = os.path.join(folder, "x.cpp"), os.path.join(folder, "x.so")
+            with open(source, "w") as f:
+                f.write("int x() { return 1; }")
+            how = ["-shared", "-fPIC", source, "-o", made]
+            if sys.platform == "win32":
+                how = ["/LD", source, f"/Fe:{made}"]
             subprocess.run([cxx, *how], cwd=folder, capture_output=True, timeout=60, check=True)
-        except (OSError, ValueError, subprocess.SubprocessError):
-            return False
-        return os.path.exists(made)
+            return os.path.exists(made)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
 
 
 def compiler_missing(device):
