@@ -213,7 +213,8 @@ class Data:
         self.T, self.H, self.last = mcfg.block_size, mcfg.history, mcfg.block_size if everything else tcfg.score_last
         self.n, self.eot, self.drop, self.seed, self.stream = len(self.tokens), meta["eot"], tcfg.history_drop, tcfg.seed, tcfg.stream
         if self.last > self.T:
-            raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T}); give less")
+            raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T}); "
+                            f"give less")
         if self.n < self.T + 1:
             raise UserError(f"{path} has {self.n} tokens, fewer than block_size + 1 = {self.T + 1}; give a longer text or "
                             f"a smaller block_size")
@@ -225,8 +226,8 @@ class Data:
         if self.ends is not None:
             self.ends = self.ends[self.ends >= self.T]
             if not len(self.ends):
-                raise UserError(f"{path} scores no token that has block_size = {self.T} tokens before "
-                                f"it; give a smaller block_size")
+                raise UserError(f"{path} scores no token that has block_size = {self.T} tokens "
+                                f"before it; give a smaller block_size")
         self.docs = None  # of a task whose answers need their whole document: first and last token of each
         if meta.get("whole"):
             end = np.flatnonzero(np.append(self.tokens[1:], self.eot) == self.eot)
