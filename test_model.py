@@ -18,12 +18,15 @@ import math
 import os
 import pickle
 import platform
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import config  # before torch: it sets the allocator's switches
 import numpy as np
@@ -934,7 +937,7 @@ def test_formal_tasks(task):
         answers.append(answer)
         assert mask.tolist() == [False] * (len(string) + 1) + [True] * len(answer) and notes["whole"]
         if task == "modular_arithmetic":
-            right = str(config.evaluate(ast.parse(string, mode="eval").body) % 5)
+            right = str(eval(string) % 5)
         elif task == "cycle_navigation":
             at = 0
             for c in string:
@@ -2037,7 +2040,7 @@ def test_tiktoken_ranks_from_a_server(monkeypatch, tmp_path, no_proxy, data_dir)
         quiet(prepare.main, [f"--input={data_dir}/t.txt", "--name=bpe", "--tokenizer=x_base", f"--data_dir={tmp_path}"])
         meta = prepare.open_dataset("bpe", str(tmp_path))
         tokens, _, n_vocab, tok_hash, _ = prepare.open_bin(tmp_path / "bpe" / "train.bin")
-        tok = prepare.Tokenizer(meta["tokenizer"])
+        tokens, tok = np.asarray(tokens), prepare.Tokenizer(meta["tokenizer"])
         assert n_vocab == 260 and tok.hash == tok_hash and 257 in tokens
         assert tok.decode(tokens.tolist()) == TEXT[:int(len(TEXT) * 0.9)]
         with pytest.raises(UserError, match="gone_base could not be fetched.*--tokenizer=byte"):
@@ -2118,7 +2121,165 @@ def test_big_text_in_pieces(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert peak < 1 << 19 < os.path.getsize(path)
     tokens, *_ = prepare.open_bin(tmp_path / "big" / "val.bin")
-    assert bytes(tokens.astype(np.uint8)).decode() == path.read_text()[int(os.path.getsize(path) * 0.9):]
+    text = bytes(np.asarray(tokens, np.uint8)).decode()
+    assert text == path.read_text()[int(os.path.getsize(path) * 0.9):]
+
+
+def test_texts_are_read_in_one_way(tmp_path, monkeypatch):
+    """A file or standard input, without its byte-order mark, with its line ends; no JSON lines."""
+    body = "\ufeffa\r\nb\ufeff\u2028c\rd\n".encode()
+    (tmp_path / "x.txt").write_bytes(body)
+    for size in (1, 2, 3, 100):
+        assert "".join(prepare.pieces(tmp_path / "x.txt", size)) == "a\r\nb\ufeff\u2028c\rd\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(body)))
+    assert "".join(prepare.pieces("-")) == body.decode()[1:]
+    for name in ("x.jsonl", "x.NDJSON"):
+        (tmp_path / name).write_text('{"text": "a"}\n' * 100)
+        refused(prepare.main, [f"--input={tmp_path / name}", f"--data_dir={tmp_path}"], name,
+                "extract their text")
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    quiet(prepare.main, [f"--input={tmp_path}/x.txt", f"--data_dir={tmp_path}"])
+    assert "\ufeff" not in prepare.open_dataset("x", str(tmp_path))["tokenizer"]["chars"]
+    os.mkfifo(tmp_path / "pipe")  # (and nobody waits for somebody who writes into it)
+    for path in (tmp_path / "pipe", "/dev/stdin", "-", tmp_path):
+        refused(prepare.main, [f"--input={path}", "--name=p", f"--data_dir={tmp_path}"], str(path),
+                "save it as a file")
+
+
+def test_separators_end_documents(tmp_path, monkeypatch):
+    """As re.split has it, wherever pieces are cut; the last tenth of the letters is val, and no
+    letter is lost."""
+    rng, end = np.random.default_rng(0), prepare.END
+    for separator in (end, "aa", "aba", "\n\n", "\r"):
+        for _ in range(100):
+            text = "".join(rng.choice(["a", "b", "\n", "\r", separator], rng.integers(1, 30)))
+            (tmp_path / "x.txt").write_bytes(text.encode())
+            monkeypatch.setattr(prepare.pieces, "__defaults__", (int(rng.integers(1, 9)),))
+            got = [""]
+            for part, ends in prepare.documents(tmp_path / "x.txt", separator):
+                got[-1] += part
+                got += [""] * ends
+            assert got == re.split(re.escape(separator) + "(?:\r?\n)?", text), text
+    monkeypatch.undo()
+    docs = [f"document {i} says this\n" for i in range(100)]
+    (tmp_path / "x.txt").write_text(f"{end}\n".join(docs))
+    argv = [f"--input={tmp_path}/x.txt", f"--data_dir={tmp_path}"]
+    assert "--separator='<|endoftext|>'" in quiet(prepare.main, argv)
+    refused(prepare.main, ["cipher", "--separator=x"], "separator")
+    for more in ([], ["--tokenizer=byte"]):
+        said = quiet(prepare.main, [*argv, f"--separator={end}", "--overwrite", *more])
+        assert "endoftext" not in said
+        meta = prepare.open_dataset("x", str(tmp_path))
+        splits = [np.asarray(prepare.open_bin(tmp_path / "x" / f"{s}.bin")[0])
+                  for s in ("train", "val")]
+        ids, n = np.concatenate(splits), len("".join(docs))
+        assert (ids == meta["eot"]).sum() == 100 and ids[-1] == meta["eot"]
+        assert (splits[1] != meta["eot"]).sum() == n - int(n * 0.9)
+        text = prepare.Tokenizer(meta["tokenizer"]).decode(ids.tolist())
+        assert text == "\n\n".join(docs) + "\n\n"
+
+
+def test_a_dataset_is_replaced_by_itself_alone(tmp_path):
+    """The same again is made again; anything else is refused, whatever differs, unless --overwrite;
+    damage is no dataset."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(TEXT)
+    text = [f"--input={tmp_path}/a.txt", "--name=x", f"--data_dir={tmp_path}"]
+    task = ["plan", "--n_docs=100", f"--data_dir={tmp_path}"]
+    for argv, changes in ((text, (["--tokenizer=byte"], ["--separator=."],
+                                  [f"--input={tmp_path}/b.txt"])),
+                          (task, (["--seed=2"], ["--n_docs=200"], ["--n_pause=3"]))):
+        quiet(prepare.main, argv)
+        folder = tmp_path / (argv[1][7:] if argv is text else "plan")
+        before = {n: (folder / n).read_bytes() for n in os.listdir(folder)}
+        quiet(prepare.main, argv)
+        for more in changes:
+            refused(prepare.main, [*argv, *more], str(folder), "--name=OTHER", "--overwrite")
+            assert before == {n: (folder / n).read_bytes() for n in os.listdir(folder)}
+        quiet(prepare.main, [*argv, *more, "--overwrite"])
+        assert before["meta.json"] != (folder / "meta.json").read_bytes()
+        (folder / "meta.json").write_bytes(before["meta.json"][:-9])
+        quiet(prepare.main, argv)
+        assert before == {n: (folder / n).read_bytes() for n in os.listdir(folder)}
+
+
+def test_names_stay_in_data_dir(tmp_path):
+    (tmp_path / "ok.txt").write_text(TEXT)
+    for name in ("../x", "a/b", "..", ".", "/tmp/x", "a\\b", "C:x"):
+        refused(prepare.main, [f"--input={tmp_path}/ok.txt", f"--data_dir={tmp_path}/d",
+                               f"--name={name}"], "one folder under data_dir", repr(name))
+        refused(train.main, [f"--dataset={name}", f"--data_dir={tmp_path}/d",
+                             f"--out_dir={tmp_path}/o"], "one folder", repr(name))
+    assert not os.path.exists(tmp_path / "d")
+
+
+def test_token_files_are_checked_where_they_are_read(tmp_path, monkeypatch):
+    """Column reads as NumPy does; a damaged block is found when it is touched, in the tokens and in
+    the mask, and no other costs."""
+    monkeypatch.setattr(prepare, "BLOCK", 64)
+    path, rng = tmp_path / "x" / "train.bin", np.random.default_rng(0)
+    path.parent.mkdir()
+    for n_vocab in (1000, 70_000):
+        want, mask = rng.integers(n_vocab, size=777), rng.integers(2, size=777)
+        with prepare.replacing(path) as f:
+            w = prepare.BinWriter(f, n_vocab, "0" * 64, masked=True)
+            for i in range(0, 777, 100):
+                w.add(want[i:i + 100], mask[i:i + 100])
+            w.close()
+        good = path.read_bytes()
+        for at in (0, -1, 776, slice(5, 9), slice(None), slice(9, 5), slice(None, None, -3),
+                   slice(700, 9999), np.array([[1, -2], [776, 3]])):
+            tokens, masked, *_ = prepare.open_bin(path)  # nothing is known yet
+            assert np.array_equal(tokens[at], want[at]) and np.array_equal(masked[at], mask[at])
+        assert np.array_equal(np.asarray(tokens, np.int64), want)
+        assert len(tokens) == len(masked) == 777
+        width = 2 if n_vocab == 1000 else 4
+        for column, place in ((0, 300 * width), (1, 777 * width + 300)):
+            path.write_bytes(good[:96 + place] + bytes([good[96 + place] ^ 1]) + good[97 + place:])
+            tokens = prepare.open_bin(path)[column]
+            right = (want, mask)[column]
+            assert np.array_equal(tokens[:200], right[:200]) and tokens[776] == right[776]
+            for at in (300, slice(290, 310), slice(None), np.arange(777), np.array([[3, 300]])):
+                with pytest.raises(UserError, match="train.bin is damaged.*SHA-256.*make it again: "
+                                                    "python prepare.py --input=FILE --name=x"):
+                    tokens[at]
+    with prepare.replacing(path) as f:
+        w = prepare.BinWriter(f, 1000, "0" * 64)
+        w.add([1] * 100 + [1000])
+        w.close()
+    tokens = prepare.open_bin(path)[0]
+    assert tokens[:32].sum() == 32
+    with pytest.raises(UserError, match="token 1000, beyond its vocabulary of 1000"):
+        tokens[-1]
+
+
+def test_bad_meta(tmp_path, data_dir):
+    """A letter changed, and any value of another type behind a checksum that fits: one sentence,
+    when the dataset is opened."""
+    shutil.copytree(os.path.join(data_dir, "chain"), tmp_path / "chain")
+    path = tmp_path / "chain" / "meta.json"
+    good = prepare.unseal(path.read_bytes())
+    whole = path.read_bytes()
+    bad = [whole.replace(b'"source"', b'"sauce"'), whole.replace(b"abcd", b"abxd"), b"", b"[]",
+           b"{}", b"\xff", b"[" * 10 ** 5, whole[:-3]]
+    for key in good.keys() - {"task", "n_docs", "doc_len", "n_pause", "seed", "made_from"}:
+        bad += [prepare.seal({**good, key: value})
+                for value in ([], "x", -1.5, {"train": 1}, {"kind": "char"}, 10 ** 30)
+                if not (key == "source" and value == "x")]
+    for spec in ({"kind": "char", "chars": "aa", "eot": True},
+                 {"kind": "char", "chars": "", "eot": False}, {"kind": "byte", "x": 1},
+                 {"kind": []}, {"kind": "tiktoken", "encoding": 3}):
+        bad.append(prepare.seal({**good, "tokenizer": spec,
+                                 "tokenizer_sha256": prepare.spec_hash(spec)}))
+    for raw in bad:
+        path.write_bytes(raw)
+        with pytest.raises(UserError,
+                           match="meta.json is damaged.*python prepare.py chain --data_dir"):
+            prepare.open_dataset("chain", str(tmp_path))
+    with pytest.raises(ValueError):
+        prepare.check_tokenizer({"kind": "char", "chars": "a\ud800", "eot": True})
+    path.write_bytes(whole)
+    assert prepare.open_dataset("chain", str(tmp_path)) == good
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2219,7 +2380,10 @@ def trained(data_dir, tmp_path_factory):
 
 def test_without_a_compiler(trained, data_dir, tmp_path, monkeypatch):
     """No C++ compiler: training says so and goes on uncompiled, sample --compile says what to install."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert config.compiles("g++") == bool(shutil.which("g++"))
+    for cxx in ("no-such-compiler", "false", "true", os.devnull):  # "true" makes nothing
+        monkeypatch.setenv("CXX", cxx)
+        assert "C++ compiler" in config.compiler_missing("cpu")
     said = []
     run(data_dir, tmp_path, compile=True, max_iters=1, say=said.append)
     assert any("C++ compiler" in s and "uncompiled" in s for s in said) and not any("compiling" in s for s in said)
@@ -3409,16 +3573,78 @@ def test_bad_settings(tmp_path, data_dir):
 
 @pytest.mark.parametrize("code", ["import os", "n_layer = __import__('os').getpid()", "n_layer = open('x')", "for i in []: pass",
                                   "n_layer = [i for i in (1,)]", "n_layer = 1 if True else 2", "a.b = 1", "layers = 'A' * 10**99",
-                                  "layers = 'A' * 99999999", "n_layer = (", "n_layer = 1 / 0"])
+                                  "layers = 'A' * 99999999", "n_layer = (", "n_layer = 1 / 0",
+                                  "layers = 'A' * 2",
+                                  "layers = '%999999999d' % 1", "n_head = (1,) * 12",
+                                  "n_head = (4,) + (2,)", "n_layer = -True",
+                                  "n_layer = " + "-" * 200 + "1",
+                                  "n_layer = " + "1+" * 20_000 + "1", "n_layer = " + "(" * 500,
+                                  "n_layer = " + "9" * 5000, "n_layer = 9223372036854775807 + 1",
+                                  "min_lr = 1e999",
+                                  "min_lr = 1e300 * 1e300", "n_layer = 1\n" * 20_000,
+                                  "n_layer = 1\0", "n_layer = [" * 60 + "1" + "]" * 60])
 def test_presets_are_never_run(code, tmp_path):
     (tmp_path / "p.py").write_text(code)
     refused(train.main, [str(tmp_path / "p.py")], "p.py")
 
 
 def test_presets_are_arithmetic(tmp_path):
-    (tmp_path / "p.py").write_text('"""doc"""\nn_embd = 6 * 64\nlayers = "A" * 12\nmin_lr = 1e-3 / 10\nn_kv_head = (1,) * 12\n')
+    (tmp_path / "p.py").write_text('\ufeff"""doc"""\nn_embd = 6 * 64\nlayers = "AAA"\n'
+                                   'min_lr = 1e-3 / 10\nn_kv_head = (1, 1 + 1)\n')
     m, t, _ = config.parse(["--n_embd=96", str(tmp_path / "p.py")], GPTConfig, TrainConfig)
-    assert m == {"n_embd": 96, "layers": "A" * 12, "n_kv_head": (1,) * 12} and t == {"min_lr": 1e-4}
+    assert m == {"n_embd": 96, "layers": "AAA", "n_kv_head": (1, 2)} and t == {"min_lr": 1e-4}
+
+
+def test_random_presets_end_in_a_sentence(tmp_path):
+    rng = np.random.default_rng(0)
+    leaves = ["1", "2.5", "'A'", "True", "None", "9" * 30, "1e308", "x", "()", "'%d'", "-0", "0",
+              "f''", "lambda: 1", "{}", "\\", "\0", "é", "1_0j"]
+    joints = [" + ", " - ", " * ", " // ", " % ", " / ", " ** ", ", ", " if ", "(", ")", "[", "]",
+              "-", "(-", "\n", " = ", ": ", "#"]
+    for i in range(400):
+        code = "".join(f"{rng.choice(leaves)}{rng.choice(joints) * int(rng.choice([1, 1, 1, 100]))}"
+                       for _ in range(rng.integers(1, 9)))
+        (tmp_path / "p.py").write_text("n_layer = " + code + rng.choice(leaves[:2]))
+        try:
+            config.parse([str(tmp_path / "p.py")], GPTConfig, TrainConfig)
+        except UserError as e:
+            assert "p.py" in str(e) or "n_layer" in str(e)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--max_iters=" + "9" * 5000], ["max_iters", "int"]),
+    (["--max_iters=" + "9" * 30], ["max_iters", "64 bits"]),
+    (["--learning_rate=1e999"], ["learning_rate", "64 bits"]),
+    (["--learning_rate=nan"], ["learning_rate"]),
+    (["--learning_rate=-inf"], ["learning_rate"]),
+    (["--max_iters=" + "-" * 5000 + "1"], ["max_iters", "int"]),
+    (["--out_dir=" + "x" * 10_001], ["out_dir", "10,000"]),
+    (["--lr=1"], ["did you mean learning_rate?"]),
+    (["--bs=1"], ["batch_size"]), (["--n_layers=3"], ["n_layer?"]), (["--=3"], ["--=3"]),
+    (["book.txt"], ["book.txt", "preset"])])
+def test_what_a_stranger_gives(argv, words):
+    assert len(refused(train.main, argv, *words)) < 250
+
+
+def test_advice_that_can_be_followed(tmp_path, data_dir):
+    text = refused(prepare.main, [f"{data_dir}/t.txt"], "--input=")
+    quiet(prepare.main, [text.split("given as ")[1], f"--data_dir={tmp_path}"])
+    refused(prepare.main, ["shakespere"], "did you mean shakespeare?")
+    refused(sample.main, ["ROMEO:"], "--prompt=ROMEO:")
+    refused(sample.main, [f"{data_dir}/t.txt"], f"--prompt=FILE:{data_dir}/t.txt")
+    refused(sample.main, ["--num_samples=3"], "did you mean n?")
+    tok = prepare.Tokenizer(prepare.tokenizer_spec("char", "ab"))
+    refused(tok.encode, "x", "python prepare.py --tokenizer=byte --input=FILE")
+    for k, v in (("n_docs", 10 ** 9), ("doc_len", 10 ** 7), ("separator", "x" * 1001)):
+        refused(prepare.main, ["cipher", f"--{k}={v}"], k)
+    refused(prepare.main, ["plan", "--n_docs=10", f"--data_dir={tmp_path}"], "--n_docs")
+    text = refused(prepare.main, [f"--input={tmp_path}/short.txt", f"--data_dir={tmp_path}"],
+                   "short.txt")
+    (tmp_path / "short.txt").write_text("x" * 12)
+    text = refused(prepare.main, [f"--input={tmp_path}/short.txt", f"--data_dir={tmp_path}"],
+                   "64 are needed", "640")
+    (tmp_path / "short.txt").write_text("x" * 640)
+    quiet(prepare.main, [f"--input={tmp_path}/short.txt", f"--data_dir={tmp_path}"])
 
 
 def test_every_preset_is_valid():
@@ -3452,7 +3678,7 @@ def test_bad_text(tmp_path):
     prep("latin.txt", "é".encode("latin-1") * 50, "latin.txt", "UTF-8")
     prep("short.txt", b"abc", "too short")
     refused(prepare.main, [f"--input={tmp_path}/gone.txt", f"--data_dir={tmp_path}/d"], "gone.txt")
-    (tmp_path / "ok.txt").write_text("short but fine, " * 3)
+    (tmp_path / "ok.txt").write_text("short but fine, " * 50)
     quiet(prepare.main, [f"--input={tmp_path}/ok.txt", f"--data_dir={tmp_path}/d"])
     refused(train.main, ["--dataset=ok", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"], "block_size", "tokens")
     refused(train.main, ["--dataset=none", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"], "none", "python prepare.py")
@@ -3460,7 +3686,6 @@ def test_bad_text(tmp_path):
 
 
 def test_bad_bin(tmp_path, data_dir):
-    import shutil
     shutil.copytree(os.path.join(data_dir, "text"), tmp_path / "text")
     path = tmp_path / "text" / "train.bin"
     good = path.read_bytes()
@@ -3472,10 +3697,10 @@ def test_bad_bin(tmp_path, data_dir):
     bad(good[:-1], "train.bin", "truncated")
     bad(good[:20], "train.bin", "not a token file")
     bad(b"PK\3\4" + good, "train.bin", "not a token file")
-    bad(good[:8] + b"\2" + good[9:], "format 2")
-    bad(good[:96] + b"\xff\xff" + good[98:], "token 65535", "vocabulary")
-    bad(good[:32] + b"\0" * 32 + good[64:], "tokenizer")
-    bad(good[:64] + b"\0" * 32 + good[96:], "another text")
+    bad(good[:8] + b"\1" + good[9:], "format 1", "make it again", f"--data_dir={tmp_path}")
+    for at in (16, 40, 70, len(good) - 1):  # vocabulary, tokenizer, content, table
+        bad(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:], "SHA-256 of its header")
+    bad((tmp_path / "text" / "val.bin").read_bytes(), "another text")
     path.write_bytes(good)
     run(str(tmp_path), tmp_path / "o", max_iters=1)
 
@@ -3507,11 +3732,91 @@ def test_bad_checkpoint(trained, tmp_path, data_dir, capsys):
     refused(sample.main, [f"--out_dir={trained}/strong", "--prompt=día 7"], "'í'", "'7'")
     refused(sample.main, [f"--out_dir={trained}/strong", "--prompt="], "empty")
     refused(sample.main, [f"--out_dir={trained}/strong", f"--prompt=FILE:{tmp_path}/no"], "cannot be read")
-    prepare.save_checkpoint(str(tmp_path / "x.pt"), {**prepare.load_checkpoint(trained / "weak" / "ckpt.pt"),
-                                                     "tokenizer": {"kind": "byte"}})
+    weak = prepare.load_checkpoint(trained / "weak" / "ckpt.pt")
+    prepare.save_checkpoint(str(tmp_path / "x.pt"), {**weak, "tokenizer": {"kind": "byte"}})
+    refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={tmp_path}/x.pt"],
+            "its tokenizer has 257 tokens")
+    weak["tokenizer"]["chars"] = weak["tokenizer"]["chars"].replace("a", "é")
+    prepare.save_checkpoint(str(tmp_path / "x.pt"), weak)
     refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={tmp_path}/x.pt"], "tokenizer")
     with pytest.raises(UserError, match="no checkpoint under"):
         sample.newest(str(tmp_path / "empty"))
+
+
+def reseal(path, body):
+    with open(path, "wb") as f:
+        f.write(prepare.CKPT_MAGIC + hashlib.sha256(body).digest() + body)
+
+
+def test_what_is_no_checkpoint_takes_no_memory(tmp_path):
+    """A device, a pipe, a folder, and archives that unpack to more than they are: refused before
+    they are read."""
+    os.mkfifo(tmp_path / "pipe.pt")
+    os.mkdir(tmp_path / "folder.pt")
+    for path in ("/dev/zero", tmp_path / "pipe.pt", tmp_path / "folder.pt"):
+        refused(prepare.load_checkpoint, path, "not a file")
+    body = io.BytesIO()
+    torch.save({"step": torch.zeros(10 ** 6)}, body)
+    with zipfile.ZipFile(body) as old, zipfile.ZipFile(tmp_path / "packed", "w",
+                                                       zipfile.ZIP_DEFLATED) as new:
+        for e in old.infolist():
+            new.writestr(e.filename, old.read(e))
+    reseal(tmp_path / "x.pt", (tmp_path / "packed").read_bytes())
+    assert os.path.getsize(tmp_path / "x.pt") < 10_000
+    refused(prepare.load_checkpoint, tmp_path / "x.pt", "was not loaded")
+
+
+def test_damage_behind_a_hash_that_fits_is_one_sentence(data_dir, tmp_path):
+    """Random bytes of a checkpoint changed, and random parts of it replaced: refused, or of the
+    shape that train.py writes."""
+    run(data_dir, tmp_path, max_iters=2)
+    path, rng = tmp_path / "x.pt", np.random.default_rng(0)
+    good = (tmp_path / "ckpt.pt").read_bytes()[40:]
+    zeros = torch.zeros(1)
+    junk = [None, True, -1, 2 ** 80, 1.5, math.nan, "x", [], {}, [[]], {"x": {}}, {0: {}}, (1,),
+            zeros, zeros.expand(10 ** 6, 10 ** 6), zeros / 0,
+            zeros.to(torch.complex64), torch.zeros(3, dtype=torch.int64), zeros.to_sparse(),
+            torch.empty(5, device="meta"), b"x"]
+    outcomes = set()
+
+    def check():
+        try:
+            data = prepare.load_checkpoint(path)
+        except UserError as e:
+            assert "\n" not in str(e)
+            return outcomes.add(str(e).split("x.pt")[1][:30])
+        outcomes.add("loaded")
+        assert all(type(t) is torch.Tensor and t.is_floating_point() and torch.isfinite(t).all()
+                   for t in data["model"].values())
+        assert type(data["step"]) is int and math.isfinite(data["step_seconds"])
+        assert prepare.Tokenizer(data["tokenizer"]).n_vocab
+        assert all(isinstance(s, dict) for o in data["optimizers"] for s in o["state"].values())
+
+    start = good.index(b"data.pkl")
+    for i in range(150):
+        body = bytearray(good)
+        for at in rng.integers(*((start, start + 4000) if i % 2 else (0, len(body))),
+                               size=rng.integers(1, 4)):
+            body[at] = rng.integers(256)
+        reseal(path, bytes(body) if i % 5 else bytes(body[:rng.integers(len(body))]))
+        check()
+    for i in range(150):
+        data = prepare.read_checkpoint(tmp_path / "ckpt.pt")
+        at, key = data, list(data)[i % len(data)]
+        while isinstance(at[key], (dict, list)) and at[key] and rng.random() < 0.7:
+            at = at[key]
+            keys = list(at) if isinstance(at, dict) else range(len(at))
+            key = keys[int(rng.integers(len(at)))]
+        at[key] = junk[rng.integers(len(junk))]
+        if isinstance(at, dict) and rng.random() < 0.2:
+            del at[key]
+        prepare.save_checkpoint(path, data)
+        check()
+    assert len(outcomes) == 3 and "loaded" in outcomes
+    data = prepare.read_checkpoint(tmp_path / "ckpt.pt")
+    data.pop("validated", None)  # as of an earlier version
+    prepare.save_checkpoint(path, data)
+    assert prepare.load_checkpoint(path)["validated"] is None
 
 
 def test_resuming_something_else_is_refused(data_dir, tmp_path):
@@ -3533,11 +3838,17 @@ def test_resuming_something_else_is_refused(data_dir, tmp_path):
     assert c["step"] == 4
 
 
+def steps_in(folder):
+    """{name: step} of the whole checkpoints in a folder."""
+    return {n: prepare.read_checkpoint(folder / n)["step"] for n in os.listdir(folder)
+            if n.endswith(".pt") and prepare.is_whole(folder / n)}
+
+
 def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path, monkeypatch):
     path = str(tmp_path / "ckpt.pt")
     prepare.save_checkpoint(path, {"step": 1})
     prepare.save_checkpoint(path, {"step": 2})
-    assert prepare.load_checkpoint(path)["step"] == 2 and prepare.load_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+    assert steps_in(tmp_path) == {"ckpt.pt": 2, "ckpt_prev.pt": 1}
     import resource  # a real limit: the kernel refuses to write past it, as a full disk does
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -3547,7 +3858,8 @@ def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
-    assert prepare.load_checkpoint(path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
+    assert steps_in(tmp_path) == {"ckpt.pt": 2, "ckpt_prev.pt": 1}
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
 
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -3555,7 +3867,79 @@ def test_two_checkpoints_are_kept_and_a_full_disk_loses_none(data_dir, tmp_path,
     with pytest.raises(UserError, match="No space left"):
         prepare.save_checkpoint(path, {"step": 4})
     monkeypatch.undo()
-    assert prepare.load_checkpoint(path)["step"] == 2 and prepare.load_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
+    assert steps_in(tmp_path) == {"ckpt.pt": 2, "ckpt_prev.pt": 1}
+
+
+def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    for step in (1, 2):
+        prepare.save_checkpoint(path, {"step": step}, is_best=step == 1)
+    assert steps_in(tmp_path) == {"ckpt.pt": 2, "ckpt_prev.pt": 1, "ckpt_best.pt": 1}
+    path.write_bytes(path.read_bytes()[:-1])
+    prepare.save_checkpoint(path, {"step": 3})
+    assert steps_in(tmp_path) == {"ckpt.pt": 3, "ckpt_prev.pt": 1, "ckpt_best.pt": 1}
+    prepare.save_checkpoint(path, {"step": 4}, demote=False, is_best=True)
+    assert steps_in(tmp_path) == {"ckpt.pt": 4, "ckpt_prev.pt": 1, "ckpt_best.pt": 4}
+    assert os.path.samefile(path, tmp_path / "ckpt_best.pt")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch, links):
+    """Every call to the system of a save is the last one, in turn: the newest or the one before it
+    is whole, and the next save goes well."""
+    calls = ("replace", "link", "unlink", "fsync", "open")
+    path = tmp_path / "ckpt.pt"
+
+    def killed_at(k):
+        """Whether a save of which the k-th call, and all behind it, do not happen came to its
+        end."""
+        left = [k]
+        with monkeypatch.context() as m:
+            for name in calls:
+                def call(*a, real=getattr(os, name), name=name, **kw):
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise KeyboardInterrupt
+                    if name == "link" and not links:
+                        raise OSError(errno.EPERM, "no links here")
+                    return real(*a, **kw)
+                m.setattr(os, name, call)
+            try:
+                prepare.save_checkpoint(path, {"step": 3}, is_best=True)
+                return False
+            except KeyboardInterrupt:
+                return True
+
+    for k in itertools.count():
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        prepare.save_checkpoint(path, {"step": 1}, is_best=True)
+        prepare.save_checkpoint(path, {"step": 2})
+        going_on = killed_at(k)
+        now = steps_in(tmp_path)
+        assert now["ckpt.pt"] in (2, 3) and now["ckpt_prev.pt"] in (1, 2)
+        assert now["ckpt_best.pt"] in (1, 3)
+        prepare.save_checkpoint(path, {"step": 4})
+        assert steps_in(tmp_path)["ckpt.pt"] == 4
+        assert not [n for n in os.listdir(tmp_path) if "ckpt.pt." in n]
+        if not going_on:
+            break
+    assert k > 5
+
+
+def test_what_a_killed_program_left_is_swept(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [f"x.bin.{gone.pid}.tmp", f"x.bin.{gone.pid}.tmp.old", f"x.bin.{os.getpid()}.tmp"]
+    kept = [f"x.bin.{os.getppid()}.tmp", f"y.bin.{gone.pid}.tmp", f"x.bin.{gone.pid}.tmp2",
+            "x.bin.tmp", f"x.bin.a{gone.pid}.tmp"]
+    for name in left + kept:
+        (tmp_path / name).write_text("")
+    (tmp_path / "x.bin.99999999.tmp").mkdir()
+    with prepare.replacing(tmp_path / "x.bin") as f:
+        f.write(b"1")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "x.bin", "x.bin.99999999.tmp"])
+    refused(lambda path: prepare.replacing(path).__enter__(), "/dev/null", "device")
 
 
 def test_out_dir_refused(data_dir, tmp_path):
@@ -3606,6 +3990,49 @@ def test_exit_code_2_and_one_sentence(argv):
     r = cli(*argv)
     assert r.returncode == 2 and r.stdout == "" and "Traceback" not in r.stderr
     assert r.stderr.startswith(argv[0]) and r.stderr.count("\n") == 1
+
+
+def program(code, *redirect, **env):
+    """A program whose main is `code`: (exit code, stdout, stderr)."""
+    body = ("import sys\nimport config\nfrom config import UserError\n"
+            f"def main(argv):\n    {code}\nconfig.run(main)")
+    r = subprocess.run(["sh", "-c", " ".join(['exec "$0" -c "$1"', *redirect]), sys.executable,
+                        body], capture_output=True, cwd=HERE,
+                       env={**os.environ, **env}, timeout=60)
+    return r.returncode, r.stdout.decode(), r.stderr.decode()
+
+
+def test_how_a_program_ends():
+    """One sentence, nothing that steers a terminal, and an exit code that says what happened,
+    whatever the streams are."""
+    assert program("raise UserError('a \\x1b[31m b')")[::2] == (2, "-c: a \\x1b[31m b\n")
+    for what in ("MemoryError",
+                 "RuntimeError('[enforce] DefaultCPUAllocator: not enough memory: you tried')",
+                 "RuntimeError('CUDA out of memory.')"):
+        code, _, err = program(f"raise {what}")
+        assert code == 2 and err.count("\n") == 1 and "batch_size" in err
+    code, _, err = program("raise RuntimeError('shapes')")  # a fault of ours stays one
+    assert code == 1 and "Traceback" in err
+    assert program("raise KeyboardInterrupt") == (130, "", "")
+    assert program("print('\\u00e9')", PYTHONIOENCODING="ascii") == (0, "\\xe9\n", "")
+    assert program("print('x'); print('y', file=sys.stderr); sys.stdin.read()", "<&-", ">&-",
+                   "2>&-") == (0, "", "")
+    assert program("raise UserError('x')", ">&-", "2>&-")[0] == 2
+    assert program("raise UserError('x')", RANK="0.5")[0] == 2
+    code, _, err = program("print('x' * 100)", ">/dev/full")
+    assert code == 2 and err.count("\n") == 1 and "No space left" in err
+    code, _, err = program("open('/nowhere/x')")
+    assert code == 2 and err.count("\n") == 1 and "/nowhere/x" in err
+    assert program("print('x' * 100)", "| true")[2] == ""
+
+
+@pytest.mark.parametrize("name, slow", [("train", "torch"), ("prepare", "requests")])
+def test_ctrl_c_while_imports_last(tmp_path, name, slow):
+    (tmp_path / f"{slow}.py").write_text("import os, signal, time\n"
+                                         "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    r = subprocess.run([sys.executable, f"{name}.py"], capture_output=True, cwd=HERE,
+                       env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
+    assert (r.returncode, r.stdout, r.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def small_run(data_dir, out, *more):

@@ -1,7 +1,8 @@
 """Reads presets and --key=value, types them by dataclass, builds --help, and turns a wrong word into one sentence.
 
-A preset is a file of assignments whose values are literals or arithmetic on literals. It is read with `ast` and never
-executed. A setting is a field of a dataclass; its one-line meaning is the comment behind the field, and nowhere else.
+A preset is a file of assignments whose values are literals or arithmetic on numbers. It is read
+with `ast` and never executed. A setting is a field of a dataclass; its one-line meaning is the
+comment behind the field, and nowhere else.
 """
 import ast
 import contextlib
@@ -10,14 +11,19 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import operator
 import os
 import re
-import shutil
+import shlex
+import signal
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import types
 import typing
+import warnings
 
 # torch reads this once, when it is first imported: large blocks on 2 MB pages (a fifth off a step of 10M parameters)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -27,6 +33,13 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 with contextlib.suppress(AttributeError, OSError, TypeError):
     for option, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-3, 2 ** 30)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(option, value)
+
+# Ctrl-C while torch is imported ends our programs silently; `run` brings Python's handler back
+PROGRAMS = [os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), f"{name}.py")
+            for name in ("train", "sample", "prepare", "bench")]
+if (os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "") in PROGRAMS
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class UserError(Exception):
@@ -39,37 +52,52 @@ def visible(text):
                    for c in text)
 
 
+warnings.filterwarnings("ignore", module="<unknown>")  # what Python says of a text that `ast` reads
+
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
        ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
-def evaluate(node):
-    """The value of an ast node made of literals, tuples, lists and + - * / // % on them; ValueError for anything else."""
+def evaluate(node, depth=0):
+    """Return the value of an ast node made of literals, tuples, lists and + - * / // % on numbers.
+    ValueError for anything else and what is nested deeper than 50; OverflowError for a number that
+    64 bits do not hold."""
+    if depth > 50:
+        raise ValueError("what is nested so deeply")
+    value = Ellipsis
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool, type(None))):
-        return node.value
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return tuple(evaluate(e) for e in node.elts)
-    if isinstance(node, ast.UnaryOp) and type(node.op) in OPS:
-        return OPS[type(node.op)](evaluate(node.operand))
-    if isinstance(node, ast.BinOp) and type(node.op) in OPS:
-        a, b = evaluate(node.left), evaluate(node.right)
-        for seq, n in ((a, b), (b, a)):  # "A" * 10**9 would be a file that eats the machine
-            if isinstance(seq, (str, tuple)) and isinstance(n, int) and len(seq) * n > 10_000:
-                raise ValueError("a repetition this long")
-        return OPS[type(node.op)](a, b)
-    raise ValueError(ast.unparse(node))
+        value = node.value
+    elif isinstance(node, (ast.Tuple, ast.List)):
+        value = tuple(evaluate(e, depth + 1) for e in node.elts)
+    elif isinstance(node, (ast.UnaryOp, ast.BinOp)) and type(node.op) in OPS:
+        parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+        numbers = [evaluate(e, depth + 1) for e in parts]
+        if all(type(n) in (int, float) for n in numbers):
+            value = OPS[type(node.op)](*numbers)
+    if value is Ellipsis:
+        raise ValueError(ast.unparse(node))
+    if type(value) is int and not -2 ** 63 <= value < 2 ** 63\
+            or type(value) is float and not math.isfinite(value):
+        raise OverflowError("a number that 64 bits do not hold")
+    return value
 
 
 def read_preset(path):
     """A preset file as {name: value}; UserError names the line that is not an assignment of a literal."""
     try:
-        with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read())
+        with open(path, "rb") as f:
+            raw = f.read(100_001)
+        if len(raw) > 100_000:
+            raise UserError(f"preset {path} is longer than 100,000 bytes; write lines such as "
+                            f"n_layer = 6")
+        tree = ast.parse(raw.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"preset {path} cannot be read ({getattr(e, 'strerror', None) or e}); "
                         f"presets are the .py files in config/") from None
-    except (SyntaxError, ValueError) as e:
-        raise UserError(f"preset {path} is not a list of assignments ({e}); write lines such as n_layer = 6") from None
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        raise UserError(f"preset {path} is not a list of assignments "
+                        f"({str(e)[:80] or 'nested too deeply'}); "
+                        f"write lines such as n_layer = 6") from None
     out = {}
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -79,9 +107,9 @@ def read_preset(path):
                             f"code in a preset is never run")
         try:
             out[node.targets[0].id] = evaluate(node.value)
-        except (ValueError, TypeError, ArithmeticError) as e:
+        except (ValueError, ArithmeticError, RecursionError) as e:
             raise UserError(f"preset {path}, line {node.lineno}: {node.targets[0].id} must be a literal or arithmetic "
-                            f"on literals, not {str(e)[:80]}") from None
+                            f"on numbers, not {str(e)[:80]}") from None
     return out
 
 
@@ -96,10 +124,16 @@ def coerce(key, value, kind):
     float and a single string for a tuple of strings. UserError says what was expected."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     given = value
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and (len(text) > 10_000 or "\0" in text):
+            raise UserError(f"{key} takes at most 10,000 characters and no zero byte; a longer "
+                            f"text goes into a file")
     if isinstance(value, str) and str not in kinds and not any(typing.get_args(k)[:1] == (str,) for k in kinds):
         try:
             value = evaluate(ast.parse(value.strip(), mode="eval").body)
-        except (ValueError, TypeError, SyntaxError, ArithmeticError):
+        except OverflowError as e:
+            raise UserError(f"{key} was given {e} ({value[:40]}); give a smaller one") from None
+        except (ValueError, SyntaxError, ArithmeticError, MemoryError, RecursionError):
             value = {"true": True, "false": False}.get(value.lower(), value)
     for k in kinds:
         item = typing.get_args(k)[:1]
@@ -114,12 +148,38 @@ def coerce(key, value, kind):
         elif isinstance(value, k) and (k is bool or not isinstance(value, bool)):
             return value
     names = " or ".join(getattr(k, "__name__", str(k)) if not typing.get_args(k) else str(k) for k in kinds)
-    raise UserError(f"{key} takes {names}, not {given!r}")
+    raise UserError(f"{key} takes {names}, not {given!r:.80}")
+
+
+ALIASES = {  # what other programs call a setting: what it is called here
+    "accum": "gradient_accumulation_steps", "bs": "batch_size", "checkpoint": "out_dir",
+    "ckpt": "out_dir", "context_length": "block_size", "d_model": "n_embd", "depth": "n_layer",
+    "dim": "n_embd", "file": "input", "heads": "n_head", "hidden_size": "n_embd",
+    "iters": "max_iters", "lr": "learning_rate", "max_length": "max_new_tokens",
+    "max_steps": "max_iters", "max_tokens": "max_new_tokens", "num_heads": "n_head",
+    "num_layers": "n_layer", "num_samples": "n", "out": "out_dir", "resume": "init_from",
+    "seq_len": "block_size", "start": "prompt", "steps": "max_iters", "temp": "temperature",
+    "wd": "weight_decay"}
 
 
 def nearest(word, words):
-    close = difflib.get_close_matches(word, list(words), 1, 0.5)
+    known = ALIASES.get(word.lower())
+    close = [known] if known in words else difflib.get_close_matches(word, list(words), 1, 0.5)
     return f"; did you mean {close[0]}?" if close else "; --help lists them all"
+
+
+def stray(arg, words, types_):
+    """Return what to say of a word that is neither a setting nor one of `words`."""
+    there = os.path.exists(arg)
+    text = next((f"--{k}={'FILE:' * (k == 'prompt' and there)}{arg}" for k in ("input", "prompt")
+                 if k in types_), "")
+    if not words:
+        return (f"{arg} is neither a preset (a file that ends in .py, such as "
+                f"config/shakespeare.py) nor a setting (such as --seed=1)")
+    like = nearest(arg, words)
+    if text and (there or "did you mean" not in like):
+        like = f"; a text is given as {shlex.quote(text)}"
+    return f"{arg} is none of {', '.join(words)}{like}"
 
 
 def show_help(doc, classes):
@@ -144,7 +204,7 @@ def parse(argv, *classes, doc="", words=(), free=()):
         if arg in ("--help", "-h"):
             show_help(doc, classes)
             sys.exit(0)
-        if not arg.startswith("-"):
+        if not arg.startswith("-") or arg == "-":
             if found and found[0] in free:
                 found.append(arg)
                 continue
@@ -153,10 +213,8 @@ def parse(argv, *classes, doc="", words=(), free=()):
             elif words is None or arg in words:
                 found.append(arg)
                 continue
-            elif words:
-                raise UserError(f"{arg} is none of {', '.join(words)}{nearest(arg, words)}")
             else:
-                raise UserError(f"{arg} is neither a preset (a file that ends in .py) nor a --key=value")
+                raise UserError(stray(arg, words, types_))
         else:
             key, eq, value = arg.lstrip("-").partition("=")
             key = key.replace("-", "_")
@@ -165,7 +223,7 @@ def parse(argv, *classes, doc="", words=(), free=()):
             pairs = [(key, value if eq else True, "the command line")]
         for key, value, where in pairs:
             if key not in types_:
-                raise UserError(f"{key} (in {where}) is not a setting{nearest(key, types_)}")
+                raise UserError(f"{key or arg} (in {where}) is not a setting{nearest(key, types_)}")
             value = coerce(key, value, types_[key])
             if not arg.startswith("-"):
                 given[key] = value
@@ -194,28 +252,83 @@ def within(cfg, low=None, high=None, *names):
                              f"{name} must lie between {low} and {high}, not {value}")
 
 
+@functools.lru_cache
+def compiles(cxx):
+    """Whether a C++ compiler makes a shared library of one line: tried, once."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source, made = os.path.join(folder, "x.cpp"), os.path.join(folder, "x.so")
+            with open(source, "w") as f:
+                f.write("int x() { return 1; }")
+            how = ["-shared", "-fPIC", source, "-o", made]
+            if sys.platform == "win32":
+                how = ["/LD", source, f"/Fe:{made}"]
+            subprocess.run([cxx, *how], cwd=folder, capture_output=True, timeout=60, check=True)
+            return os.path.exists(made)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
+
+
 def compiler_missing(device):
     """What torch.compile needs on this device ("cpu" or "cuda") and does not find; "" where nothing is missing."""
     if device == "cuda":
         from torch.utils._triton import has_triton
         return "" if has_triton() else "Triton for this GPU"
-    if sys.platform == "linux" and not shutil.which(os.environ.get("CXX", "g++")):
-        return "a C++ compiler (package g++)"
+    usual, package = {
+        "darwin": ("clang++", "the Xcode tools: xcode-select --install"),
+        "win32": ("cl", "Visual Studio's build tools")}.get(sys.platform, ("g++", "package g++"))
+    cxx = os.environ.get("CXX", usual)  # as torch looks for it
+    if not compiles(cxx):
+        return f"a C++ compiler that works ({cxx} does not; {package})"
     if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
         return "Python.h (package python3-dev)"
     return ""
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory, of the machine or of a GPU, was not enough."""
+    return isinstance(error, MemoryError) or re.search(
+        "not enough memory|out of memory|allocate memory|ALLOC_FAILED", str(error)) is not None
+
+
 def run(main):
-    """main(argv) as a program: exit code 2 and one sentence for a UserError, 130 when interrupted."""
+    """main(argv) as a program. Exit code 2 and one sentence for a UserError, where memory is not
+    enough, and for a file or an output that fails; 130 when interrupted; 141 when nobody reads the
+    output any more."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, mode))
+        if mode == "w":
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    code, why = 0, ""
     try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every process has the same to say
-            print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            code = main(sys.argv[1:])
+        except SystemExit as e:  # --help
+            code = e.code
+        sys.stdout.flush()
+    except UserError as e:  # under torchrun every process has the same to say
+        code, why = 2, str(e) if os.environ.get("RANK", "0") == "0" else ""
     except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
+        code = 141
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except OSError as e:
+        code, why = 2, (f"{e.filename or 'a file or the output'} failed ({e.strerror or e}); see "
+                        f"to it and try again")
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        code, why = 2, ("there is not enough memory for this; lower batch_size, block_size, "
+                        "n_embd or n_layer (in sampling: n, beams or best_of; in preparing: "
+                        "n_docs), or close other programs")
+    with contextlib.suppress(OSError):
+        if why:
+            print(f"{os.path.basename(sys.argv[0])}: {visible(why)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its end, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
