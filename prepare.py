@@ -9,11 +9,13 @@
 Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their own shares) and meta.json.
 """
 import contextlib
+import glob
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -83,6 +85,26 @@ def replacing(path, previous=None):
         fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
+
+
+def sweep(path):
+    """Delete what processes that are gone left beside `path` while they replaced it: the files path.PID.tmp and path.PID.tmp.old."""
+    for left in glob.glob(f"{glob.escape(str(path))}.*.tmp*"):
+        found = re.fullmatch(r"\.(\d{1,9})\.tmp(\.old)?", left[len(str(path)):])
+        if found and os.path.isfile(left) and not alive(int(found[1])):
+            with contextlib.suppress(OSError):
+                os.unlink(left)
+
+
+def alive(pid):
+    """Whether a process of that number runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def hold(path, refusal):
@@ -238,15 +260,20 @@ def checkpoint_path(path):
     return best(last) if os.path.exists(best(last)) else last
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path, state, demote=True, is_best=False):
     """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. The checkpoint that was
-    there becomes *_prev.pt, so two are kept. On failure both stay as they were, and UserError says why."""
+    there becomes *_prev.pt with `demote`; with `is_best` the new one is *_best.pt too. On failure all stay as they were, and
+    UserError says why."""
     import torch
     path, buffer = str(path), io.BytesIO()
     torch.save(state, buffer)
-    with replacing(path, previous=previous(path)) as f:
+    with replacing(path, previous=previous(path) if demote else None) as f:
         f.write(CKPT_MAGIC + hashlib.sha256(buffer.getbuffer()).digest())
         f.write(buffer.getbuffer())
+    if is_best:
+        beside = f"{best(path)}.{os.getpid()}.tmp"
+        os.link(path, beside)
+        os.replace(beside, best(path))
 
 
 def load_checkpoint(path, map_location="cpu"):
