@@ -127,7 +127,7 @@ def hold(path, refusal):
 
 def bar(things=None, **k):
     """A progress bar for what may take over a second; none where nobody watches."""
-    return tqdm(things, leave=False, delay=1, disable=None, **k)
+    return tqdm(things, leave=False, delay=1, disable=None if sys.stderr else True, **k)
 
 
 def make_dir(path):

@@ -190,12 +190,12 @@ def find_place(tcfg):
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, AttributeError) as e:
-        raise UserError(f"device {name!r} is not to be had here ({first_line(e)}); use --device=auto or cpu") from None
+        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); use --device=auto or cpu") from None
     if world > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         except (RuntimeError, ValueError) as e:
-            raise UserError(f"the {world} processes did not find one another ({first_line(e)}); start them with torchrun") from None
+            raise UserError(f"the {world} processes did not find one another ({summary(e)}); start them with torchrun") from None
     if device.type == "cpu" and world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     if device.type == "cuda":
@@ -501,7 +501,7 @@ class Log:
                     self.logs[name], self.closes[name] = start(tcfg)
                 except Exception as e:  # whatever they raise
                     self.close()
-                    raise UserError(f"{name} did not start ({first_line(e)}); set it up"
+                    raise UserError(f"{name} did not start ({summary(e)}); set it up"
                                     f"{' (wandb login)' * (name == 'wandb')}, or leave {name}_log out") from None
 
     def begin(self, step, scored):
@@ -513,7 +513,7 @@ class Log:
         except (OSError, ValueError, csv.Error) as e:
             kept = next(n for i in itertools.count(1) if not os.path.lexists(n := f"{self.path}.damaged{i}"))
             os.rename(self.path, kept)
-            say(f"{self.path} cannot be read ({first_line(e)}); it is kept as {kept}, and the log begins anew", sys.stderr)
+            say(f"{self.path} cannot be read ({summary(e)}); it is kept as {kept}, and the log begins anew", sys.stderr)
         table = csv.DictWriter(text, self.FIELDS)
         table.writeheader()
         table.writerows(rows)
@@ -550,14 +550,14 @@ class Log:
                 log(step, values)
             except Exception as e:  # a full disk or a network that is gone is no reason to lose the run
                 del self.logs[name]
-                say(f"{name} takes no more ({first_line(e)}); training goes on without it", sys.stderr)
+                say(f"{name} takes no more ({summary(e)}); training goes on without it", sys.stderr)
 
     def close(self):
         for name, close in self.closes.items():
             try:
                 close()
             except Exception as e:
-                say(f"{name} did not close ({first_line(e)})", sys.stderr)
+                say(f"{name} did not close ({summary(e)})", sys.stderr)
 
 
 def lock(out_dir):
@@ -602,9 +602,9 @@ def check_optional(tcfg):
                 raise UserError(f"{module}_log needs the package {module}; pip install {module}") from None
 
 
-def first_line(error):
-    """What an exception says, as one short line."""
-    return next(iter(str(error).splitlines()), "").strip()[:200] or type(error).__name__
+def summary(error):
+    """What an exception says in its first paragraph, as one short line."""
+    return " ".join(str(error).strip().partition("\n\n")[0].split())[:200] or type(error).__name__
 
 
 def differences(saved, now, names=None):
@@ -711,7 +711,7 @@ class Runner:
             teacher = GPT(GPTConfig(**saved["model_config"]))
             teacher.load_state_dict(saved["model"])
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"teacher {path} does not fit this version ({first_line(e)}); train it again") from None
+            raise UserError(f"teacher {path} does not fit this version ({summary(e)}); train it again") from None
         theirs, ours = teacher.cfg, self.mcfg
         if theirs.block_size < ours.block_size or theirs.history > ours.history:
             raise UserError(f"teacher {path} reads {theirs.block_size} tokens and {theirs.history} of history before them; give the "
@@ -1002,7 +1002,7 @@ def train(mcfg, tcfg, say=print):
     except RuntimeError as e:
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        raise UserError(f"torch.compile failed ({first_line(e)}); train with --compile=False, at about half the speed") from None
+        raise UserError(f"torch.compile failed ({summary(e)}); train with --compile=False, at about half the speed") from None
 
 
 def loop(mcfg, tcfg, say, held):
@@ -1052,7 +1052,7 @@ def loop(mcfg, tcfg, say, held):
             if run.memory and not take_memory(run, saved["memory"]):
                 say(f"{start} has memories of other rows than these {run.n_rows}; they begin empty")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{start} cannot be gone on with ({first_line(e)}); begin another run from its weights, with "
+            raise UserError(f"{start} cannot be gone on with ({summary(e)}); begin another run from its weights, with "
                             f"--init_from={shlex.quote(start)} and another --out_dir") from None
         step, best, step_seconds, block_loss = (saved[k] for k in ("step", "best_val_loss", "step_seconds", "block_loss"))
         validated = saved.get("validated") if step < tcfg.max_iters else None  # the last validation is whole, and done again
