@@ -88,7 +88,8 @@ def replacing(path, previous=None):
 
 
 def sweep(path):
-    """Delete what processes that are gone left beside `path` while they replaced it: the files path.PID.tmp and path.PID.tmp.old."""
+    """Delete what processes that are gone left beside `path`: the files path.PID.tmp and
+    path.PID.tmp.old."""
     for left in glob.glob(f"{glob.escape(str(path))}.*.tmp*"):
         found = re.fullmatch(r"\.(\d{1,9})\.tmp(\.old)?", left[len(str(path)):])
         if found and os.path.isfile(left) and not alive(int(found[1])):
@@ -261,9 +262,9 @@ def checkpoint_path(path):
 
 
 def save_checkpoint(path, state, demote=True, is_best=False):
-    """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. The checkpoint that was
-    there becomes *_prev.pt with `demote`; with `is_best` the new one is *_best.pt too. On failure all stay as they were, and
-    UserError says why."""
+    """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. The
+    checkpoint that was there becomes *_prev.pt with `demote`; with `is_best` the new one is
+    *_best.pt too. On failure all stay as they were, and UserError says why."""
     import torch
     path, buffer = str(path), io.BytesIO()
     torch.save(state, buffer)

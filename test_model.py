@@ -105,7 +105,8 @@ variants = pytest.mark.parametrize("name", VARIANTS)
 
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch):
-    """As many threads as the machine that the suite is made for has; and no time is spent on what only MFU is counted from."""
+    """As many threads as the machine that the suite is made for has; and no time is spent on what
+    only MFU is counted from."""
     torch.set_num_threads(2)
     monkeypatch.setattr(train, "matmul_peak", lambda place: 1e9)
 
@@ -1352,8 +1353,8 @@ def send(number=signal.SIGTERM):
 
 @pytest.mark.parametrize("always", [True, False])
 def test_a_run_stopped_anywhere_ends_as_the_one_that_was_not(data_dir, tmp_path, monkeypatch, always):
-    """By a signal or a kill in every step, in validation and while saving: the same log, weights and best, no row twice, none
-    missing; and no loss stands beside weights that were not scored."""
+    """By a signal or a kill in every step, in validation and while saving: the same log, weights
+    and best, no row twice, none missing; and no loss stands beside weights that were not scored."""
     torch.set_num_threads(1)
     more = dict(always_save_checkpoint=always, learning_rate=1.0, muon_lr=1.0, schedule="triangle", warmup_iters=5)
     r, whole = run(data_dir, tmp_path / "whole", **more)
@@ -1381,8 +1382,8 @@ def test_a_run_stopped_anywhere_ends_as_the_one_that_was_not(data_dir, tmp_path,
 
 
 def test_eval_tokens(data_dir, tmp_path, monkeypatch):
-    """Validations before the last read the first tokens only; the best is chosen by those, the last one scores the whole split;
-    losses on other tokens are not compared."""
+    """Validations before the last read the first tokens only; the best is chosen by those, the last
+    one scores the whole split; losses on other tokens are not compared."""
     n, chosen = [], []
     evaluate = train.Runner.evaluate
     monkeypatch.setattr(train.Runner, "evaluate", lambda self, data, **k: n.append(data.n) or chosen.append(evaluate(self, data, **k)[0])
@@ -1404,8 +1405,9 @@ def test_eval_tokens(data_dir, tmp_path, monkeypatch):
 
 
 def test_a_run_is_not_overwritten(data_dir, tmp_path):
-    """A second start is refused and names what can be done; --overwrite deletes what was there when all else is known to be
-    possible. Files of the user's own stay, also those whose names look like temporary ones."""
+    """A second start is refused and names what can be done; --overwrite deletes what was there when
+    all else is known to be possible. Files of the user's own stay, also those whose names look like
+    temporary ones."""
     mine = ["notes.tmp.txt", "page.tmpl", "ckpt.pt.tmp", "a.csv.7.tmp", f"ckpt.pt.{os.getppid()}.tmp"]
     left = ["ckpt.pt.999999999.tmp", "ckpt_prev.pt.999999999.tmp.old", "log.csv.999999999.tmp"]
     os.makedirs(tmp_path / "ckpt.pt.999999998.tmp")
@@ -1437,8 +1439,8 @@ def test_a_run_is_not_overwritten(data_dir, tmp_path):
 
 
 def test_a_resumed_run_has_its_settings(data_dir, tmp_path, monkeypatch):
-    """--init_from=resume --out_dir=X is a whole command: all settings are those of the run but for what is given now, on the
-    command line or in a preset, and that is said, a line each."""
+    """--init_from=resume --out_dir=X is a whole command: all settings are those of the run but for
+    what is given now, on the command line or in a preset, and that is said, a line each."""
     out = tmp_path / "a run"
     given = dict(learning_rate=0.000125, seed=5, batch_size=2, schedule="cosine", max_iters=3, lr_decay_iters=9)
     _, a = run(data_dir, out, dict(SLOTS, layers="AR"), **given)
@@ -1463,7 +1465,8 @@ def test_a_resumed_run_has_its_settings(data_dir, tmp_path, monkeypatch):
 
 
 def test_a_state_of_other_shapes_is_refused(data_dir, tmp_path):
-    """Optimizer states and memories of other shapes, types or numbers, or without a part, reach no kernel."""
+    """Optimizer states and memories of other shapes, types or numbers, or without a part, reach no
+    kernel."""
     v = dict(layers="AM", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24)
     _, good = run(data_dir, tmp_path, v, max_iters=2, stream=4)
     write = lambda c: prepare.save_checkpoint(tmp_path / "ckpt.pt", c)
@@ -1494,7 +1497,8 @@ def test_a_state_of_other_shapes_is_refused(data_dir, tmp_path):
 
 
 def test_a_damaged_log_stops_no_run(data_dir, tmp_path, capsys):
-    """A log.csv that cannot be read is kept beside a fresh one; a row that was cut short is left out."""
+    """A log.csv that cannot be read is kept beside a fresh one; a row that was cut short is left
+    out."""
     monkey = [b"\xff\xfe\x00binary", b"a,b\n1,2\n", b"step,train_loss\n1,0.5,3\n2,0.5\n", b"step,train_loss\nx,1\n2,0.5\n",
               b"step,train_loss\n1," + b"9" * 200_000 + b"\n2,1\n", b""]
     run(data_dir, tmp_path, max_iters=2)
@@ -1631,7 +1635,8 @@ def test_a_folder_that_is_taken_away_is_made_again(data_dir, tmp_path, monkeypat
 
 @pytest.mark.parametrize("path", ["/dev/full", "ascii", None])
 def test_training_outlives_its_output(data_dir, tmp_path, monkeypatch, path):
-    """A full disk behind standard output and error, an encoding that lacks what is said, or neither at all."""
+    """A full disk behind standard output and error, an encoding that lacks what is said, or neither
+    at all."""
     out = open(path if path == "/dev/full" else tmp_path / "out", "w", encoding="ascii")
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, path and out)
@@ -3144,7 +3149,8 @@ def test_every_number_of_training_has_bounds():
                                  dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="0"),
                                  dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")])
 def test_half_an_environment(env, monkeypatch, data_dir, tmp_path):
-    """What torchrun sets, but not all of it, or nonsense: one sentence, which a rank other than 0 says too."""
+    """What torchrun sets, but not all of it, or nonsense: one sentence, which a rank other than 0
+    says too."""
     for k, v in env.items():
         monkeypatch.setenv(k, v)
     refused(train.main, ["--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o", "--device=cpu"], "torchrun", "unset")
@@ -3152,7 +3158,8 @@ def test_half_an_environment(env, monkeypatch, data_dir, tmp_path):
 
 
 def test_advice_of_training_can_be_followed(data_dir, tmp_path, monkeypatch):
-    """What a message says to do works: devices, pretrained models by name, texts of other characters, models of other shapes."""
+    """What a message says to do works: devices, pretrained models by name, texts of other
+    characters, models of other shapes."""
     argv = ["--dataset=text", f"--data_dir={data_dir}", "--compile=False", "--max_iters=1", *TINY_ARGS]
     refused(train.main, ["--device=meta", *argv], "meta", "cpu")
     if not torch.cuda.is_available():

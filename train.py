@@ -40,9 +40,9 @@ class TrainConfig:
     out_dir: str = "out/gpt"  # checkpoints and log.csv go here
     dataset: str = "shakespeare"  # folder under data_dir, made by prepare.py
     data_dir: str = "data"  # where datasets are kept
-    init_from: str = "scratch"  # scratch | resume | auto (resume if there is a run) | PATH of a checkpoint or its folder
+    init_from: str = "scratch"  # scratch | resume | auto (resume where there is a run) | PATH of a checkpoint
     overwrite: bool = False  # begin anew in an out_dir that has a run, which is deleted
-    teacher: str = ""  # checkpoint to learn from, or its folder; what fits of its weights is where training starts
+    teacher: str = ""  # checkpoint to learn from, with the same tokenizer; training starts from its weights
     distill: float = 1.0  # with a teacher: weight of the divergence from its distribution
     distill_match: float = 1.0  # with a teacher: weight of matching its feed-forward layers where a memory is in their place
     distill_ce: float = 0.0  # with a teacher: weight of the text itself
@@ -51,10 +51,10 @@ class TrainConfig:
     batch_size: int = 16  # rows a micro-step, over all processes
     gradient_accumulation_steps: int = 1  # micro-steps a step, over all processes
     eval_interval: int = 250  # steps between validations (and checkpoints)
-    eval_tokens: int = 0  # validations before the last read only so many tokens of the split; 0: all
+    eval_tokens: int = 0  # so many are read by validations, but by the last one; 0: the whole split
     eval_only: bool = False  # validate once and stop
     log_interval: int = 10  # steps between log lines
-    always_save_checkpoint: bool = True  # False: save only when the validation loss improved, or at a signal
+    always_save_checkpoint: bool = True  # False: only where the validation loss improved
     optimizer: str = "muon"  # muon (matrices inside blocks and slots; AdamW for the rest) | adamw
     learning_rate: float = 4e-3  # of AdamW
     value_lr: float = 2.0  # of the values of featural memories, times learning_rate
@@ -90,13 +90,15 @@ class TrainConfig:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
         config.within(self, 1, 2 ** 20, "batch_size", "gradient_accumulation_steps")
         config.within(self, 1, 2 ** 53, "eval_interval", "log_interval", "max_iters")
-        config.within(self, 0, 2 ** 53, "warmup_iters", "lr_decay_iters", "eval_tokens", "score_last", "stream")
+        config.within(self, 0, 2 ** 53, "warmup_iters", "lr_decay_iters", "eval_tokens", "score_last",
+                      "stream")
         config.within(self, 1, 100, "ns_steps")
-        config.within(self, 0, 1e9, "weight_decay", "grad_clip", "min_lr", "muon_lr", "value_lr", "distill", "distill_match",
-                      "distill_ce")
-        config.within(self, 0, 2 ** 63 - 1, "seed")  # half of what NumPy's Philox and torch's generators take
+        config.within(self, 0, 1e9, "weight_decay", "grad_clip", "min_lr", "muon_lr", "value_lr", "distill",
+                      "distill_match", "distill_ce")
+        config.within(self, 0, 2 ** 63 - 1, "seed")  # a key of NumPy's Philox has 64 bits
         if self.overwrite and self.init_from in ("resume", "auto"):
-            raise ValueError(f"overwrite begins anew and init_from = {self.init_from} goes on with a run; leave one of them out")
+            raise ValueError(f"overwrite begins anew, and init_from = {self.init_from} goes on "
+                             f"with a run; leave one of them out")
         if self.teacher and not (self.distill or self.distill_ce):
             raise ValueError("distill = 0 and distill_ce = 0 leave nothing to learn but what feed-forward layers give; set one of them")
         for name in ("distill", "distill_match", "distill_ce"):
@@ -152,22 +154,22 @@ class Place:
 
 
 def ranks():
-    """(rank, processes, rank on this machine, processes on this machine) as torchrun says, 0, 1, 0, 1 without it; raise
-    UserError where only half of that is said, or nonsense."""
+    """(rank, processes, rank on this machine, processes on this machine) as torchrun says, or else
+    0, 1, 0, 1; raise UserError where only half of that is said, or nonsense."""
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     if not any(n in os.environ for n in names):
         return 0, 1, 0, 1
     try:
         rank, world, local = (int(os.environ[n]) for n in names)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if 0 <= rank < world and 0 <= local and 0 < here <= world and (world == 1 or os.environ["MASTER_ADDR"]):
+        if 0 <= rank < world and 0 <= local and 0 < here <= world:
             return rank, world, local, here
     except (KeyError, ValueError):
         pass
-    said = ", ".join(f"{n} = {os.environ.get(n)!r}" for n in (*names, "LOCAL_WORLD_SIZE", "MASTER_ADDR"))
+    said = ", ".join(f"{n} = {os.environ.get(n)!r}" for n in (*names, "LOCAL_WORLD_SIZE"))
     os.environ.pop("RANK", None)  # a rank other than 0 would say nothing
-    raise UserError(f"the environment names this process as one of several, but not wholly ({said}); start several with torchrun, or "
-                    f"unset these variables") from None
+    raise UserError(f"the environment makes this process one of several, but not wholly ({said}); "
+                    f"start several with torchrun, or unset these variables") from None
 
 
 def find_place(tcfg):
@@ -181,21 +183,23 @@ def find_place(tcfg):
         raise UserError(f"{here} processes cannot each have a {name} device here; start fewer, or use --device=cpu")
     kind = name.partition(":")[0]
     if kind not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device is one of auto, cpu, cuda (or one GPU of several, as cuda:1) and mps, not {name!r}")
+        raise UserError(f"device is one of auto, cpu, cuda (of several, one is cuda:1) and mps, not {name!r}")
     try:
-        if kind == "cuda" and not torch.cuda.is_available():  # a torch without CUDA lacks even the functions that say so
+        if kind == "cuda" and not torch.cuda.is_available():  # a torch without CUDA may lack functions
             raise RuntimeError(f"torch {torch.__version__} finds no CUDA")
         device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
         if kind == "cuda":
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, AttributeError) as e:
-        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); use --device=auto or cpu") from None
+        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); use --device=auto "
+                        f"or cpu") from None
     if world > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         except (RuntimeError, ValueError) as e:
-            raise UserError(f"the {world} processes did not find one another ({summary(e)}); start them with torchrun") from None
+            raise UserError(f"the {world} processes did not find one another ({summary(e)}); start "
+                            f"them with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK") from None
     if device.type == "cpu" and world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     if device.type == "cuda":
@@ -471,7 +475,7 @@ def lr_factor(step, tcfg):
 # logs, locks, checkpoints
 
 
-RUN = ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.csv", "exits.json")  # what a run leaves in out_dir
+RUN = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.csv", "exits.json"  # the files of a run in out_dir
 
 
 def start_tensorboard(tcfg):
@@ -487,8 +491,8 @@ def start_wandb(tcfg):
 
 
 class Log:
-    """log.csv in out_dir, and tensorboard and wandb when they are asked for; what fails later is said once and left out. Rank
-    0 only."""
+    """log.csv in out_dir, and tensorboard and wandb when they are asked for. Rank 0 only. What
+    fails in the course of a run is said once and left out."""
     FIELDS = ("step", "train_loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "mfu", "step_seconds", "slots_used",
               "slot_entropy")
 
@@ -501,19 +505,23 @@ class Log:
                     self.logs[name], self.closes[name] = start(tcfg)
                 except Exception as e:  # whatever they raise
                     self.close()
-                    raise UserError(f"{name} did not start ({summary(e)}); set it up"
-                                    f"{' (wandb login)' * (name == 'wandb')}, or leave {name}_log out") from None
+                    todo = "run wandb login" if name == "wandb" else "install it again"
+                    raise UserError(f"{name} did not start ({summary(e)}); {todo}, or leave "
+                                    f"{name}_log out") from None
 
     def begin(self, step, scored):
-        """Begin log.csv; a resumed run's keeps what was said of training up to `step` and of validation up to step `scored`."""
+        """Begin log.csv; that of a resumed run keeps its rows of training up to `step`, and of
+        validation up to step `scored`."""
         text, rows = io.StringIO(newline=""), []
         try:
             if step and os.path.lexists(self.path):
                 rows = [r for r in self.rows() if r["step"] <= (step if r["train_loss"] else scored)]
         except (OSError, ValueError, csv.Error) as e:
-            kept = next(n for i in itertools.count(1) if not os.path.lexists(n := f"{self.path}.damaged{i}"))
+            names = (f"{self.path}.damaged{i}" for i in itertools.count(1))
+            kept = next(name for name in names if not os.path.lexists(name))
             os.rename(self.path, kept)
-            say(f"{self.path} cannot be read ({summary(e)}); it is kept as {kept}, and the log begins anew", sys.stderr)
+            say(f"{self.path} cannot be read ({summary(e)}); it is kept as {kept}, and the log begins anew",
+                sys.stderr)
         table = csv.DictWriter(text, self.FIELDS)
         table.writeheader()
         table.writerows(rows)
@@ -522,7 +530,8 @@ class Log:
         self.logs["log.csv"] = self.write
 
     def rows(self):
-        """The rows of log.csv, dicts of texts, `step` a number; raise ValueError or csv.Error where it is something else."""
+        """Return the rows of log.csv, dicts of texts, `step` a number; raise ValueError or
+        csv.Error where it is something else."""
         if not os.path.isfile(self.path):
             raise ValueError("it is not a file")
         with open(self.path, newline="", encoding="utf-8") as f:
@@ -533,7 +542,8 @@ class Log:
             rows.pop()
         for row in rows:
             [float(v) for v in row if v]
-        return [{**dict.fromkeys(self.FIELDS, ""), **dict(zip(head, row, strict=True)), "step": int(row[0])} for row in rows]
+        rows = [dict(zip(head, row, strict=True)) for row in rows]
+        return [{**dict.fromkeys(self.FIELDS, ""), **row, "step": int(row["step"])} for row in rows]
 
     def write(self, step, values):
         """Append a row to log.csv, which may have been taken away with its folder."""
@@ -548,7 +558,7 @@ class Log:
         for name, log in list(self.logs.items()):
             try:
                 log(step, values)
-            except Exception as e:  # a full disk or a network that is gone is no reason to lose the run
+            except Exception as e:  # a full disk or a lost network is no reason to lose the run
                 del self.logs[name]
                 say(f"{name} takes no more ({summary(e)}); training goes on without it", sys.stderr)
 
@@ -575,10 +585,10 @@ def lock(out_dir):
 def check_new(tcfg):
     """Refuse to begin a run where there is one, unless that is to be overwritten."""
     there = [n for n in RUN if os.path.lexists(os.path.join(tcfg.out_dir, n))]
-    if there and not tcfg.overwrite and tcfg.init_from != "auto":  # (auto: there is no checkpoint, or it would be resumed)
-        goes_on = any(n.endswith(".pt") for n in there)
-        raise UserError(f"{tcfg.out_dir} has a run ({', '.join(there)}); " + "go on with it by --init_from=resume, " * goes_on +
-                        "choose another --out_dir, or delete it by --overwrite")
+    if there and not tcfg.overwrite and tcfg.init_from != "auto":  # auto: with a checkpoint it would resume
+        resume = "go on with it by --init_from=resume, " * any(n.endswith(".pt") for n in there)
+        raise UserError(f"{tcfg.out_dir} has a run ({', '.join(there)}); {resume}choose another "
+                        f"--out_dir, or delete it by --overwrite")
 
 
 def clear(out_dir):
@@ -589,7 +599,8 @@ def clear(out_dir):
         except FileNotFoundError:
             pass
         except OSError as e:
-            raise UserError(f"{os.path.join(out_dir, name)} cannot be deleted ({e.strerror}); choose another --out_dir") from None
+            raise UserError(f"{os.path.join(out_dir, name)} cannot be deleted ({e.strerror}); "
+                            f"choose another --out_dir") from None
 
 
 def check_optional(tcfg):
@@ -608,14 +619,15 @@ def summary(error):
 
 
 def differences(saved, now, names=None):
-    """What differs between two flat dicts, of all keys or of those that are named, as `key: saved -> now` strings."""
-    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved.keys() | now.keys() if names is None else names)
+    """What differs between two flat dicts, in all keys or those named, as `key: saved -> now`
+    strings."""
+    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(names or saved.keys() | now.keys())
             if saved.get(k) != now.get(k)]
 
 
 def first_tokens(data, n):
-    """The first n tokens of a split, as a split; all of it where n is 0 or more than there are. UserError where nothing of them
-    is scored."""
+    """Return the first n tokens of a split as a split, all of it where n is 0 or more than there
+    are; raise UserError where none of them is scored."""
     if not 0 < n < data.n - 1:
         return data
     part = copy.copy(data)
@@ -623,8 +635,11 @@ def first_tokens(data, n):
     if data.docs is not None:
         whole = data.docs[1] < part.n
         part.docs = data.docs[0][whole], data.docs[1][whole]
-    if not (data.mask is None or np.asarray(data.mask[1:part.n]).any()) or not (data.docs is None or len(part.docs[0])):
-        raise UserError(f"eval_tokens = {n}: nothing of the validation split's first {n} tokens is scored; give more")
+        some = len(part.docs[0])
+    else:
+        some = data.mask is None or np.asarray(data.mask[1:part.n]).any()
+    if not some:
+        raise UserError(f"none of the validation split's first {n} tokens is scored; give more eval_tokens")
     return part
 
 
@@ -635,23 +650,26 @@ def identity(train_data, val_data):
 
 
 class Flag:
-    """The number of the first SIGINT, SIGTERM or SIGHUP, 0 before; asked once a step, and once a batch of a validation. A second
-    signal ends the process at once; not under torchrun, which sends a SIGTERM of its own behind the Ctrl-C that every process
-    has already seen."""
+    """The number of the first SIGINT, SIGTERM or SIGHUP, 0 before; asked once a step, and once a
+    batch of a validation. A second signal ends the process at once; not under torchrun, which sends
+    a SIGTERM of its own behind the Ctrl-C that every process has already seen."""
 
     def __init__(self):
         self.number, self.before, self.alone = 0, {}, "RANK" not in os.environ
-        for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):  # Windows has no SIGHUP
-            if s is not None and not (s.name == "SIGHUP" and signal.getsignal(s) == signal.SIG_IGN):  # nohup
-                with contextlib.suppress(ValueError):  # not the main thread
-                    self.before[s] = signal.signal(s, self.handle)
+        wanted = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # (nohup)
+            wanted.append(signal.SIGHUP)
+        for s in wanted:
+            with contextlib.suppress(ValueError):  # not the main thread
+                self.before[s] = signal.signal(s, self.handle)
 
     def handle(self, number, frame):
         if self.number and self.alone:
             os._exit(128 + number)
         if not self.number and os.environ.get("RANK", "0") == "0":
+            more = b"; a second signal ends at once" * self.alone
             with contextlib.suppress(AttributeError, OSError, ValueError):  # no standard error
-                os.write(sys.__stderr__.fileno(), b"stopping after this step" + b"; a second signal ends at once" * self.alone + b"\n")
+                os.write(sys.__stderr__.fileno(), b"stopping after this step" + more + b"\n")
         self.number = self.number or number
 
     def restore(self):
@@ -704,21 +722,23 @@ class Runner:
         return flops * self.tokens / seconds / self.peak / self.place.world
 
     def learn_from(self, saved, path):
-        """Take a checkpoint as the teacher. Where it has an MLP and this model, as wide, something else, that is to give what the MLP
-        gives: `replaced`, {the teacher's block: this model's}, by their places beside levels, as weights are. -> those of the teacher's
-        weights that fit this model."""
+        """Take a checkpoint as the teacher. Where it has an MLP and this model, as wide, something
+        else, that is to give what the MLP gives: `replaced` is {the teacher's block: this model's},
+        paired by their names, as weights are. -> those of the teacher's weights that fit this
+        model."""
         try:
             teacher = GPT(GPTConfig(**saved["model_config"]))
             teacher.load_state_dict(saved["model"])
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"teacher {path} does not fit this version ({summary(e)}); train it again") from None
+            raise UserError(f"teacher {path} does not fit this version ({summary(e)}); train it "
+                            f"again") from None
         theirs, ours = teacher.cfg, self.mcfg
         if theirs.block_size < ours.block_size or theirs.history > ours.history:
             raise UserError(f"teacher {path} reads {theirs.block_size} tokens and {theirs.history} of history before them; give the "
                             f"student a block_size of at most {theirs.block_size} and a history of at least {theirs.history}")
         wide = theirs.n_embd == ours.n_embd
-        self.replaced = {t.i: b.i for t, b in zip(teacher.blocks, self.model.blocks) if wide and isinstance(t.mlp, MLP) and
-                         not isinstance(b.mlp, (MLP, type(None)))}
+        self.replaced = {t.i: b.i for t, b in zip(teacher.blocks, self.model.blocks) if wide and
+                         isinstance(t.mlp, MLP) and not isinstance(b.mlp, (MLP, type(None)))}
         teacher.dtype = self.place.dtype
         teacher.eval().requires_grad_(False).to(self.place.device)
         self.teacher = torch.compile(teacher, dynamic=False) if self.compiled else teacher
@@ -732,7 +752,8 @@ class Runner:
         fed, H = {}, self.teacher.cfg.history
         with torch.no_grad():
             logits = self.teacher(x, history=h[:, h.size(1) - H:] if H else None, fed=fed).logits
-        return Taught(logits, {i: fed[t] for t, i in self.replaced.items()}, self.tcfg.distill, self.tcfg.distill_match, self.tcfg.distill_ce)
+        fed = {i: fed[t] for t, i in self.replaced.items()}
+        return Taught(logits, fed, self.tcfg.distill, self.tcfg.distill_match, self.tcfg.distill_ce)
 
     def draw(self, step):
         """What the model draws for a whole step, on the device; None where it draws nothing."""
@@ -780,8 +801,9 @@ class Runner:
         return loss, norm
 
     def evaluate(self, data, alter=None, stop=lambda: 0):
-        """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for every variant; None where
-        stop(), asked once a batch, said so on any process. For ablations, alter(history) stands in for each history."""
+        """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for
+        every variant; None where stop(), asked once a batch, said so on any process. For ablations,
+        alter(history) stands in for each history."""
         total, count, stopped, one = 0.0, 0, 0, torch.ones((), device=self.place.device)
         batches, memory = data.whole(self.place, self.micro, self.n_rows), self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a cold start is 10 s shorter
@@ -798,7 +820,9 @@ class Runner:
                 count += int((y >= 0).sum())
         self.model.train()
         total, count, stopped = self.place.sum(total, count, stopped)
-        return None if stopped else (total / count, total / math.log(2) / data.bytes * (data.n - 1) / count)
+        if stopped:
+            return None
+        return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count
 
     @torch.no_grad()
     def usage(self, data, batches=8):
@@ -841,28 +865,30 @@ def find_teacher(tcfg, data):
         preset = os.path.join("config", os.path.basename(os.path.abspath(folder)) + ".py")
         known = os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), preset))
         more = preset if known else f"--out_dir={shlex.quote(folder)}"
-        raise UserError(f"teacher {path} is not there; train it first (python train.py {more} --dataset={shlex.quote(tcfg.dataset)}), "
-                        f"or name another checkpoint")
+        raise UserError(f"teacher {path} is not there; train it first (python train.py {more} "
+                        f"--dataset={shlex.quote(tcfg.dataset)}), or name another checkpoint")
     saved = prepare.load_checkpoint(path)
     if not isinstance(saved, dict) or "tokenizer" not in saved.get("data", ()):
         raise UserError(f"teacher {path} is not a checkpoint of train.py; name another")
     if saved["data"]["tokenizer"] != data["tokenizer"]:
         raise UserError(f"teacher {path} was trained with another tokenizer than that of dataset {tcfg.dataset!r}; train one on that")
     if saved["train_config"].get("stream"):
-        raise UserError(f"teacher {path} was trained to remember what stood before its window (stream), and a teacher is not given "
-                        f"that; train one without --stream")
+        raise UserError(f"teacher {path} was trained to remember what stood before its window "
+                        f"(stream), and a teacher is not given that; train one without --stream")
     data["teacher"] = prepare.checkpoint_id(path)
     return saved
 
 
-def has_run(out_dir):
+def resumes(init_from, out_dir):
+    """Whether a start goes on with the run in out_dir."""
     path = os.path.join(out_dir, "ckpt.pt")
-    return any(os.path.exists(p) for p in (path, prepare.previous(path), prepare.best(path)))
+    there = any(os.path.exists(p) for p in (path, prepare.previous(path), prepare.best(path)))
+    return init_from == "resume" or (init_from == "auto" and there)
 
 
 def last_state(out_dir, say=lambda text: None):
-    """(checkpoint, its path) that the run in out_dir goes on from: the last, or where that is damaged the one before, or else
-    the best; raise UserError where there is none."""
+    """(checkpoint, its path) that the run in out_dir goes on from: the last, or where that is
+    damaged the one before, or else the best; raise UserError where there is none."""
     path, error = os.path.join(out_dir, "ckpt.pt"), None
     for p in (path, prepare.previous(path), prepare.best(path)):
         if p != path and not os.path.exists(p):
@@ -880,22 +906,25 @@ def last_state(out_dir, say=lambda text: None):
 
 # Settings that belong to a start and not to the run, and those that a run computes the same with.
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only")
-UNTOLD = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log", "wandb_log", "wandb_project", "wandb_run_name")
+UNTOLD = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log", "wandb_log", "wandb_project",
+          "wandb_run_name")
 
 
 def with_stored(m, t):
-    """Settings {field: value} of the model and of training: those that were given now, m and t, over those of the run that they
-    resume, if they do."""
-    out_dir, init_from = (t.get(k, getattr(TrainConfig, k)) for k in ("out_dir", "init_from"))
-    if init_from not in ("resume", "auto") or not has_run(out_dir):
+    """Settings {field: value} of the model and of training: those that were given now, m and t,
+    over those of the run that they resume, if they do."""
+    start = {k: t.get(k, getattr(TrainConfig, k)) for k in ("init_from", "out_dir")}
+    if not resumes(**start):
         return m, t
-    saved, path = last_state(out_dir)
-    own = ("vocab_size",) + ("layers",) * ("n_layer" in m)  # the dataset has the first, and n_layer counts only without the second
+    saved, path = last_state(start["out_dir"])
+    own = ("vocab_size",) + ("layers",) * ("n_layer" in m)  # n_layer counts only without layers
     both = []
-    for cls, given, stored, leave in ((GPTConfig, m, "model_config", own), (TrainConfig, t, "train_config", OF_A_START)):
+    for cls, given, stored, leave in ((GPTConfig, m, "model_config", own),
+                                      (TrainConfig, t, "train_config", OF_A_START)):
         kinds = typing.get_type_hints(cls)
         try:
-            old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items() if k in kinds and k not in leave}
+            old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items()
+                   if k in kinds and k not in leave}
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is not a checkpoint of train.py; name another") from None
         both.append({**old, **given})
@@ -903,22 +932,27 @@ def with_stored(m, t):
 
 
 def other_tokenizer(path, theirs, ours):
-    """What is to be done about a dataset whose tokenizer is `ours`, to go on from a checkpoint whose tokenizer is `theirs`."""
+    """What to do about a dataset with tokenizer `ours`, to go on from a checkpoint with `theirs`, a
+    sentence."""
     wrong = f"{path} has another tokenizer: "
     if theirs["kind"] != "char" or ours["kind"] != "char":
-        return wrong + f"make the dataset with python prepare.py --tokenizer={theirs.get('encoding', theirs['kind'])}"
+        name = theirs.get("encoding", theirs["kind"])
+        return wrong + f"make the dataset with python prepare.py --tokenizer={name}"
     lacks, unknown = (sorted(set(a["chars"]) - set(b["chars"])) for a, b in ((theirs, ours), (ours, theirs)))
     todo = [f"add a line with {' '.join(map(repr, lacks))} to the text"] if lacks else []
     todo += [f"take {' '.join(map(repr, unknown))} out of it"] if unknown else []
     if theirs["eot"] != ours["eot"]:
-        todo += ["give it as several documents (--input=A --input=B)" if theirs["eot"] else "give it as one document (one --input)"]
-    return wrong + f"the model needs a text of exactly its own characters; {', '.join(todo)}, and make it again with python prepare.py"
+        todo += ["give it as several documents (--input=A --input=B)" if theirs["eot"] else
+                 "give it as one document (one --input)"]
+    return wrong + (f"the model needs a text of exactly its own characters; {', '.join(todo)}, and "
+                    f"make it again with python prepare.py")
 
 
 def find_start(tcfg, mcfg, data, spec, say):
-    """(checkpoint or None, its path, whether it is resumed) by init_from; UserError where what is found does not fit the run or
-    its dataset, of which data are the hashes and spec the tokenizer. What a resumed run changes is said."""
-    resume = tcfg.init_from == "resume" or (tcfg.init_from == "auto" and has_run(tcfg.out_dir))
+    """(checkpoint or None, its path, whether it is resumed) by init_from; raise UserError where
+    what is found does not fit the run or its dataset, of which data has the hashes and spec the
+    tokenizer. What a resumed run changes is said."""
+    resume = resumes(tcfg.init_from, tcfg.out_dir)
     if not resume and tcfg.init_from in ("scratch", "auto"):
         return None, "", False
     if resume:
@@ -926,10 +960,9 @@ def find_start(tcfg, mcfg, data, spec, say):
     else:
         path = prepare.checkpoint_path(tcfg.init_from)
         if not os.path.exists(path):
-            raise UserError(f"init_from is scratch, resume, auto, or the PATH of a checkpoint of train.py or of its folder, and "
-                            f"{path} is not there; pretrained models are not read by name yet")
+            raise UserError(f"init_from is scratch, resume, auto, or the PATH of a checkpoint of "
+                            f"train.py or of its folder, and {path} is not there; pretrained models are not read by name yet")
         saved = prepare.load_checkpoint(path)
-    defaults = {f.name: f.default for f in (*dataclasses.fields(mcfg), *dataclasses.fields(tcfg))}
     try:
         if not resume:
             if saved["data"]["tokenizer"] != data["tokenizer"]:
@@ -937,17 +970,22 @@ def find_start(tcfg, mcfg, data, spec, say):
             saved["model"]
             return saved, path, False
         now, fixed = dataclasses.asdict(tcfg), ("optimizer", "stream")
-        before = {k: saved["train_config"].get(k, defaults[k]) for k in now}
-        wrong = differences({k: saved["model_config"].get(k, defaults.get(k)) for k in {**settings(mcfg), **saved["model_config"]}},
-                            settings(mcfg)) + differences(saved["data"], data) + differences(before, now, fixed)
+        before = {f.name: saved["train_config"].get(f.name, f.default) for f in dataclasses.fields(tcfg)}
+        model = {**{f.name: f.default for f in dataclasses.fields(mcfg)}, **saved["model_config"]}
+        wrong = differences(model, settings(mcfg)) + differences(saved["data"], data)
+        wrong += differences(before, now, fixed)
         saved["step"], saved["optimizers"], saved["block_loss"]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a checkpoint of train.py; name another") from None
     if wrong:
         names = {w.partition(":")[0] for w in wrong}
-        todo = "name the teacher that it learned from" if "teacher" in names else "make the dataset again as it was" if \
-            names & {"train.bin", "val.bin", "tokenizer"} else "leave these settings out"
-        raise UserError(f"{path} does not fit this run ({'; '.join(wrong)}); {todo}, or give another --out_dir to train another model")
+        todo = "leave these settings out"
+        if names & data.keys():
+            todo = "make the dataset again as it was"
+        if "teacher" in names:
+            todo = "name the teacher that it learned from"
+        raise UserError(f"{path} does not fit this run ({'; '.join(wrong)}); {todo}, or give "
+                        f"another --out_dir to train another model")
     for line in differences(before, now, now.keys() - {*fixed, *UNTOLD}):
         say(f"going on with another {line}")
     if any(before[k] != now[k] for k in ("eval_tokens", "score_last")):
@@ -956,28 +994,35 @@ def find_start(tcfg, mcfg, data, spec, say):
 
 
 def take_state(optimizer, saved, step):
-    """Give an optimizer the state that one like it had after `step` steps, but the rates of the settings. ValueError unless that
-    has for each parameter what a step leaves there, in its shape: the kernels trust it."""
-    own, params = optimizer.state_dict()["param_groups"], [p for g in optimizer.param_groups for p in g["params"]]
+    """Give an optimizer the state of one that took `step` steps, but the rates of the settings.
+    Raise ValueError unless that has for each parameter what a step leaves, in its shape: the
+    kernels trust it."""
+    own, state, taken = optimizer.state_dict()["param_groups"], saved["state"], {}
+    params = [p for g in optimizer.param_groups for p in g["params"]] if step else []
     names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-    state = saved["state"]
-    if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in own] or len(state) != len(params) * bool(step):
+    of = lambda groups: [g["params"] for g in groups]
+    if of(saved["param_groups"]) != of(own) or len(state) != len(params):
         raise ValueError("its optimizers have other parameters")
-    for i, p in enumerate(params if step else ()):
-        if state[i].keys() != names or not all(torch.is_tensor(t) and t.dtype == p.dtype and t.isfinite().all() and
-                                               t.shape == (p.shape if k != "step" else ()) for k, t in state[i].items()):
+    for i, p in enumerate(params):
+        shapes = {k: () if k == "step" else p.shape for k in names}
+        if state[i].keys() != names or not all(sound(t, shapes[k], p.dtype) for k, t in state[i].items()):
             raise ValueError("its optimizers hold something else than these steps leave")
-    optimizer.load_state_dict({"state": state, "param_groups": own})
+        taken[i] = {k: t.clone(memory_format=torch.contiguous_format) for k, t in state[i].items()}
+    optimizer.load_state_dict({"state": taken, "param_groups": own})
+
+
+def sound(t, shape, dtype):
+    """Whether t is a tensor of that shape and type, all of finite numbers."""
+    return torch.is_tensor(t) and t.shape == shape and t.dtype == dtype and bool(t.isfinite().all())
 
 
 def take_memory(run, saved):
-    """Give the memories of a Runner its rows of what a checkpoint has of all. -> False where there are more rows or fewer;
-    ValueError where it does not fit."""
+    """Give the memories of a Runner its rows of what a checkpoint has of all. -> False where there
+    are more rows or fewer; raise ValueError where it does not fit."""
     parts = {i: (m.keys, m.values, m.crf) for i, m in run.memory.items()}
     rows = {len(t) for tensors in saved.values() for t in tensors}
-    if saved.keys() != parts.keys() or len(rows) != 1 or any(
-            len(saved[i]) != 3 or any(t.dtype != mine.dtype or t.shape[1:] != mine.shape[1:] or not t.isfinite().all()
-                                      for mine, t in zip(parts[i], saved[i])) for i in parts):
+    if saved.keys() != parts.keys() or len(rows) != 1 or any(len(t) != 3 for t in saved.values()) or not all(
+            sound(t, (*rows, *mine.shape[1:]), mine.dtype) for i in parts for mine, t in zip(parts[i], saved[i])):
         raise ValueError("its memories are of other sizes")
     if rows != {run.n_rows}:
         return False
@@ -992,17 +1037,19 @@ def clock(seconds):
 
 
 def train(mcfg, tcfg, say=print):
-    """Train as the settings say. -> dict with val_loss, best_val_loss, step, step_seconds (the sum of the steps alone,
-    without the first, which compiles), compile_seconds, params, path (of the checkpoint that sample.py takes, None if there is
-    none), saved_val_loss (of that one, None if it was not scored), curve [(step, step_seconds, val_loss)], stopped (the number
-    of the signal that did, 0 without). `say` prints."""
+    """Train as the settings say. -> dict with val_loss, best_val_loss, step, step_seconds (the sum
+    of the steps alone, without the first, which compiles), compile_seconds, params, path (of the
+    checkpoint that sample.py takes, None if there is none), saved_val_loss (of that one, None if it
+    was not scored), curve [(step, step_seconds, val_loss)], stopped (the number of the signal that
+    did, or 0). `say` prints."""
     try:
         with contextlib.ExitStack() as held:
             return loop(mcfg, tcfg, say, held)
     except RuntimeError as e:
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        raise UserError(f"torch.compile failed ({summary(e)}); train with --compile=False, at about half the speed") from None
+        raise UserError(f"torch.compile failed ({summary(e)}); train with --compile=False, at "
+                        f"about half the speed") from None
 
 
 def loop(mcfg, tcfg, say, held):
@@ -1031,13 +1078,9 @@ def loop(mcfg, tcfg, say, held):
         try:
             grown = run.grow(saved["model"], resumed)
         except (RuntimeError, ValueError) as e:
-            flags = " ".join(f"--{k}={shlex.quote(','.join(map(str, v)) if isinstance(v, tuple) else str(v))}"
-                             for k, v in saved["model_config"].items() if v != settings(mcfg).get(k) and k not in
-                             ("n_layer", "vocab_size", "eot", "space", "think_token"))  # (that is layers, and the dataset)
-            raise UserError(f"{start} is of another shape: " + (f"give its own settings, {flags}" if flags else
-                                                                str(e).splitlines()[-1].strip()[:200])) from None
+            raise UserError(f"{start} is of another shape: {own_settings(saved, mcfg) or summary(e)}") from None
         if grown:
-            say(f"{start} has none of {grown:,} new parameters of levels, which add nothing at first")
+            say(f"{start} has none of {grown:,} new parameters, which add nothing at first")
     if teacher is not None:
         like = run.learn_from(teacher, tcfg.teacher)
         if saved is None:
@@ -1051,11 +1094,13 @@ def loop(mcfg, tcfg, say, held):
                 take_state(o, state, saved["step"])
             if run.memory and not take_memory(run, saved["memory"]):
                 say(f"{start} has memories of other rows than these {run.n_rows}; they begin empty")
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{start} cannot be gone on with ({summary(e)}); begin another run from its weights, with "
-                            f"--init_from={shlex.quote(start)} and another --out_dir") from None
-        step, best, step_seconds, block_loss = (saved[k] for k in ("step", "best_val_loss", "step_seconds", "block_loss"))
-        validated = saved.get("validated") if step < tcfg.max_iters else None  # the last validation is whole, and done again
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise UserError(f"{start} cannot be gone on with ({summary(e)}); begin another run "
+                            f"from its weights, with --init_from={shlex.quote(start)} and another --out_dir") from None
+        step, best, step_seconds, block_loss = (saved[k] for k in (
+            "step", "best_val_loss", "step_seconds", "block_loss"))
+        if step < tcfg.max_iters:  # (the last validation is done again)
+            validated = saved.get("validated")
         if start == path:
             on_disk, last_val = step, saved["val_loss"]
     first_step, best_file = step, prepare.best(path)
@@ -1089,28 +1134,31 @@ def loop(mcfg, tcfg, say, held):
         prepare.save_checkpoint(path, state, demote=on_disk != step, is_best=is_best)
 
     def save(val=None, is_best=False):
-        """Save this step, with its validation loss if it is known, in place of what ckpt.pt has of the same step."""
+        """Save this step, with its validation loss if that is known."""
         nonlocal on_disk, last_val
         memory = {i: [place.rows(t) for t in (m.keys, m.values, m.crf)] for i, m in run.memory.items()}
-        state = {"memory": memory, "model": run.model.state_dict(), "optimizers": [o.state_dict() for o in run.optimizers], "step": step,
-                 "val_loss": val, "best_val_loss": best, "validated": validated, "step_seconds": step_seconds,
-                 "block_loss": block_loss, "model_config": settings(mcfg), "train_config": dataclasses.asdict(tcfg),
-                 "tokenizer": train_data.meta["tokenizer"], "data": data, "dataset": tcfg.dataset}
+        state = {"memory": memory, "model": run.model.state_dict(),
+                 "optimizers": [o.state_dict() for o in run.optimizers], "step": step, "val_loss": val,
+                 "best_val_loss": best, "validated": validated, "step_seconds": step_seconds,
+                 "block_loss": block_loss, "model_config": settings(mcfg),
+                 "train_config": dataclasses.asdict(tcfg), "tokenizer": train_data.meta["tokenizer"],
+                 "data": data, "dataset": tcfg.dataset}
         place.same(lambda: write(state, is_best))
         on_disk, last_val = step, val
 
-    def stop_for(what, *but):
-        good = [p for p in (path, best_file, prepare.previous(path)) if on_disk is not None and p not in but and os.path.exists(p)]
-        raise UserError(f"step {step}: {what}: training stopped before the update; " +
-                        (f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint of this run yet") +
-                        "; lower the learning rates or check the data")
+    def stop_for(what, bad=""):
+        files = [p for p in (path, best_file, prepare.previous(path)) if os.path.exists(p) and p != bad]
+        good = f"the last good checkpoint is {files[0]}" if files else "there is no checkpoint of this run yet"
+        raise UserError(f"step {step}: {what}: training stopped before the update; {good}; lower "
+                        f"the learning rates or check the data")
 
     while True:
         done, stopped = step >= tcfg.max_iters or tcfg.eval_only, asked()
-        if not stopped and (done or (step and step % tcfg.eval_interval == 0 and step != validated)):
+        due = done or (step > 0 and step % tcfg.eval_interval == 0 and step != validated)
+        if due and not stopped:
             if writes and tcfg.always_save_checkpoint and on_disk != step:
                 save()  # before what may take long
-            chosen = scores = run.evaluate(part, stop=lambda: flag.number)  # the best is chosen by the same tokens each time
+            chosen = scores = run.evaluate(part, stop=lambda: flag.number)  # by the same tokens each time
             if done and chosen and part is not val_data:
                 scores = run.evaluate(val_data, stop=lambda: flag.number)
             if scores:
@@ -1119,8 +1167,8 @@ def loop(mcfg, tcfg, say, held):
                     stop_for(f"validation loss {val}", path if on_disk == step else "")
                 curve.append((step, step_seconds, val))
                 usage = run.usage(val_data)
-                say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte" + (
-                    "" if done or part is val_data else f" on the first {tcfg.eval_tokens:,} tokens") + (
+                of = "" if done or part is val_data else f" on the first {tcfg.eval_tokens:,} tokens"
+                say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte{of}" + (
                     f"; of its memories {usage['slots_used']:.0%} of slots used, entropy {usage['slot_entropy']:.2f}" if usage else ""))
                 log(step, val_loss=val, bits_per_byte=bpb, step_seconds=step_seconds, **usage)
                 validated, better, best = step, chosen[0] < best, min(best, chosen[0])
@@ -1131,8 +1179,8 @@ def loop(mcfg, tcfg, say, held):
         if stopped:
             if writes and on_disk != step:
                 save()
-            say(f"stopped by a signal; step {step} is saved in {path}; go on with: {command(tcfg, place)}" if writes else
-                "stopped by a signal; nothing was written")
+            say("stopped by a signal; " + (f"step {step} is saved in {path}; go on with: "
+                                           f"{command(tcfg, place)}" if writes else "nothing was written"))
             break
         if done:
             break
@@ -1152,21 +1200,33 @@ def loop(mcfg, tcfg, say, held):
             step_seconds, block_t, block_n = step_seconds + dt, block_t + dt, block_n + 1
         if step % tcfg.log_interval == 0:
             loss, each = sum(block_loss) / len(block_loss), block_t / block_n if block_n else dt
-            say(f"step {step}/{tcfg.max_iters}: loss {loss:.4f}, {run.tokens / each:,.0f} tokens/s, "
-                f"mfu {run.mfu(each):.0%}, {clock(time.perf_counter() - t_start)} elapsed, "
-                f"{clock((tcfg.max_iters - step) * each)} to go")
+            say(f"step {step}/{tcfg.max_iters}: loss {loss:.4f}, {run.tokens / each:,.0f} "
+                f"tokens/s, mfu {run.mfu(each):.0%}, {clock(time.perf_counter() - t_start)} "
+                f"elapsed, {clock((tcfg.max_iters - step) * each)} to go")
             log(step, train_loss=loss, lr=run.optimizers[0].param_groups[0]["lr"], tokens_per_s=run.tokens / each,
                 mfu=run.mfu(each), step_seconds=step_seconds)
             block_t, block_n, block_loss = 0.0, 0, []
-    if curve and not stopped and curve[-1][2] >= math.log(mcfg.vocab_size):
-        say(f"val loss {curve[-1][2]:.4f} is no better than guessing among {mcfg.vocab_size} tokens ({math.log(mcfg.vocab_size):.4f}): "
-            f"nothing was learned; lower --learning_rate and --muon_lr, or train longer (--max_iters)")
+    guess = math.log(mcfg.vocab_size)
+    if curve and not stopped and curve[-1][2] >= guess:
+        say(f"val loss {curve[-1][2]:.4f} is no better than guessing among {mcfg.vocab_size} "
+            f"tokens ({guess:.4f}): lower --learning_rate and --muon_lr, or train longer (--max_iters)")
     has_best = on_disk is not None and os.path.exists(best_file)
     return {"val_loss": curve[-1][2] if curve else None, "best_val_loss": best, "step": step, "curve": curve,
             "step_seconds": step_seconds, "compile_seconds": compile_seconds, "params": run.model.num_params(),
             "seconds": time.perf_counter() - t_start, "stopped": stopped,
             "path": best_file if has_best else path if on_disk is not None else None,
             "saved_val_loss": best if has_best else last_val}
+
+
+def own_settings(saved, mcfg):
+    """Name the flags by which mcfg would have the shape of a checkpoint's model; "" where it
+    has."""
+    flags = []
+    for k, v in saved["model_config"].items():
+        if k not in ("n_layer", "vocab_size", "eot", "space", "think_token") and v != settings(mcfg).get(k):
+            value = ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+            flags.append(f"--{k}={shlex.quote(value)}")
+    return f"give its own settings, {' '.join(flags)}" if flags else ""
 
 
 def command(tcfg, place):
@@ -1195,13 +1255,13 @@ def main(argv):
                 f"sample from it: python sample.py --out_dir={shlex.quote(tcfg.out_dir)}")
     code = 128 + r["stopped"] if r["stopped"] else 0
     if grouped:  # DDP leaves gloo's threads alive (torch 2.13), and one that drops its last tensor while Python ends aborts
-        os._exit(code)  # the process: 1 run in 10 with 8 ranks on 2 cores. All is saved and said: leave at once
+        os._exit(code)  # the process: 1 run in 10 with 8 ranks on 2 cores. All is saved and said
     return code
 
 
 def say(text, to=None):
-    """Print a line now; an output that takes no more (a full disk, a reader or a terminal that is gone) is no reason to lose a
-    run, and what is said to it from then on goes nowhere."""
+    """Print a line now. An output that takes no more (a full disk, a reader or a terminal that is
+    gone) is no reason to lose a run: what is said to it from then on goes nowhere."""
     to = to or sys.stdout
     try:
         print(text, file=to, flush=True)
