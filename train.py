@@ -40,9 +40,9 @@ class TrainConfig:
     out_dir: str = "out/gpt"  # checkpoints and log.csv go here
     dataset: str = "shakespeare"  # folder under data_dir, made by prepare.py
     data_dir: str = "data"  # where datasets are kept
-    init_from: str = "scratch"  # scratch | resume | auto (resume where there is a run) | PATH of a checkpoint
+    init_from: str = "scratch"  # scratch | resume | auto (resume if there is a run) | PATH
     overwrite: bool = False  # begin anew in an out_dir that has a run, which is deleted
-    teacher: str = ""  # checkpoint to learn from, with the same tokenizer; training starts from its weights
+    teacher: str = ""  # PATH of a model to learn from, and to start from as far as its weights fit
     distill: float = 1.0  # with a teacher: weight of the divergence from its distribution
     distill_match: float = 1.0  # with a teacher: weight of matching its feed-forward layers where a memory is in their place
     distill_ce: float = 0.0  # with a teacher: weight of the text itself
@@ -90,11 +90,11 @@ class TrainConfig:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
         config.within(self, 1, 2 ** 20, "batch_size", "gradient_accumulation_steps")
         config.within(self, 1, 2 ** 53, "eval_interval", "log_interval", "max_iters")
-        config.within(self, 0, 2 ** 53, "warmup_iters", "lr_decay_iters", "eval_tokens", "score_last",
-                      "stream")
+        config.within(self, 0, 2 ** 53, "warmup_iters", "lr_decay_iters", "eval_tokens",
+                      "score_last", "stream")
         config.within(self, 1, 100, "ns_steps")
-        config.within(self, 0, 1e9, "weight_decay", "grad_clip", "min_lr", "muon_lr", "value_lr", "distill",
-                      "distill_match", "distill_ce")
+        config.within(self, 0, 1e9, "weight_decay", "grad_clip", "min_lr", "muon_lr", "value_lr",
+                      "distill", "distill_match", "distill_ce")
         config.within(self, 0, 2 ** 63 - 1, "seed")  # a key of NumPy's Philox has 64 bits
         if self.overwrite and self.init_from in ("resume", "auto"):
             raise ValueError(f"overwrite begins anew, and init_from = {self.init_from} goes on "
@@ -183,9 +183,11 @@ def find_place(tcfg):
         raise UserError(f"{here} processes cannot each have a {name} device here; start fewer, or use --device=cpu")
     kind = name.partition(":")[0]
     if kind not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device is one of auto, cpu, cuda (of several, one is cuda:1) and mps, not {name!r}")
+        raise UserError(f"device is one of auto, cpu, cuda (or one of several, as cuda:1) and mps, "
+                        f"not {name!r}")
     try:
-        if kind == "cuda" and not torch.cuda.is_available():  # a torch without CUDA may lack functions
+        # a torch without CUDA may lack functions
+        if kind == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"torch {torch.__version__} finds no CUDA")
         device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
         if kind == "cuda":
@@ -199,7 +201,7 @@ def find_place(tcfg):
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         except (RuntimeError, ValueError) as e:
             raise UserError(f"the {world} processes did not find one another ({summary(e)}); start "
-                            f"them with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK") from None
+                            f"them with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK") from None
     if device.type == "cpu" and world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     if device.type == "cuda":
@@ -475,7 +477,8 @@ def lr_factor(step, tcfg):
 # logs, locks, checkpoints
 
 
-RUN = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.csv", "exits.json"  # the files of a run in out_dir
+# The files of a run in out_dir.
+RUN = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.csv", "exits.json"
 
 
 def start_tensorboard(tcfg):
@@ -515,13 +518,14 @@ class Log:
         text, rows = io.StringIO(newline=""), []
         try:
             if step and os.path.lexists(self.path):
-                rows = [r for r in self.rows() if r["step"] <= (step if r["train_loss"] else scored)]
+                last = lambda row: step if row["train_loss"] else scored
+                rows = [row for row in self.rows() if row["step"] <= last(row)]
         except (OSError, ValueError, csv.Error) as e:
             names = (f"{self.path}.damaged{i}" for i in itertools.count(1))
             kept = next(name for name in names if not os.path.lexists(name))
             os.rename(self.path, kept)
-            say(f"{self.path} cannot be read ({summary(e)}); it is kept as {kept}, and the log begins anew",
-                sys.stderr)
+            say(f"{self.path} cannot be read ({summary(e)}); it is kept as {kept}, and the log "
+                f"begins anew", sys.stderr)
         table = csv.DictWriter(text, self.FIELDS)
         table.writeheader()
         table.writerows(rows)
@@ -585,7 +589,8 @@ def lock(out_dir):
 def check_new(tcfg):
     """Refuse to begin a run where there is one, unless that is to be overwritten."""
     there = [n for n in RUN if os.path.lexists(os.path.join(tcfg.out_dir, n))]
-    if there and not tcfg.overwrite and tcfg.init_from != "auto":  # auto: with a checkpoint it would resume
+    # auto: with a checkpoint it would resume
+    if there and not tcfg.overwrite and tcfg.init_from != "auto":
         resume = "go on with it by --init_from=resume, " * any(n.endswith(".pt") for n in there)
         raise UserError(f"{tcfg.out_dir} has a run ({', '.join(there)}); {resume}choose another "
                         f"--out_dir, or delete it by --overwrite")
@@ -621,8 +626,8 @@ def summary(error):
 def differences(saved, now, names=None):
     """What differs between two flat dicts, in all keys or those named, as `key: saved -> now`
     strings."""
-    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(names or saved.keys() | now.keys())
-            if saved.get(k) != now.get(k)]
+    names = sorted(names or saved.keys() | now.keys())
+    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in names if saved.get(k) != now.get(k)]
 
 
 def first_tokens(data, n):
@@ -639,7 +644,8 @@ def first_tokens(data, n):
     else:
         some = data.mask is None or np.asarray(data.mask[1:part.n]).any()
     if not some:
-        raise UserError(f"none of the validation split's first {n} tokens is scored; give more eval_tokens")
+        raise UserError(f"none of the validation split's first {n} tokens is scored; give more "
+                        f"eval_tokens")
     return part
 
 
@@ -657,7 +663,8 @@ class Flag:
     def __init__(self):
         self.number, self.before, self.alone = 0, {}, "RANK" not in os.environ
         wanted = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # (nohup)
+        # Windows has no SIGHUP, and nohup ignores it
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             wanted.append(signal.SIGHUP)
         for s in wanted:
             with contextlib.suppress(ValueError):  # not the main thread
@@ -906,8 +913,8 @@ def last_state(out_dir, say=lambda text: None):
 
 # Settings that belong to a start and not to the run, and those that a run computes the same with.
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only")
-UNTOLD = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log", "wandb_log", "wandb_project",
-          "wandb_run_name")
+UNTOLD = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log", "wandb_log",
+          "wandb_project", "wandb_run_name")
 
 
 def with_stored(m, t):
@@ -938,7 +945,8 @@ def other_tokenizer(path, theirs, ours):
     if theirs["kind"] != "char" or ours["kind"] != "char":
         name = theirs.get("encoding", theirs["kind"])
         return wrong + f"make the dataset with python prepare.py --tokenizer={name}"
-    lacks, unknown = (sorted(set(a["chars"]) - set(b["chars"])) for a, b in ((theirs, ours), (ours, theirs)))
+    lacks = sorted(set(theirs["chars"]) - set(ours["chars"]))
+    unknown = sorted(set(ours["chars"]) - set(theirs["chars"]))
     todo = [f"add a line with {' '.join(map(repr, lacks))} to the text"] if lacks else []
     todo += [f"take {' '.join(map(repr, unknown))} out of it"] if unknown else []
     if theirs["eot"] != ours["eot"]:
@@ -961,7 +969,8 @@ def find_start(tcfg, mcfg, data, spec, say):
         path = prepare.checkpoint_path(tcfg.init_from)
         if not os.path.exists(path):
             raise UserError(f"init_from is scratch, resume, auto, or the PATH of a checkpoint of "
-                            f"train.py or of its folder, and {path} is not there; pretrained models are not read by name yet")
+                            f"train.py or of its folder, and {path} is not there; pretrained "
+                            f"models are not read by name yet")
         saved = prepare.load_checkpoint(path)
     try:
         if not resume:
@@ -970,7 +979,8 @@ def find_start(tcfg, mcfg, data, spec, say):
             saved["model"]
             return saved, path, False
         now, fixed = dataclasses.asdict(tcfg), ("optimizer", "stream")
-        before = {f.name: saved["train_config"].get(f.name, f.default) for f in dataclasses.fields(tcfg)}
+        before = {f.name: saved["train_config"].get(f.name, f.default)
+                  for f in dataclasses.fields(tcfg)}
         model = {**{f.name: f.default for f in dataclasses.fields(mcfg)}, **saved["model_config"]}
         wrong = differences(model, settings(mcfg)) + differences(saved["data"], data)
         wrong += differences(before, now, fixed)
@@ -1004,8 +1014,8 @@ def take_state(optimizer, saved, step):
     if of(saved["param_groups"]) != of(own) or len(state) != len(params):
         raise ValueError("its optimizers have other parameters")
     for i, p in enumerate(params):
-        shapes = {k: () if k == "step" else p.shape for k in names}
-        if state[i].keys() != names or not all(sound(t, shapes[k], p.dtype) for k, t in state[i].items()):
+        fits = lambda k: sound(state[i][k], () if k == "step" else p.shape, p.dtype)
+        if state[i].keys() != names or not all(map(fits, names)):
             raise ValueError("its optimizers hold something else than these steps leave")
         taken[i] = {k: t.clone(memory_format=torch.contiguous_format) for k, t in state[i].items()}
     optimizer.load_state_dict({"state": taken, "param_groups": own})
@@ -1021,8 +1031,9 @@ def take_memory(run, saved):
     are more rows or fewer; raise ValueError where it does not fit."""
     parts = {i: (m.keys, m.values, m.crf) for i, m in run.memory.items()}
     rows = {len(t) for tensors in saved.values() for t in tensors}
-    if saved.keys() != parts.keys() or len(rows) != 1 or any(len(t) != 3 for t in saved.values()) or not all(
-            sound(t, (*rows, *mine.shape[1:]), mine.dtype) for i in parts for mine, t in zip(parts[i], saved[i])):
+    fits = lambda mine, t: sound(t, (*rows, *mine.shape[1:]), mine.dtype)
+    if saved.keys() != parts.keys() or len(rows) != 1 or not all(
+            len(saved[i]) == 3 and all(map(fits, parts[i], saved[i])) for i in parts):
         raise ValueError("its memories are of other sizes")
     if rows != {run.n_rows}:
         return False
@@ -1078,7 +1089,8 @@ def loop(mcfg, tcfg, say, held):
         try:
             grown = run.grow(saved["model"], resumed)
         except (RuntimeError, ValueError) as e:
-            raise UserError(f"{start} is of another shape: {own_settings(saved, mcfg) or summary(e)}") from None
+            wrong = own_settings(saved, mcfg) or summary(e)
+            raise UserError(f"{start} is of another shape: {wrong}") from None
         if grown:
             say(f"{start} has none of {grown:,} new parameters, which add nothing at first")
     if teacher is not None:
@@ -1096,7 +1108,8 @@ def loop(mcfg, tcfg, say, held):
                 say(f"{start} has memories of other rows than these {run.n_rows}; they begin empty")
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise UserError(f"{start} cannot be gone on with ({summary(e)}); begin another run "
-                            f"from its weights, with --init_from={shlex.quote(start)} and another --out_dir") from None
+                            f"from its weights, with --init_from={shlex.quote(start)} and another "
+                            f"--out_dir") from None
         step, best, step_seconds, block_loss = (saved[k] for k in (
             "step", "best_val_loss", "step_seconds", "block_loss"))
         if step < tcfg.max_iters:  # (the last validation is done again)
@@ -1136,19 +1149,22 @@ def loop(mcfg, tcfg, say, held):
     def save(val=None, is_best=False):
         """Save this step, with its validation loss if that is known."""
         nonlocal on_disk, last_val
-        memory = {i: [place.rows(t) for t in (m.keys, m.values, m.crf)] for i, m in run.memory.items()}
+        memory = {i: [place.rows(t) for t in (m.keys, m.values, m.crf)]
+                  for i, m in run.memory.items()}
         state = {"memory": memory, "model": run.model.state_dict(),
-                 "optimizers": [o.state_dict() for o in run.optimizers], "step": step, "val_loss": val,
-                 "best_val_loss": best, "validated": validated, "step_seconds": step_seconds,
-                 "block_loss": block_loss, "model_config": settings(mcfg),
-                 "train_config": dataclasses.asdict(tcfg), "tokenizer": train_data.meta["tokenizer"],
-                 "data": data, "dataset": tcfg.dataset}
+                 "optimizers": [o.state_dict() for o in run.optimizers], "step": step,
+                 "val_loss": val, "best_val_loss": best, "validated": validated,
+                 "step_seconds": step_seconds, "block_loss": block_loss,
+                 "model_config": settings(mcfg), "train_config": dataclasses.asdict(tcfg),
+                 "tokenizer": train_data.meta["tokenizer"], "data": data, "dataset": tcfg.dataset}
         place.same(lambda: write(state, is_best))
         on_disk, last_val = step, val
 
     def stop_for(what, bad=""):
-        files = [p for p in (path, best_file, prepare.previous(path)) if os.path.exists(p) and p != bad]
-        good = f"the last good checkpoint is {files[0]}" if files else "there is no checkpoint of this run yet"
+        files = [p for p in (path, best_file, prepare.previous(path))
+                 if os.path.exists(p) and p != bad]
+        good = f"the last good checkpoint is {files[0]}" if files else \
+            "there is no checkpoint of this run yet"
         raise UserError(f"step {step}: {what}: training stopped before the update; {good}; lower "
                         f"the learning rates or check the data")
 
@@ -1158,7 +1174,8 @@ def loop(mcfg, tcfg, say, held):
         if due and not stopped:
             if writes and tcfg.always_save_checkpoint and on_disk != step:
                 save()  # before what may take long
-            chosen = scores = run.evaluate(part, stop=lambda: flag.number)  # by the same tokens each time
+            # by the same tokens each time
+            chosen = scores = run.evaluate(part, stop=lambda: flag.number)
             if done and chosen and part is not val_data:
                 scores = run.evaluate(val_data, stop=lambda: flag.number)
             if scores:
@@ -1167,7 +1184,8 @@ def loop(mcfg, tcfg, say, held):
                     stop_for(f"validation loss {val}", path if on_disk == step else "")
                 curve.append((step, step_seconds, val))
                 usage = run.usage(val_data)
-                of = "" if done or part is val_data else f" on the first {tcfg.eval_tokens:,} tokens"
+                whole = done or part is val_data
+                of = "" if whole else f" on the first {tcfg.eval_tokens:,} tokens"
                 say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte{of}" + (
                     f"; of its memories {usage['slots_used']:.0%} of slots used, entropy {usage['slot_entropy']:.2f}" if usage else ""))
                 log(step, val_loss=val, bits_per_byte=bpb, step_seconds=step_seconds, **usage)
@@ -1179,8 +1197,8 @@ def loop(mcfg, tcfg, say, held):
         if stopped:
             if writes and on_disk != step:
                 save()
-            say("stopped by a signal; " + (f"step {step} is saved in {path}; go on with: "
-                                           f"{command(tcfg, place)}" if writes else "nothing was written"))
+            where = f"step {step} is saved in {path}; go on with: {command(tcfg, place)}"
+            say(f"stopped by a signal; {where if writes else 'nothing was written'}")
             break
         if done:
             break
@@ -1203,13 +1221,15 @@ def loop(mcfg, tcfg, say, held):
             say(f"step {step}/{tcfg.max_iters}: loss {loss:.4f}, {run.tokens / each:,.0f} "
                 f"tokens/s, mfu {run.mfu(each):.0%}, {clock(time.perf_counter() - t_start)} "
                 f"elapsed, {clock((tcfg.max_iters - step) * each)} to go")
-            log(step, train_loss=loss, lr=run.optimizers[0].param_groups[0]["lr"], tokens_per_s=run.tokens / each,
+            log(step, train_loss=loss, lr=run.optimizers[0].param_groups[0]["lr"],
+                tokens_per_s=run.tokens / each,
                 mfu=run.mfu(each), step_seconds=step_seconds)
             block_t, block_n, block_loss = 0.0, 0, []
     guess = math.log(mcfg.vocab_size)
     if curve and not stopped and curve[-1][2] >= guess:
         say(f"val loss {curve[-1][2]:.4f} is no better than guessing among {mcfg.vocab_size} "
-            f"tokens ({guess:.4f}): lower --learning_rate and --muon_lr, or train longer (--max_iters)")
+            f"tokens ({guess:.4f}): lower --learning_rate and --muon_lr, or train longer "
+            f"(--max_iters)")
     has_best = on_disk is not None and os.path.exists(best_file)
     return {"val_loss": curve[-1][2] if curve else None, "best_val_loss": best, "step": step, "curve": curve,
             "step_seconds": step_seconds, "compile_seconds": compile_seconds, "params": run.model.num_params(),
@@ -1223,7 +1243,8 @@ def own_settings(saved, mcfg):
     has."""
     flags = []
     for k, v in saved["model_config"].items():
-        if k not in ("n_layer", "vocab_size", "eot", "space", "think_token") and v != settings(mcfg).get(k):
+        if k not in ("n_layer", "vocab_size", "eot", "space",
+                     "think_token") and v != settings(mcfg).get(k):
             value = ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
             flags.append(f"--{k}={shlex.quote(value)}")
     return f"give its own settings, {' '.join(flags)}" if flags else ""
