@@ -1497,14 +1497,20 @@ def test_a_state_of_other_shapes_is_refused(data_dir, tmp_path):
     kernel."""
     v = dict(layers="AM", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24)
     _, good = run(data_dir, tmp_path, v, max_iters=2, stream=4)
-    write = lambda c: prepare.save_checkpoint(tmp_path / "ckpt.pt", c)
+    r = train.Runner(GPTConfig(**good["model_config"]), TrainConfig(**good["train_config"]),
+                     train.find_place(TrainConfig(device="cpu", dtype="float32")))
+
+    def take(c):
+        for optimizer, state in zip(r.optimizers, c["optimizers"], strict=True):
+            train.take_state(optimizer, state, 2)
+        train.take_memory(r, c["memory"])
 
     def bad(change):
         c = copy.deepcopy(good)
         change(c)
-        write(c)
-        with pytest.raises(UserError, match="cannot be gone on with .*--init_from="):
-            run(data_dir, tmp_path, v, stream=4, init_from="resume")
+        with pytest.raises((ValueError, LookupError, AttributeError)):
+            take(c)
+        return c
 
     for o, names in ((0, ("step", "exp_avg", "exp_avg_sq")), (1, ("momentum",))):
         for name in names:
@@ -1523,8 +1529,11 @@ def test_a_state_of_other_shapes_is_refused(data_dir, tmp_path):
         for new in (lambda t: t[..., :-1], lambda t: t.half(), lambda t: t * float("nan"),
                     lambda t: t[:1]):
             bad(lambda c: c["memory"][i].__setitem__(j, new(c["memory"][i][j])))
-    write(good)
-    run(data_dir, tmp_path, v, stream=4, init_from="resume")
+    take(good)
+    worst = bad(lambda c: c["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(3)))
+    prepare.save_checkpoint(tmp_path / "ckpt.pt", worst)
+    with pytest.raises(UserError, match="cannot be gone on with .*--init_from="):
+        run(data_dir, tmp_path, v, stream=4, init_from="resume")
 
 
 def test_a_damaged_log_stops_no_run(data_dir, tmp_path, capsys):
@@ -3595,7 +3604,7 @@ def test_two_ranks_are_one(data_dir, tmp_path):
         assert abs(a["best_val_loss"] - other["best_val_loss"]) < 1e-5
     n = ["--history=16", "--n_span=4", "--span=4"]
     assert cli(*small_run(data_dir, tmp_path / "teacher", *n, "--max_iters=20", "--eval_interval=20", "--layers=R(A)A", "--plan=cross")).returncode == 0
-    n += ["--max_iters=10", "--layers=FAF", "--n_mem=64", f"--teacher={tmp_path}/teacher/ckpt.pt"]
+    n += ["--max_iters=10", "--layers=FFA", "--n_mem=64", f"--teacher={tmp_path}/teacher/ckpt.pt"]
     assert "feed-forward layers 0, 2 are replaced" in cli(*small_run(data_dir, tmp_path / "4", *n)).stdout
     torchrun(2, *small_run(data_dir, tmp_path / "5", *n, "--batch_size=2", "--gradient_accumulation_steps=2"))
     a, b = (prepare.load_checkpoint(tmp_path / x / "ckpt.pt")["model"] for x in "45")

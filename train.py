@@ -162,11 +162,12 @@ def ranks():
     try:
         rank, world, local = (int(os.environ[n]) for n in names)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        [os.environ[n] for n in ("MASTER_ADDR", "MASTER_PORT") if world > 1]
         if 0 <= rank < world and 0 <= local and 0 < here <= world:
             return rank, world, local, here
     except (KeyError, ValueError):
         pass
-    said = ", ".join(f"{n} = {os.environ.get(n)!r}" for n in (*names, "LOCAL_WORLD_SIZE"))
+    said = ", ".join(f"{n} = {os.environ.get(n)!r}" for n in (*names, "MASTER_ADDR", "MASTER_PORT"))
     os.environ.pop("RANK", None)  # a rank other than 0 would say nothing
     raise UserError(f"the environment makes this process one of several, but not wholly ({said}); "
                     f"start several with torchrun, or unset these variables") from None
