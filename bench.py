@@ -808,7 +808,7 @@ def kept(cfg, name, preset=None, **overrides):
     folder = os.path.join(cfg.out_dir, name)
     if cfg.out_dir and os.path.exists(os.path.join(folder, "ckpt.pt")):
         return folder
-    return fit(cfg, preset, out_dir=name, **overrides)["out_dir"]
+    return fit(cfg, preset, out_dir=name, init_from="auto", **overrides)["out_dir"]
 
 
 JUDGE = dict(SMALL, seed=2, block_size=256, batch_size=16, max_iters=750)

@@ -11,6 +11,7 @@ Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their ow
 """
 import codecs
 import contextlib
+import glob
 import hashlib
 import io
 import itertools
@@ -172,7 +173,7 @@ def hold(path, refusal):
 
 def bar(things=None, **k):
     """A progress bar for what may take over a second; none where nobody watches."""
-    return tqdm(things, leave=False, delay=1, disable=None, **k)
+    return tqdm(things, leave=False, delay=1, disable=None if sys.stderr else True, **k)
 
 
 def make_dir(path):

@@ -5,6 +5,7 @@
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import dataclasses
 import errno
@@ -105,8 +106,11 @@ variants = pytest.mark.parametrize("name", VARIANTS)
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def two_threads(monkeypatch):
+    """As many threads as the machine that the suite is made for has; and no time is spent on what
+    only MFU is counted from."""
     torch.set_num_threads(2)
+    monkeypatch.setattr(train, "matmul_peak", lambda place: 1e9)
 
 
 def make(name, seed=0, awake=True, **more):
@@ -1491,7 +1495,238 @@ def test_resuming_is_exact(name, data_dir, tmp_path):
 def losses_of(out):
     """What log.csv holds that is not a time."""
     with open(out / "log.csv", newline="") as f:
-        return [(r["step"], r["train_loss"], r["val_loss"], r["lr"]) for r in csv.DictReader(f)]
+        return [(r["step"], r["train_loss"], r["val_loss"], r["lr"], r["bits_per_byte"])
+                for r in csv.DictReader(f)]
+
+
+def at_call(monkeypatch, where, name, n, do):
+    """Have the n-th call of where.name from now on begin with do()."""
+    before, calls = getattr(where, name), itertools.count(1)
+
+    def called(*a, **k):
+        if next(calls) == n:
+            do()
+        return before(*a, **k)
+    monkeypatch.setattr(where, name, called)
+
+
+class Killed(BaseException):
+    """A process that ends here."""
+
+
+def kill():
+    raise Killed
+
+
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_a_run_stopped_anywhere_ends_as_the_one_that_was_not(data_dir, tmp_path, monkeypatch,
+                                                             always):
+    """By a signal or a kill in every step, in validation and while saving: the same log, weights
+    and best, no row twice, none missing; and no loss stands beside weights that were not scored."""
+    torch.set_num_threads(1)
+    more = dict(always_save_checkpoint=always, learning_rate=1.0, muon_lr=1.0, schedule="triangle",
+                warmup_iters=5)
+    r, whole = run(data_dir, tmp_path / "whole", **more)
+    best = prepare.load_checkpoint(tmp_path / "whole" / "ckpt_best.pt")
+    assert best["step"] == 3 and r["path"] == str(tmp_path / "whole" / "ckpt_best.pt")
+    assert r["saved_val_loss"] == r["best_val_loss"]
+    assert (whole["step"], whole["val_loss"]) == ((6, r["val_loss"]) if always
+                                                  else (3, best["val_loss"]))
+    stops = [(train.Runner, "step", n, do) for n in range(1, 7) for do in (send, kill)]
+    stops += [(train.Data, "whole", n, do) for n in (1, 2) for do in (send, kill)]
+    stops += [(prepare, "save_checkpoint", n, kill) for n in ((2, 3, 4) if always else (1,))]
+    for i, (where, name, n, do) in enumerate(stops if always else stops[6::3]):
+        out = tmp_path / str(i)
+        with monkeypatch.context() as m:
+            at_call(m, where, name, n, do)
+            with pytest.raises(Killed) if do is kill else contextlib.nullcontext():
+                stopped, saved = run(data_dir, out, **more)
+        if do is send:
+            assert stopped["stopped"] == signal.SIGTERM and saved["val_loss"] is None
+            assert stopped["step"] == saved["step"] == (n if name == "step" else 3 * n)
+            assert saved["validated"] == (3 if saved["step"] > 3 else None)
+        resumed, last = run(data_dir, out, init_from="auto", **more)
+        assert losses_of(out) == losses_of(tmp_path / "whole"), (name, n, do)
+        assert same(prepare.load_checkpoint(out / "ckpt_best.pt")["model"], best["model"])
+        assert resumed["val_loss"] == r["val_loss"]
+        assert resumed["saved_val_loss"] == r["saved_val_loss"]
+        assert (not always or same(last["model"], whole["model"]))
+    again, _ = run(data_dir, out, init_from="resume", **more)  # nothing is left to do
+    assert again["val_loss"] == r["val_loss"] and losses_of(out) == losses_of(tmp_path / "whole")
+
+
+def test_eval_tokens(data_dir, tmp_path, monkeypatch):
+    """Validations before the last read the first tokens only; the best is chosen by those, the last
+    one scores the whole split; losses on other tokens are not compared."""
+    n, chosen, evaluate = [], [], train.Runner.evaluate
+
+    def noted(self, data, **k):
+        n.append(data.n)
+        chosen.append(evaluate(self, data, **k)[0])
+        return chosen[-1], 1.0
+    monkeypatch.setattr(train.Runner, "evaluate", noted)
+    r, c = run(data_dir, tmp_path, eval_tokens=50)
+    val = Data(TrainConfig(dataset="text", data_dir=data_dir), GPTConfig(**TINY), "val")
+    assert n == [51, 51, val.n] and r["best_val_loss"] == c["best_val_loss"] == min(chosen[:2])
+    assert r["val_loss"] == chosen[2]
+    again, _ = run(data_dir, tmp_path, eval_tokens=40, init_from="resume", max_iters=7)
+    assert again["best_val_loss"] == chosen[-2] != min(chosen)
+    monkeypatch.undo()
+    for dataset in ("text", "chain"):
+        data = Data(TrainConfig(dataset=dataset, data_dir=data_dir),
+                    GPTConfig(**{**TINY, "block_size": 64}), "val")
+        part, place = train.first_tokens(data, 200), train.Place(torch.device("cpu"), torch.float32)
+        scored = [[int((y >= 0).sum()) for _, y, _, _ in d.whole(place, 4)] for d in (part, data)]
+        want = np.asarray(data.mask[1:201]).sum() if data.mask is not None else 200
+        # (chain: its last document is cut)
+        assert 0.8 * want <= sum(scored[0]) <= want and sum(scored[1]) > sum(scored[0])
+    with pytest.raises(UserError, match="first 3 tokens.*eval_tokens"):
+        train.first_tokens(data, 3)
+
+
+def test_a_run_is_not_overwritten(data_dir, tmp_path):
+    """A second start is refused and names what can be done; --overwrite deletes what was there when
+    all else is known to be possible. Files of the user's own stay, also those whose names look like
+    temporary ones."""
+    mine = ["notes.tmp.txt", "page.tmpl", "ckpt.pt.tmp", "a.csv.7.tmp",
+            f"ckpt.pt.{os.getppid()}.tmp"]
+    left = ["ckpt.pt.999999999.tmp", "ckpt_prev.pt.999999999.tmp.old", "log.csv.999999999.tmp"]
+    os.makedirs(tmp_path / "ckpt.pt.999999998.tmp")
+    for name in mine + left:
+        (tmp_path / name).write_text(name)
+    run(data_dir, tmp_path, max_iters=2)
+    assert {*mine, "ckpt.pt.999999998.tmp"} <= set(os.listdir(tmp_path))
+    assert not set(left) & set(os.listdir(tmp_path))
+    (tmp_path / "exits.json").write_text("{}")
+    (tmp_path / "ckpt_prev.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes())
+    files = lambda: {n: (tmp_path / n).read_bytes() for n in os.listdir(tmp_path)
+                     if (tmp_path / n).is_file()}
+    before, argv = files(), [f"--data_dir={data_dir}", "--dataset=text", f"--out_dir={tmp_path}",
+                             "--compile=False", *TINY_ARGS]
+    for more in ([], [f"--init_from={tmp_path}"]):
+        refused(train.main, argv + more, "--init_from=resume", "--out_dir", "--overwrite",
+                "ckpt.pt")
+    refused(train.main, [*argv, "--overwrite", "--batch_size=3", "--value_lr=3"], "value_lr")
+    refused(train.main, [*argv, "--overwrite", "--init_from=resume"], "overwrite", "resume",
+            "leave one")
+    assert files() == before
+    run(data_dir, tmp_path, eval_only=True)
+    assert files() == before
+    run(data_dir, tmp_path, eval_only=True, init_from=str(tmp_path))
+    run(data_dir, tmp_path, overwrite=True, max_iters=1)
+    assert {*before} - {*files()} == {"exits.json", "ckpt_prev.pt"}
+    assert prepare.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 1
+    for name in os.listdir(tmp_path):
+        if name.endswith(".pt"):
+            os.unlink(tmp_path / name)
+    text = refused(train.main, argv, "log.csv", "--overwrite")
+    assert "resume" not in text  # there is nothing to go on from
+    run(data_dir, tmp_path / "no", eval_only=True)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_resumed_run_has_its_settings(data_dir, tmp_path, monkeypatch):
+    """--init_from=resume --out_dir=X is a whole command: all settings are those of the run but for
+    what is given now, on the command line or in a preset, and that is said, a line each."""
+    out = tmp_path / "a run"
+    given = dict(learning_rate=0.000125, seed=5, batch_size=2, schedule="cosine", max_iters=3,
+                 lr_decay_iters=9)
+    _, a = run(data_dir, out, dict(SLOTS, layers="AR"), **given)
+    said = quiet(train.main, ["--init_from=resume", f"--out_dir={out}"])
+    assert "another" not in said and f"--out_dir='{out}'" in said
+    (tmp_path / "p.py").write_text("max_iters = 5\nn_embd = 32")
+    said = quiet(train.main, ["--init_from=auto", f"--out_dir={out}", f"{tmp_path}/p.py",
+                              "--learning_rate=0.0015", "--seed=5", "--device=cpu"])
+    assert [s for s in said.splitlines() if " -> " in s] == [f"going on with another {s}" for s in (
+        "learning_rate: 0.000125 -> 0.0015", "max_iters: 3 -> 5")]
+    b = prepare.load_checkpoint(out / "ckpt.pt")
+    changed = dict(learning_rate=0.0015, max_iters=5, device="cpu", init_from="auto")
+    assert b["step"] == 5 and b["train_config"] == {**a["train_config"], **changed}
+    assert b["model_config"] == a["model_config"]
+    for more, words in ((["--n_layer=3"], ["layers: 'AR' -> 'AAA'", "leave these settings out"]),
+                        (["--optimizer=adamw"], ["'adamw'"]),
+                        (["--dataset=chain"], ["train.bin", "make the dataset again"]),
+                        (["--stream=2"], ["stream: 0 -> 2"])):
+        refused(train.main, ["--init_from=resume", f"--out_dir={out}", *more], *words,
+                "another --out_dir")
+    at_call(monkeypatch, train.Runner, "step", 1, send)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert train.main(["--init_from=resume", f"--out_dir={out}",
+                           "--max_iters=9"]) == 128 + signal.SIGTERM
+    assert f"go on with: python train.py --init_from=resume --out_dir='{out}'\n" in said.getvalue()
+    assert train.command(TrainConfig(), train.Place(None, None, 0, 3)) == \
+        "torchrun --nproc_per_node=3 train.py --init_from=resume --out_dir=out/gpt"
+
+
+def test_a_state_of_other_shapes_is_refused(data_dir, tmp_path):
+    """Optimizer states and memories of other shapes, types or numbers, or without a part, reach no
+    kernel."""
+    v = dict(layers="AM", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24)
+    _, good = run(data_dir, tmp_path, v, max_iters=2, stream=4)
+    r = train.Runner(GPTConfig(**good["model_config"]), TrainConfig(**good["train_config"]),
+                     train.find_place(TrainConfig(device="cpu", dtype="float32")))
+
+    def take(c):
+        for optimizer, state in zip(r.optimizers, c["optimizers"], strict=True):
+            train.take_state(optimizer, state, 2)
+        train.take_memory(r, c["memory"])
+
+    def bad(change):
+        c = copy.deepcopy(good)
+        change(c)
+        with pytest.raises((ValueError, LookupError, AttributeError)):
+            take(c)
+        return c
+
+    for o, names in ((0, ("step", "exp_avg", "exp_avg_sq")), (1, ("momentum",))):
+        for name in names:
+            for new in (lambda t: t.flatten()[:1].repeat(2), lambda t: t.double(),
+                        lambda t: t * float("nan"), lambda t: 1.0):
+                of = lambda c: c["optimizers"][o]["state"][0]
+                bad(lambda c: of(c).update({name: new(of(c)[name])}))
+            bad(lambda c: c["optimizers"][o]["state"][1].pop(name))
+        bad(lambda c: c["optimizers"][o]["state"].pop(0))
+        bad(lambda c: c["optimizers"][o]["state"].clear())
+        bad(lambda c: c["optimizers"][o]["param_groups"][0]["params"].pop())
+    bad(lambda c: c["optimizers"].pop())
+    bad(lambda c: c["memory"].clear())
+    i = next(iter(good["memory"]))
+    for j in range(3):
+        for new in (lambda t: t[..., :-1], lambda t: t.half(), lambda t: t * float("nan"),
+                    lambda t: t[:1]):
+            bad(lambda c: c["memory"][i].__setitem__(j, new(c["memory"][i][j])))
+    take(good)
+    worst = bad(lambda c: c["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(3)))
+    prepare.save_checkpoint(tmp_path / "ckpt.pt", worst)
+    with pytest.raises(UserError, match="cannot be gone on with .*--init_from="):
+        run(data_dir, tmp_path, v, stream=4, init_from="resume")
+
+
+def test_a_damaged_log_stops_no_run(data_dir, tmp_path, capsys):
+    """A log.csv that cannot be read is kept beside a fresh one; a row that was cut short is left
+    out."""
+    monkey = [b"\xff\xfe\x00binary", b"a,b\n1,2\n", b"step,train_loss\n1,0.5,3\n2,0.5\n",
+              b"step,train_loss\nx,1\n2,0.5\n",
+              b"step,train_loss\n1," + b"9" * 200_000 + b"\n2,1\n", b""]
+    run(data_dir, tmp_path, max_iters=2)
+    whole = (tmp_path / "log.csv").read_bytes()
+    for i, body in enumerate([*monkey, None], 1):
+        (tmp_path / "log.csv").unlink()
+        log = tmp_path / "log.csv"
+        log.mkdir() if body is None else log.write_bytes(body)
+        run(data_dir, tmp_path, init_from="resume", max_iters=2 + i)
+        kept = tmp_path / f"log.csv.damaged{i}"
+        assert kept.is_dir() if body is None else kept.read_bytes() == body
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and str(kept) in err
+        assert losses_of(tmp_path)[-1][0] == str(2 + i)
+    (tmp_path / "log.csv").write_bytes(whole + b"9,1.")
+    run(data_dir, tmp_path, init_from="resume", max_iters=2 + i)
+    assert len(losses_of(tmp_path)) == whole.count(b"\n") and not capsys.readouterr().err
 
 
 def test_evaluation_changes_nothing(data_dir, tmp_path):
@@ -1529,7 +1764,8 @@ def test_a_damaged_checkpoint_is_passed_over(data_dir, tmp_path):
     _, resumed = run(data_dir, tmp_path / "b", init_from="auto")
     assert same(whole["model"], resumed["model"]) and resumed["step"] == 6
     (tmp_path / "b" / "ckpt.pt").write_bytes(body[:50])
-    os.unlink(tmp_path / "b" / "ckpt_prev.pt")
+    for name in ("ckpt_prev.pt", "ckpt_best.pt"):
+        os.unlink(tmp_path / "b" / name)
     with pytest.raises(UserError, match="damaged"):
         run(data_dir, tmp_path / "b", init_from="auto")
     prepare.save_checkpoint(tmp_path / "x.pt", {"step": 1})
@@ -1567,7 +1803,7 @@ def test_score_last_and_grad_clip(data_dir, tmp_path):
     assert same(a["model"], b["model"]) and not same(a["model"], c["model"])
 
 
-def test_optional_logs(data_dir, tmp_path, monkeypatch):
+def test_optional_logs(data_dir, tmp_path, monkeypatch, capsys):
     """tensorboard and wandb get what log.csv gets; a missing package is one sentence before anything is loaded."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -1584,21 +1820,46 @@ def test_optional_logs(data_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     run(data_dir, tmp_path / "y", wandb_log=True, wandb_run_name="mine")
     assert seen[0] == {"project": "nanoconcept", "name": "mine"} and seen[-1] == "end" and "val_loss" in seen[2][1]
+    before = (tmp_path / "y" / "log.csv").read_bytes()
+    at_call(monkeypatch, Wandb, "log", 2, lambda: 1 / 0)
+    run(data_dir, tmp_path / "y", wandb_log=True, overwrite=True)
+    assert capsys.readouterr().err.count("wandb takes no more (division by zero); training") == 1
+    Wandb.init = lambda **k: 1 / 0
+    with pytest.raises(UserError, match="wandb did not start .*wandb login.*leave wandb_log out"):
+        run(data_dir, tmp_path / "y", wandb_log=True, overwrite=True)
+    assert losses_of(tmp_path / "y")
+    assert len((tmp_path / "y" / "log.csv").read_bytes().splitlines()) == len(before.splitlines())
 
 
 def test_a_full_disk_stops_the_log_not_the_run(data_dir, tmp_path, monkeypatch, capsys):
-    class Full(io.StringIO):
-        def write(self, text):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = train.Log.__init__
-
-    def init(self, *a):
-        before(self, *a)
-        self.csv.writer = csv.writer(Full())
-    monkeypatch.setattr(train.Log, "__init__", init)
+    at_call(monkeypatch, train.Log, "write", 2, full)
     _, c = run(data_dir, tmp_path)
     assert c["step"] == 6 and capsys.readouterr().err.count("training goes on") == 1
+    assert len(losses_of(tmp_path)) == 1
+
+
+def test_a_folder_that_is_taken_away_is_made_again(data_dir, tmp_path, monkeypatch):
+    at_call(monkeypatch, train.Runner, "step", 3, lambda: shutil.rmtree(tmp_path / "o"))
+    _, c = run(data_dir, tmp_path / "o")
+    assert c["step"] == 6 and [r[0] for r in losses_of(tmp_path / "o")] == ["3", "4", "6", "6"]
+    assert (tmp_path / "o" / "lock").exists()
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "ascii", None])
+def test_training_outlives_its_output(data_dir, tmp_path, monkeypatch, path):
+    """A full disk behind standard output and error, an encoding that lacks what is said, or neither
+    at all."""
+    out = open(path if path == "/dev/full" else tmp_path / "out", "w", encoding="ascii")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, path and out)
+    at_call(monkeypatch, train.Log, "write", 1, lambda: 1 / 0)
+    _, c = run(data_dir, tmp_path / "é", say=train.say, max_iters=2)
+    assert c["step"] == 2
+    monkeypatch.undo()
+    out.close()  # and what is left in its buffer ends no process
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1822,7 +2083,7 @@ def test_a_clone_has_nothing_to_learn(teacher, data_dir):
     """With the teacher's own layers a student is the teacher: divergence 0, no gradient to speak of, and nothing to match."""
     r, (x, y, h) = learner(teacher, data_dir)
     out = r.model(x, y, h, taught=r.taught(x, h))
-    assert torch.equal(out.logits, r.taught(x, h).logits) and r.replaced == []
+    assert torch.equal(out.logits, r.taught(x, h).logits) and r.replaced == {}
     assert abs(out.losses["teacher"].item()) < 1e-6 and out.loss == out.losses["teacher"] and "match" not in out.losses
     out.loss.backward()
     assert max(p.grad.abs().max() for p in r.model.parameters() if p.grad is not None) < 1e-6
@@ -1836,13 +2097,22 @@ def test_matched_is_exactly_what_was_replaced(teacher, data_dir):
                           (dict(layers="AAF", n_mlp=(-1, 0, 0)), [2]), (dict(layers="FAF", n_embd=16), [])):
         r, (x, y, h) = learner(teacher, data_dir, dict(FEATURAL, **model))
         told = r.taught(x, h)
-        assert list(told.fed) == r.replaced == blocks, model
+        assert list(told.fed) == list(r.replaced.values()) == list(r.replaced) == blocks, model
         out = r.model(x, y, h, taught=told)
         assert ("match" in out.losses) == bool(blocks)
         if blocks:
             assert out.losses["match"].item() == pytest.approx(1.0, abs=1e-5)  # output projections start at 0
             assert out.loss.item() == pytest.approx(out.losses["teacher"].item() + 1.0 + sum(
                 v.item() for k, v in out.losses.items() if k.startswith("exit")), abs=1e-5)
+    # the layers whose weights they start with
+    for layers, pairs in (("(A)AFA", {1: 2}), ("A(A)FA", {1: 2}), ("F(A)AF", {0: 0, 2: 3})):
+        r, (x, y, h) = learner(teacher, data_dir, dict(FEATURAL, layers=layers))
+        told, fed = r.taught(x, h), {}
+        r.teacher(x, history=h, fed=fed)
+        assert r.replaced == pairs
+        assert all(torch.equal(told.fed[i], fed[t]) for t, i in pairs.items())
+        assert torch.equal(r.model.blocks[1].attn.c_attn.weight,
+                           r.teacher.blocks[1].attn.c_attn.weight)
     r, (x, y, h) = learner(teacher, data_dir, dict(FEATURAL, layers="FAF"), distill=0.5, distill_match=3.0, distill_ce=0.25)
     told = r.taught(x, h)
     out = r.model(x, y, h, taught=told)
@@ -1900,6 +2170,10 @@ def test_bad_teachers(teacher, data_dir, tmp_path):
     refused(train.main, ["--distill_ce=1", *argv], "distill_ce", "--teacher=")
     refused(train.main, ["--value_lr=3", *argv, f"--out_dir={tmp_path}/r"], "value_lr", "F")
     refused(train.main, [f"--teacher={teacher}", "--distill_match=-1"], "distill_match")
+    run(data_dir, tmp_path / "streamed", dict(layers="AM", mem_chunk=4), stream=2, max_iters=1)
+    refused(train.main, [f"--teacher={tmp_path}/streamed", *argv], "remember", "--stream")
+    refused(train.main, [f"--teacher={tmp_path}/no", *argv], f"{tmp_path}/no/ckpt.pt is not there",
+            f"--out_dir={tmp_path}/no")
     (tmp_path / "text.pt").write_text("nothing of the kind")
     refused(train.main, [f"--teacher={tmp_path}/text.pt", *argv], "text.pt is not a checkpoint")
     for name, plain in (("x", {"step": 1}), ("y", [1])):
@@ -1909,7 +2183,7 @@ def test_bad_teachers(teacher, data_dir, tmp_path):
     saved["model_config"]["of_tomorrow"] = 1
     prepare.save_checkpoint(tmp_path / "z.pt", saved)
     refused(train.main, [f"--teacher={tmp_path}/z.pt", *argv, *slots, f"--out_dir={tmp_path}/q"], "z.pt does not fit this version", "of_tomorrow")
-    assert not glob.glob(str(tmp_path / "*" / "ckpt.pt"))
+    assert glob.glob(str(tmp_path / "*" / "ckpt.pt")) == [f"{tmp_path}/streamed/ckpt.pt"]
 
 
 def test_a_compiled_student_learns_the_same(teacher, data_dir):
@@ -3571,6 +3845,95 @@ def test_bad_settings(tmp_path, data_dir):
         [{"n_kv_head": (1, 2)}, {"learning_rate": 1.0, "compile": False}]
 
 
+def test_every_number_of_training_has_bounds():
+    """No setting of training takes a number that is none, has no end, or is beyond 64 bits."""
+    for f in dataclasses.fields(TrainConfig):
+        bad = {int: (2 ** 63, 2 ** 80, -2 ** 63), float: (math.nan, math.inf, -math.inf, 1e300)}
+        for value in bad.get(f.type, ()):
+            with pytest.raises(ValueError, match=f.name):
+                TrainConfig(**{f.name: value}, teacher="x" if f.name.startswith("distill") else "")
+
+
+@pytest.mark.parametrize("env", [
+    dict(RANK="0"), dict(WORLD_SIZE="2"), dict(RANK="7", WORLD_SIZE="2", LOCAL_RANK="0"),
+    dict(RANK="x", WORLD_SIZE="1", LOCAL_RANK="0"), dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="-1"),
+    dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="0"),
+    dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")])
+def test_half_an_environment(env, monkeypatch, data_dir, tmp_path):
+    """What torchrun sets, but not all of it, or nonsense: one sentence, which a rank other than 0
+    says too."""
+    for k, v in env.items():
+        monkeypatch.setenv(k, v)
+    refused(train.main, ["--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o",
+                         "--device=cpu"], "torchrun", "unset")
+    assert "RANK" not in os.environ and not os.path.exists(tmp_path / "o")
+
+
+def test_advice_of_training_can_be_followed(data_dir, tmp_path, monkeypatch):
+    """What a message says to do works: devices, pretrained models by name, texts of other
+    characters, models of other shapes."""
+    argv = ["--dataset=text", f"--data_dir={data_dir}", "--compile=False", "--max_iters=1",
+            *TINY_ARGS]
+    refused(train.main, ["--device=meta", *argv], "meta", "cpu")
+    if not torch.cuda.is_available():
+        for name in ("cuda", "cuda:1"):
+            refused(train.main, [f"--device={name}", *argv], "finds no CUDA", "--device=auto")
+            # a torch that thinks so, and lacks the functions
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            refused(train.main, [f"--device={name}", *argv], "not to be had", "--device=auto")
+            monkeypatch.undo()
+    refused(train.main, ["--init_from=gpt2", *argv, f"--out_dir={tmp_path}/g"], "gpt2",
+            "not read by name yet", "PATH")
+    run(data_dir, tmp_path / "a", dict(layers="(A)A"), max_iters=1)
+    text = refused(train.main, [f"--init_from={tmp_path}/a", *argv, "--n_embd=64",
+                                f"--out_dir={tmp_path}/b"], "of another shape")
+    assert train.main([f"--init_from={tmp_path}/a", *argv, f"--out_dir={tmp_path}/b",
+                       *(text.split("settings, ")[1].replace("'", "")).split()]) == 0
+    known = sorted(set(TEXT))
+    fewer = TEXT.replace(known[-1], known[-2])
+    for body, words in ((TEXT + "é", ["take 'é' out"]), (TEXT, ["one document"]),
+                        (fewer, [f"add a line with {known[-1]!r} to the text"])):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        (tmp_path / "t.txt").write_text(body)
+        inputs = [f"--input={tmp_path}/t.txt"] * (2 if body == TEXT else 1)
+        quiet(prepare.main, [*inputs, "--name=new", f"--data_dir={tmp_path}/d"])
+        refused(train.main, [f"--init_from={tmp_path}/a", *argv, "--dataset=new",
+                             f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/n"],
+                *words, "make it again with python prepare.py")
+    (tmp_path / "t.txt").write_text(fewer + known[-1])
+    quiet(prepare.main, [f"--input={tmp_path}/t.txt", "--name=good", f"--data_dir={tmp_path}/d"])
+    said = quiet(train.main, [f"--init_from={tmp_path}/a", *argv, "--layers=(A)A",
+                              "--dataset=good", f"--data_dir={tmp_path}/d",
+                              f"--out_dir={tmp_path}/n"])
+    quiet(prepare.main, [f"--input={tmp_path}/t.txt", "--name=bytes", "--tokenizer=byte",
+                         f"--data_dir={tmp_path}/d"])
+    refused(train.main, [f"--init_from={tmp_path}/a", *argv, "--dataset=bytes",
+                         f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/m"],
+            "python prepare.py --tokenizer=char")
+    assert "done" in said
+
+
+def test_a_run_that_learned_nothing_says_so(data_dir, tmp_path):
+    for rate, worse in ((100.0, True), (1e-3, False)):
+        said = []
+        run(data_dir, tmp_path / str(rate), learning_rate=rate, max_iters=8, lr_decay_iters=8,
+            say=said.append)
+        assert any("no better than guessing among" in s and "learning_rate" in s
+                   for s in said) == worse
+
+
+def test_a_compiler_that_fails_is_one_sentence(data_dir, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(config, "compiler_missing", lambda device: "")
+
+    def fails(graph, inputs):
+        raise RuntimeError("no such header")
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **k: compiled(m, backend=fails))
+    with pytest.raises(UserError, match="torch.compile failed .*no such header.*--compile=False"):
+        run(data_dir, tmp_path, compile=True)
+
+
 @pytest.mark.parametrize("code", ["import os", "n_layer = __import__('os').getpid()", "n_layer = open('x')", "for i in []: pass",
                                   "n_layer = [i for i in (1,)]", "n_layer = 1 if True else 2", "a.b = 1", "layers = 'A' * 10**99",
                                   "layers = 'A' * 99999999", "n_layer = (", "n_layer = 1 / 0",
@@ -4040,17 +4403,19 @@ def small_run(data_dir, out, *more):
             "--batch_size=4", "--dtype=float32", "--log_interval=1", *more]
 
 
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_resumed_run_is_the_same(data_dir, tmp_path, sig):
     n = ["--max_iters=400", "--eval_interval=1000"]
     p = subprocess.Popen([sys.executable, *small_run(data_dir, tmp_path / "b", *n)], stdout=subprocess.PIPE, text=True, cwd=HERE,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                         stderr=subprocess.PIPE)
     for line in p.stdout:
         if line.startswith("step 20/"):
             p.send_signal(sig)
             break
-    rest = p.stdout.read()
-    assert p.wait(60) == 0 and "stopped by a signal" in rest
+    rest, err = p.communicate(timeout=60)
+    assert p.returncode == 128 + sig and "stopped by a signal" in rest
+    assert "a second signal ends at once" in err
     step = prepare.load_checkpoint(tmp_path / "b" / "ckpt.pt")["step"]
     assert 20 <= step < 400
     env = dict(max_iters=400, lr_decay_iters=0, eval_interval=1000)
@@ -4081,8 +4446,8 @@ def test_a_signal_to_ranks_that_compile(data_dir, tmp_path):
         if line.startswith("step 20/"):
             os.killpg(p.pid, signal.SIGINT)  # Ctrl-C: all processes get it, and torchrun then sends each a SIGTERM
             break
-    assert "stopped by a signal" in p.stdout.read()
-    p.wait(60)
+    assert "go on with: torchrun --nproc_per_node=2 train.py --init_from=resume" in p.stdout.read()
+    assert p.wait(60)  # so that && does not go on
     assert 20 <= prepare.load_checkpoint(tmp_path / "b" / "ckpt.pt")["step"] < 300
     torchrun(2, *small_run(data_dir, tmp_path / "b", *n, "--init_from=resume"))
     torchrun(2, *small_run(data_dir, tmp_path / "a", *n))
@@ -4162,7 +4527,7 @@ def test_two_ranks_are_one(data_dir, tmp_path):
         assert abs(a["best_val_loss"] - other["best_val_loss"]) < 1e-5
     n = ["--history=16", "--n_span=4", "--span=4"]
     assert cli(*small_run(data_dir, tmp_path / "teacher", *n, "--max_iters=20", "--eval_interval=20", "--layers=R(A)A", "--plan=cross")).returncode == 0
-    n += ["--max_iters=10", "--layers=FAF", "--n_mem=64", f"--teacher={tmp_path}/teacher/ckpt.pt"]
+    n += ["--max_iters=10", "--layers=FFA", "--n_mem=64", f"--teacher={tmp_path}/teacher/ckpt.pt"]
     assert "feed-forward layers 0, 2 are replaced" in cli(*small_run(data_dir, tmp_path / "4", *n)).stdout
     torchrun(2, *small_run(data_dir, tmp_path / "5", *n, "--batch_size=2", "--gradient_accumulation_steps=2"))
     a, b = (prepare.load_checkpoint(tmp_path / x / "ckpt.pt")["model"] for x in "45")
@@ -4179,7 +4544,7 @@ def test_the_programs_run_from_the_shell(data_dir, tmp_path):
     r = cli("train.py", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY_ARGS, "--max_iters=5",
             "--history=16", "--n_span=4", "--span=4", "--log_interval=2")
     assert r.returncode == 0, r.stderr
-    assert "tokens/s" in r.stdout and f"checkpoint: {tmp_path}/ckpt.pt" in r.stdout
+    assert "tokens/s" in r.stdout and f"checkpoint: {tmp_path}/ckpt_best.pt" in r.stdout
     command = r.stdout.strip().splitlines()[-1].split("python ")[1].split()
     s = cli(*command, "--max_new_tokens=20")
     assert s.returncode == 0 and len(s.stdout) >= 21

@@ -10,16 +10,18 @@ exactly as if it had not been, and any number of processes computes the same thi
 concept heads alone are drawn by micro-step and rank).
 """
 import contextlib
+import copy
 import csv
 import dataclasses
-import glob
 import io
 import itertools
 import math
 import os
+import shlex
 import signal
 import sys
 import time
+import typing
 from dataclasses import dataclass
 
 import config  # before torch: it sets the allocator's switches
@@ -38,8 +40,9 @@ class TrainConfig:
     out_dir: str = "out/gpt"  # checkpoints and log.csv go here
     dataset: str = "shakespeare"  # folder under data_dir, made by prepare.py
     data_dir: str = "data"  # where datasets are kept
-    init_from: str = "scratch"  # scratch | resume | auto (resume if there is something to resume) | PATH of a checkpoint
-    teacher: str = ""  # checkpoint to learn from, with the same tokenizer; what fits of its weights is where training starts
+    init_from: str = "scratch"  # scratch | resume | auto (resume if there is a run) | PATH
+    overwrite: bool = False  # begin anew in an out_dir that has a run, which is deleted
+    teacher: str = ""  # PATH of a model to learn from, and to start from as far as its weights fit
     distill: float = 1.0  # with a teacher: weight of the divergence from its distribution
     distill_match: float = 1.0  # with a teacher: weight of matching its feed-forward layers where a memory is in their place
     distill_ce: float = 0.0  # with a teacher: weight of the text itself
@@ -47,10 +50,11 @@ class TrainConfig:
     max_iters: int = 750  # optimizer steps
     batch_size: int = 16  # rows a micro-step, over all processes
     gradient_accumulation_steps: int = 1  # micro-steps a step, over all processes
-    eval_interval: int = 250  # steps between validations on the whole split (and checkpoints)
+    eval_interval: int = 250  # steps between validations (and checkpoints)
+    eval_tokens: int = 0  # so many are read by validations, but by the last one; 0: the whole split
     eval_only: bool = False  # validate once and stop
     log_interval: int = 10  # steps between log lines
-    always_save_checkpoint: bool = True  # False: save only when the validation loss improved
+    always_save_checkpoint: bool = True  # False: only where the validation loss improved
     optimizer: str = "muon"  # muon (matrices inside blocks and slots; AdamW for the rest) | adamw
     learning_rate: float = 4e-3  # of AdamW
     value_lr: float = 2.0  # of the values of featural memories, times learning_rate
@@ -84,10 +88,17 @@ class TrainConfig:
                               ("dtype", ("auto", "float32", "bfloat16"))):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
-        config.within(self, 1, None, "batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "max_iters",
-                      "ns_steps")
-        config.within(self, 0, None, "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "score_last",
-                      "muon_lr", "value_lr", "stream", "distill", "distill_match", "distill_ce", "seed")
+        config.within(self, 1, 2 ** 20, "batch_size", "gradient_accumulation_steps")
+        config.within(self, 1, 2 ** 53, "eval_interval", "log_interval", "max_iters")
+        config.within(self, 0, 2 ** 53, "warmup_iters", "lr_decay_iters", "eval_tokens",
+                      "score_last", "stream")
+        config.within(self, 1, 100, "ns_steps")
+        config.within(self, 0, 1e9, "weight_decay", "grad_clip", "min_lr", "muon_lr", "value_lr",
+                      "distill", "distill_match", "distill_ce")
+        config.within(self, 0, 2 ** 63 - 1, "seed")  # a key of NumPy's Philox has 64 bits
+        if self.overwrite and self.init_from in ("resume", "auto"):
+            raise ValueError(f"overwrite begins anew, and init_from = {self.init_from} goes on "
+                             f"with a run; leave one of them out")
         if self.teacher and not (self.distill or self.distill_ce):
             raise ValueError("distill = 0 and distill_ce = 0 leave nothing to learn but what feed-forward layers give; set one of them")
         for name in ("distill", "distill_match", "distill_ce"):
@@ -95,7 +106,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is what a teacher's word counts, and there is none; give --teacher=PATH")
         config.within(self, 0, 1, "history_drop", "cooldown")
         config.within(self, 0, 0.99999, "momentum", "beta1", "beta2")
-        config.within(self, 1e-12, None, "learning_rate")
+        config.within(self, 1e-12, 1e9, "learning_rate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,25 +153,56 @@ class Place:
             raise UserError(error)
 
 
+def ranks():
+    """(rank, processes, rank on this machine, processes on this machine) as torchrun says, or else
+    0, 1, 0, 1; raise UserError where only half of that is said, or nonsense."""
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    if not any(n in os.environ for n in names):
+        return 0, 1, 0, 1
+    try:
+        rank, world, local = (int(os.environ[n]) for n in names)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        [os.environ[n] for n in ("MASTER_ADDR", "MASTER_PORT") if world > 1]
+        if 0 <= rank < world and 0 <= local and 0 < here <= world:
+            return rank, world, local, here
+    except (KeyError, ValueError):
+        pass
+    said = ", ".join(f"{n} = {os.environ.get(n)!r}" for n in (*names, "MASTER_ADDR", "MASTER_PORT"))
+    os.environ.pop("RANK", None)  # a rank other than 0 would say nothing
+    raise UserError(f"the environment makes this process one of several, but not wholly ({said}); "
+                    f"start several with torchrun, or unset these variables") from None
+
+
 def find_place(tcfg):
     """The device and type of the settings, and the process group when torchrun started us."""
-    rank, world, local, here = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0),
-                                                                      ("LOCAL_WORLD_SIZE", 1)))
+    rank, world, local, here = ranks()
     name = tcfg.device
     if name == "auto":  # several processes want a GPU each, or none
         name = "cuda" if torch.cuda.device_count() >= here else \
             "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
     if world > 1 and (name == "mps" or (name == "cuda" and torch.cuda.device_count() < here)):
         raise UserError(f"{here} processes cannot each have a {name} device here; start fewer, or use --device=cpu")
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device is one of auto, cpu, cuda (or one of several, as cuda:1) and mps, "
+                        f"not {name!r}")
     try:
+        # a torch without CUDA may lack functions
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"torch {torch.__version__} finds no CUDA")
         device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
-        if device.type == "cuda":
+        if kind == "cuda":
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device {name!r} is not to be had here ({str(e).splitlines()[0][:100]}); use auto or cpu") from None
+    except (RuntimeError, AssertionError, AttributeError) as e:
+        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); use --device=auto "
+                        f"or cpu") from None
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"the {world} processes did not find one another ({summary(e)}); start "
+                            f"them with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK") from None
     if device.type == "cpu" and world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     if device.type == "cuda":
@@ -435,55 +477,101 @@ def lr_factor(step, tcfg):
 # logs, locks, checkpoints
 
 
+# The files of a run in out_dir.
+RUN = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.csv", "exits.json"
+
+
+def start_tensorboard(tcfg):
+    from torch.utils.tensorboard import SummaryWriter
+    tb = SummaryWriter(tcfg.out_dir)
+    return lambda step, values: [tb.add_scalar(k, v, step) for k, v in values.items()], tb.close
+
+
+def start_wandb(tcfg):
+    import wandb
+    wandb.init(project=tcfg.wandb_project, name=tcfg.wandb_run_name or tcfg.out_dir)
+    return lambda step, values: wandb.log(values, step=step), wandb.finish
+
+
 class Log:
-    """log.csv in out_dir, and tensorboard and wandb when they are asked for. Rank 0 only."""
+    """log.csv in out_dir, and tensorboard and wandb when they are asked for. Rank 0 only. What
+    fails in the course of a run is said once and left out."""
     FIELDS = ("step", "train_loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "mfu", "step_seconds", "slots_used",
               "slot_entropy")
 
-    def __init__(self, tcfg, step):
-        self.path, self.tb, self.wandb = os.path.join(tcfg.out_dir, "log.csv"), None, None
-        rows = []
+    def __init__(self, tcfg):
+        """Start tensorboard and wandb, which may fail; log.csv is not touched."""
+        self.path, self.logs, self.closes = os.path.join(tcfg.out_dir, "log.csv"), {}, {}
+        for name, start in (("tensorboard", start_tensorboard), ("wandb", start_wandb)):
+            if getattr(tcfg, f"{name}_log"):
+                try:
+                    self.logs[name], self.closes[name] = start(tcfg)
+                except Exception as e:  # whatever they raise
+                    self.close()
+                    todo = "run wandb login" if name == "wandb" else "install it again"
+                    raise UserError(f"{name} did not start ({summary(e)}); {todo}, or leave "
+                                    f"{name}_log out") from None
+
+    def begin(self, step, scored):
+        """Begin log.csv; that of a resumed run keeps its rows of training up to `step`, and of
+        validation up to step `scored`."""
+        text, rows = io.StringIO(newline=""), []
         try:
-            if step and os.path.exists(self.path):  # a resumed run goes on where its checkpoint was
-                with open(self.path, newline="") as f:
-                    rows = [r for r in csv.DictReader(f, self.FIELDS) if r["step"].isdigit() and int(r["step"]) <= step]
-            text = io.StringIO(newline="")
-            self.csv = csv.DictWriter(text, self.FIELDS, extrasaction="ignore")
-            self.csv.writeheader()
-            self.csv.writerows(rows)
-            with prepare.replacing(self.path) as f:
-                f.write(text.getvalue().encode())
-            self.file = open(self.path, "a", newline="", buffering=1)
-        except OSError as e:
-            raise UserError(f"{self.path} cannot be written ({e.strerror}); choose another --out_dir") from None
-        self.csv = csv.DictWriter(self.file, self.FIELDS)
-        if tcfg.tensorboard_log:
-            from torch.utils.tensorboard import SummaryWriter
-            self.tb = SummaryWriter(tcfg.out_dir)
-        if tcfg.wandb_log:
-            import wandb
-            self.wandb = wandb
-            wandb.init(project=tcfg.wandb_project, name=tcfg.wandb_run_name or tcfg.out_dir)
+            if step and os.path.lexists(self.path):
+                last = lambda row: step if row["train_loss"] else scored
+                rows = [row for row in self.rows() if row["step"] <= last(row)]
+        except (OSError, ValueError, csv.Error) as e:
+            names = (f"{self.path}.damaged{i}" for i in itertools.count(1))
+            kept = next(name for name in names if not os.path.lexists(name))
+            os.rename(self.path, kept)
+            say(f"{self.path} cannot be read ({summary(e)}); it is kept as {kept}, and the log "
+                f"begins anew", sys.stderr)
+        table = csv.DictWriter(text, self.FIELDS)
+        table.writeheader()
+        table.writerows(rows)
+        with prepare.replacing(self.path) as f:
+            f.write(text.getvalue().encode())
+        self.logs["log.csv"] = self.write
+
+    def rows(self):
+        """Return the rows of log.csv, dicts of texts, `step` a number; raise ValueError or
+        csv.Error where it is something else."""
+        if not os.path.isfile(self.path):
+            raise ValueError("it is not a file")
+        with open(self.path, newline="", encoding="utf-8") as f:
+            head, *rows = list(csv.reader(f)) or [[]]
+        if head != list(self.FIELDS[:len(head)]) or len(head) < 2:
+            raise ValueError("its columns have other names")
+        if rows and len(rows[-1]) < len(head):  # the machine stopped while it was written
+            rows.pop()
+        for row in rows:
+            [float(v) for v in row if v]
+        rows = [dict(zip(head, row, strict=True)) for row in rows]
+        return [{**dict.fromkeys(self.FIELDS, ""), **row, "step": int(row["step"])} for row in rows]
+
+    def write(self, step, values):
+        """Append a row to log.csv, which may have been taken away with its folder."""
+        prepare.make_dir(os.path.dirname(self.path))
+        with open(self.path, "a", newline="", encoding="utf-8") as f:
+            table = csv.DictWriter(f, self.FIELDS)
+            if not f.tell():
+                table.writeheader()
+            table.writerow({"step": step, **{k: f"{v:.8g}" for k, v in values.items()}})
 
     def __call__(self, step, **values):
-        try:
-            if self.csv:
-                self.csv.writerow({"step": step, **{k: f"{v:.8g}" for k, v in values.items()}})
-        except OSError as e:  # a full disk is no reason to lose the run
-            print(f"{self.path} cannot be written any more ({e.strerror}); training goes on without it", file=sys.stderr)
-            self.csv = None
-        for k, v in values.items() if self.tb else ():
-            self.tb.add_scalar(k, v, step)
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        for name, log in list(self.logs.items()):
+            try:
+                log(step, values)
+            except Exception as e:  # a full disk or a lost network is no reason to lose the run
+                del self.logs[name]
+                say(f"{name} takes no more ({summary(e)}); training goes on without it", sys.stderr)
 
     def close(self):
-        with contextlib.suppress(OSError):
-            self.file.close()
-        if self.tb:
-            self.tb.close()
-        if self.wandb:
-            self.wandb.finish()
+        for name, close in self.closes.items():
+            try:
+                close()
+            except Exception as e:
+                say(f"{name} did not close ({summary(e)})", sys.stderr)
 
 
 def lock(out_dir):
@@ -493,9 +581,31 @@ def lock(out_dir):
         f = prepare.hold(os.path.join(out_dir, "lock"), f"another run is writing to {out_dir}; wait for it or choose another --out_dir")
     except OSError as e:
         raise UserError(f"out_dir {out_dir} cannot be written ({e.strerror}); choose another with --out_dir") from None
-    for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp*")):  # of a run that was killed while writing
-        os.unlink(left)
+    for name in RUN:  # of a run that was killed while writing
+        prepare.sweep(os.path.join(out_dir, name))
     return f
+
+
+def check_new(tcfg):
+    """Refuse to begin a run where there is one, unless that is to be overwritten."""
+    there = [n for n in RUN if os.path.lexists(os.path.join(tcfg.out_dir, n))]
+    # auto: with a checkpoint it would resume
+    if there and not tcfg.overwrite and tcfg.init_from != "auto":
+        resume = "go on with it by --init_from=resume, " * any(n.endswith(".pt") for n in there)
+        raise UserError(f"{tcfg.out_dir} has a run ({', '.join(there)}); {resume}choose another "
+                        f"--out_dir, or delete it by --overwrite")
+
+
+def clear(out_dir):
+    """Delete the run in out_dir."""
+    for name in RUN:
+        try:
+            os.unlink(os.path.join(out_dir, name))
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            raise UserError(f"{os.path.join(out_dir, name)} cannot be deleted ({e.strerror}); "
+                            f"choose another --out_dir") from None
 
 
 def check_optional(tcfg):
@@ -508,10 +618,35 @@ def check_optional(tcfg):
                 raise UserError(f"{module}_log needs the package {module}; pip install {module}") from None
 
 
-def differences(saved, now):
-    """What differs between two flat dicts, as `key: saved -> now` strings."""
-    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved.keys() | now.keys())
-            if saved.get(k) != now.get(k)]
+def summary(error):
+    """What an exception says in its first paragraph, as one short line."""
+    return " ".join(str(error).strip().partition("\n\n")[0].split())[:200] or type(error).__name__
+
+
+def differences(saved, now, names=None):
+    """What differs between two flat dicts, in all keys or those named, as `key: saved -> now`
+    strings."""
+    names = sorted(names or saved.keys() | now.keys())
+    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in names if saved.get(k) != now.get(k)]
+
+
+def first_tokens(data, n):
+    """Return the first n tokens of a split as a split, all of it where n is 0 or more than there
+    are; raise UserError where none of them is scored."""
+    if not 0 < n < data.n - 1:
+        return data
+    part = copy.copy(data)
+    part.n, part.bytes = n + 1, data.bytes * n / (data.n - 1)
+    if data.docs is not None:
+        whole = data.docs[1] < part.n
+        part.docs = data.docs[0][whole], data.docs[1][whole]
+        some = len(part.docs[0])
+    else:
+        some = data.mask is None or np.asarray(data.mask[1:part.n]).any()
+    if not some:
+        raise UserError(f"none of the validation split's first {n} tokens is scored; give more "
+                        f"eval_tokens")
+    return part
 
 
 def identity(train_data, val_data):
@@ -521,19 +656,28 @@ def identity(train_data, val_data):
 
 
 class Flag:
-    """Set by SIGINT and SIGTERM, asked once a step. A second signal ends the process at once; not under torchrun, which
-    sends a SIGTERM of its own behind the Ctrl-C that every process has already seen."""
+    """The number of the first SIGINT, SIGTERM or SIGHUP, 0 before; asked once a step, and once a
+    batch of a validation. A second signal ends the process at once; not under torchrun, which sends
+    a SIGTERM of its own behind the Ctrl-C that every process has already seen."""
 
     def __init__(self):
-        self.up, self.before = False, {}
-        for s in (signal.SIGINT, signal.SIGTERM):
+        self.number, self.before, self.alone = 0, {}, "RANK" not in os.environ
+        wanted = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no SIGHUP, and nohup ignores it
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
+        for s in wanted:
             with contextlib.suppress(ValueError):  # not the main thread
                 self.before[s] = signal.signal(s, self.handle)
 
     def handle(self, number, frame):
-        if self.up and "RANK" not in os.environ:
-            os._exit(130)
-        self.up = True
+        if self.number and self.alone:
+            os._exit(128 + number)
+        if not self.number and os.environ.get("RANK", "0") == "0":
+            more = b"; a second signal ends at once" * self.alone
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # no standard error
+                os.write(sys.__stderr__.fileno(), b"stopping after this step" + more + b"\n")
+        self.number = self.number or number
 
     def restore(self):
         for s, h in self.before.items():
@@ -563,7 +707,7 @@ class Runner:
         self.model.dtype = place.dtype
         self.optimizers = make_optimizers(self.model, tcfg)
         self.compiled = can_compile(place, tcfg, say)
-        self.teacher, self.replaced = None, []
+        self.teacher, self.replaced = None, {}
         self.inner = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         self.forward = DDP(self.inner, forward_sync_buffers=False) if place.world > 1 else self.inner
         self.tokens = self.n_rows * mcfg.block_size  # of a step
@@ -585,20 +729,23 @@ class Runner:
         return flops * self.tokens / seconds / self.peak / self.place.world
 
     def learn_from(self, saved, path):
-        """Take a checkpoint as the teacher. Where it has an MLP and this model, as wide, something else, that is to give what the MLP
-        gives: the blocks `replaced`. -> those of the teacher's weights that fit this model."""
+        """Take a checkpoint as the teacher. Where it has an MLP and this model, as wide, something
+        else, that is to give what the MLP gives: `replaced` is {the teacher's block: this model's},
+        paired by their names, as weights are. -> those of the teacher's weights that fit this
+        model."""
         try:
             teacher = GPT(GPTConfig(**saved["model_config"]))
             teacher.load_state_dict(saved["model"])
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"teacher {path} does not fit this version ({str(e).splitlines()[0][:100]}); train it again") from None
+            raise UserError(f"teacher {path} does not fit this version ({summary(e)}); train it "
+                            f"again") from None
         theirs, ours = teacher.cfg, self.mcfg
         if theirs.block_size < ours.block_size or theirs.history > ours.history:
             raise UserError(f"teacher {path} reads {theirs.block_size} tokens and {theirs.history} of history before them; give the "
                             f"student a block_size of at most {theirs.block_size} and a history of at least {theirs.history}")
-        wide, mlps = theirs.n_embd == ours.n_embd, {b.i: b.mlp for b in teacher.blocks}
-        self.replaced = [b.i for b in self.model.blocks if wide and isinstance(mlps.get(b.i), MLP) and
-                         not isinstance(b.mlp, (MLP, type(None)))]
+        wide = theirs.n_embd == ours.n_embd
+        self.replaced = {t.i: b.i for t, b in zip(teacher.blocks, self.model.blocks) if wide and
+                         isinstance(t.mlp, MLP) and not isinstance(b.mlp, (MLP, type(None)))}
         teacher.dtype = self.place.dtype
         teacher.eval().requires_grad_(False).to(self.place.device)
         self.teacher = torch.compile(teacher, dynamic=False) if self.compiled else teacher
@@ -612,7 +759,8 @@ class Runner:
         fed, H = {}, self.teacher.cfg.history
         with torch.no_grad():
             logits = self.teacher(x, history=h[:, h.size(1) - H:] if H else None, fed=fed).logits
-        return Taught(logits, {i: fed[i] for i in self.replaced}, self.tcfg.distill, self.tcfg.distill_match, self.tcfg.distill_ce)
+        fed = {i: fed[t] for t, i in self.replaced.items()}
+        return Taught(logits, fed, self.tcfg.distill, self.tcfg.distill_match, self.tcfg.distill_ce)
 
     def draw(self, step):
         """What the model draws for a whole step, on the device; None where it draws nothing."""
@@ -659,10 +807,11 @@ class Runner:
             torch.cuda.synchronize()
         return loss, norm
 
-    def evaluate(self, data, alter=None):
-        """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for every variant. For
-        ablations, alter(history) stands in for each history."""
-        total, count, one = 0.0, 0, torch.ones((), device=self.place.device)
+    def evaluate(self, data, alter=None, stop=lambda: 0):
+        """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for
+        every variant; None where stop(), asked once a batch, said so on any process. For ablations,
+        alter(history) stands in for each history."""
+        total, count, stopped, one = 0.0, 0, 0, torch.ones((), device=self.place.device)
         batches, memory = data.whole(self.place, self.micro, self.n_rows), self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a cold start is 10 s shorter
         reuse = self.compiled and self.teacher is None and not self.model.random()
@@ -670,12 +819,16 @@ class Runner:
         self.model.train(reuse)
         with torch.set_grad_enabled(reuse):
             for x, y, h, begins in prepare.bar(batches, desc="validate") if self.place.rank == 0 else batches:
+                if stopped := stop():
+                    break
                 x, y, h = (t.to(self.place.device) for t in (x, y, h))
                 h = (alter(h) if alter else h) if self.mcfg.n_slot else None
                 total += self.reads(self.inner, memory, begins, x, y, h, denom=one, drawn=drawn).losses["ce"].item()
                 count += int((y >= 0).sum())
         self.model.train()
-        total, count = self.place.sum(total, count)
+        total, count, stopped = self.place.sum(total, count, stopped)
+        if stopped:
+            return None
         return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count
 
     @torch.no_grad()
@@ -711,55 +864,183 @@ class Runner:
 
 def find_teacher(tcfg, data):
     """The checkpoint of the teacher, None without one. Which one it is joins data: a resumed run must find the same again."""
-    path = tcfg.teacher
-    if not path:
+    if not tcfg.teacher:
         return None
+    path = prepare.checkpoint_path(tcfg.teacher)
     if not os.path.exists(path):
-        preset = os.path.join("config", os.path.basename(os.path.dirname(os.path.abspath(path))) + ".py")
+        folder = os.path.dirname(path) or "."
+        preset = os.path.join("config", os.path.basename(os.path.abspath(folder)) + ".py")
         known = os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), preset))
-        command = f"python train.py {preset} --dataset={tcfg.dataset}" if known else f"python train.py --out_dir={os.path.dirname(path)}"
-        raise UserError(f"teacher {path} is not there; train it first ({command}), or name another checkpoint")
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+        more = preset if known else f"--out_dir={shlex.quote(folder)}"
+        raise UserError(f"teacher {path} is not there; train it first (python train.py {more} "
+                        f"--dataset={shlex.quote(tcfg.dataset)}), or name another checkpoint")
     saved = prepare.load_checkpoint(path)
     if not isinstance(saved, dict) or "tokenizer" not in saved.get("data", ()):
         raise UserError(f"teacher {path} is not a checkpoint of train.py; name another")
     if saved["data"]["tokenizer"] != data["tokenizer"]:
         raise UserError(f"teacher {path} was trained with another tokenizer than that of dataset {tcfg.dataset!r}; train one on that")
+    if saved["train_config"].get("stream"):
+        raise UserError(f"teacher {path} was trained to remember what stood before its window "
+                        f"(stream), and a teacher is not given that; train one without --stream")
     data["teacher"] = prepare.checkpoint_id(path)
     return saved
 
 
-def find_start(tcfg, mcfg, data, say):
-    """(checkpoint or None, its path, whether it is resumed) by init_from. A damaged ckpt.pt of a run to be resumed is passed
-    over for the one before it; UserError where what is found does not fit."""
-    path = os.path.join(tcfg.out_dir, "ckpt.pt")
-    resume = tcfg.init_from == "resume" or (tcfg.init_from == "auto" and os.path.exists(path))
+def resumes(init_from, out_dir):
+    """Whether a start goes on with the run in out_dir."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    there = any(os.path.exists(p) for p in (path, prepare.previous(path), prepare.best(path)))
+    return init_from == "resume" or (init_from == "auto" and there)
+
+
+def last_state(out_dir, say=lambda text: None):
+    """(checkpoint, its path) that the run in out_dir goes on from: the last, or where that is
+    damaged the one before, or else the best; raise UserError where there is none."""
+    path, error = os.path.join(out_dir, "ckpt.pt"), None
+    for p in (path, prepare.previous(path), prepare.best(path)):
+        if p != path and not os.path.exists(p):
+            continue
+        try:
+            saved = prepare.load_checkpoint(p)
+        except UserError as e:
+            error = error or e
+            continue
+        if error:
+            say(f"{error}; going on from {p}")
+        return saved, p
+    raise error
+
+
+# Settings that belong to a start and not to the run, and those that a run computes the same with.
+OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only")
+UNTOLD = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log", "wandb_log",
+          "wandb_project", "wandb_run_name")
+
+
+def with_stored(m, t):
+    """Settings {field: value} of the model and of training: those that were given now, m and t,
+    over those of the run that they resume, if they do."""
+    start = {k: t.get(k, getattr(TrainConfig, k)) for k in ("init_from", "out_dir")}
+    if not resumes(**start):
+        return m, t
+    saved, path = last_state(start["out_dir"])
+    own = ("vocab_size",) + ("layers",) * ("n_layer" in m)  # n_layer counts only without layers
+    both = []
+    for cls, given, stored, leave in ((GPTConfig, m, "model_config", own),
+                                      (TrainConfig, t, "train_config", OF_A_START)):
+        kinds = typing.get_type_hints(cls)
+        try:
+            old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items()
+                   if k in kinds and k not in leave}
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} is not a checkpoint of train.py; name another") from None
+        both.append({**old, **given})
+    return both
+
+
+def other_tokenizer(path, theirs, ours):
+    """What to do about a dataset with tokenizer `ours`, to go on from a checkpoint with `theirs`, a
+    sentence."""
+    wrong = f"{path} has another tokenizer: "
+    if theirs["kind"] != "char" or ours["kind"] != "char":
+        name = theirs.get("encoding", theirs["kind"])
+        return wrong + f"make the dataset with python prepare.py --tokenizer={name}"
+    lacks = sorted(set(theirs["chars"]) - set(ours["chars"]))
+    unknown = sorted(set(ours["chars"]) - set(theirs["chars"]))
+    todo = [f"add a line with {' '.join(map(repr, lacks))} to the text"] if lacks else []
+    todo += [f"take {' '.join(map(repr, unknown))} out of it"] if unknown else []
+    if theirs["eot"] != ours["eot"]:
+        todo += ["give it as several documents (--input=A --input=B)" if theirs["eot"] else
+                 "give it as one document (one --input)"]
+    return wrong + (f"the model needs a text of exactly its own characters; {', '.join(todo)}, and "
+                    f"make it again with python prepare.py")
+
+
+def find_start(tcfg, mcfg, data, spec, say):
+    """(checkpoint or None, its path, whether it is resumed) by init_from; raise UserError where
+    what is found does not fit the run or its dataset, of which data has the hashes and spec the
+    tokenizer. What a resumed run changes is said."""
+    resume = resumes(tcfg.init_from, tcfg.out_dir)
     if not resume and tcfg.init_from in ("scratch", "auto"):
-        return None, path, False
-    path = path if resume else tcfg.init_from
-    try:
+        return None, "", False
+    if resume:
+        saved, path = last_state(tcfg.out_dir, say)
+    else:
+        path = prepare.checkpoint_path(tcfg.init_from)
+        if not os.path.exists(path):
+            raise UserError(f"init_from is scratch, resume, auto, or the PATH of a checkpoint of "
+                            f"train.py or of its folder, and {path} is not there; pretrained "
+                            f"models are not read by name yet")
         saved = prepare.load_checkpoint(path)
-    except UserError as e:
-        if not (resume and os.path.exists(path) and os.path.exists(prepare.previous(path))):
-            raise
-        saved = prepare.load_checkpoint(prepare.previous(path))
-        say(f"{e}; going on from that")
     try:
-        model, now = {**{f.name: f.default for f in dataclasses.fields(mcfg)}, **saved["model_config"]}, settings(mcfg)
-        if resume:
-            wrong = differences(model, now) + differences(saved["data"], data) + differences(
-                {"stream": 0, **{k: saved["train_config"][k] for k in ("optimizer", "stream") if k in saved["train_config"]}},
-                {"optimizer": tcfg.optimizer, "stream": tcfg.stream})
-            saved["step"], saved["optimizers"], saved["block_loss"]
-        else:
-            wrong = differences({"tokenizer": saved["data"]["tokenizer"]}, {"tokenizer": data["tokenizer"]})
+        if not resume:
+            if saved["data"]["tokenizer"] != data["tokenizer"]:
+                raise UserError(other_tokenizer(path, saved["tokenizer"], spec))
             saved["model"]
-    except (KeyError, TypeError):
+            return saved, path, False
+        now, fixed = dataclasses.asdict(tcfg), ("optimizer", "stream")
+        before = {f.name: saved["train_config"].get(f.name, f.default)
+                  for f in dataclasses.fields(tcfg)}
+        model = {**{f.name: f.default for f in dataclasses.fields(mcfg)}, **saved["model_config"]}
+        wrong = differences(model, settings(mcfg)) + differences(saved["data"], data)
+        wrong += differences(before, now, fixed)
+        saved["step"], saved["optimizers"], saved["block_loss"]
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a checkpoint of train.py; name another") from None
     if wrong:
-        raise UserError(f"{path} does not fit this run ({'; '.join(wrong)}); give the same settings" + (
-            f", or start another run with --init_from={path} --out_dir=..." if resume else ""))
-    return saved, path, resume
+        names = {w.partition(":")[0] for w in wrong}
+        todo = "leave these settings out"
+        if names & data.keys():
+            todo = "make the dataset again as it was"
+        if "teacher" in names:
+            todo = "name the teacher that it learned from"
+        raise UserError(f"{path} does not fit this run ({'; '.join(wrong)}); {todo}, or give "
+                        f"another --out_dir to train another model")
+    for line in differences(before, now, now.keys() - {*fixed, *UNTOLD}):
+        say(f"going on with another {line}")
+    if any(before[k] != now[k] for k in ("eval_tokens", "score_last")):
+        saved["best_val_loss"] = float("inf")  # of other tokens
+    return saved, path, True
+
+
+def take_state(optimizer, saved, step):
+    """Give an optimizer the state of one that took `step` steps, but the rates of the settings.
+    Raise ValueError unless that has for each parameter what a step leaves, in its shape: the
+    kernels trust it."""
+    own, state, taken = optimizer.state_dict()["param_groups"], saved["state"], {}
+    params = [p for g in optimizer.param_groups for p in g["params"]] if step else []
+    names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    of = lambda groups: [g["params"] for g in groups]
+    if of(saved["param_groups"]) != of(own) or len(state) != len(params):
+        raise ValueError("its optimizers have other parameters")
+    for i, p in enumerate(params):
+        fits = lambda k: sound(state[i][k], () if k == "step" else p.shape, p.dtype)
+        if state[i].keys() != names or not all(map(fits, names)):
+            raise ValueError("its optimizers hold something else than these steps leave")
+        taken[i] = {k: t.clone(memory_format=torch.contiguous_format) for k, t in state[i].items()}
+    optimizer.load_state_dict({"state": taken, "param_groups": own})
+
+
+def sound(t, shape, dtype):
+    """Whether t is a tensor of that shape and type, all of finite numbers."""
+    return torch.is_tensor(t) and t.shape == shape and t.dtype == dtype and bool(t.isfinite().all())
+
+
+def take_memory(run, saved):
+    """Give the memories of a Runner its rows of what a checkpoint has of all. -> False where there
+    are more rows or fewer; raise ValueError where it does not fit."""
+    parts = {i: (m.keys, m.values, m.crf) for i, m in run.memory.items()}
+    rows = {len(t) for tensors in saved.values() for t in tensors}
+    fits = lambda mine, t: sound(t, (*rows, *mine.shape[1:]), mine.dtype)
+    if saved.keys() != parts.keys() or len(rows) != 1 or not all(
+            len(saved[i]) == 3 and all(map(fits, parts[i], saved[i])) for i in parts):
+        raise ValueError("its memories are of other sizes")
+    if rows != {run.n_rows}:
+        return False
+    for i in parts:
+        for mine, all_rows in zip(parts[i], saved[i]):
+            mine.copy_(all_rows[run.slice])
+    return True
 
 
 def clock(seconds):
@@ -767,32 +1048,51 @@ def clock(seconds):
 
 
 def train(mcfg, tcfg, say=print):
-    """Train as the settings say. -> dict with val_loss, best_val_loss, step, step_seconds (the sum of the steps alone,
-    without the first, which compiles), compile_seconds, params, path (of the checkpoint, None if there is none),
-    saved_val_loss, curve [(step, step_seconds, val_loss)]. `say` prints."""
+    """Train as the settings say. -> dict with val_loss, best_val_loss, step, step_seconds (the sum
+    of the steps alone, without the first, which compiles), compile_seconds, params, path (of the
+    checkpoint that sample.py takes, None if there is none), saved_val_loss (of that one, None if it
+    was not scored), curve [(step, step_seconds, val_loss)], stopped (the number of the signal that
+    did, or 0). `say` prints."""
+    try:
+        with contextlib.ExitStack() as held:
+            return loop(mcfg, tcfg, say, held)
+    except RuntimeError as e:
+        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise UserError(f"torch.compile failed ({summary(e)}); train with --compile=False, at "
+                        f"about half the speed") from None
+
+
+def loop(mcfg, tcfg, say, held):
+    """train, with what is to be closed at its end put on the ExitStack `held`."""
+    # what is asked for is possible, and nothing is written before that is known
     t_start = time.perf_counter()
     check_optional(tcfg)
-    place = find_place(tcfg)
+    place, writes = find_place(tcfg), not tcfg.eval_only
     if place.rank:
         say = lambda *a, **k: None
     train_data = Data(tcfg, mcfg, "train")
     mcfg = config.build(GPTConfig, **{**settings(mcfg), **train_data.facts(mcfg)})
     val_data = Data(tcfg, mcfg, "val")
-    held, path, data = [], os.path.join(tcfg.out_dir, "ckpt.pt"), identity(train_data, val_data)
+    part = first_tokens(val_data, tcfg.eval_tokens)
+    path, data = os.path.join(tcfg.out_dir, "ckpt.pt"), identity(train_data, val_data)
     teacher = find_teacher(tcfg, data)
-    place.same(lambda: held.append(lock(tcfg.out_dir)))
-    saved, start, resumed = find_start(tcfg, mcfg, data, say)
+    locks = []
+    held.callback(lambda: [f.close() for f in locks])
+    place.same(lambda: locks.append(lock(tcfg.out_dir)) if writes else None)
+    saved, start, resumed = find_start(tcfg, mcfg, data, train_data.meta["tokenizer"], say)
+    place.same(lambda: check_new(tcfg) if writes and not resumed else None)
     run = Runner(mcfg, tcfg, place, say)
-    step, best, saved_val, step_seconds, curve, block_loss = 0, float("inf"), None, 0.0, [], []
+    step, best, validated, step_seconds, block_loss, curve = 0, float("inf"), None, 0.0, [], []
+    on_disk, last_val = None, None  # of ckpt.pt: its step and its validation loss
     if saved is not None:
         try:
             grown = run.grow(saved["model"], resumed)
-            if grown:
-                say(f"{start} has none of {grown:,} new parameters of levels, which add nothing at first")
-            for o, s in zip(run.optimizers, saved["optimizers"] if resumed else ()):  # its rates are those of the settings
-                o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
         except (RuntimeError, ValueError) as e:
-            raise UserError(f"{start} is of another shape: {str(e).splitlines()[-1].strip()[:200]}") from None
+            wrong = own_settings(saved, mcfg) or summary(e)
+            raise UserError(f"{start} is of another shape: {wrong}") from None
+        if grown:
+            say(f"{start} has none of {grown:,} new parameters, which add nothing at first")
     if teacher is not None:
         like = run.learn_from(teacher, tcfg.teacher)
         if saved is None:
@@ -801,120 +1101,196 @@ def train(mcfg, tcfg, say=print):
                                                if run.replaced else "") +
             (f"; {sum(p.numel() for p in like.values()):,} weights start as its own" if saved is None else ""))
     if resumed:
-        if run.memory and len(next(iter(saved["memory"].values()))[0]) != run.n_rows:
-            say(f"{start} has memories of other rows than these {run.n_rows}; they begin empty")
-        else:
-            for i, m in run.memory.items():
-                for mine, all_rows in zip((m.keys, m.values, m.crf), saved["memory"][i]):
-                    mine.copy_(all_rows[run.slice])
-        step, best, saved_val = saved["step"], saved["best_val_loss"], saved["val_loss"]
-        step_seconds, block_loss = saved["step_seconds"], saved["block_loss"]
+        try:
+            for o, state in zip(run.optimizers, saved["optimizers"], strict=True):
+                take_state(o, state, saved["step"])
+            if run.memory and not take_memory(run, saved["memory"]):
+                say(f"{start} has memories of other rows than these {run.n_rows}; they begin empty")
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise UserError(f"{start} cannot be gone on with ({summary(e)}); begin another run "
+                            f"from its weights, with --init_from={shlex.quote(start)} and another "
+                            f"--out_dir") from None
+        step, best, step_seconds, block_loss = (saved[k] for k in (
+            "step", "best_val_loss", "step_seconds", "block_loss"))
+        if step < tcfg.max_iters:  # (the last validation is done again)
+            validated = saved.get("validated")
+        if start == path:
+            on_disk, last_val = step, saved["val_loss"]
+    first_step, best_file = step, prepare.best(path)
     del saved, teacher
     say(f"{mcfg.layers}, {mcfg.n_embd} wide, {mcfg.n_slot} slots: {run.model.num_params() / 1e6:.2f}M parameters on "
         f"{place.device} x {place.world}, {str(place.dtype)[6:]}, matmul peak {run.peak / 1e12:.2f} TFLOP/s; "
         f"{run.n_rows} x {mcfg.block_size} tokens a step" + (", compiling at the first" if run.compiled else ""))
 
-    def checkpoint(val):
-        nonlocal saved_val
-        memory = {i: [place.rows(t) for t in (m.keys, m.values, m.crf)] for i, m in run.memory.items()}
-        state = {"memory": memory, "model": run.model.state_dict(), "optimizers": [o.state_dict() for o in run.optimizers], "step": step,
-                 "val_loss": val, "best_val_loss": best, "step_seconds": step_seconds, "block_loss": block_loss,
+    # the run begins
+    flag, compile_seconds, stopped, block_t, block_n = Flag(), 0.0, 0, 0.0, 0
+    held.callback(flag.restore)
+    logs = []
+
+    def begin():
+        logs.append(Log(tcfg))
+        held.callback(logs[0].close)
+        if not resumed:
+            clear(tcfg.out_dir)
+        logs[0].begin(step, step - 1 if validated is None else validated)
+
+    place.same(lambda: begin() if writes else None)
+    log = logs[0] if logs else lambda *a, **k: None
+
+    def asked():
+        """The number of a signal that any process got, 0 without."""
+        return int(place.rows(torch.tensor([flag.number], device=place.device)).max())
+
+    def write(state, is_best):
+        if not os.path.exists(os.path.join(tcfg.out_dir, "lock")):  # somebody took the folder away
+            locks[:] = [lock(tcfg.out_dir)]
+        prepare.save_checkpoint(path, state, demote=on_disk != step, is_best=is_best)
+
+    def save(val=None, is_best=False):
+        """Save this step, with its validation loss if that is known."""
+        nonlocal on_disk, last_val
+        memory = {i: [place.rows(t) for t in (m.keys, m.values, m.crf)]
+                  for i, m in run.memory.items()}
+        state = {"memory": memory, "model": run.model.state_dict(),
+                 "optimizers": [o.state_dict() for o in run.optimizers], "step": step,
+                 "val_loss": val, "best_val_loss": best, "validated": validated,
+                 "step_seconds": step_seconds, "block_loss": block_loss,
                  "model_config": settings(mcfg), "train_config": dataclasses.asdict(tcfg),
                  "tokenizer": train_data.meta["tokenizer"], "data": data, "dataset": tcfg.dataset}
-        place.same(lambda: prepare.save_checkpoint(path, state))
-        saved_val = val
+        place.same(lambda: write(state, is_best))
+        on_disk, last_val = step, val
 
-    logs = []
-    place.same(lambda: logs.append(Log(tcfg, step)) if not tcfg.eval_only else None)
-    log = logs[0] if logs else lambda *a, **k: None
-    flag, first_step, compile_seconds, stopped = Flag(), step, 0.0, False
-    have_saved, block_t, block_n = resumed, 0.0, 0
+    def stop_for(what, bad=""):
+        files = [p for p in (path, best_file, prepare.previous(path))
+                 if os.path.exists(p) and p != bad]
+        good = f"the last good checkpoint is {files[0]}" if files else \
+            "there is no checkpoint of this run yet"
+        raise UserError(f"step {step}: {what}: training stopped before the update; {good}; lower "
+                        f"the learning rates or check the data")
 
-    def stop_for(what):
-        good = f"the last good checkpoint is {path}" if have_saved else "there is no checkpoint of this run yet"
-        raise UserError(f"step {step}: {what}: training stopped before the update; {good}; lower the learning rates or "
-                        f"check the data")
-
-    try:
-        while True:
-            done = step >= tcfg.max_iters or tcfg.eval_only
-            stopped = not done and place.sum(int(flag.up))[0] > 0
-            if stopped:
-                checkpoint(saved_val)
-                say(f"stopped by a signal; step {step} is saved in {path}; go on with --init_from=resume")
-                break
-            if done or (step % tcfg.eval_interval == 0 and step > first_step):
-                val, bpb = run.evaluate(val_data)
+    while True:
+        done, stopped = step >= tcfg.max_iters or tcfg.eval_only, asked()
+        due = done or (step > 0 and step % tcfg.eval_interval == 0 and step != validated)
+        if due and not stopped:
+            if writes and tcfg.always_save_checkpoint and on_disk != step:
+                save()  # before what may take long
+            # by the same tokens each time
+            chosen = scores = run.evaluate(part, stop=lambda: flag.number)
+            if done and chosen and part is not val_data:
+                scores = run.evaluate(val_data, stop=lambda: flag.number)
+            if scores:
+                val, bpb = scores
                 if not math.isfinite(val):
-                    stop_for(f"validation loss {val}")
+                    stop_for(f"validation loss {val}", path if on_disk == step else "")
                 curve.append((step, step_seconds, val))
                 usage = run.usage(val_data)
-                say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte" + (
+                whole = done or part is val_data
+                of = "" if whole else f" on the first {tcfg.eval_tokens:,} tokens"
+                say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte{of}" + (
                     f"; of its memories {usage['slots_used']:.0%} of slots used, entropy {usage['slot_entropy']:.2f}" if usage else ""))
                 log(step, val_loss=val, bits_per_byte=bpb, step_seconds=step_seconds, **usage)
-                better, best = val < best, min(best, val)
-                if (better or tcfg.always_save_checkpoint) and not tcfg.eval_only and step > first_step:
-                    checkpoint(val)
-                    have_saved = True
-                if done:
-                    break
-            t0 = time.perf_counter()
-            x, y, h = train_data.batch(step, run.slice, run.n_rows)
-            begins = train_data.begins(step, run.slice, run.n_rows) if run.memory else None
-            loss, norm = run.step(step, x, y, h, place.sum(int((y >= 0).sum()))[0], begins)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                stop_for(f"loss {loss}, gradient norm {norm}")
-            dt = time.perf_counter() - t0
-            step += 1
-            block_loss.append(loss)
-            if step == first_step + 1:
-                compile_seconds = dt
-                say(f"first step {dt:.1f} s" + (" with compiling" if run.compiled else ""))
+                validated, better, best = step, chosen[0] < best, min(best, chosen[0])
+                if writes and (better or tcfg.always_save_checkpoint):
+                    save(val, better)
             else:
-                step_seconds, block_t, block_n = step_seconds + dt, block_t + dt, block_n + 1
-            if step % tcfg.log_interval == 0:
-                loss, each = sum(block_loss) / len(block_loss), block_t / block_n if block_n else dt
-                say(f"step {step}/{tcfg.max_iters}: loss {loss:.4f}, {run.tokens / each:,.0f} tokens/s, "
-                    f"mfu {run.mfu(each):.0%}, {clock(time.perf_counter() - t_start)} elapsed, "
-                    f"{clock((tcfg.max_iters - step) * each)} to go")
-                log(step, train_loss=loss, lr=run.optimizers[0].param_groups[0]["lr"], tokens_per_s=run.tokens / each,
-                    mfu=run.mfu(each), step_seconds=step_seconds)
-                block_t, block_n, block_loss = 0.0, 0, []
-    finally:
-        flag.restore()
-        for closing in logs + held:
-            closing.close()
+                stopped = asked()
+        if stopped:
+            if writes and on_disk != step:
+                save()
+            where = f"step {step} is saved in {path}; go on with: {command(tcfg, place)}"
+            say(f"stopped by a signal; {where if writes else 'nothing was written'}")
+            break
+        if done:
+            break
+        t0 = time.perf_counter()
+        x, y, h = train_data.batch(step, run.slice, run.n_rows)
+        begins = train_data.begins(step, run.slice, run.n_rows) if run.memory else None
+        loss, norm = run.step(step, x, y, h, place.sum(int((y >= 0).sum()))[0], begins)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            stop_for(f"loss {loss}, gradient norm {norm}")
+        dt = time.perf_counter() - t0
+        step += 1
+        block_loss.append(loss)
+        if step == first_step + 1:
+            compile_seconds = dt
+            say(f"first step {dt:.1f} s" + (" with compiling" if run.compiled else ""))
+        else:
+            step_seconds, block_t, block_n = step_seconds + dt, block_t + dt, block_n + 1
+        if step % tcfg.log_interval == 0:
+            loss, each = sum(block_loss) / len(block_loss), block_t / block_n if block_n else dt
+            say(f"step {step}/{tcfg.max_iters}: loss {loss:.4f}, {run.tokens / each:,.0f} "
+                f"tokens/s, mfu {run.mfu(each):.0%}, {clock(time.perf_counter() - t_start)} "
+                f"elapsed, {clock((tcfg.max_iters - step) * each)} to go")
+            log(step, train_loss=loss, lr=run.optimizers[0].param_groups[0]["lr"],
+                tokens_per_s=run.tokens / each,
+                mfu=run.mfu(each), step_seconds=step_seconds)
+            block_t, block_n, block_loss = 0.0, 0, []
+    guess = math.log(mcfg.vocab_size)
+    if curve and not stopped and curve[-1][2] >= guess:
+        say(f"val loss {curve[-1][2]:.4f} is no better than guessing among {mcfg.vocab_size} "
+            f"tokens ({guess:.4f}): lower --learning_rate and --muon_lr, or train longer "
+            f"(--max_iters)")
+    has_best = on_disk is not None and os.path.exists(best_file)
     return {"val_loss": curve[-1][2] if curve else None, "best_val_loss": best, "step": step, "curve": curve,
             "step_seconds": step_seconds, "compile_seconds": compile_seconds, "params": run.model.num_params(),
-            "seconds": time.perf_counter() - t_start, "stopped": stopped, "path": path if have_saved else None,
-            "saved_val_loss": saved_val}
+            "seconds": time.perf_counter() - t_start, "stopped": stopped,
+            "path": best_file if has_best else path if on_disk is not None else None,
+            "saved_val_loss": best if has_best else last_val}
+
+
+def own_settings(saved, mcfg):
+    """Name the flags by which mcfg would have the shape of a checkpoint's model; "" where it
+    has."""
+    flags = []
+    for k, v in saved["model_config"].items():
+        if k not in ("n_layer", "vocab_size", "eot", "space",
+                     "think_token") and v != settings(mcfg).get(k):
+            value = ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+            flags.append(f"--{k}={shlex.quote(value)}")
+    return f"give its own settings, {' '.join(flags)}" if flags else ""
+
+
+def command(tcfg, place):
+    """The command that goes on with a run."""
+    start = "python" if place.world == 1 else f"torchrun --nproc_per_node={place.world}"
+    return f"{start} train.py --init_from=resume --out_dir={shlex.quote(tcfg.out_dir)}"
 
 
 def main(argv):
     m, t, _ = config.parse(argv, GPTConfig, TrainConfig, doc=__doc__)
+    m, t = with_stored(m, t)
     mcfg, tcfg = config.build(GPTConfig, **m), config.build(TrainConfig, **t)
     try:
         r = train(mcfg, tcfg, say)
     finally:
         grouped = dist.is_initialized()
+        rank = dist.get_rank() if grouped else 0
         if grouped:
             dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) == 0 and not r["stopped"]:
+    if rank == 0 and not r["stopped"]:
         say(f"done: val loss {r['val_loss']:.4f} after {r['step']} steps in {clock(r['seconds'])} "
             f"({r['step_seconds']:.0f} s of steps, {r['compile_seconds']:.0f} s for the first)")
         if r["path"] and not tcfg.eval_only:
-            say(f"checkpoint: {r['path']} (val loss {r['saved_val_loss']:.4f})\n"
-                f"sample from it: python sample.py --out_dir={tcfg.out_dir}")
+            scored = "" if r["saved_val_loss"] is None else f" (val loss {r['saved_val_loss']:.4f})"
+            say(f"checkpoint: {r['path']}{scored}\n"
+                f"sample from it: python sample.py --out_dir={shlex.quote(tcfg.out_dir)}")
+    code = 128 + r["stopped"] if r["stopped"] else 0
     if grouped:  # DDP leaves gloo's threads alive (torch 2.13), and one that drops its last tensor while Python ends aborts
-        sys.stdout.flush()  # the process: 1 run in 10 with 8 ranks on 2 cores. All is saved and said: leave at once
-        os._exit(0)
-    return 0
+        os._exit(code)  # the process: 1 run in 10 with 8 ranks on 2 cores. All is saved and said
+    return code
 
 
-def say(text):
-    """Print a line now; a reader that has gone away (| head) is no reason to lose a run."""
-    with contextlib.suppress(BrokenPipeError):
-        print(text, flush=True)
+def say(text, to=None):
+    """Print a line now. An output that takes no more (a full disk, a reader or a terminal that is
+    gone) is no reason to lose a run: what is said to it from then on goes nowhere."""
+    to = to or sys.stdout
+    try:
+        print(text, file=to, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())
+    except ValueError:  # it was closed, or has another alphabet
+        pass
 
 
 if __name__ == "__main__":
