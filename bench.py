@@ -54,7 +54,7 @@ class BenchConfig:
     out_dir: str = ""  # keep the runs of a claim here; default: a temporary folder
 
     def __post_init__(self):
-        config.within(self, 1, None, "rounds", "seeds", "jobs")
+        config.within(self, 1, 10_000, "rounds", "seeds", "jobs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ class GPTConfig:
             places = self.most_chunks(depth, self.block_size)
             first = self.mem_chunk * (self.mem_shift // self.mem_chunk + 1)  # the place that finds something first
             if "M" in items and places <= first:
-                raise ValueError(f"a block M has " + (f"{places} chunks of a level" if depth else f"block_size = {places} tokens") + f", and with mem_chunk "
+                raise ValueError("a block M has " + (f"{places} chunks of a level" if depth else f"block_size = {places} tokens") + f", and with mem_chunk "
                                  f"= {self.mem_chunk} and mem_shift = {self.mem_shift} finds nothing before the {first + 1}th; give smaller ones")
             for item in items:
                 if isinstance(item, list):

@@ -11,7 +11,6 @@ Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their ow
 """
 import codecs
 import contextlib
-import glob
 import hashlib
 import io
 import itertools

@@ -44,7 +44,7 @@ from torch.nn import functional as F
 
 import prepare
 from config import UserError
-from model import Clusters, GPT, GPTConfig, Level, Linear, Memory, rms_norm, search
+from model import Clusters, GPT, GPTConfig, Level, Linear, rms_norm, search
 
 
 @dataclass

@@ -3,7 +3,6 @@
     python -m pytest -q
 """
 import argparse
-import ast
 import contextlib
 import copy
 import csv

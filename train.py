@@ -104,9 +104,28 @@ class TrainConfig:
         for name in ("distill", "distill_match", "distill_ce"):
             if not self.teacher and getattr(self, name) != getattr(TrainConfig, name):
                 raise ValueError(f"{name} is what a teacher's word counts, and there is none; give --teacher=PATH")
+        end = self.lr_decay_iters or self.max_iters
+        if self.decay_lr and 0 < end <= self.warmup_iters:
+            raise ValueError(f"warmup_iters ({self.warmup_iters}) leaves nothing of the {end} steps that the learning rate takes "
+                             f"(lr_decay_iters, or max_iters); give fewer")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr ({self.min_lr}) is where learning_rate ({self.learning_rate}) falls to; give less")
         config.within(self, 0, 1, "history_drop", "cooldown")
         config.within(self, 0, 0.99999, "momentum", "beta1", "beta2")
         config.within(self, 1e-12, 1e9, "learning_rate")
+
+
+    def idle(self, mcfg):
+        """Yields (name, what it needs) of each setting that was changed and has nothing to work on, beside a model of mcfg."""
+        for there, needs, names in (
+                (self.optimizer == "muon", "optimizer = muon", "muon_lr momentum ns_steps"),
+                (self.decay_lr, "decay_lr = True", "schedule lr_decay_iters min_lr"),
+                (self.decay_lr and self.schedule == "wsd", "schedule = wsd, and decay_lr", "cooldown"),
+                (self.score_last, "score_last", "train_on_all"), (mcfg.history, "history", "history_drop"),
+                ("F" in mcfg.layers, "a block F in layers", "value_lr"), (self.wandb_log, "wandb_log", "wandb_project wandb_run_name")):
+            for name in names.split():
+                if not there and getattr(self, name) != getattr(TrainConfig, name):
+                    yield name, needs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,9 +719,14 @@ class Runner:
             raise UserError(f"batch_size * gradient_accumulation_steps ({tcfg.batch_size} * "
                             f"{tcfg.gradient_accumulation_steps}) rows cannot be dealt evenly to {place.world} processes in "
                             f"whole micro-steps; choose multiples")
-        if tcfg.value_lr != TrainConfig.value_lr and "F" not in mcfg.layers:
-            raise UserError("value_lr has no featural memory to work on; put an F into layers")
         self.peak = matmul_peak(place)  # before torch.compile, whose workers take the cores while they start
+        with torch.device("meta"):
+            size = 4 * 4 * GPT(mcfg, None).num_params()  # bytes of weights, gradients and two moments
+        with contextlib.suppress(ValueError, AttributeError, OSError):  # where the system tells how much it has
+            room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if place.device.type == "cpu" and size > room:
+                raise UserError(f"a model of {size / 16:,.0f} parameters takes {size / 2 ** 30:,.0f} GB to train, and this machine has "
+                                f"{room / 2 ** 30:,.0f}; lower n_embd, n_layer or vocab_size")
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
         self.model.dtype = place.dtype
         self.optimizers = make_optimizers(self.model, tcfg)
@@ -924,7 +948,7 @@ def with_stored(m, t):
     if not resumes(**start):
         return m, t
     saved, path = last_state(start["out_dir"])
-    own = ("vocab_size",) + ("layers",) * ("n_layer" in m)  # n_layer counts only without layers
+    own = "vocab_size", "n_layer", *["layers"] * ("n_layer" in m)  # one says what the other does
     both = []
     for cls, given, stored, leave in ((GPTConfig, m, "model_config", own),
                                       (TrainConfig, t, "train_config", OF_A_START)):
@@ -1260,6 +1284,10 @@ def main(argv):
     m, t, _ = config.parse(argv, GPTConfig, TrainConfig, doc=__doc__)
     m, t = with_stored(m, t)
     mcfg, tcfg = config.build(GPTConfig, **m), config.build(TrainConfig, **t)
+    named = {a.lstrip("-").partition("=")[0].replace("-", "_") for a in argv if a.startswith("-")}
+    for name, needs in (*mcfg.idle(), *tcfg.idle(mcfg)):
+        if name in named:  # (a preset may be used with other layers)
+            raise UserError(f"{name} has nothing to work on; it needs {needs}")
     try:
         r = train(mcfg, tcfg, say)
     finally:

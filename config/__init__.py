@@ -85,6 +85,8 @@ def evaluate(node, depth=0):
 def read_preset(path):
     """A preset file as {name: value}; UserError names the line that is not an assignment of a literal."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"preset {path} is not a file; presets are the .py files in config/")
         with open(path, "rb") as f:
             raw = f.read(100_001)
         if len(raw) > 100_000:
@@ -231,6 +233,8 @@ def parse(argv, *classes, doc="", words=(), free=()):
                 override[key] = override.get(key, ()) + value
             else:
                 override[key] = value
+    if "layers" in override:  # what a preset says of their number is said anew
+        given.pop("n_layer", None)
     given.update(override)
     return [{f.name: given[f.name] for f in dataclasses.fields(c) if f.name in given} for c in classes] + [found]
 
