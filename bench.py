@@ -66,11 +66,10 @@ def read_arm(preset=None, **overrides):
     argv = [os.path.join(HERE, "config", preset + ".py")] if preset else []
     m, t, _ = config.parse(argv, GPTConfig, TrainConfig)
     model_fields = {f.name for f in dataclasses.fields(GPTConfig)}
-    for k, v in overrides.items():
-        (m if k in model_fields else t)[k] = v
-    if "layers" in m:
-        m.pop("n_layer", None)
-    return m, t
+    more = {k: v for k, v in overrides.items() if k in model_fields}
+    if "layers" in more:  # (arms may share a shape that has n_layer)
+        more.pop("n_layer", None)
+    return config.over(m, more), {**t, **{k: v for k, v in overrides.items() if k not in model_fields}}
 
 
 def stand_in(m):

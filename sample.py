@@ -43,8 +43,8 @@ import torch
 from torch.nn import functional as F
 
 import prepare
-from config import UserError
-from model import Clusters, GPT, GPTConfig, Level, Linear, rms_norm, search
+from config import UserError, summary
+from model import Clusters, GPT, Level, Linear, rms_norm, search
 
 
 @dataclass
@@ -1130,7 +1130,7 @@ class Store:
             raise UserError(f"store {path} cannot be opened ({e.strerror or e}); choose another place") from None
         except BROKEN as e:
             self.close()
-            why = " ".join(str(e).split())[:100]
+            why = summary(e)
             raise UserError(f"{path} is not a store of this project, or it is damaged ({why}); "
                             f"nothing in it was changed, name another file") from None
         except UserError:
@@ -1539,8 +1539,7 @@ def find_device(name):
     try:
         torch.zeros(1, device=name).item()
     except Exception as e:  # each kind of device fails in a way of its own
-        why = (str(e).splitlines() or [type(e).__name__])[0][:80]
-        raise UserError(f"device {name!r} is not to be had here ({why}); give --device=cpu, or "
+        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); give --device=cpu, or "
                         f"leave it out") from None
     return name
 
@@ -1550,18 +1549,24 @@ def load(path, device="cpu", dtype="float32"):
     path = prepare.checkpoint_path(path)
     ckpt = prepare.load_checkpoint(path)
     try:
-        model = GPT(GPTConfig(**ckpt["model_config"]))
-        model.load_state_dict(ckpt["model"])
-        ckpt["tokenizer"], ckpt["step"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        why = " ".join(str(e).split())[:100]
-        raise UserError(f"checkpoint {path} does not fit this version ({why}); train it "
+        model = GPT.of(ckpt["model_config"], ckpt["model"])
+    except ValueError as e:
+        raise UserError(f"checkpoint {path} does not fit this version ({summary(e)}); train it "
                         f"again") from None
     model = model.to(device)
     if dtype == "bfloat16":
         model.bfloat16()
     model.dtype = getattr(torch, dtype)
     return model.eval(), ckpt
+
+
+def tokenizer_of(ckpt, path):
+    """Return the tokenizer of a checkpoint; UserError where it is not that of its model."""
+    tok, n = prepare.Tokenizer(ckpt["tokenizer"]), ckpt["model_config"]["vocab_size"]
+    if tok.n_vocab != n:
+        raise UserError(f"checkpoint {path} is damaged: its tokenizer has {tok.n_vocab} tokens and its model {n}; "
+                        f"take another")
+    return tok
 
 
 def encode(tok, text, name):
@@ -1590,10 +1595,12 @@ def read_prompt(prompt, tok):
         text = "" if tok.eot is not None else tok.decode([0])
         begins = f"with {text!r}" if text else "a new text"
         print(f"[the model reads no line end; it begins {begins}]", file=sys.stderr)
-    if not text and tok.eot is None:
-        raise UserError("the prompt is empty, and the model has no end-of-text token to begin a "
-                        "new text with; give at least one character")
-    return text, encode(tok, text, "the prompt") if text else [tok.eot]
+    begins = not text or text.startswith(prepare.END)
+    if begins and tok.eot is None:
+        raise UserError(f"the prompt is empty or begins with {prepare.END}, and the model has no end of a text to begin from; "
+                        f"give at least one character")
+    text = text.removeprefix(prepare.END)
+    return text, [tok.eot] * begins + encode(tok, text, "the prompt")
 
 
 def held_out(ckpt, cfg, T):
@@ -1724,9 +1731,13 @@ def learn(cfg, *files):
         raise UserError(f"learn needs texts to read: python sample.py learn "
                         f"--{kind}={shlex.quote(target)} FILE...")
     model, ckpt, path = open_model(cfg)
-    tok, texts = prepare.Tokenizer(ckpt["tokenizer"]), []
+    tok, texts = tokenizer_of(ckpt, path), []
     for name in files:  # all that may be wrong with them is found before anything is written
-        texts.append((name, encode(tok, "".join(prepare.pieces(name)), name)))
+        text = "".join(prepare.pieces(name))
+        if prepare.END in text:
+            print(f"{config.visible(name)} has {prepare.END} in it, which is read as letters; give "
+                  f"each text a file of its own", file=sys.stderr)
+        texts.append((name, encode(tok, text, name)))
         if len(texts[-1][1]) < 2:
             raise UserError(f"{name} holds fewer than 2 tokens; give a longer text")
     read = learn_memory if cfg.memory else learn_knn
@@ -1889,14 +1900,14 @@ def main(argv):
     except RuntimeError as e:
         if not (cfg.compile and isinstance(e, torch._dynamo.exc.TorchDynamoException)):
             raise
-        why = str(e).splitlines()[0][:80]
+        why = summary(e)
         raise UserError(f"compile failed here ({why}); leave --compile out") from None
 
 
 def decode(cfg, stores):
     """Text by the settings. stores: an ExitStack that closes what is opened."""
     model, ckpt, path = open_model(cfg)
-    tok = prepare.Tokenizer(ckpt["tokenizer"])
+    tok = tokenizer_of(ckpt, path)
     prompt, ids = read_prompt(cfg.prompt, tok)
     if cfg.stop_at_end and tok.eot is None:
         raise UserError(f"{path} was trained on one text without an end, and would never stop "

@@ -10,7 +10,6 @@ exactly as if it had not been, and any number of processes computes the same thi
 concept heads alone are drawn by micro-step and rank).
 """
 import contextlib
-import copy
 import csv
 import dataclasses
 import io
@@ -31,7 +30,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import prepare
-from config import UserError
+from config import UserError, summary, visible
 from model import FeaturalMemory, GPT, GPTConfig, MLP, Taught, settings
 
 
@@ -104,8 +103,8 @@ class TrainConfig:
         for name in ("distill", "distill_match", "distill_ce"):
             if not self.teacher and getattr(self, name) != getattr(TrainConfig, name):
                 raise ValueError(f"{name} is what a teacher's word counts, and there is none; give --teacher=PATH")
-        end = self.lr_decay_iters or self.max_iters
-        if self.decay_lr and 0 < end <= self.warmup_iters:
+        end = self.decay_lr and self.lr_decay_iters or self.max_iters
+        if end <= self.warmup_iters:
             raise ValueError(f"warmup_iters ({self.warmup_iters}) leaves nothing of the {end} steps that the learning rate takes "
                              f"(lr_decay_iters, or max_iters); give fewer")
         if self.min_lr > self.learning_rate:
@@ -121,7 +120,8 @@ class TrainConfig:
                 (self.optimizer == "muon", "optimizer = muon", "muon_lr momentum ns_steps"),
                 (self.decay_lr, "decay_lr = True", "schedule lr_decay_iters min_lr"),
                 (self.decay_lr and self.schedule == "wsd", "schedule = wsd, and decay_lr", "cooldown"),
-                (self.score_last, "score_last", "train_on_all"), (mcfg.history, "history", "history_drop"),
+                (self.score_last, "score_last", "train_on_all"), ("M" in mcfg.layers, "a block M in layers", "stream"),
+                (mcfg.history and not self.stream, "history, without stream", "history_drop"),
                 ("F" in mcfg.layers, "a block F in layers", "value_lr"), (self.wandb_log, "wandb_log", "wandb_project wandb_run_name")):
             for name in names.split():
                 if not there and getattr(self, name) != getattr(TrainConfig, name):
@@ -157,19 +157,22 @@ class Place:
         return torch.cat(parts)
 
     def same(self, do):
-        """do() on rank 0; its UserError, if it raises one, on every rank."""
-        error = None
+        """do() on rank 0, and what it returns there; its UserError, if it raises one, on every rank."""
+        error = made = None
         if self.rank == 0:
             try:
-                do()
+                made = do()
             except UserError as e:
                 error = str(e)
+            except OSError as e:
+                error = f"{e.filename or 'a file'} failed ({e.strerror or e}); see to it and try again"
         if self.world > 1:
             box = [error]
             dist.broadcast_object_list(box, src=0)
             error = box[0]
         if error:
             raise UserError(error)
+        return made
 
 
 def ranks():
@@ -187,7 +190,6 @@ def ranks():
     except (KeyError, ValueError):
         pass
     said = ", ".join(f"{n} = {os.environ.get(n)!r}" for n in (*names, "MASTER_ADDR", "MASTER_PORT"))
-    os.environ.pop("RANK", None)  # a rank other than 0 would say nothing
     raise UserError(f"the environment makes this process one of several, but not wholly ({said}); "
                     f"start several with torchrun, or unset these variables") from None
 
@@ -364,8 +366,8 @@ class Data:
         """(rows,) True where a row begins another text, and its memory ends."""
         return torch.from_numpy(self.turn(step, rows, n_rows)[1] == 0)
 
-    def whole(self, place, size, n_rows=0):
-        """Every token of the split but the first, scored once, in batches of `size` rows, dealt to this process: x, y, history as `rows`
+    def whole(self, place, size, n_rows=0, limit=0):
+        """Every token of the split but the first, or of the first `limit` behind that, scored once, in batches of `size` rows, dealt to this process: x, y, history as `rows`
         gives them, and whether their rows begin a text. Where answers need their whole document, a row ends with each document.
         With stream the split is read as `n_rows` texts of equal length, however many rows a batch has: a row goes on where the same
         row of the batch before ended, or begins another text."""
@@ -373,8 +375,11 @@ class Data:
             first, last = self.docs[0] + 1, self.docs[1]
         else:
             first = np.arange(1, self.n, self.last)
-            last = np.minimum(first + self.last - 1, self.n - 1)
-        if self.mask is not None and not self.stream:  # (what a memory shall know must be read, scored or not)
+            last = np.minimum(first + self.last - 1, limit or self.n - 1)
+        if limit:
+            some = (first <= limit) & (last <= limit)
+            first, last = first[some], last[some]
+        if self.mask is not None and not self.stream and len(first):  # (what a memory shall know must be read, scored or not)
             has = np.add.reduceat(np.asarray(self.mask[1:], dtype=np.int64), first - 1) > 0  # (the mask is 0 between documents)
             first, last = first[has], last[has]
         if self.stream:
@@ -527,7 +532,8 @@ class Log:
                     self.logs[name], self.closes[name] = start(tcfg)
                 except Exception as e:  # whatever they raise
                     self.close()
-                    todo = "run wandb login" if name == "wandb" else "install it again"
+                    todo = f"pip install {name}" if isinstance(e, ImportError) else \
+                        "run wandb login" if name == "wandb" else "install it again"
                     raise UserError(f"{name} did not start ({summary(e)}); {todo}, or leave "
                                     f"{name}_log out") from None
 
@@ -627,45 +633,11 @@ def clear(out_dir):
                             f"choose another --out_dir") from None
 
 
-def check_optional(tcfg):
-    """Refuse at once, not after the first step, what needs a package that is not there."""
-    for wanted, module in ((tcfg.tensorboard_log, "tensorboard"), (tcfg.wandb_log, "wandb")):
-        if wanted:
-            try:
-                __import__(module)
-            except ImportError:
-                raise UserError(f"{module}_log needs the package {module}; pip install {module}") from None
-
-
-def summary(error):
-    """What an exception says in its first paragraph, as one short line."""
-    return " ".join(str(error).strip().partition("\n\n")[0].split())[:200] or type(error).__name__
-
-
 def differences(saved, now, names=None):
     """What differs between two flat dicts, in all keys or those named, as `key: saved -> now`
     strings."""
     names = sorted(names or saved.keys() | now.keys())
     return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in names if saved.get(k) != now.get(k)]
-
-
-def first_tokens(data, n):
-    """Return the first n tokens of a split as a split, all of it where n is 0 or more than there
-    are; raise UserError where none of them is scored."""
-    if not 0 < n < data.n - 1:
-        return data
-    part = copy.copy(data)
-    part.n, part.bytes = n + 1, data.bytes * n / (data.n - 1)
-    if data.docs is not None:
-        whole = data.docs[1] < part.n
-        part.docs = data.docs[0][whole], data.docs[1][whole]
-        some = len(part.docs[0])
-    else:
-        some = data.mask is None or np.asarray(data.mask[1:part.n]).any()
-    if not some:
-        raise UserError(f"none of the validation split's first {n} tokens is scored; give more "
-                        f"eval_tokens")
-    return part
 
 
 def identity(train_data, val_data):
@@ -695,7 +667,7 @@ class Flag:
         if not self.number and os.environ.get("RANK", "0") == "0":
             more = b"; a second signal ends at once" * self.alone
             with contextlib.suppress(AttributeError, OSError, ValueError):  # no standard error
-                os.write(sys.__stderr__.fileno(), b"stopping after this step" + more + b"\n")
+                os.write(sys.__stderr__.fileno(), b"stopping" + more + b"\n")
         self.number = self.number or number
 
     def restore(self):
@@ -758,9 +730,8 @@ class Runner:
         paired by their names, as weights are. -> those of the teacher's weights that fit this
         model."""
         try:
-            teacher = GPT(GPTConfig(**saved["model_config"]))
-            teacher.load_state_dict(saved["model"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            teacher = GPT.of(saved["model_config"], saved["model"])
+        except ValueError as e:
             raise UserError(f"teacher {path} does not fit this version ({summary(e)}); train it "
                             f"again") from None
         theirs, ours = teacher.cfg, self.mcfg
@@ -831,12 +802,12 @@ class Runner:
             torch.cuda.synchronize()
         return loss, norm
 
-    def evaluate(self, data, alter=None, stop=lambda: 0):
-        """(nats a scored token, bits a byte) over a whole split: plain cross-entropy, the same for
+    def evaluate(self, data, alter=None, stop=lambda: 0, limit=0):
+        """(nats a scored token, bits a byte) over a whole split, or its first `limit` tokens: plain cross-entropy, the same for
         every variant; None where stop(), asked once a batch, said so on any process. For ablations,
         alter(history) stands in for each history."""
         total, count, stopped, one = 0.0, 0, 0, torch.ones((), device=self.place.device)
-        batches, memory = data.whole(self.place, self.micro, self.n_rows), self.model.init_memory(self.micro) if data.stream else {}
+        batches, memory = data.whole(self.place, self.micro, self.n_rows, limit), self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a cold start is 10 s shorter
         reuse = self.compiled and self.teacher is None and not self.model.random()
         drawn = self.draw(0) if reuse else None
@@ -853,6 +824,8 @@ class Runner:
         total, count, stopped = self.place.sum(total, count, stopped)
         if stopped:
             return None
+        if not count:
+            raise UserError(f"none of the validation split's first {limit} tokens is scored; give more eval_tokens")
         return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count
 
     @torch.no_grad()
@@ -899,8 +872,6 @@ def find_teacher(tcfg, data):
         raise UserError(f"teacher {path} is not there; train it first (python train.py {more} "
                         f"--dataset={shlex.quote(tcfg.dataset)}), or name another checkpoint")
     saved = prepare.load_checkpoint(path)
-    if not isinstance(saved, dict) or "tokenizer" not in saved.get("data", ()):
-        raise UserError(f"teacher {path} is not a checkpoint of train.py; name another")
     if saved["data"]["tokenizer"] != data["tokenizer"]:
         raise UserError(f"teacher {path} was trained with another tokenizer than that of dataset {tcfg.dataset!r}; train one on that")
     if saved["train_config"].get("stream"):
@@ -947,37 +918,33 @@ def with_stored(m, t):
     start = {k: t.get(k, getattr(TrainConfig, k)) for k in ("init_from", "out_dir")}
     if not resumes(**start):
         return m, t
-    saved, path = last_state(start["out_dir"])
-    own = "vocab_size", "n_layer", *["layers"] * ("n_layer" in m)  # one says what the other does
+    saved, _ = last_state(start["out_dir"])
     both = []
-    for cls, given, stored, leave in ((GPTConfig, m, "model_config", own),
+    for cls, given, stored, leave in ((GPTConfig, m, "model_config", ("vocab_size", "n_layer")),
                                       (TrainConfig, t, "train_config", OF_A_START)):
         kinds = typing.get_type_hints(cls)
-        try:
-            old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items()
-                   if k in kinds and k not in leave}
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} is not a checkpoint of train.py; name another") from None
-        both.append({**old, **given})
+        old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items()
+               if k in kinds and k not in leave}
+        both.append(config.over(old, given))
     return both
 
 
-def other_tokenizer(path, theirs, ours):
-    """What to do about a dataset with tokenizer `ours`, to go on from a checkpoint with `theirs`, a
-    sentence."""
-    wrong = f"{path} has another tokenizer: "
+def other_tokenizer(path, theirs, ours, tcfg):
+    """What to do about the dataset of tcfg, with tokenizer `ours`, to go on from a checkpoint with
+    `theirs`, a sentence."""
+    wrong, file = f"{path} has another tokenizer: ", os.path.join(tcfg.data_dir, tcfg.dataset, "")
     if theirs["kind"] != "char" or ours["kind"] != "char":
-        name = theirs.get("encoding", theirs["kind"])
-        return wrong + f"make the dataset with python prepare.py --tokenizer={name}"
+        again = f"--tokenizer={theirs.get('encoding', theirs['kind'])}"
+        return wrong + f"make the dataset with {prepare.command(file, again, '--overwrite')}"
     lacks = sorted(set(theirs["chars"]) - set(ours["chars"]))
     unknown = sorted(set(ours["chars"]) - set(theirs["chars"]))
     todo = [f"add a line with {' '.join(map(repr, lacks))} to the text"] if lacks else []
     todo += [f"take {' '.join(map(repr, unknown))} out of it"] if unknown else []
     if theirs["eot"] != ours["eot"]:
-        todo += ["give it as several documents (--input=A --input=B)" if theirs["eot"] else
-                 "give it as one document (one --input)"]
+        todo += ["give it as several documents (--input=A --input=B, or --separator)" if theirs["eot"]
+                 else "give it as one document (one --input)"]
     return wrong + (f"the model needs a text of exactly its own characters; {', '.join(todo)}, and "
-                    f"make it again with python prepare.py")
+                    f"make it again with {prepare.command(file, '--overwrite')}")
 
 
 def find_start(tcfg, mcfg, data, spec, say):
@@ -996,21 +963,16 @@ def find_start(tcfg, mcfg, data, spec, say):
                             f"train.py or of its folder, and {path} is not there; pretrained "
                             f"models are not read by name yet")
         saved = prepare.load_checkpoint(path)
-    try:
-        if not resume:
-            if saved["data"]["tokenizer"] != data["tokenizer"]:
-                raise UserError(other_tokenizer(path, saved["tokenizer"], spec))
-            saved["model"]
-            return saved, path, False
-        now, fixed = dataclasses.asdict(tcfg), ("optimizer", "stream")
-        before = {f.name: saved["train_config"].get(f.name, f.default)
-                  for f in dataclasses.fields(tcfg)}
-        model = {**{f.name: f.default for f in dataclasses.fields(mcfg)}, **saved["model_config"]}
-        wrong = differences(model, settings(mcfg)) + differences(saved["data"], data)
-        wrong += differences(before, now, fixed)
-        saved["step"], saved["optimizers"], saved["block_loss"]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a checkpoint of train.py; name another") from None
+    if not resume:
+        if saved["data"]["tokenizer"] != data["tokenizer"]:
+            raise UserError(other_tokenizer(path, saved["tokenizer"], spec, tcfg))
+        return saved, path, False
+    now, fixed = dataclasses.asdict(tcfg), ("optimizer", "stream")
+    before = {f.name: saved["train_config"].get(f.name, f.default)
+              for f in dataclasses.fields(tcfg)}
+    model = {**{f.name: f.default for f in dataclasses.fields(mcfg)}, **saved["model_config"]}
+    wrong = differences(model, settings(mcfg)) + differences(saved["data"], data)
+    wrong += differences(before, now, fixed)
     if wrong:
         names = {w.partition(":")[0] for w in wrong}
         todo = "leave these settings out"
@@ -1091,24 +1053,21 @@ def loop(mcfg, tcfg, say, held):
     """train, with what is to be closed at its end put on the ExitStack `held`."""
     # what is asked for is possible, and nothing is written before that is known
     t_start = time.perf_counter()
-    check_optional(tcfg)
     place, writes = find_place(tcfg), not tcfg.eval_only
     if place.rank:
         say = lambda *a, **k: None
     train_data = Data(tcfg, mcfg, "train")
     mcfg = config.build(GPTConfig, **{**settings(mcfg), **train_data.facts(mcfg)})
     val_data = Data(tcfg, mcfg, "val")
-    part = first_tokens(val_data, tcfg.eval_tokens)
+    limit = tcfg.eval_tokens if tcfg.eval_tokens < val_data.n - 1 else 0
     path, data = os.path.join(tcfg.out_dir, "ckpt.pt"), identity(train_data, val_data)
     teacher = find_teacher(tcfg, data)
-    locks = []
-    held.callback(lambda: [f.close() for f in locks])
-    place.same(lambda: locks.append(lock(tcfg.out_dir)) if writes else None)
+    place.same(lambda: held.enter_context(lock(tcfg.out_dir)) if writes else None)
     saved, start, resumed = find_start(tcfg, mcfg, data, train_data.meta["tokenizer"], say)
     place.same(lambda: check_new(tcfg) if writes and not resumed else None)
     run = Runner(mcfg, tcfg, place, say)
     step, best, validated, step_seconds, block_loss, curve = 0, float("inf"), None, 0.0, [], []
-    on_disk, last_val = None, None  # of ckpt.pt: its step and its validation loss
+    on_disk, last_val, best_val = None, None, None  # of ckpt.pt its step and loss; of the best its loss
     if saved is not None:
         try:
             grown = run.grow(saved["model"], resumed)
@@ -1137,7 +1096,7 @@ def loop(mcfg, tcfg, say, held):
         step, best, step_seconds, block_loss = (saved[k] for k in (
             "step", "best_val_loss", "step_seconds", "block_loss"))
         if step < tcfg.max_iters:  # (the last validation is done again)
-            validated = saved.get("validated")
+            validated = saved["validated"]
         if start == path:
             on_disk, last_val = step, saved["val_loss"]
     first_step, best_file = step, prepare.best(path)
@@ -1149,17 +1108,18 @@ def loop(mcfg, tcfg, say, held):
     # the run begins
     flag, compile_seconds, stopped, block_t, block_n = Flag(), 0.0, 0, 0.0, 0
     held.callback(flag.restore)
-    logs = []
 
     def begin():
-        logs.append(Log(tcfg))
-        held.callback(logs[0].close)
+        log = Log(tcfg)
+        held.callback(log.close)
         if not resumed:
             clear(tcfg.out_dir)
-        logs[0].begin(step, step - 1 if validated is None else validated)
+        elif on_disk is not None and last_val == best:  # the best is a file of its own, whenever the run was killed
+            prepare.also_as(path, best_file)
+        log.begin(step, step - 1 if validated is None else validated)
+        return log
 
-    place.same(lambda: begin() if writes else None)
-    log = logs[0] if logs else lambda *a, **k: None
+    log = place.same(lambda: begin() if writes else None) or (lambda *a, **k: None)
 
     def asked():
         """The number of a signal that any process got, 0 without."""
@@ -1167,12 +1127,12 @@ def loop(mcfg, tcfg, say, held):
 
     def write(state, is_best):
         if not os.path.exists(os.path.join(tcfg.out_dir, "lock")):  # somebody took the folder away
-            locks[:] = [lock(tcfg.out_dir)]
+            held.enter_context(lock(tcfg.out_dir))
         prepare.save_checkpoint(path, state, demote=on_disk != step, is_best=is_best)
 
     def save(val=None, is_best=False):
         """Save this step, with its validation loss if that is known."""
-        nonlocal on_disk, last_val
+        nonlocal on_disk, last_val, best_val
         memory = {i: [place.rows(t) for t in (m.keys, m.values, m.crf)]
                   for i, m in run.memory.items()}
         state = {"memory": memory, "model": run.model.state_dict(),
@@ -1182,15 +1142,14 @@ def loop(mcfg, tcfg, say, held):
                  "model_config": settings(mcfg), "train_config": dataclasses.asdict(tcfg),
                  "tokenizer": train_data.meta["tokenizer"], "data": data, "dataset": tcfg.dataset}
         place.same(lambda: write(state, is_best))
-        on_disk, last_val = step, val
+        on_disk, last_val, best_val = step, val, val if is_best else best_val
 
     def stop_for(what, bad=""):
         files = [p for p in (path, best_file, prepare.previous(path))
                  if os.path.exists(p) and p != bad]
         good = f"the last good checkpoint is {files[0]}" if files else \
             "there is no checkpoint of this run yet"
-        raise UserError(f"step {step}: {what}: training stopped before the update; {good}; lower "
-                        f"the learning rates or check the data")
+        raise UserError(f"step {step}: {what}; {good}; lower the learning rates or check the data")
 
     while True:
         done, stopped = step >= tcfg.max_iters or tcfg.eval_only, asked()
@@ -1198,9 +1157,8 @@ def loop(mcfg, tcfg, say, held):
         if due and not stopped:
             if writes and tcfg.always_save_checkpoint and on_disk != step:
                 save()  # before what may take long
-            # by the same tokens each time
-            chosen = scores = run.evaluate(part, stop=lambda: flag.number)
-            if done and chosen and part is not val_data:
+            chosen = scores = run.evaluate(val_data, limit=limit, stop=lambda: flag.number)
+            if done and chosen and limit:  # (the best is chosen by the same tokens each time)
                 scores = run.evaluate(val_data, stop=lambda: flag.number)
             if scores:
                 val, bpb = scores
@@ -1208,8 +1166,7 @@ def loop(mcfg, tcfg, say, held):
                     stop_for(f"validation loss {val}", path if on_disk == step else "")
                 curve.append((step, step_seconds, val))
                 usage = run.usage(val_data)
-                whole = done or part is val_data
-                of = "" if whole else f" on the first {tcfg.eval_tokens:,} tokens"
+                of = "" if done or not limit else f" on the first {limit:,} tokens"
                 say(f"step {step}: val loss {val:.4f}, {bpb:.4f} bits per byte{of}" + (
                     f"; of its memories {usage['slots_used']:.0%} of slots used, entropy {usage['slot_entropy']:.2f}" if usage else ""))
                 log(step, val_loss=val, bits_per_byte=bpb, step_seconds=step_seconds, **usage)
@@ -1231,7 +1188,7 @@ def loop(mcfg, tcfg, say, held):
         begins = train_data.begins(step, run.slice, run.n_rows) if run.memory else None
         loss, norm = run.step(step, x, y, h, place.sum(int((y >= 0).sum()))[0], begins)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            stop_for(f"loss {loss}, gradient norm {norm}")
+            stop_for(f"loss {loss}, gradient norm {norm}: training stopped before the update")
         dt = time.perf_counter() - t0
         step += 1
         block_loss.append(loss)
@@ -1252,14 +1209,14 @@ def loop(mcfg, tcfg, say, held):
     guess = math.log(mcfg.vocab_size)
     if curve and not stopped and curve[-1][2] >= guess:
         say(f"val loss {curve[-1][2]:.4f} is no better than guessing among {mcfg.vocab_size} "
-            f"tokens ({guess:.4f}): lower --learning_rate and --muon_lr, or train longer "
-            f"(--max_iters)")
+            f"tokens ({guess:.4f}): lower --learning_rate{' and --muon_lr' * (tcfg.optimizer == 'muon')}, or "
+            f"train longer (--max_iters)")
     has_best = on_disk is not None and os.path.exists(best_file)
     return {"val_loss": curve[-1][2] if curve else None, "best_val_loss": best, "step": step, "curve": curve,
             "step_seconds": step_seconds, "compile_seconds": compile_seconds, "params": run.model.num_params(),
             "seconds": time.perf_counter() - t_start, "stopped": stopped,
             "path": best_file if has_best else path if on_disk is not None else None,
-            "saved_val_loss": best if has_best else last_val}
+            "saved_val_loss": (best if best_val is None else best_val) if has_best else last_val}
 
 
 def own_settings(saved, mcfg):
@@ -1276,7 +1233,8 @@ def own_settings(saved, mcfg):
 
 def command(tcfg, place):
     """The command that goes on with a run."""
-    start = "python" if place.world == 1 else f"torchrun --nproc_per_node={place.world}"
+    here = os.environ.get("LOCAL_WORLD_SIZE", place.world)
+    start = "python" if place.world == 1 else f"torchrun --nproc_per_node={here}"
     return f"{start} train.py --init_from=resume --out_dir={shlex.quote(tcfg.out_dir)}"
 
 
@@ -1313,7 +1271,7 @@ def say(text, to=None):
     gone) is no reason to lose a run: what is said to it from then on goes nowhere."""
     to = to or sys.stdout
     try:
-        print(text, file=to, flush=True)
+        print(visible(text), file=to, flush=True)
     except OSError:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())

@@ -44,6 +44,7 @@ if (os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "") in
 
 class UserError(Exception):
     """Something the user gave is wrong. The message is one sentence: what, and what to do. Ends a run with exit code 2."""
+    everywhere = True  # whether all processes of a run meet it, so that one may speak for all
 
 
 def visible(text):
@@ -211,7 +212,8 @@ def parse(argv, *classes, doc="", words=(), free=()):
                 found.append(arg)
                 continue
             if arg.endswith(".py"):
-                pairs = [(k, v, arg) for k, v in read_preset(arg).items()]
+                preset = read_preset(arg)
+                given, pairs = over(given, preset), [(k, v, arg) for k, v in preset.items()]
             elif words is None or arg in words:
                 found.append(arg)
                 continue
@@ -233,10 +235,22 @@ def parse(argv, *classes, doc="", words=(), free=()):
                 override[key] = override.get(key, ()) + value
             else:
                 override[key] = value
-    if "layers" in override:  # what a preset says of their number is said anew
-        given.pop("n_layer", None)
-    given.update(override)
+    given = over(given, override)
     return [{f.name: given[f.name] for f in dataclasses.fields(c) if f.name in given} for c in classes] + [found]
+
+
+EITHER = {"layers", "n_layer"}  # settings that say the same in two ways
+
+
+def over(old, new):
+    """Return the settings {name: value} of new over those of old; of EITHER, what new says alone."""
+    said = EITHER & new.keys()
+    return {**{k: v for k, v in old.items() if not (said and k in EITHER)}, **new}
+
+
+def summary(error):
+    """Return what an exception says in its first paragraph, as one short line."""
+    return " ".join(str(error).strip().partition("\n\n")[0].split())[:200] or type(error).__name__
 
 
 def build(cls, **values):
@@ -280,10 +294,10 @@ def compiler_missing(device):
         return "" if has_triton() else "Triton for this GPU"
     usual, package = {
         "darwin": ("clang++", "the Xcode tools: xcode-select --install"),
-        "win32": ("cl", "Visual Studio's build tools")}.get(sys.platform, ("g++", "package g++"))
+        "win32": ("cl", "Visual Studio's build tools")}.get(sys.platform, ("g++", "the package g++"))
     cxx = os.environ.get("CXX", usual)  # as torch looks for it
     if not compiles(cxx):
-        return f"a C++ compiler that works ({cxx} does not; {package})"
+        return f"a C++ compiler that works (not {cxx}; install {package})"
     if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
         return "Python.h (package python3-dev)"
     return ""
@@ -313,8 +327,9 @@ def run(main):
         except SystemExit as e:  # --help
             code = e.code
         sys.stdout.flush()
-    except UserError as e:  # under torchrun every process has the same to say
-        code, why = 2, str(e) if os.environ.get("RANK", "0") == "0" else ""
+    except UserError as e:  # under torchrun one process says what all would
+        ranks = "TORCHELASTIC_RUN_ID" in os.environ and e.everywhere
+        code, why = 2, "" if ranks and os.environ.get("RANK") != "0" else str(e)
     except BrokenPipeError:  # | head
         code = 141
     except KeyboardInterrupt:
