@@ -115,7 +115,8 @@ class GPTConfig:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}")
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,))):  # NaN is in no range
+            each = value if isinstance(value, tuple) else (value,)
+            if not all(type(v) in (int, float) and low <= v <= high for v in each) or not (each or name == "space"):  # NaN is in no range
                 raise ValueError(f"{name} must lie between {low} and {high:,}, not {value}")
         if len(self.layers) > 4000:
             raise ValueError(f"layers has {len(self.layers):,} characters; give at most 4,000")
@@ -304,7 +305,7 @@ def parse_layers(layers):
     """A layer string as a tree: characters are blocks, lists are levels. ValueError names the first character that is wrong."""
     open_lists, last = [[]], max(map(layers.rfind, BLOCKS))  # last: where the last block stands
     for i, c in enumerate(layers):
-        where = f"layers = {layers!r}: character {i + 1}, {c!r},"
+        where = f"layers = {layers[:80]!r}: character {i + 1}, {c!r},"
         if c == "(":
             if len(open_lists) > 8:
                 raise ValueError(f"{where} opens more than 8 levels in one another")
@@ -1690,6 +1691,7 @@ class Level(Stack):
                         ctx.wrote[m.i].crf[:, -1] *= ~ended[:, None, None]
         if self.tell is None:
             return x
+        count = count.masked_fill(F.pad(docs > closed, (S, 0)), 0)  # a document without a chunk yet reads u_0, as a text's first tokens do
         if part is None:  # a product with 0 and 1 in place of a lookup, whose gradient would be added up row by row
             return x + (count[..., None] == torch.arange(ctx.told.size(1), device=x.device)).to(x.dtype) @ ctx.told
         return x + part.told[rows[:, None], count].to(x.dtype)

@@ -316,7 +316,7 @@ def command(path, *more):
             meta = unseal(f.read())
     except (OSError, ValueError):
         meta = {}
-    task, files = meta.get("task", name), meta.get("files")
+    task, files, spec = meta.get("task", name), meta.get("files"), meta.get("tokenizer")
     if isinstance(task, str) and task in TASKS:
         usual = {"seed": PrepareConfig.seed, "n_docs": sum(TASKS[task][1:])}
         what = [task, *[f"--{k}={meta[k]}" for k in ("n_docs", "seed", *OWN.get(task, ()))
@@ -325,7 +325,10 @@ def command(path, *more):
         what = []
     else:
         what = [f"--input={f}" for f in (files if isinstance(files, list) else ["FILE"])]
-    named = [f"--name={name}"] if what and name != what[0] else []
+    if isinstance(spec, dict) and spec.get("kind") != "char" and "--tokenizer" not in "".join(more):
+        what.append(f"--tokenizer={spec.get('encoding', spec.get('kind'))}")
+    what += [f"--separator={meta['separator']}"] if meta.get("separator") else []
+    named = [f"--name={name}"] if name not in (*what[:1], "shakespeare") else []
     where = [f"--data_dir={data_dir}"] if data_dir != "data" else []
     return shlex.join(["python", "prepare.py", *what, *named, *where, *more])
 
@@ -429,17 +432,17 @@ def checkpoint_path(path):
 
 def save_checkpoint(path, state, demote=True, is_best=False):
     """Write plain data (tensors, numbers, strings, lists, dicts) to `path` behind its SHA-256. With
-    demote the checkpoint that was there, if it is whole, becomes *_prev.pt; with is_best the new
-    one is *_best.pt too. At every moment the last whole checkpoint has a name. On failure all stays
-    as it was, and UserError says why."""
+    demote the checkpoint that was there, if it is whole, becomes *_prev.pt; with is_best a copy is
+    *_best.pt, before that: who is killed between does the step again. At every moment the last
+    whole checkpoint has a name. On failure all stays as it was, and UserError says why."""
     import torch
     path, buffer = str(path), io.BytesIO()
     torch.save(state, buffer)
-    with replacing(path, previous=previous(path) if demote and is_whole(path) else None) as f:
-        f.write(CKPT_MAGIC + hashlib.sha256(buffer.getbuffer()).digest())
-        f.write(buffer.getbuffer())
-    if is_best:
-        also_as(path, best(path))
+    for name in [best(path)] * is_best + [path]:
+        old = previous(path) if name == path and demote and is_whole(path) else None
+        with replacing(name, previous=old) as f:
+            f.write(CKPT_MAGIC + hashlib.sha256(buffer.getbuffer()).digest())
+            f.write(buffer.getbuffer())
 
 
 def is_whole(path):
@@ -457,7 +460,7 @@ def is_whole(path):
 def others(path):
     """What to do about a checkpoint that cannot be used."""
     last = re.sub(r"(_prev|_best)?\.pt$", ".pt", path)
-    there = [p for p in (last, previous(last), best(last)) if p != path and os.path.exists(p)]
+    there = [p for p in (last, previous(last), best(last)) if p != path and is_whole(p)]
     if there:
         return f"take {' or '.join(there)} instead"
     return "take another, or train one with python train.py"
@@ -830,18 +833,21 @@ def prepare_text(paths, cfg, folder, source):
                             f"give each file: --input=A --input=B)")
     ours = claim(folder, cfg, source=source, tokenizer=cfg.tokenizer, separator=cfg.separator,
                  paths=[os.path.abspath(p) for p in paths] if source == "files" else [])
-    n_chars, chars, seen = 0, set(), set()
+    n_chars, chars, seen, n_ends = 0, set(), set(), 0
     size = sum(os.path.getsize(p) for p in paths if os.path.exists(p))
     with bar(total=size, desc="read", unit="B", unit_scale=True) as shown:
         for path in paths:
             start = n_chars
-            for text, _ in documents(path, cfg.separator):
-                n_chars += len(text)
+            for text, ends in documents(path, cfg.separator):
+                n_chars, n_ends = n_chars + len(text), n_ends + ends
                 chars.update(text if cfg.tokenizer == "char" else ())
                 seen.update([path] if END in text else ())
                 shown.update(len(text))
             if n_chars == start:
                 raise UserError(f"{path} is empty; give a text")
+    if cfg.separator and not n_ends:
+        raise UserError(f"separator {cfg.separator!r} is nowhere in {' '.join(paths)}; give the text that stands "
+                        f"between documents there (a line end is $'\\n' in a shell)")
     if seen and not cfg.separator:
         print(f"{visible(min(seen))} has {END} in it, which is read as letters; if documents end "
               f"there, give --separator='{END}'")
@@ -875,7 +881,7 @@ def prepare_text(paths, cfg, folder, source):
             raise UserError(f"the text is too short: a split would have {least} tokens, and "
                             f"{LEAST} are needed; give one of "
                             f"at least {enough:,} characters, not {n_chars}")
-        meta.update(source=source, files=[visible(os.path.basename(p)) for p in paths],
+        meta.update(source=source, files=[visible(p) for p in paths], separator=cfg.separator,
                     chars=n_chars, bytes={s: stats[s]["bytes"] for s in stats})
     return meta
 

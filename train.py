@@ -544,7 +544,7 @@ class Log:
         try:
             if step and os.path.lexists(self.path):
                 last = lambda row: step if row["train_loss"] else scored
-                rows = [row for row in self.rows() if row["step"] <= last(row)]
+                rows = [row for row in self.read(self.path) if row["step"] <= last(row)]
         except (OSError, ValueError, csv.Error) as e:
             names = (f"{self.path}.damaged{i}" for i in itertools.count(1))
             kept = next(name for name in names if not os.path.lexists(name))
@@ -558,21 +558,25 @@ class Log:
             f.write(text.getvalue().encode())
         self.logs["log.csv"] = self.write
 
-    def rows(self):
-        """Return the rows of log.csv, dicts of texts, `step` a number; raise ValueError or
+    @classmethod
+    def read(cls, path):
+        """Return the rows of a log.csv, dicts of texts, `step` a number; raise ValueError or
         csv.Error where it is something else."""
-        if not os.path.isfile(self.path):
+        if not os.path.isfile(path):
             raise ValueError("it is not a file")
-        with open(self.path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8") as f:
             head, *rows = list(csv.reader(f)) or [[]]
-        if head != list(self.FIELDS[:len(head)]) or len(head) < 2:
+        if head != list(cls.FIELDS[:len(head)]) or len(head) < 2:
             raise ValueError("its columns have other names")
         if rows and len(rows[-1]) < len(head):  # the machine stopped while it was written
             rows.pop()
         for row in rows:
-            [float(v) for v in row if v]
-        rows = [dict(zip(head, row, strict=True)) for row in rows]
-        return [{**dict.fromkeys(self.FIELDS, ""), **row, "step": int(row["step"])} for row in rows]
+            if len(row) != len(head) or not row[0].isdecimal() or not all(math.isfinite(float(v)) for v in row if v):
+                raise ValueError(f"a row is {','.join(row)[:80]!r}")
+        rows = [{**dict.fromkeys(cls.FIELDS, ""), **dict(zip(head, row)), "step": int(row[0])} for row in rows]
+        if any(a["step"] > b["step"] for a, b in itertools.pairwise(rows)):
+            raise ValueError("its steps do not follow one another")
+        return rows
 
     def write(self, step, values):
         """Append a row to log.csv, which may have been taken away with its folder."""
@@ -614,8 +618,10 @@ def lock(out_dir):
 def check_new(tcfg):
     """Refuse to begin a run where there is one, unless that is to be overwritten."""
     there = [n for n in RUN if os.path.lexists(os.path.join(tcfg.out_dir, n))]
-    # auto: with a checkpoint it would resume
-    if there and not tcfg.overwrite and tcfg.init_from != "auto":
+    if tcfg.init_from == "auto" and there == ["log.csv"]:  # of a run that was killed before it saved
+        with contextlib.suppress(OSError, ValueError, csv.Error):
+            there = [] if Log.read(os.path.join(tcfg.out_dir, "log.csv")) is not None else there
+    if there and not tcfg.overwrite:
         resume = "go on with it by --init_from=resume, " * any(n.endswith(".pt") for n in there)
         raise UserError(f"{tcfg.out_dir} has a run ({', '.join(there)}); {resume}choose another "
                         f"--out_dir, or delete it by --overwrite")
@@ -918,13 +924,16 @@ def with_stored(m, t):
     start = {k: t.get(k, getattr(TrainConfig, k)) for k in ("init_from", "out_dir")}
     if not resumes(**start):
         return m, t
-    saved, _ = last_state(start["out_dir"])
+    saved, path = last_state(start["out_dir"])
     both = []
     for cls, given, stored, leave in ((GPTConfig, m, "model_config", ("vocab_size", "n_layer")),
                                       (TrainConfig, t, "train_config", OF_A_START)):
         kinds = typing.get_type_hints(cls)
-        old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items()
-               if k in kinds and k not in leave}
+        try:
+            old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items()
+                   if k in kinds and k not in leave}
+        except UserError as e:
+            raise UserError(f"checkpoint {path} is damaged: {e}; take another") from None
         both.append(config.over(old, given))
     return both
 
@@ -1100,6 +1109,10 @@ def loop(mcfg, tcfg, say, held):
         if start == path:
             on_disk, last_val = step, saved["val_loss"]
     first_step, best_file = step, prepare.best(path)
+    if resumed and math.isfinite(best) and os.path.exists(best_file):  # which may be later than the state that is gone on from
+        with contextlib.suppress(UserError):
+            kept = prepare.load_checkpoint(best_file)
+            best, best_val = min(best, kept["best_val_loss"]), kept["val_loss"]
     del saved, teacher
     say(f"{mcfg.layers}, {mcfg.n_embd} wide, {mcfg.n_slot} slots: {run.model.num_params() / 1e6:.2f}M parameters on "
         f"{place.device} x {place.world}, {str(place.dtype)[6:]}, matmul peak {run.peak / 1e12:.2f} TFLOP/s; "
@@ -1114,8 +1127,6 @@ def loop(mcfg, tcfg, say, held):
         held.callback(log.close)
         if not resumed:
             clear(tcfg.out_dir)
-        elif on_disk is not None and last_val == best:  # the best is a file of its own, whenever the run was killed
-            prepare.also_as(path, best_file)
         log.begin(step, step - 1 if validated is None else validated)
         return log
 
