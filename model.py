@@ -1691,7 +1691,8 @@ class Level(Stack):
                         ctx.wrote[m.i].crf[:, -1] *= ~ended[:, None, None]
         if self.tell is None:
             return x
-        count = count.masked_fill(F.pad(docs > closed, (S, 0)), 0)  # a document without a chunk yet reads u_0, as a text's first tokens do
+        # a document without a chunk yet reads u_0, as the first tokens of a text do
+        count = count.masked_fill(F.pad(docs > closed, (S, 0)), 0)
         if part is None:  # a product with 0 and 1 in place of a lookup, whose gradient would be added up row by row
             return x + (count[..., None] == torch.arange(ctx.told.size(1), device=x.device)).to(x.dtype) @ ctx.told
         return x + part.told[rows[:, None], count].to(x.dtype)

@@ -180,19 +180,22 @@ def make_dir(path):
         raise UserError(f"directory {path} cannot be made ({e.strerror}); choose another") from None
 
 
+def json_hash(data):
+    """Return the SHA-256 of plain data as JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def seal(data):
-    """Plain data as JSON with a checksum of its own, for small files beside others."""
-    body = json.dumps(data, sort_keys=True, ensure_ascii=False)
-    return json.dumps({**data, "checksum": hashlib.sha256(body.encode()).hexdigest()}, indent=1, ensure_ascii=False).encode()
+    """Return plain data as JSON with a checksum of its own, for small files beside others."""
+    return json.dumps({**data, "checksum": json_hash(data)}, indent=1, ensure_ascii=False).encode()
 
 
 def unseal(raw):
-    """What `seal` was given, a dict; ValueError where the checksum does not fit, or it is something else."""
+    """Return what `seal` was given, a dict; ValueError where the checksum does not fit, or it is
+    something else."""
     try:
         data = json.loads(raw)
-        found = data.pop("checksum")
-        body = json.dumps(data, sort_keys=True, ensure_ascii=False)
-        if found == hashlib.sha256(body.encode()).hexdigest():
+        if data.pop("checksum") == json_hash(data):
             return data
     except (TypeError, KeyError, AttributeError, RecursionError, UnicodeError):
         pass
@@ -384,7 +387,7 @@ def open_dataset(name, data_dir="data"):
             meta = unseal(f.read())
         spec, n_vocab, eot = meta["tokenizer"], meta["n_vocab"], meta["eot"]
         demand(check_tokenizer(spec) in (n_vocab, None),
-               meta["tokenizer_sha256"] == spec_hash(spec),
+               meta["tokenizer_sha256"] == json_hash(spec),
                integer(n_vocab, 1, 2 ** 32), eot is None or integer(eot, 0, n_vocab - 1),
                integer(meta.get("think_token", 0), 0, n_vocab - 1), type(meta["source"]) is str,
                type(meta.get("whole", False)) is bool,
@@ -418,12 +421,13 @@ def previous(path):
 
 
 def best(path):
-    """The name under which the checkpoint with the lowest validation loss is kept beside the last one at `path`."""
+    """The name of the checkpoint with the lowest validation loss beside the last one at `path`."""
     return str(path).removesuffix(".pt") + "_best.pt"
 
 
 def checkpoint_path(path):
-    """The file of a checkpoint that is given as that file or as the folder it is in: there the best one, or else the last."""
+    """The file of a checkpoint that is given as that file or as the folder it is in: there the best
+    one, or else the last."""
     if path.endswith(".pt") and not os.path.isdir(path):
         return path
     last = os.path.join(path, "ckpt.pt")
@@ -576,10 +580,6 @@ def checkpoint_id(path):
 # tokenizer
 
 
-def spec_hash(spec):
-    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
-
-
 def check_tokenizer(spec):
     """Return how many tokens the tokenizer with this spec has, None where its ranks alone say it.
     ValueError or KeyError unless the spec is one that `tokenizer_spec` makes."""
@@ -602,7 +602,7 @@ class Tokenizer:
     {"kind": "tiktoken", "encoding": ...}; `hash` is the SHA-256 of its JSON."""
 
     def __init__(self, spec):
-        self.spec, self.hash = spec, spec_hash(spec)
+        self.spec, self.hash = spec, json_hash(spec)
         self.enc, self.eot = None, None
         if spec["kind"] == "char":
             self.chars = spec["chars"]
@@ -805,7 +805,7 @@ def documents(path, separator):
 def claim(folder, cfg, **made_from):
     """Return the hash of what a dataset is made from. UserError where `folder` holds one that was
     made from something else, unless that is to be overwritten."""
-    mine = spec_hash(made_from)
+    mine = json_hash(made_from)
     try:
         with open(os.path.join(folder, "meta.json"), "rb") as f:
             there = unseal(f.read())
@@ -846,8 +846,9 @@ def prepare_text(paths, cfg, folder, source):
             if n_chars == start:
                 raise UserError(f"{path} is empty; give a text")
     if cfg.separator and not n_ends:
-        raise UserError(f"separator {cfg.separator!r} is nowhere in {' '.join(paths)}; give the text that stands "
-                        f"between documents there (a line end is $'\\n' in a shell)")
+        raise UserError(f"separator {cfg.separator!r} is nowhere in {' '.join(paths)}; give the "
+                        f"text that stands between documents there (a line end is $'\\n' in a "
+                        f"shell)")
     if seen and not cfg.separator:
         print(f"{visible(min(seen))} has {END} in it, which is read as letters; if documents end "
               f"there, give --separator='{END}'")

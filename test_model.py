@@ -2549,7 +2549,7 @@ def test_bad_meta(tmp_path, data_dir):
                  {"kind": "char", "chars": "", "eot": False}, {"kind": "byte", "x": 1},
                  {"kind": []}, {"kind": "tiktoken", "encoding": 3}):
         bad.append(prepare.seal({**good, "tokenizer": spec,
-                                 "tokenizer_sha256": prepare.spec_hash(spec)}))
+                                 "tokenizer_sha256": prepare.json_hash(spec)}))
     for raw in bad:
         path.write_bytes(raw)
         with pytest.raises(UserError,

@@ -105,24 +105,29 @@ class TrainConfig:
                 raise ValueError(f"{name} is what a teacher's word counts, and there is none; give --teacher=PATH")
         end = self.decay_lr and self.lr_decay_iters or self.max_iters
         if end <= self.warmup_iters:
-            raise ValueError(f"warmup_iters ({self.warmup_iters}) leaves nothing of the {end} steps that the learning rate takes "
-                             f"(lr_decay_iters, or max_iters); give fewer")
+            raise ValueError(f"warmup_iters ({self.warmup_iters}) leaves nothing of the {end} "
+                             f"steps that the learning rate takes (lr_decay_iters, or max_iters); "
+                             f"give fewer")
         if self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr ({self.min_lr}) is where learning_rate ({self.learning_rate}) falls to; give less")
+            raise ValueError(f"min_lr ({self.min_lr}) is where learning_rate "
+                             f"({self.learning_rate}) falls to; give less")
         config.within(self, 0, 1, "history_drop", "cooldown")
         config.within(self, 0, 0.99999, "momentum", "beta1", "beta2")
         config.within(self, 1e-12, 1e9, "learning_rate")
 
 
     def idle(self, mcfg):
-        """Yields (name, what it needs) of each setting that was changed and has nothing to work on, beside a model of mcfg."""
+        """Yield (name, what it needs) of each setting that was changed and has nothing to work on,
+        beside a model of mcfg."""
         for there, needs, names in (
                 (self.optimizer == "muon", "optimizer = muon", "muon_lr momentum ns_steps"),
                 (self.decay_lr, "decay_lr = True", "schedule lr_decay_iters min_lr"),
                 (self.decay_lr and self.schedule == "wsd", "schedule = wsd, and decay_lr", "cooldown"),
-                (self.score_last, "score_last", "train_on_all"), ("M" in mcfg.layers, "a block M in layers", "stream"),
+                (self.score_last, "score_last", "train_on_all"),
+                ("M" in mcfg.layers, "a block M in layers", "stream"),
                 (mcfg.history and not self.stream, "history, without stream", "history_drop"),
-                ("F" in mcfg.layers, "a block F in layers", "value_lr"), (self.wandb_log, "wandb_log", "wandb_project wandb_run_name")):
+                ("F" in mcfg.layers, "a block F in layers", "value_lr"),
+                (self.wandb_log, "wandb_log", "wandb_project wandb_run_name")):
             for name in names.split():
                 if not there and getattr(self, name) != getattr(TrainConfig, name):
                     yield name, needs
@@ -165,7 +170,8 @@ class Place:
             except UserError as e:
                 error = str(e)
             except OSError as e:
-                error = f"{e.filename or 'a file'} failed ({e.strerror or e}); see to it and try again"
+                error = (f"{e.filename or 'a file'} failed ({e.strerror or e}); see to it and try "
+                         f"again")
         if self.world > 1:
             box = [error]
             dist.broadcast_object_list(box, src=0)
@@ -367,8 +373,8 @@ class Data:
         return torch.from_numpy(self.turn(step, rows, n_rows)[1] == 0)
 
     def whole(self, place, size, n_rows=0, limit=0):
-        """Every token of the split but the first, or of the first `limit` behind that, scored once, in batches of `size` rows, dealt to this process: x, y, history as `rows`
-        gives them, and whether their rows begin a text. Where answers need their whole document, a row ends with each document.
+        """Every token of the split but the first, or of the first `limit` behind that, scored once,
+        in batches of `size` rows, dealt to this process: x, y, history as `rows` gives them, and whether their rows begin a text. Where answers need their whole document, a row ends with each document.
         With stream the split is read as `n_rows` texts of equal length, however many rows a batch has: a row goes on where the same
         row of the batch before ended, or begins another text."""
         if self.docs is not None:
@@ -571,9 +577,11 @@ class Log:
         if rows and len(rows[-1]) < len(head):  # the machine stopped while it was written
             rows.pop()
         for row in rows:
-            if len(row) != len(head) or not row[0].isdecimal() or not all(math.isfinite(float(v)) for v in row if v):
+            numbers = all(math.isfinite(float(v)) for v in row if v)
+            if len(row) != len(head) or not row[0].isdecimal() or not numbers:
                 raise ValueError(f"a row is {','.join(row)[:80]!r}")
-        rows = [{**dict.fromkeys(cls.FIELDS, ""), **dict(zip(head, row)), "step": int(row[0])} for row in rows]
+        rows = [{**dict.fromkeys(cls.FIELDS, ""), **dict(zip(head, row)), "step": int(row[0])}
+                for row in rows]
         if any(a["step"] > b["step"] for a, b in itertools.pairwise(rows)):
             raise ValueError("its steps do not follow one another")
         return rows
@@ -700,10 +708,11 @@ class Runner:
         self.peak = matmul_peak(place)  # before torch.compile, whose workers take the cores while they start
         with torch.device("meta"):
             size = 4 * 4 * GPT(mcfg, None).num_params()  # bytes of weights, gradients and two moments
-        with contextlib.suppress(ValueError, AttributeError, OSError):  # where the system tells how much it has
+        with contextlib.suppress(ValueError, AttributeError, OSError):  # not all systems tell
             room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             if place.device.type == "cpu" and size > room:
-                raise UserError(f"a model of {size / 16:,.0f} parameters takes {size / 2 ** 30:,.0f} GB to train, and this machine has "
+                raise UserError(f"a model of {size / 16:,.0f} parameters takes "
+                                f"{size / 2 ** 30:,.0f} GB to train, and this machine has "
                                 f"{room / 2 ** 30:,.0f}; lower n_embd, n_layer or vocab_size")
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
         self.model.dtype = place.dtype
@@ -831,7 +840,8 @@ class Runner:
         if stopped:
             return None
         if not count:
-            raise UserError(f"none of the validation split's first {limit} tokens is scored; give more eval_tokens")
+            raise UserError(f"none of the validation split's first {limit} tokens is scored; give "
+                            f"more eval_tokens")
         return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count
 
     @torch.no_grad()
@@ -1076,7 +1086,7 @@ def loop(mcfg, tcfg, say, held):
     place.same(lambda: check_new(tcfg) if writes and not resumed else None)
     run = Runner(mcfg, tcfg, place, say)
     step, best, validated, step_seconds, block_loss, curve = 0, float("inf"), None, 0.0, [], []
-    on_disk, last_val, best_val = None, None, None  # of ckpt.pt its step and loss; of the best its loss
+    on_disk, last_val, best_val = None, None, None  # step and loss of the last, loss of the best
     if saved is not None:
         try:
             grown = run.grow(saved["model"], resumed)
@@ -1109,7 +1119,8 @@ def loop(mcfg, tcfg, say, held):
         if start == path:
             on_disk, last_val = step, saved["val_loss"]
     first_step, best_file = step, prepare.best(path)
-    if resumed and math.isfinite(best) and os.path.exists(best_file):  # which may be later than the state that is gone on from
+    # the best may be later than the state that is gone on from
+    if resumed and math.isfinite(best) and os.path.exists(best_file):
         with contextlib.suppress(UserError):
             kept = prepare.load_checkpoint(best_file)
             best, best_val = min(best, kept["best_val_loss"]), kept["val_loss"]
@@ -1220,8 +1231,8 @@ def loop(mcfg, tcfg, say, held):
     guess = math.log(mcfg.vocab_size)
     if curve and not stopped and curve[-1][2] >= guess:
         say(f"val loss {curve[-1][2]:.4f} is no better than guessing among {mcfg.vocab_size} "
-            f"tokens ({guess:.4f}): lower --learning_rate{' and --muon_lr' * (tcfg.optimizer == 'muon')}, or "
-            f"train longer (--max_iters)")
+            f"tokens ({guess:.4f}): lower --learning_rate"
+            f"{' and --muon_lr' if tcfg.optimizer == 'muon' else ''}, or train longer (--max_iters)")
     has_best = on_disk is not None and os.path.exists(best_file)
     return {"val_loss": curve[-1][2] if curve else None, "best_val_loss": best, "step": step, "curve": curve,
             "step_seconds": step_seconds, "compile_seconds": compile_seconds, "params": run.model.num_params(),

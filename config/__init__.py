@@ -48,9 +48,10 @@ class UserError(Exception):
 
 
 def visible(text):
-    """Text for a terminal: control characters but tabs and line ends as escapes, so that no text, name or path can steer it."""
-    return "".join(c if c in "\t\n" or c.isprintable() or c.isspace() and ord(c) >= 0xA0 else c.encode("unicode_escape").decode()
-                   for c in text)
+    """Return text for a terminal: control characters but tabs and line ends as escapes, so that no
+    text, name or path can steer it."""
+    harmless = lambda c: c in "\t\n" or c.isprintable() or (c.isspace() and ord(c) >= 0xA0)
+    return "".join(c if harmless(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 warnings.filterwarnings("ignore", module="<unknown>")  # what Python says of a text that `ast` reads
