@@ -835,7 +835,7 @@ def judge_of(cfg):
 
 
 def timed_tokens(makers, rounds, n):
-    """{name: [seconds a token per round]} of functions that give an iterator of decoding steps (lists of rows of Made), in turns,
+    """{name: [seconds a token per round]} of functions that give an iterator of decoding steps (lists of rows of GeneratedToken), in turns,
     each over at least n tokens of its first row."""
     def run(make, _):
         steps, made = make(), 0
@@ -896,7 +896,7 @@ def exits(cfg, repetitions=100, tokens=200):
             if kind == "softmax":
                 rule = random_exits(model, table[-1]["blocks"])
                 x = rows[-500:]
-                logits, deep = model.leaving(x, rule)
+                logits, deep = model.forward_with_exits(x, rule)
                 differ = (logits.argmax(-1) != model(x).logits.argmax(-1)).float().mean().item()
                 arms[f"random, as deep as {name}"] = rule
                 table.append({"rule": f"random, as deep as {name}", "blocks": deep.float().mean().item(), "differ": differ})

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 
 CHOICES = {"mlp": ("relu2", "gelu", "swiglu"), "norm": ("rms", "layer", "scale"), "pos": ("rope", "learned", "none"),
-           "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"), "compose": ("sum", "mlp"),
+           "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
            "concept": ("cos", "mse", "energy", "flow"), "head": ("softmax", "nearest"), "semantic": ("cos", "mse", "soft_ce"),
            "exit_loss": ("depth", "rotate")}
 RANGES = {"block_size": (1, 2 ** 20), "vocab_size": (0, 2 ** 24), "n_layer": (0, 1000), "n_embd": (1, 2 ** 16), "n_head": (1, 2 ** 12),
@@ -64,7 +64,6 @@ class GPTConfig:
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn by n-ths, and keep 0 to 1)
     chunk: str | int = "4"  # positions in a chunk of a level, or space (a word); "space,4" is one value a depth
     plan: str = "add"  # how a level reaches the one below it: add (its state) | cross (attention to predicted concepts)
-    compose: str = "sum"  # what makes a concept of a chunk: sum (bound by place) | mlp (that, and an MLP beside it)
     concept: str = "cos"  # a level predicts the next concept by cos | mse | energy (an energy score) | flow (flow matching)
     concept_weight: float | tuple[float, ...] = 0.01  # weight of that loss, one or per depth; 0: a level without it
     horizon: int = 1  # concepts that are predicted ahead
@@ -75,7 +74,6 @@ class GPTConfig:
     mem_head: int = 4  # queries that each position puts to a memory
     mem_top: int = 16  # slots that a query reads
     mem_dim: int = 64  # channels of a query and of a key
-    mem_share: bool = False  # all blocks F read one table of values
     mem_size: int = 2048  # entries that an associative memory (M) keeps beyond its window, per head
     mem_chunk: int = 16  # positions that search before any of them is written
     mem_shift: int = 1  # an entry pairs the key of a position with the value of the one so many later: what came next
@@ -159,10 +157,10 @@ class GPTConfig:
         for there, needs, names, shape in (
                 (has("R"), "a block R in layers", "", "gate"),
                 (has("AFM") or self.plan == "cross", "a block that attends (A, F or M) in layers", "", "n_kv_head head_dim qk_norm"),
-                (has("ARG") or self.compose == "mlp", "a block with an MLP (A, R or G) in layers", "", "mlp n_mlp"),
-                (has("("), "a level, ( ), in layers", "share_levels", "chunk plan compose concept concept_weight horizon"),
+                (has("ARG"), "a block with an MLP (A, R or G) in layers", "", "mlp n_mlp"),
+                (has("("), "a level, ( ), in layers", "share_levels", "chunk plan concept concept_weight horizon"),
                 (has("FM"), "a memory (F or M) in layers", "", "mem_head mem_top mem_dim"),
-                (has("F"), "a block F in layers", "mem_share", "n_mem"),
+                (has("F"), "a block F in layers", "", "n_mem"),
                 (has("M"), "a block M in layers", "mem_drop mem_noise mem_straight", "mem_size mem_chunk mem_shift mem_novelty"),
                 (has("."), "an exit, . , in layers", "exit_distill exit_rate exit_keys exit_classifier", "exit_weight exit_loss"),
                 (has(".") and self.exit_weight, "an exit with an exit_weight", "", "exit_distill exit_loss"),
@@ -571,7 +569,7 @@ class Clusters:
         ids = torch.arange(self.n_key, self.n_key + len(keys))
         self.n_key += len(keys)
         keys, mean = self.wide(keys), self.mean[:self.n_page]
-        self.place(keys, ids, torch.cat([nearness(x, mean).argmax(-1) for x in keys.split(1024)]))
+        self.place(keys, ids, torch.cat([neg_distance(x, mean).argmax(-1) for x in keys.split(1024)]))
         if self.n_key > 2 * self.settled:
             self.settled = self.n_key
             for _ in range(5):
@@ -602,7 +600,7 @@ class Clusters:
         held, few = self.slot < count[:, None], count < 0.6 * count[count > 0].float().mean()
         shut = torch.zeros_like(mean[:, 0]).masked_fill(few, -1e30)
         for some in torch.arange(self.n_page).split(1024):
-            pages = top(nearness(mean[some], mean, shut), min(near, self.n_page), ordered=False)[1]  # (n, near)
+            pages = top(neg_distance(mean[some], mean, shut), min(near, self.n_page), ordered=False)[1]  # (n, near)
             score = self.keys[some] @ mean[pages].mT + (shut[pages] - mean[pages].square().sum(-1) / 2)[:, None]
             found.append(pages.gather(1, score.argmax(-1))[held[some]])
         keys, ids = self.keys[:self.n_page][held], self.ids[:self.n_page][held]
@@ -668,7 +666,7 @@ class Clusters:
         return F.pad(values.gather(1, places), more, value=float("-inf")).to(device), F.pad(ids, more).to(device)
 
 
-def nearness(x, means, shut=0.0):
+def neg_distance(x, means, shut=0.0):
     """-> (n, N), larger where x (n, D) is nearer to one of means (N, D); shut (N,) takes some out."""
     return products(x, means, -means.square().sum(-1) / 2 + shut)
 
@@ -751,9 +749,8 @@ class Context:
     gone: torch.Tensor | None = None  # (B, L) True where a position has left at an exit, and stays as it is; None: nowhere
     told: torch.Tensor | None = None  # (B, M + 1, C) what the last level adds, by the number of chunks closed
     fed: dict | None = None  # where blocks leave what their feed-forward layer gave, (B, L, C), by block
-    values: nn.Module | None = None  # the table that all featural memories read, where they share one
     memory: dict | None = None  # {block: Memory} that blocks M read
-    wrote: dict | None = None  # {block: Wrote}: where blocks M leave what they would write
+    memory_writes: dict | None = None  # {block: MemoryWrites}: where blocks M leave what they would write
     plan: "Plan | None" = None  # what the last level has predicted, for blocks that read it
 
     @classmethod
@@ -970,7 +967,7 @@ class GRU(nn.Module):
     def __init__(self, cfg, i, table=False):
         super().__init__()
         C = cfg.n_embd
-        with torch.random.fork_rng(devices=[]):  # its own initial values are not used, and nothing is drawn
+        with torch.random.fork_rng(devices=[]):  # its own initial values are not used, and nothing is step_draw
             self.rnn = nn.GRU(C, C, batch_first=True)
         self.rnn.weight_ih_l0.parts = self.rnn.weight_hh_l0.parts = (C, C, C)
         self.c_proj = Linear(C, C, bias=cfg.bias)
@@ -1032,7 +1029,7 @@ class MLP(nn.Module):
 
 class FeaturalMemory(nn.Module):
     """In place of an MLP: each of mem_head queries finds the mem_top nearest of n_mem learned keys, and takes the sum of their
-    values, weighted by nearness. Keys are pairs of half keys, sqrt(n_mem) of each, so that all of them are searched by two short
+    values, weighted by neg_distance. Keys are pairs of half keys, sqrt(n_mem) of each, so that all of them are searched by two short
     lists, exactly (product keys, Lample et al. 2019, arXiv:1907.05242). Queries and half keys have one length, so their product is
     their distance. What is found is chosen without a gradient, and weighted with one. (B, T, C) -> (B, T, C)."""
 
@@ -1041,7 +1038,7 @@ class FeaturalMemory(nn.Module):
         self.n_head, self.top, self.side = cfg.mem_head, cfg.mem_top, math.isqrt(cfg.n_mem)
         self.c_q = Linear(cfg.n_embd, cfg.mem_head * cfg.mem_dim, bias=cfg.bias)
         self.keys = nn.Parameter(torch.empty(cfg.mem_head, 2, self.side, cfg.mem_dim // 2))
-        self.values = None if cfg.mem_share else Embedding(cfg.n_mem, cfg.n_embd)
+        self.values = Embedding(cfg.n_mem, cfg.n_embd)
         self.c_proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         # the i-th best half with the j-th best is behind all i * j pairs of such as are no worse
         ranks = range(1, min(self.top, self.side) + 1)
@@ -1062,20 +1059,20 @@ class FeaturalMemory(nn.Module):
     def forward(self, x, ctx):
         B, T, C = x.shape
         slots, score = self.find(x)
-        table = (ctx.values if self.values is None else self.values).weight
+        table = self.values.weight
         y = F.embedding_bag(slots.view(B * T, -1), table, per_sample_weights=score.softmax(-1).view(B * T, -1).to(table.dtype), mode="sum")
         return self.c_proj(y.view(B, T, C).to(x.dtype))
 
 
 @dataclass
 class Memory:
-    """The entries of one block M: keys and values (B, H, N, D), and how often and how lately each was used, crf (B, H, N), 0
+    """The entries of one block M: keys and values (B, H, N, D), and how often and how lately each was used, usage (B, H, N), 0
     where there is none (LRFU, Lee et al. 2001). Arrays that blocks read and nothing but `write` changes. One row may stand
     for all (B = 1)."""
     keys: torch.Tensor
     values: torch.Tensor
-    crf: torch.Tensor
-    told: "Memory | None" = None  # entries besides, that every document finds and that nothing changes: those of a store
+    usage: torch.Tensor
+    store: "Memory | None" = None  # entries besides, that every document finds and that nothing changes: those of a store
     index: list | None = None  # Clusters of the keys of each head, for very many that nothing changes; None: search is exact
 
     @classmethod
@@ -1086,43 +1083,43 @@ class Memory:
 
     def select(self, rows):
         """Those rows (a slice or a LongTensor); what stands for all still does."""
-        return self if len(self.crf) == 1 else Memory(self.keys[rows], self.values[rows], self.crf[rows], self.told)
+        return self if len(self.usage) == 1 else Memory(self.keys[rows], self.values[rows], self.usage[rows], self.store)
 
     def copy(self, B):
         """A memory of B rows that may be written to, each as the one row of this."""
-        return Memory(*(t.expand(B, *t.shape[1:]).clone() for t in (self.keys, self.values, self.crf)), self.told)
+        return Memory(*(t.expand(B, *t.shape[1:]).clone() for t in (self.keys, self.values, self.usage)), self.store)
 
     @torch.no_grad()
     def write(self, wrote):
-        """Take over what a window left, a Wrote; the best of old and new stay. -> (slots (B, H, n), places in the window (B, H, n), which of
+        """Take over what a window left, a MemoryWrites; the best of old and new stay. -> (slots (B, H, n), places in the window (B, H, n), which of
         those were written (B, H, n))."""
-        crf, N = wrote.crf[:, -1], self.crf.size(-1)
-        self.crf.copy_(crf[..., :N])
-        n = min(N, crf.size(-1) - N)
-        low, slot = self.crf.topk(n, largest=False)
-        high, at = crf[..., N:].topk(n)
+        usage, N = wrote.usage[:, -1], self.usage.size(-1)
+        self.usage.copy_(usage[..., :N])
+        n = min(N, usage.size(-1) - N)
+        low, slot = self.usage.topk(n, largest=False)
+        high, at = usage[..., N:].topk(n)
         better = high > low
         for mine, new in ((self.keys, wrote.keys), (self.values, wrote.values)):
             i, j = (t[..., None].expand(*t.shape, mine.size(-1)) for t in (slot, at))
             mine.scatter_(2, i, torch.where(better[..., None], new.gather(2, j).to(mine.dtype), mine.gather(2, i)))
-        self.crf.scatter_(2, slot, torch.where(better, high, low))
+        self.usage.scatter_(2, slot, torch.where(better, high, low))
         return slot, at, better
 
 
 @dataclass
-class Wrote:
-    """What a block M would write of a window: entries (B, H, L, D), and crf (B, .., H, N + L) of old ones and these, the last of which
+class MemoryWrites:
+    """What a block M would write of a window: entries (B, H, L, D), and usage (B, .., H, N + L) of old ones and these, the last of which
     counts (a whole window has one before each memory chunk and one after the last)."""
     keys: torch.Tensor
     values: torch.Tensor
-    crf: torch.Tensor
+    usage: torch.Tensor
 
 
 @dataclass
-class Window:
+class MemoryCache:
     """What a block M knows of the positions of its window: entries keys, values (B, H, L, D), where there is one ok (B, L), which
-    positions count real (B, L), documents begun docs (B, L), what each found and its weight (B, H, L, k), and crf before each memory
-    chunk (B, K + 1, H, N + L). In all but crf there is one place more, which is nobody's. All by place, and a chunk's end is computed
+    positions count real (B, L), documents begun docs (B, L), what each found and its weight (B, H, L, k), and usage before each memory
+    chunk (B, K + 1, H, N + L). In all but usage there is one place more, which is nobody's. All by place, and a chunk's end is computed
     from its places, so rollback has nothing to do here."""
 
     keys: torch.Tensor
@@ -1132,13 +1129,13 @@ class Window:
     docs: torch.Tensor
     found: torch.Tensor
     weight: torch.Tensor
-    crf: torch.Tensor
+    usage: torch.Tensor
     given: torch.Tensor  # (B,) the first entries behind `front` are what they are, and not made anew of what stands there
     front: int = 0  # positions that come first and count nothing: slots, a level's bos
 
     def select(self, rows):
         parts = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        return Window(*(t[rows] for t in parts[:-1]), parts[-1])
+        return MemoryCache(*(t[rows] for t in parts[:-1]), parts[-1])
 
     def note(self, ctx, pos, shift):
         """Note of positions pos (B, T) which count, their documents, and which make an entry: those with a key `shift` places before."""
@@ -1169,7 +1166,7 @@ class AssociativeMemory(nn.Module):
     written (Memorizing Transformers, Wu et al. 2022, arXiv:2203.08913), so nothing sees its future, and gradients reach
     what the window wrote earlier. Entries pair a key with what came next (mem_shift). One as near as mem_novelty to a
     stored one takes its place and its count. A document sees its own entries only. (B, T, C) -> (B, T, C)."""
-    DECAY = 0.999  # of crf, a memory chunk
+    DECAY = 0.999  # of usage, a memory chunk
 
     def __init__(self, cfg, i):
         super().__init__()
@@ -1181,27 +1178,27 @@ class AssociativeMemory(nn.Module):
         self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, bias=cfg.bias)
 
     def window(self, B, L, base, dtype, device):
-        """An empty Window of L places over the entries of a Memory, or of None."""
-        (H, D), N, told = self.shape, *(0 if m is None else m.crf.size(-1) for m in (base, base and base.told))
-        k, K = min(self.cfg.mem_top, N + told + L), -(-L // self.cfg.mem_chunk)
+        """An empty MemoryCache of L places over the entries of a Memory, or of None."""
+        (H, D), N, store = self.shape, *(0 if m is None else m.usage.size(-1) for m in (base, base and base.store))
+        k, K = min(self.cfg.mem_top, N + store + L), -(-L // self.cfg.mem_chunk)
         new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, device=device, dtype=dtype)
-        crf = new(K + 1, H, N + L)
+        usage = new(K + 1, H, N + L)
         if N:
-            crf[:, 0, :, :N] = base.crf
-        return Window(new(H, L + 1, D, dtype=dtype), new(H, L + 1, D, dtype=dtype), new(L + 1, dtype=torch.bool),
+            usage[:, 0, :, :N] = base.usage
+        return MemoryCache(new(H, L + 1, D, dtype=dtype), new(H, L + 1, D, dtype=dtype), new(L + 1, dtype=torch.bool),
                       new(L + 1, dtype=torch.bool), new(L + 1, dtype=torch.long), new(H, L + 1, k, dtype=torch.long), new(H, L + 1, k),
-                      crf, new(dtype=torch.long))
+                      usage, new(dtype=torch.long))
 
     def init_state(self, B, L, memory, device, dtype):
         return self.window(B, L, memory.get(self.i), dtype, device)
 
     @torch.no_grad()
     def left(self, w, base, n):
-        """What a Window w over the entries of a Memory would write of its first n (B,) positions, a Wrote; w is of no use then."""
+        """What a MemoryCache w over the entries of a Memory would write of its first n (B,) positions, a MemoryWrites; w is of no use then."""
         near, c, rows = Near(self, w, base), n // self.cfg.mem_chunk, torch.arange(len(n), device=n.device)
-        near.close(c.clamp(max=w.crf.size(1) - 2), w.front + n - 1)  # the chunk that is left in part
-        crf = w.crf[rows, (n + self.cfg.mem_chunk - 1) // self.cfg.mem_chunk]
-        return Wrote(near.keys, near.values, crf[:, None])
+        near.close(c.clamp(max=w.usage.size(1) - 2), w.front + n - 1)  # the chunk that is left in part
+        usage = w.usage[rows, (n + self.cfg.mem_chunk - 1) // self.cfg.mem_chunk]
+        return MemoryWrites(near.keys, near.values, usage[:, None])
 
     def forward(self, x, ctx, part=None):
         (B, T, _), (H, D), m = x.shape, self.shape, self.cfg.mem_chunk
@@ -1223,7 +1220,7 @@ class AssociativeMemory(nn.Module):
         near, y = Near(self, w, base), x.new_zeros(B, T + 1, self.c_proj.in_features)
         chunk = (pos - w.front).div(m, rounding_mode="floor")  # (B, T)
         for j in range(chunks):
-            c = (chunk[:, 0].clamp(min=0) + j).clamp(max=w.crf.size(1) - 2)  # (B,)
+            c = (chunk[:, 0].clamp(min=0) + j).clamp(max=w.usage.size(1) - 2)  # (B,)
             of = (w.front + c * m - pos[:, 0]).clamp(min=0)[:, None] + at[:m]  # (B, m or T) where the chunk stands in x
             mine = (of < T) & (chunk.gather(1, of.clamp(max=T - 1)) == c[:, None])
             of = of.clamp(max=T - 1)
@@ -1235,8 +1232,8 @@ class AssociativeMemory(nn.Module):
                 w.found.transpose(1, 2)[rows, place], w.weight.transpose(1, 2)[rows, place] = found.transpose(1, 2), weight.transpose(1, 2)
                 if part is None or torch.compiler.is_compiling() or bool((pos[:, -1] >= w.front + (c + 1) * m - 1).any()):
                     near.close(c, pos[:, -1])
-        if part is None and ctx.wrote is not None:
-            ctx.wrote[self.i] = Wrote(near.keys.detach(), near.values.detach(), w.crf[:, :chunks + 1])
+        if part is None and ctx.memory_writes is not None:
+            ctx.memory_writes[self.i] = MemoryWrites(near.keys.detach(), near.values.detach(), w.usage[:, :chunks + 1])
         return self.c_proj(y[:, :T])
 
 
@@ -1245,12 +1242,12 @@ PROBES = 64  # pages of an index that a query reads
 
 class Near:
     """One forward's view of what an associative memory can find: old entries and those of the window, in one row of numbers, and
-    behind those what was told."""
+    behind those what was store."""
     ROOM = 2 ** 26  # scores at once
 
     def __init__(self, of, w, base):
-        self.of, self.w, self.base, self.told = of, w, base, None if base is None else base.told
-        self.N, self.L = 0 if base is None else base.crf.size(-1), w.real.size(1) - 1
+        self.of, self.w, self.base, self.store = of, w, base, None if base is None else base.store
+        self.N, self.L = 0 if base is None else base.usage.size(-1), w.real.size(1) - 1
         self.keys, self.values, self.ok = w.keys[:, :, :self.L], w.values[:, :, :self.L], w.ok[:, :self.L]
 
     def old(self, memory, q, there, n):
@@ -1279,13 +1276,13 @@ class Near:
         with their weights."""
         cfg, w, N = self.of.cfg, self.w, self.N
         rows = torch.arange(len(c), device=c.device)
-        there, mine = w.crf[rows, c] > 0, (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
+        there, mine = w.usage[rows, c] > 0, (w.docs.gather(1, pos) == self.doc(c)[:, None])[:, None, :, None]
         cosine, scores, old, count = (q @ self.keys.mT).float(), [], [], there.sum(-1)
         with torch.no_grad():
-            if self.told is not None:
-                told = self.told.crf > 0
-                score, at = self.old(self.told, q, told, min(cfg.mem_top, told.size(-1)))
-                scores, old, count = [score], [(self.told, at, N + self.L)], count + told.sum(-1)
+            if self.store is not None:
+                store = self.store.usage > 0
+                score, at = self.old(self.store, q, store, min(cfg.mem_top, store.size(-1)))
+                scores, old, count = [score], [(self.store, at, N + self.L)], count + store.sum(-1)
             if N:
                 score, at = self.old(self.base, q, there[..., :N], min(cfg.mem_top, N))
                 scores, old = [*scores, score.masked_fill(~mine, float("-inf"))], [*old, (self.base, at, 0)]
@@ -1319,7 +1316,7 @@ class Near:
         return y, places, p.detach().gather(-1, found)
 
     def close(self, c, last):
-        """Write what chunk c (B,) has at places up to `last` (B,): the crf before the next chunk."""
+        """Write what chunk c (B,) has at places up to `last` (B,): the usage before the next chunk."""
         cfg, w, N, m = self.of.cfg, self.w, self.N, self.of.cfg.mem_chunk
         rows = torch.arange(len(c), device=c.device)
         place = w.front + c[:, None] * m + torch.arange(m, device=c.device)  # (B, m)
@@ -1329,14 +1326,14 @@ class Near:
         there = there & w.real.gather(1, place)
         now = torch.where(there, docs, 0).amax(1).maximum(doc)
         same = (now == doc)[:, None, None]
-        crf = w.crf[rows, c] * same  # a new document begins with none
-        stored = crf > 0
+        usage = w.usage[rows, c] * same  # a new document begins with none
+        stored = usage > 0
         pick = lambda t: t.gather(2, place[:, None, :, None].expand(-1, t.size(1), -1, t.size(-1)))
         found = pick(w.found)
         used = pick(w.weight) * there[:, None, :, None] * same[..., None] * (found < N + self.L)
-        crf = (crf * decay[:, None, None]).scatter_add(2, found.flatten(2).clamp(max=N + self.L - 1), used.flatten(2))
-        new = (self.ok.gather(1, place) & there & (docs == now[:, None]))[:, None].expand(-1, crf.size(1), -1)  # (B, H, m)
-        gain = torch.ones_like(new, dtype=crf.dtype)
+        usage = (usage * decay[:, None, None]).scatter_add(2, found.flatten(2).clamp(max=N + self.L - 1), used.flatten(2))
+        new = (self.ok.gather(1, place) & there & (docs == now[:, None]))[:, None].expand(-1, usage.size(1), -1)  # (B, H, m)
+        gain = torch.ones_like(new, dtype=usage.dtype)
         if cfg.mem_novelty <= 1:
             keys = pick(self.keys)
             best, at = (keys @ self.keys.mT).float().masked_fill(~stored[:, :, None, N:], -1.0).max(-1)
@@ -1345,12 +1342,12 @@ class Near:
                 old, where = (t[..., 0] for t in self.old(self.base, keys, stored[..., :N], 1))
                 best, at = torch.maximum(best, old), torch.where(old > best, where, at)
             near = (best >= cfg.mem_novelty) & new
-            gain = gain + near * crf.gather(2, at)
-            crf = crf * (1 - torch.zeros_like(crf).scatter_add(2, at, near.float()).clamp(max=1))  # the newer one takes its place
+            gain = gain + near * usage.gather(2, at)
+            usage = usage * (1 - torch.zeros_like(usage).scatter_add(2, at, near.float()).clamp(max=1))  # the newer one takes its place
             later = torch.ones(m, m, device=c.device, dtype=torch.bool).triu(1)
             new = new & ~((keys @ keys.mT >= cfg.mem_novelty) & new[:, :, None] & later).any(-1)
         gain = gain * new
-        w.crf[rows, c + 1] = crf.scatter_add(2, (N + place)[:, None].expand_as(gain), gain)
+        w.usage[rows, c + 1] = usage.scatter_add(2, (N + place)[:, None].expand_as(gain), gain)
 
 
 def mlp_of(cfg, i):
@@ -1480,13 +1477,13 @@ class Stack(nn.Module):
 
     def written(self, parts, memory, S, n):
         """What blocks M would write into memory {block: Memory} of the first n (B,) positions behind S, by what decoding carries of
-        them, `parts`: yields (block, Wrote)."""
+        them, `parts`: yields (block, MemoryWrites)."""
         for layer, part in zip(self.order, parts):
             if isinstance(layer, Level):
                 marks = part.marks[torch.arange(len(n), device=n.device), (S + n - 1).clamp(min=0)] * (n > 0)[:, None]
                 _, closed, docs, doc = marks.unbind(1)
                 for i, wrote in layer.written(part.inner.parts, memory, 1, closed):
-                    wrote.crf *= (docs == doc)[:, None, None, None]  # a document that no chunk has closed in ends the one before all the same
+                    wrote.usage *= (docs == doc)[:, None, None, None]  # a document that no chunk has closed in ends the one before all the same
                     yield i, wrote
             elif part[2] is not None:
                 yield layer.i, layer.mlp.left(part[2], memory.get(layer.i), n)
@@ -1496,7 +1493,7 @@ class Stack(nn.Module):
         positions (PaLM, arXiv:2204.02311, appendix B). Attention to plans counts its weights alone, at every position."""
         total = 0
         for layer in self.order:
-            parts = [layer.tell, layer.head, layer.compose] if isinstance(layer, Level) else [layer]
+            parts = [layer.tell, layer.head] if isinstance(layer, Level) else [layer]
             matrices = [p for part in parts if part is not None for m in part.modules() if not isinstance(m, Embedding)
                         for p in m.parameters(recurse=False) if p.dim() > 1]
             if isinstance(layer, Level):
@@ -1574,7 +1571,7 @@ class ConceptHead(nn.Module):
 
 
 @dataclass
-class Made:
+class LevelOutput:
     """What a level made of its inputs: states u (B, M + 1, C), concepts (B, M, C), which of those exist (B, M), and where in the
     stack below their chunks end (B, M). State i predicts concept i."""
     level: "Level"
@@ -1610,7 +1607,6 @@ class Level(Stack):
         self.depth, self.horizon = depth, cfg.horizon
         self.capacity = cfg.most_chunks(depth, max(cfg.block_size, cfg.history if cfg.enrich else 0))
         self.bos = nn.Parameter(torch.empty(C))
-        self.compose = MLP(cfg, 2 * C) if cfg.compose == "mlp" else None
         self.ln = NORMS[cfg.norm](cfg)
         self.tell = Linear(C, C, bias=cfg.bias) if cfg.plan == "add" else None
         self.regresses = cfg.level_weight(depth) > 0
@@ -1684,11 +1680,11 @@ class Level(Stack):
             doc_before = torch.cat((before[:, 3:], doc[:, :-1]), 1)
             scored = None if ctx.scored is None else (inside * ctx.scored[:, None, S:]).sum(-1)
             self.step(x, ctx, part, sums, before[:, 1], ends.any(-1), of(at.expand(B, T)), doc, doc_before, scored)
-            if part is None and ctx.wrote is not None and T:
+            if part is None and ctx.memory_writes is not None and T:
                 ended = docs[:, -1] > closed[:, -1]  # a document that no chunk has closed in: what the one before left ends all the same
                 for m in self.modules():
                     if isinstance(m, AssociativeMemory):
-                        ctx.wrote[m.i].crf[:, -1] *= ~ended[:, None, None]
+                        ctx.memory_writes[m.i].usage[:, -1] *= ~ended[:, None, None]
         if self.tell is None:
             return x
         # a document without a chunk yet reads u_0, as the first tokens of a text do
@@ -1702,8 +1698,6 @@ class Level(Stack):
         end at positions end (B, M); closed (B,): how many were closed before them; doc, doc_before (B, M): documents begun at the
         end of each and of the one before."""
         concepts = rms_norm(sums)
-        if self.compose is not None:
-            concepts = rms_norm(concepts + self.compose(concepts))
         fresh = None if ctx.fresh is None else doc != doc_before
         h, n = concepts, int(ctx.begins)
         if ctx.begins:
@@ -1713,12 +1707,12 @@ class Level(Stack):
         if state is not None:
             state.begun, state.pos = not ctx.begins, closed + 1 - n
         first = closed + 1 - n
-        inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels, keep=ctx.keep, values=ctx.values,
-                             memory=ctx.memory, wrote=ctx.wrote, real=F.pad(exists, (n, 0), value=True),
+        inner = Context.make(h, ctx.table, state, prefix=n, fresh=fresh, losses=ctx.losses, levels=ctx.levels, keep=ctx.keep,
+                             memory=ctx.memory, memory_writes=ctx.memory_writes, real=F.pad(exists, (n, 0), value=True),
                              scored=None if scored is None else F.pad(scored, (n, 0)))
         u = self.ln(self.run(h, inner, state))
         if ctx.levels is not None:
-            ctx.levels.append(Made(self, u, concepts, exists, end))
+            ctx.levels.append(LevelOutput(self, u, concepts, exists, end))
         ctx.plan.first = first
         if self.tell is None:
             ctx.plan.concepts = self.head(u)
@@ -1797,7 +1791,7 @@ class Slots(nn.Module):
 # soft tokens
 
 
-class Point(nn.Module):
+class EmbeddingHead(nn.Module):
     """The output as a point z of the embedding space, regressed onto the target's normalised embedding e_y, or read off by
     distance. (B, T, C) -> (B, T, C). |e_v|^2 is C for every v, so -|z - e_v|^2 and 2 z.e_v differ by the same for all
     tokens and have one softmax: what `nearest` computes."""
@@ -1830,7 +1824,7 @@ def semantic_loss(kind, z, logits, e, targets, temp):
     return loss.masked_fill(targets < 0, 0.0).sum()
 
 
-class Sure(nn.Module):
+class ExitClassifier(nn.Module):
     """How sure an exit may be that the last layer would choose as it does: output vectors (.., C) -> logit (..). One for all exits,
     trained beside the model without a gradient into it (the classifier of CALM, arXiv:2207.07061)."""
 
@@ -1871,7 +1865,7 @@ class Output:
     loss: torch.Tensor | None  # scalar: the weighted sum of `losses`, None without targets
     losses: dict  # name: scalar; "ce" is the plain cross-entropy, nats a scored token
     early: torch.Tensor | None = None  # (B, T, V) logits of the exit that was asked for
-    wrote: dict | None = None  # {block: Wrote} of blocks M, where forward was given a memory
+    memory_writes: dict | None = None  # {block: MemoryWrites} of blocks M, where forward was given a memory
     h: torch.Tensor | None = None  # (B, T, C) normalised vectors that the head reads, None with targets
 
     def __iter__(self):
@@ -1889,7 +1883,7 @@ class Taught:
 
 
 class GPT(Stack):
-    """A decoder-only transformer and its variants. All weights are drawn from (seed, parameter name); with seed None they have no
+    """A decoder-only transformer and its variants. All weights are step_draw from (seed, parameter name); with seed None they have no
     values yet."""
 
     def __init__(self, cfg, seed=1337):
@@ -1903,12 +1897,11 @@ class GPT(Stack):
         self.drop = nn.Dropout(cfg.dropout)
         tree = parse_layers(cfg.layers)
         self.add_layers(cfg, tree, itertools.count())
-        self.values = Embedding(cfg.n_mem, cfg.n_embd) if cfg.mem_share and "F" in cfg.layers else None
         self.ln_f = NORMS[cfg.norm](cfg)
         nearest = cfg.head == "nearest"
         self.lm_head = None if nearest else Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        self.point = Point(cfg) if nearest or (cfg.semantic_weight and cfg.semantic != "soft_ce") else None
-        self.sure = Sure(cfg) if cfg.exit_classifier else None
+        self.point = EmbeddingHead(cfg) if nearest or (cfg.semantic_weight and cfg.semantic != "soft_ce") else None
+        self.sure = ExitClassifier(cfg) if cfg.exit_classifier else None
         if cfg.n_think and not 0 <= cfg.think_token < cfg.vocab_size:
             raise ValueError(f"think_token must be an id below {cfg.vocab_size}, not {cfg.think_token}")
         if cfg.tie:
@@ -1989,7 +1982,7 @@ class GPT(Stack):
         return bool(self.cfg.dropout or self.cfg.channel_drop or self.cfg.soft_rate or self.cfg.layer_drop or self.cfg.exit_rate or
                     self.cfg.mem_drop or self.cfg.mem_noise)
 
-    def plan_step(self, seed, step):
+    def draw_step(self, seed, step):
         """What a training step draws as a whole, from (seed, step) alone, as numbers: n_layer of them, 0 where a block is left
         out (LayerSkip, Elhoushi et al. 2024, arXiv:2404.16710: with a chance that grows exponentially from 0 for the first block to
         layer_drop for the last), then the weight of each exit. None where there is nothing to draw."""
@@ -2054,7 +2047,7 @@ class GPT(Stack):
         for layer, part in zip(self.order, state.parts):
             if isinstance(layer, Block) and part[2] is not None:
                 rows, at = torch.arange(len(state.pos), device=state.pos.device), state.pos - 1
-                yield layer.i, part[2].found[rows, :, at] - part[2].crf.size(-1), part[2].weight[rows, :, at]
+                yield layer.i, part[2].found[rows, :, at] - part[2].usage.size(-1), part[2].weight[rows, :, at]
 
     def init_memory(self, B, size=None):
         """{block: an empty Memory} for B rows of blocks M, `size` entries each (mem_size); {} where there are none."""
@@ -2104,7 +2097,7 @@ class GPT(Stack):
         table = None if self.cos is None else (self.cos, self.sin)
         if state is not None:
             more["memory"] = state.memory
-        return Context.make(x, table, state, prefix=S, tokens=tokens, losses=losses, values=self.values, **more)
+        return Context.make(x, table, state, prefix=S, tokens=tokens, losses=losses, **more)
 
     def hidden(self, tokens, history=None, state=None, have=None, ids=None, targets=None, losses=None, exits=None, keep=None, fed=None,
                memory=None, wrote=None):
@@ -2119,7 +2112,7 @@ class GPT(Stack):
             return torch.empty_like(h).scatter(1, order[..., None].expand_as(h), h)
         x, S = self.embed(tokens, history, state)
         ctx = self.context(x, S, tokens, state, ids, targets, losses, exits=None if exits is None else [], keep=keep, fed=fed,
-                           memory=memory, wrote=wrote)
+                           memory=memory, memory_writes=wrote)
         if self.training and self.cfg.exit_rate:
             ctx.leave = self.trial(len(x), S)
         x = self.run(x, ctx, state)
@@ -2141,14 +2134,14 @@ class GPT(Stack):
 
     def trial(self, B, S):
         """A rule by which positions leave in training, so that the layers learn to see those that left: in a share exit_rate of the
-        rows they do where the likeliest token has more than a probability that is drawn per row. (Their own exits are then their last layer:
+        rows they do where the likeliest token has more than a probability that is step_draw per row. (Their own exits are then their last layer:
         they teach neither exit_distill nor the classifier.)"""
         limit = torch.rand(2, B, 1, device=self.wte.weight.device)
         limit = torch.where(limit[0] < self.cfg.exit_rate, 0.5 + 0.5 * limit[1], 2.0)
 
         def rule(x):
             with torch.no_grad():
-                return F.pad(self.read(self.ln_f(x[:, S:]))[0].softmax(-1).amax(-1) > limit, (S, 0))
+                return F.pad(self.to_logits(self.ln_f(x[:, S:]))[0].softmax(-1).amax(-1) > limit, (S, 0))
         return rule
 
     def exit_place(self, blocks):
@@ -2160,24 +2153,24 @@ class GPT(Stack):
             f"; it has them after {', '.join(map(str, self.exits.values()))}" if self.exits else " and none at all; train one "
             "with a . in layers"))
 
-    def first_part(self, tokens, state, place):
+    def forward_early(self, tokens, state, place):
         """The layers up to an exit's place: tokens (B, T) that continue a state -> what goes on from there x (B, T, C), and the
         exit's logits (B, T, V)."""
         x, S = self.embed(tokens, None, state)
         x = self.run(x, self.context(x, S, tokens, state), state, last=place)
-        return x, self.read(self.ln_f(x))[0]
+        return x, self.to_logits(self.ln_f(x))[0]
 
-    def second_part(self, x, tokens, state, place):
-        """The layers from an exit's place on, over what first_part left x (B, T, C), in a state that was rolled back to before it:
+    def forward_remainder(self, x, tokens, state, place):
+        """The layers from an exit's place on, over what forward_early left x (B, T, C), in a state that was rolled back to before it:
         logits (B, T, V). Blocks that read a plan or keys from before the exit need it again: then all layers run."""
         if (self.cfg.plan == "cross" and self.levels) or (self.cfg.exit_keys and place != next(iter(self.exits))):
             return self(tokens, state=state).logits
         ctx = self.context(x, 0, tokens, state)
         ctx.source = x if self.cfg.exit_keys else None
         x = self.run(x, ctx, state, first=place)
-        return self.read(self.ln_f(x))[0]
+        return self.to_logits(self.ln_f(x))[0]
 
-    def leaving(self, tokens, leave, history=None, state=None):
+    def forward_with_exits(self, tokens, leave, history=None, state=None):
         """A forward in which positions may leave at an exit: -> logits (B, T, V), each at its own depth, and blocks run (B, T).
         leave(h, before) of normalised vectors (B, T, C) at an exit and at the one before it (at first the inputs') says which (B, T)
         leave. The later layers see a position that left as it was then (CALM, Schuster et al. 2022,
@@ -2206,16 +2199,16 @@ class GPT(Stack):
                     self.remember(x, ctx, state, a)
                     break
             x = self.run(x, ctx, state, a, b)
-        return self.read(self.ln_f(x[:, S:]))[0], depth[:, S:]
+        return self.to_logits(self.ln_f(x[:, S:]))[0], depth[:, S:]
 
     def concepts(self, tokens, history=None):
-        """What each level makes of tokens (B, T): a list of Made, the slowest of nested levels first."""
+        """What each level makes of tokens (B, T): a list of LevelOutput, the slowest of nested levels first."""
         x, S = self.embed(tokens, history, None)
         ctx = self.context(x, S, tokens, None, levels=[])
         self.run(x, ctx)
         return ctx.levels
 
-    def read(self, h, regress=False):
+    def to_logits(self, h, regress=False):
         """Output vectors (B, T, C) -> logits (B, T, V), and where the head or, with `regress`, a loss asks for them: the
         point (B, T, C) in embedding space and the normalised embeddings (V, C), else None."""
         near = self.lm_head is None
@@ -2231,7 +2224,7 @@ class GPT(Stack):
         """Training inputs of which a share is soft: idx (B, T) -> (B, T, V), where a token is replaced by what the model
         expected in its place, from a pass without gradient."""
         with torch.no_grad():
-            logits = self.read(self.hidden(idx, history))[0]
+            logits = self.to_logits(self.hidden(idx, history))[0]
             if self.cfg.eot >= 0:  # where a text ends is no guess: an end stays one, and nothing else becomes one
                 logits[..., self.cfg.eot] = float("-inf")
             p = logits.softmax(-1)
@@ -2260,7 +2253,7 @@ class GPT(Stack):
         tokens, n = torch.cat((first, hard[:, 1:]), dim=1), min(n, T - 1)
         for i in range(n + 1):
             if i:
-                p = self.read(h)[0].softmax(-1)
+                p = self.to_logits(h)[0].softmax(-1)
                 tokens = torch.cat((first, torch.where(soft[:, 1:], p[:, :-1], hard[:, 1:])), dim=1)
                 if state is not None:
                     state.pos, state.begun = before
@@ -2268,20 +2261,20 @@ class GPT(Stack):
         if state is not None:
             rows = torch.arange(B, device=hard.device)[:, None]
             pos = state.pos[:, None] - T + torch.arange(T, device=hard.device)
-            state.parts[-1].p[rows, pos] = self.read(h)[0].softmax(-1)
+            state.parts[-1].p[rows, pos] = self.to_logits(h)[0].softmax(-1)
             state.parts[-1].count[rows, pos] = count
         return h
 
-    def forward(self, idx, targets=None, history=None, state=None, denom=None, drawn=None, at_exit=0, taught=None, fed=None, memory=None, ids=None):
+    def forward(self, idx, targets=None, history=None, state=None, denom=None, step_draw=None, at_exit=0, taught=None, fed=None, memory=None, ids=None):
         """idx (B, T) token ids, or (B, T, V) distributions over them (soft tokens) -> Output.
 
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed cross-entropy over `denom`
         (default: how many are scored; a trainer passes the count over all ranks and micro-steps).
         history (B, cfg.history): the ids before the window, oldest first, -1 where missing; None: all missing.
         state: decoding State that idx continues; it is updated in place.
-        drawn: what plan_step drew for this step; None: no block is left out, and exits count by depth.
+        step_draw: what draw_step drew for this step; None: no block is left out, and exits count by depth.
         at_exit: also read the exit after so many blocks, as Output.early.
-        memory: {block: Memory} of these rows, for blocks M without a state; Output.wrote is what they would write there.
+        memory: {block: Memory} of these rows, for blocks M without a state; Output.memory_writes is what they would write there.
         ids (B, T): which symbols soft tokens stand for, as far as ends of documents and words go; None: the likeliest.
         taught: what a teacher says, Taught, to learn from that. fed: a dict for what token-level feed-forward layers give, by block.
         """
@@ -2292,11 +2285,11 @@ class GPT(Stack):
         trunk, of_levels, exits = self.think if cfg.n_think else self.hidden, {}, None
         if at_exit or (targets is not None and self.exits and (cfg.exit_weight or self.sure is not None)):
             exits = Exits()
-        keep = drawn[:cfg.n_layer] if self.training and cfg.layer_drop and drawn is not None else None
+        keep = step_draw[:cfg.n_layer] if self.training and cfg.layer_drop and step_draw is not None else None
         fed, wrote = {} if taught is not None else fed, None if memory is None else {}
         h = trunk(idx, history, state, targets=targets, losses=of_levels, exits=exits, keep=keep, fed=fed, memory=memory, wrote=wrote, ids=ids)
-        logits, z, e = self.read(h, regress=targets is not None)
-        early = self.read(exits.h[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
+        logits, z, e = self.to_logits(h, regress=targets is not None)
+        early = self.to_logits(exits.h[list(self.exits.values()).index(at_exit)])[0] if at_exit else None
         if targets is None:
             return Output(logits, None, {}, early, wrote, h)
         denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom
@@ -2312,7 +2305,7 @@ class GPT(Stack):
             losses[f"concept_{depth}"] = value / denom
             loss = loss + cfg.level_weight(depth) * losses[f"concept_{depth}"]
         if exits is not None:
-            loss = loss + self.exit_losses(exits, logits, targets, denom, drawn, losses)
+            loss = loss + self.exit_losses(exits, logits, targets, denom, step_draw, losses)
         return Output(logits, loss, losses, early, wrote)
 
     def taught_losses(self, taught, logits, fed, scored, denom, losses):
@@ -2329,17 +2322,17 @@ class GPT(Stack):
             loss = loss + taught.match * losses["match"]
         return loss
 
-    def exit_losses(self, exits, logits, targets, denom, drawn, losses):
+    def exit_losses(self, exits, logits, targets, denom, step_draw, losses):
         """What exits, an Exits, add to the loss: cross-entropy, with exit_distill the divergence from logits (B, T, V) in part, weighted
-        as drawn; and the classifier's, which no gradient leaves."""
+        as step_draw; and the classifier's, which no gradient leaves."""
         cfg, total, scored = self.cfg, 0.0, targets >= 0
-        weights = self.exit_weights() if drawn is None else drawn[cfg.n_layer:].unbind()
+        weights = self.exit_weights() if step_draw is None else step_draw[cfg.n_layer:].unbind()
         names, read = [f"exit_{k}" for k in self.exits.values()], exits.h
-        if cfg.exit_loss == "rotate" and len(weights) > 1 and drawn is not None:  # one exit counts: read it alone
+        if cfg.exit_loss == "rotate" and len(weights) > 1 and step_draw is not None:  # one exit counts: read it alone
             read = [sum(w.to(h.dtype) * h for w, h in zip(weights, exits.h))]
             weights, names = (1.0,), ["exit"]
         for name, h, w in zip(names, read, weights):
-            out = self.read(h)[0]
+            out = self.to_logits(h)[0]
             losses[name] = F.cross_entropy(out.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum") / denom
             loss = (1 - cfg.exit_distill) * losses[name]
             if cfg.exit_distill:
@@ -2349,7 +2342,7 @@ class GPT(Stack):
             total = total + cfg.exit_weight * w * loss
         if self.sure is not None:
             with torch.no_grad():
-                right = torch.stack([self.read(h)[0].argmax(-1) == logits.argmax(-1) for h in exits.h]).float()
+                right = torch.stack([self.to_logits(h)[0].argmax(-1) == logits.argmax(-1) for h in exits.h]).float()
             said = self.sure(torch.stack([h.detach() for h in exits.h]))  # (exits, B, T)
             wrong = F.binary_cross_entropy_with_logits(said, right, reduction="none").mean(0)
             judged = scored if exits.whole is None else scored & exits.whole  # other rows' last layer is the exit itself

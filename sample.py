@@ -276,11 +276,11 @@ def choose(p, generator):
 
 
 def top_two(model, h):
-    return model.read(h)[0].softmax(-1).topk(2, dim=-1).values.unbind(-1)
+    return model.to_logits(h)[0].softmax(-1).topk(2, dim=-1).values.unbind(-1)
 
 
 CONFIDENCE = {  # of output vectors h (B, T, C) at an exit, and of those at the exit before it -> (B, T) in [0, 1]
-    "softmax": lambda model, h, before: model.read(h)[0].softmax(-1).amax(-1),
+    "softmax": lambda model, h, before: model.to_logits(h)[0].softmax(-1).amax(-1),
     "margin": lambda model, h, before: torch.sub(*top_two(model, h)),
     "cosine": lambda model, h, before: F.cosine_similarity(h.float(), before.float(), dim=-1).clamp(0, 1),
     "classifier": lambda model, h, before: model.sure(h).sigmoid(),
@@ -288,7 +288,7 @@ CONFIDENCE = {  # of output vectors h (B, T, C) at an exit, and of those at the 
 
 
 def exit_rule(model, kind, threshold, decay=0.0, total=1):
-    """leave(h, before) for GPT.leaving: where the confidence is above the threshold; at 0 all leave. With decay it falls along
+    """leave(h, before) for GPT.forward_with_exits: where the confidence is above the threshold; at 0 all leave. With decay it falls along
     the text (CALM, arXiv:2207.07061): leave.t, how many tokens were made before the first place of h, a number or one per row
     (B, 1) and negative within a prompt, is for the caller to set."""
     def leave(h, before):
@@ -313,7 +313,7 @@ def exit_risks(model, rows, kind, thresholds=THRESHOLDS, size=64):
     for x in rows.split(size):
         full, of_x = model(x).logits.argmax(-1), []
         for t in thresholds:
-            logits, deep = model.leaving(x, exit_rule(model, kind, t))
+            logits, deep = model.forward_with_exits(x, exit_rule(model, kind, t))
             of_x.append(torch.stack(((logits.argmax(-1) != full).float().mean(1), deep.float().mean(1))))
         each.append(torch.stack(of_x, -1))
     return torch.cat(each, 1).unbind(0)
@@ -489,7 +489,7 @@ class Decoder:
             out = model(idx, history=history, state=state, at_exit=self.at_exit, ids=ids)
             return out.logits, out.early, None, out.h
         self.leave.t = self.made + 1 - idx.size(1) if t is None else t
-        logits, depth = model.leaving(idx, self.leave, history, state)
+        logits, depth = model.forward_with_exits(idx, self.leave, history, state)
         return logits, None, depth, None
 
     def take(self, made, last):
@@ -571,7 +571,7 @@ class Decoder:
     def planned(self):
         """Whether the model plans chunks of tokens that can be read back: a level that stands first and sums them."""
         level = self.model.order[0]
-        return isinstance(level, Level) and level.head is not None and level.compose is None and level.chunk != "space"
+        return isinstance(level, Level) and level.head is not None and level.chunk != "space"
 
     @torch.inference_mode()
     def plan_lines(self, tok):
@@ -610,7 +610,7 @@ def absorb(model, ids, piece=8192, rows=32):
     for first in prepare.bar(firsts.split(rows), desc="read"):
         last, start, carried = (first + max(piece, T)).clamp(max=n), (first - T // 2).clamp(min=0), None
         memory, known = model.init_memory(len(first), size=int((last - start).max())), torch.zeros_like(first)
-        source = {i: torch.full(m.crf.shape, -1) for i, m in memory.items()}
+        source = {i: torch.full(m.usage.shape, -1) for i, m in memory.items()}
         while bool((start < last).any()):
             x = ids[(start[:, None] + torch.arange(min(T, n))).clamp(max=n - 1)].to(device)
             state = model.init_state(len(first), memory=memory, carried=carried, known=known.to(device))
@@ -622,7 +622,7 @@ def absorb(model, ids, piece=8192, rows=32):
                 source[i].scatter_(2, slot, torch.where(better, start[:, None, None] + at, source[i].gather(2, slot)))
             start, known = start + left, T - left
         for i, m in memory.items():
-            there = (m.crf > 0) & (source[i] >= first[:, None, None]).to(device)  # what was read before it is another piece's
+            there = (m.usage > 0) & (source[i] >= first[:, None, None]).to(device)  # what was read before it is another piece's
             for h, of in enumerate(found[i]):
                 new = [t[:, h][there[:, h]] for t in (m.keys, m.values, source[i].to(device))]
                 for all_, t in zip(of, new):
@@ -678,11 +678,11 @@ def remembered(model, found, room=0, index=False):
     for i, heads in found.items():
         told = model.init_memory(1, size=max(len(keys) for keys, *_ in heads))[i]
         for h, (keys, values, *_) in enumerate(heads):
-            told.keys[0, h, :len(keys)], told.values[0, h, :len(keys)], told.crf[0, h, :len(keys)] = keys, values, 1.0
+            told.keys[0, h, :len(keys)], told.values[0, h, :len(keys)], told.usage[0, h, :len(keys)] = keys, values, 1.0
         told.index = [Clusters(keys.size(1)) for keys, *_ in heads] if index else None
         for clusters, (keys, *_) in zip(told.index or (), heads):
             clusters.add(keys)
-        memory[i].told = told
+        memory[i].store = told
     return memory
 
 
@@ -691,7 +691,7 @@ def compiled(model):
     token, or of one draft. Shares the weights."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a graph for each piece between exits
     fast = copy.copy(model)
-    for name in ("run", "remember", "first_part", "second_part", "forward"):
+    for name in ("run", "remember", "forward_early", "forward_remainder", "forward"):
         setattr(fast, name, torch.compile(getattr(model, name), dynamic=False))
     return fast
 
@@ -730,7 +730,7 @@ def to_int8(model):
 
 
 @dataclass
-class Made:
+class GeneratedToken:
     """A token of a sample."""
     token: int  # its id
     soft: bool = False  # whether it was made soft
@@ -785,7 +785,7 @@ def collapse_earlier(expert, amateur, rows, made, cfg, generator):
 
 
 def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
-    """Yield lists of B lists of Made, cfg.max_new_tokens for each row in all, and push them into expert (and amateur).
+    """Yield lists of B lists of GeneratedToken, cfg.max_new_tokens for each row in all, and push them into expert (and amateur).
     Mostly a step gives one token a row; a soft token that will be chosen in context comes when it has collapsed.
     think = (delimiter ids, ids): ids that follow of themselves whenever a row ends with the delimiter."""
     B, table = expert.logits.size(0), expert.model.wte.weight.detach().float()
@@ -814,7 +814,7 @@ def generate(expert, cfg, amateur=None, generator=None, think=((), ())):
         ready = []
         for b, token in enumerate(tokens):
             behind = sorted(at - len(expert.rows[b][1]) for at in expert.soft[b])
-            made[b].append(Made(token, not hard[b], entropy[b], behind, logp[b], expert.depth[b] if expert.leave else None,
+            made[b].append(GeneratedToken(token, not hard[b], entropy[b], behind, logp[b], expert.depth[b] if expert.leave else None,
                                 shift=shift[b], found=expert.found[b]))
             recent = expert.rows[b][1][-len(delimiter):] + [token]
             if delimiter and recent[-len(delimiter):] == delimiter:
@@ -858,7 +858,7 @@ class Speculation:
         drafted, q, hidden = [], [], []
         for i in range(n + 1):
             if self.draft is None:
-                x, logits = self.expert.step.first_part(tokens[:, None], self.expert.state, self.place)
+                x, logits = self.expert.step.forward_early(tokens[:, None], self.expert.state, self.place)
                 hidden.append(x.clone())  # (a compiled graph may use its memory again)
             else:
                 logits = self.draft.step(tokens[:, None], state=self.draft.state).logits
@@ -875,7 +875,7 @@ class Speculation:
         if hidden is None:
             return self.expert.step(tokens, state=self.expert.state).logits
         self.expert.state.rollback(tokens.size(1))
-        return self.expert.step.second_part(hidden, tokens, self.expert.state, self.place)
+        return self.expert.step.forward_remainder(hidden, tokens, self.expert.state, self.place)
 
     def judge(self, first, drafted, q, logits):
         """Keep of drafted (B, n), drawn from q (n x (B, V)) behind the tokens first (B,), what the model's logits (B, n + 1, V) agree to.
@@ -897,14 +897,14 @@ class Speculation:
 
     @torch.inference_mode()
     def generate(self):
-        """Yield lists of B lists of Made: as generate does, but several tokens at once."""
+        """Yield lists of B lists of GeneratedToken: as generate does, but several tokens at once."""
         cfg, B = self.cfg, len(self.expert.rows)
         at, count, n = torch.arange(B, device=self.expert.logits.device), [0] * B, cfg.speculate
         p, first = next_token(self.expert, None, cfg), None
         while min(count) < cfg.max_new_tokens:
             first = choose(p, self.generator) if first is None else first
             logp, entropy = log_probability(self.expert.logits, first.tolist()), torch.special.entr(p).sum(-1).tolist()
-            ready = [[Made(t, entropy=e, logp=l, drafted=False)] for t, e, l in zip(first.tolist(), entropy, logp)]
+            ready = [[GeneratedToken(t, entropy=e, logp=l, drafted=False)] for t, e, l in zip(first.tolist(), entropy, logp)]
             if min(d.T - len(w) for d in self.decoders() for _, w in d.rows) <= n:  # somebody is about to fold
                 for d in self.decoders():
                     d.push(first.tolist())
@@ -916,7 +916,7 @@ class Speculation:
                 for i in range(int(kept.max())):
                     logp, entropy = log_probability(logits[:, i], drafted[:, i].tolist()), torch.special.entr(each[i]).sum(-1).tolist()
                     for b in (kept > i).nonzero()[:, 0].tolist():
-                        ready[b].append(Made(drafted[b, i].item(), entropy=entropy[b], logp=logp[b], drafted=True))
+                        ready[b].append(GeneratedToken(drafted[b, i].item(), entropy=entropy[b], logp=logp[b], drafted=True))
                 for d in self.decoders():
                     d.state.rollback(n - kept)
                     for b, tokens in enumerate(ready):
@@ -929,7 +929,7 @@ class Speculation:
 
 
 def gather(steps, B):
-    """All that an iterator of decoding steps gives: a list of Made for each of B rows."""
+    """All that an iterator of decoding steps gives: a list of GeneratedToken for each of B rows."""
     rows = [[] for _ in range(B)]
     for ready in steps:
         for row, tokens in zip(rows, ready):
@@ -940,7 +940,7 @@ def gather(steps, B):
 @torch.inference_mode()
 def beam_search(expert, cfg, tok, amateur=None):
     """The cfg.beams likeliest texts found from each row of expert (a Decoder over G rows), by the sum of log-probabilities; a
-    text that has ended grows no more. -> G lists of lists of Made, the likeliest first (by its
+    text that has ended grows no more. -> G lists of lists of GeneratedToken, the likeliest first (by its
     mean, as lengths differ)."""
     G, N = len(expert.rows), cfg.beams
     expert, amateur = (d and d.select([g for g in range(G) for _ in range(N)]) for d in (expert, amateur))
@@ -966,7 +966,7 @@ def beam_search(expert, cfg, tok, amateur=None):
                 text.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
                 text.utf8.setstate(texts[parent][1].utf8.getstate())
                 text.add(token)
-                made = made + [Made(token, entropy=entropy[parent], logp=step[parent, token].item())]
+                made = made + [GeneratedToken(token, entropy=entropy[parent], logp=step[parent, token].item())]
             grown.append((made, text))
         texts = grown
         if all(t.done for _, t in texts):
@@ -980,7 +980,7 @@ def beam_search(expert, cfg, tok, amateur=None):
 
 
 def likelihood(made):
-    """The mean log-probability of a text of Made."""
+    """The mean log-probability of a text of GeneratedToken."""
     return sum(m.logp for m in made) / max(len(made), 1)
 
 
@@ -1983,7 +1983,7 @@ def decode(cfg, stores):
     else:
         steps = tokens()
     found = cfg.trace and bool(sources or neighbours)
-    page = [[] for _ in range(cfg.n)] if cfg.trace_html or found else None  # (text, Made) of each
+    page = [[] for _ in range(cfg.n)] if cfg.trace_html or found else None  # (text, GeneratedToken) of each
     write(steps, cfg, tok, model.cfg, prompt, used, page)
     if cfg.trace and expert.planned() and not (cfg.beams or cfg.best_of):
         print("\n" + "\n".join(expert.plan_lines(tok)))
@@ -2033,7 +2033,7 @@ def on_screen(text):
 def write(steps, cfg, tok, mcfg, prompt, used, page=None):
     """Print what an iterator of steps gives, the first sample as it is made, the others when they
     are whole. used: a Counter that takes (store, id) of what was found; page: a list per sample
-    that takes (text, Made). -> with interactive the ids of what is shown."""
+    that takes (text, GeneratedToken). -> with interactive the ids of what is shown."""
     shown = []
     texts = [new_text(cfg, tok, mcfg) for _ in range(cfg.n)]
     others = [[] for _ in texts]
@@ -2154,7 +2154,7 @@ def check_page(path):
 
 
 def write_page(path, prompt, samples, mcfg):
-    """Samples, lists of (text, Made), as a page: each token on its colour, what it says under the pointer."""
+    """Samples, lists of (text, GeneratedToken), as a page: each token on its colour, what it says under the pointer."""
     out = [PAGE]
     for pieces in samples:
         out.append(html.escape(prompt))

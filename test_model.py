@@ -79,7 +79,7 @@ VARIANTS = {  # name: config overrides
     "recurrent_complex": dict(layers="RR", gate="complex", pos="none"),
     "gru": dict(layers="GA", eot=5),
     "level": dict(layers="(A)A", eot=5),
-    "level_inside": dict(layers="A(A)A", chunk=3, compose="mlp", plan="cross", concept="energy", concept_weight=0.1, eot=5),
+    "level_inside": dict(layers="A(A)A", chunk=3, plan="cross", concept="energy", concept_weight=0.1, eot=5),
     "levels_cross": dict(layers="((A)A)A", chunk="space,2", space=(1, 2, 3), plan="cross", concept="flow", horizon=3),
     "levels_shared": dict(layers="((A)AA)AA", share_levels=True, concept_weight=(0.1, 0.0)),
     "hierarchy": dict(layers="R(RA)R", chunk="space", space=(1, 2), eot=5, concept="mse"),
@@ -88,7 +88,7 @@ VARIANTS = {  # name: config overrides
                                     n_value_embed=1),
     "level+think+soft_rate": dict(layers="(R)A", soft_rate=0.3, n_think=2, think_token=3),
     "featural": dict(layers="AF", n_mem=64, mem_top=4, mem_dim=16),
-    "featural_shared+level": dict(layers="(F)FA", n_mem=25, mem_head=2, mem_dim=8, mem_share=True),
+    "featural_shared+level": dict(layers="(F)FA", n_mem=25, mem_head=2, mem_dim=8),
     "associative": dict(layers="AMA", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24),
     "associative+straight+slots": dict(SLOTS, layers="MM", mem_chunk=8, mem_top=4, mem_dim=8, mem_shift=0, mem_straight=True, eot=5),
     "associative+level": dict(layers="R(RM)M", mem_chunk=2, mem_top=4, mem_dim=8, chunk="space", space=(1, 2, 3), eot=5, mem_novelty=0.5),
@@ -190,10 +190,10 @@ def test_training_differs_from_evaluation_only_where_it_says_so(name):
     m = certain(make(name))
     x, h = inputs(m)
     out = []
-    drops = [s for s in range(100) if m.cfg.layer_drop and m.plan_step(0, s)[:m.cfg.n_layer].min() == 0]  # steps that leave out a block
+    drops = [s for s in range(100) if m.cfg.layer_drop and m.draw_step(0, s)[:m.cfg.n_layer].min() == 0]  # steps that leave out a block
     for training, seed in ((True, 0), (True, 1), (False, 0)):
         torch.manual_seed(seed)
-        out.append(m.train(training)(x, x, history=h, drawn=m.plan_step(0, [*drops, 6][0]) if training else None).losses["ce"])
+        out.append(m.train(training)(x, x, history=h, step_draw=m.draw_step(0, [*drops, 6][0]) if training else None).losses["ce"])
     assert (out[0].item() == out[1].item() == out[2].item()) == (not m.random())
 
 
@@ -392,7 +392,7 @@ def everything_trains(name, steps):
     for step in range(steps):
         x, h = inputs(m, 8, T=m.cfg.block_size + 1, seed=step % 2)
         torch.manual_seed(step)
-        out = m(x[:, :-1], x[:, 1:], history=h, drawn=m.plan_step(0, step))
+        out = m(x[:, :-1], x[:, 1:], history=h, step_draw=m.draw_step(0, step))
         depth = max(n.count("levels.") for n, _ in m.named_parameters())
         concepts = {f"concept_{d}" for d in range(1, depth + 1) if m.cfg.level_weight(d)}
         exits = ["exit"] if m.cfg.exit_loss == "rotate" and len(m.exits) > 1 else [f"exit_{k}" for k in m.exits.values()]
@@ -420,7 +420,7 @@ def test_one_graph(name):
         out = []
         for g in (m, f):
             torch.manual_seed(1)
-            out.append(g(x, x, history=h, drawn=m.plan_step(0, 0) if mode else None).loss)
+            out.append(g(x, x, history=h, step_draw=m.draw_step(0, 0) if mode else None).loss)
         torch.testing.assert_close(*out)
 
 
@@ -452,9 +452,9 @@ def random_settings(seed):
 
     choices = [dict(norm=pick("layer", "scale")), dict(mlp=pick("gelu", "swiglu")), dict(pos=pick("learned", "none")), dict(init="gpt2"),
                dict(bias=True), dict(tie=True), dict(qk_norm=False), dict(embed_norm=False), dict(gate=pick("positive", "complex")),
-               dict(n_kv_head=1), dict(head_dim=8), dict(n_mlp=pick(-1, 24)), dict(n_value_embed=1), dict(plan="cross"), dict(compose="mlp"),
+               dict(n_kv_head=1), dict(head_dim=8), dict(n_mlp=pick(-1, 24)), dict(n_value_embed=1), dict(plan="cross"),
                dict(concept=pick("mse", "energy", "flow")), dict(concept_weight=pick(0.0, 0.3)), dict(horizon=2), dict(share_levels=True),
-               dict(chunk=pick("2", "3", "space", "space,2", "2,3")), dict(mem_share=True), dict(mem_shift=pick(0, 3)), dict(mem_novelty=2.0),
+               dict(chunk=pick("2", "3", "space", "space,2", "2,3")), dict(mem_shift=pick(0, 3)), dict(mem_novelty=2.0),
                dict(mem_drop=0.2, mem_noise=0.1), dict(mem_straight=True), dict(dropout=0.1), dict(channel_drop=0.1), dict(head="nearest"),
                dict(semantic_weight=0.1, semantic=pick("cos", "mse", "soft_ce")), dict(soft_rate=0.3), dict(n_think=2, think_token=3),
                {k: SLOTS[k] for k in pick(SLOTS, ("history", "aggregate"), ("history", "n_segment"), ("history", "n_span", "span"))},
@@ -517,7 +517,7 @@ def test_a_distribution_is_its_expected_embedding():
 def test_nearest_logits_are_distances():
     m = make("nearest")
     x, _ = inputs(m)
-    logits, z, e = m.read(m.hidden(x))
+    logits, z, e = m.to_logits(m.hidden(x))
     d = (z[:, :, None] - e).square().sum(-1)
     want = -8 * m.point.scale * d / 32
     torch.testing.assert_close(logits - logits[..., :1], want - want[..., :1], atol=1e-4, rtol=0)
@@ -561,12 +561,12 @@ def test_soft_inputs_in_training():
     mixed = m.soften(x, None)
     soft = mixed.amax(-1) < 1
     assert not soft[:, 0].any() and soft[:, 1:].float().mean() == pytest.approx(0.25, abs=0.02)
-    p = m.read(m.hidden(x))[0].softmax(-1)
+    p = m.to_logits(m.hidden(x))[0].softmax(-1)
     assert torch.equal(mixed[:, 1:][soft[:, 1:]], p[:, :-1][soft[:, 1:]])
     assert torch.equal(mixed.argmax(-1)[~soft], x[~soft])
     assert m.training and not mixed.requires_grad
     m.eval()
-    assert torch.equal(m(x).logits, m.read(m.hidden(x))[0])
+    assert torch.equal(m(x).logits, m.to_logits(m.hidden(x))[0])
 
 
 def test_ends_come_from_the_ids(monkeypatch):
@@ -599,8 +599,8 @@ def test_thinking_is_feeding_back_step_by_step():
     want = F.one_hot(x, V).float()
     for t in (2, 3, 5, 7):  # the others are beyond n_think
         want = want.clone()
-        want[:, t] = m.read(m.hidden(want[:, :t]))[0][:, -1].softmax(-1)
-    torch.testing.assert_close(m(x).logits, m.read(m.hidden(want))[0], atol=1e-5, rtol=0)
+        want[:, t] = m.to_logits(m.hidden(want[:, :t]))[0][:, -1].softmax(-1)
+    torch.testing.assert_close(m(x).logits, m.to_logits(m.hidden(want))[0], atol=1e-5, rtol=0)
     state = m.init_state(1)
     steps = torch.cat([m(x[:, a:b], state=state).logits for a, b in ((0, 1), (1, 3), (3, 4), (4, 9), (9, 11))], dim=1)
     torch.testing.assert_close(m(x).logits, steps, atol=1e-5, rtol=0)
@@ -611,7 +611,7 @@ def test_thinking_is_feeding_back_step_by_step():
     m(x[:, :4]).logits[0, 3].sum().backward()
     with_steps = m.wte.weight.grad.clone()
     m.wte.weight.grad = None
-    m.read(m.hidden(want[:, :4].detach()))[0][0, 3].sum().backward()
+    m.to_logits(m.hidden(want[:, :4].detach()))[0][0, 3].sum().backward()
     assert not torch.allclose(with_steps, m.wte.weight.grad, atol=1e-4)
 
 
@@ -983,7 +983,7 @@ def filled(m, B, seed=0):
     """A memory of B rows that each read a window."""
     memory = m.init_memory(B)
     x = torch.randint(6, m.cfg.vocab_size, (B, m.cfg.block_size), generator=torch.Generator().manual_seed(seed))
-    for i, wrote in m(x, memory=memory).wrote.items():
+    for i, wrote in m(x, memory=memory).memory_writes.items():
         memory[i].write(wrote)
     return memory
 
@@ -997,10 +997,10 @@ def test_a_memory_is_searched_and_belongs_to_its_row():
     m = memory_model()
     x = torch.randint(6, 24, (2, 16), generator=torch.Generator().manual_seed(9))
     memory, other = filled(m, 2), filled(m, 2, seed=1)
-    assert all((t.crf > 0).any() for t in memory.values())
+    assert all((t.usage > 0).any() for t in memory.values())
     mixed = {i: t.select([0, 1]) for i, t in memory.items()}
     for i, t in mixed.items():
-        t.keys[0], t.values[0], t.crf[0] = other[i].keys[0], other[i].values[0], other[i].crf[0]
+        t.keys[0], t.values[0], t.usage[0] = other[i].keys[0], other[i].values[0], other[i].usage[0]
     a, b, none = m(x, memory=memory).logits, m(x, memory=mixed).logits, m(x, memory=m.init_memory(2)).logits
     assert not torch.allclose(a[0], b[0], atol=1e-4) and torch.equal(a[1], b[1])
     assert torch.equal(none, m(x).logits) and not torch.allclose(a, none, atol=1e-4)
@@ -1009,9 +1009,9 @@ def test_a_memory_is_searched_and_belongs_to_its_row():
 
 def test_a_memory_chunk_searches_before_it_is_written():
     m = memory_model(mem_novelty=2.0, mem_shift=0)
-    wrote = m(torch.randint(6, 24, (2, 16)), memory=m.init_memory(2)).wrote[1]
+    wrote = m(torch.randint(6, 24, (2, 16)), memory=m.init_memory(2)).memory_writes[1]
     for c in range(5):  # before chunk c there is what earlier chunks wrote, all of it, and nothing else
-        assert (wrote.crf[:, c, :, 24:] > 0).sum(-1).eq(4 * c).all() and (wrote.crf[:, c, :, 24 + 4 * c:] == 0).all()
+        assert (wrote.usage[:, c, :, 24:] > 0).sum(-1).eq(4 * c).all() and (wrote.usage[:, c, :, 24 + 4 * c:] == 0).all()
     x = torch.randint(6, 24, (1, 16))
     block = m.blocks[1].mlp
     out = m(x).logits
@@ -1052,8 +1052,8 @@ def test_an_entry_pairs_a_key_with_what_came_later(shift):
         getattr(m.blocks[1].mlp, name).register_forward_hook(lambda _, x, y, name=name: got.update({name: y.view(1, 16, 2, 8).transpose(1, 2)}))
     x = torch.randint(6, 24, (1, 16), generator=torch.Generator().manual_seed(9))
     x[0, 7] = 5  # no pair reaches over the end of a document, and what ended is gone
-    wrote = m(x, memory=m.init_memory(1)).wrote[1]
-    there = (wrote.crf[0, -1, :, 24:] > 0).all(0)
+    wrote = m(x, memory=m.init_memory(1)).memory_writes[1]
+    there = (wrote.usage[0, -1, :, 24:] > 0).all(0)
     assert there.tolist() == [t >= 7 + shift for t in range(16)]
     keys = got["c_k"][:, :, there.nonzero()[:, 0] - shift]
     torch.testing.assert_close(wrote.keys[:, :, there], keys / keys.norm(dim=-1, keepdim=True))
@@ -1075,7 +1075,7 @@ def test_a_document_sees_its_own_entries():
         earlier = ends.clone()
         earlier[0, :at] = 7
         assert torch.allclose(m(earlier, memory=filled(m, 1)).logits[:, at:], a.logits[:, at:], atol=1e-5)
-        assert (a.wrote[1].crf[:, -1, :, :24] == 0).all() and (a.wrote[1].crf[:, -1, :, 24:24 + at] == 0).all()
+        assert (a.memory_writes[1].usage[:, -1, :, :24] == 0).all() and (a.memory_writes[1].usage[:, -1, :, 24:24 + at] == 0).all()
 
 
 @pytest.mark.parametrize("at", [0, 3, 9, 13, 14])
@@ -1084,7 +1084,7 @@ def test_a_level_forgets_an_ended_document(at):
     m = GPT(GPTConfig(**{**TINY, "vocab_size": 24, "layers": "(AM)A", "chunk": "4", "eot": 5, "block_size": 16, "mem_chunk": 2, "mem_top": 2, "mem_dim": 4,
                          "mem_size": 8}), 0).eval()
     x = torch.randint(6, 24, (1, 16), generator=torch.Generator().manual_seed(3))
-    whole, other = (m(x.clone().index_fill_(1, torch.tensor([at]), 5) if end else x, memory=m.init_memory(1)).wrote[1].crf[:, -1]
+    whole, other = (m(x.clone().index_fill_(1, torch.tensor([at]), 5) if end else x, memory=m.init_memory(1)).memory_writes[1].usage[:, -1]
                     for end in (False, True))
     behind = {0: 3, 3: 3, 9: 1}.get(at, 0)  # chunks that close behind it, of 4 here
     assert (whole > 0).any() and ((other > 0).sum(-1) <= behind).all() and bool((other > 0).any()) == (at < 9)
@@ -1099,9 +1099,9 @@ def test_a_filled_memory_leaks_nothing(name):
     x = x.masked_fill(x == m.cfg.eot, 6)
     x[:, 3::4] = 1  # (a level of words needs words)
     memory = m.init_memory(2)
-    for i, wrote in m(x, history=h, memory=memory).wrote.items():
+    for i, wrote in m(x, history=h, memory=memory).memory_writes.items():
         memory[i].write(wrote)
-        assert (memory[i].crf > 0).any(-1).all()
+        assert (memory[i].usage > 0).any(-1).all()
     y, _ = inputs(m, 2, T=m.cfg.block_size, seed=2)
     y[:, 3::4] = 1
     whole = m(y, history=h, memory=memory).logits
@@ -1122,16 +1122,16 @@ def test_what_is_near_is_replaced_and_the_best_stay():
         b.attn.c_proj.weight.data.zero_()
     x = torch.tensor([[7, 8, 9, 10, 7, 8, 9, 10, 11, 11, 12, 13, 7, 14, 15, 16]])
     m.blocks[0].mlp.c_proj.weight.data.zero_()
-    crf = m(x, memory=m.init_memory(1)).wrote[1].crf[0, -1, 0, 24:]
-    assert (crf > 0).tolist() == [x[0, i + 1:].eq(t).sum() == 0 for i, t in enumerate(x[0])]  # each token once, where it was last
-    assert crf[12] > 2 * crf[13]  # a third time: its count is carried on
+    usage = m(x, memory=m.init_memory(1)).memory_writes[1].usage[0, -1, 0, 24:]
+    assert (usage > 0).tolist() == [x[0, i + 1:].eq(t).sum() == 0 for i, t in enumerate(x[0])]  # each token once, where it was last
+    assert usage[12] > 2 * usage[13]  # a third time: its count is carried on
     memory = m.init_memory(1, size=4)
-    for i, wrote in m(x, memory=memory).wrote.items():
+    for i, wrote in m(x, memory=memory).memory_writes.items():
         slot, at, better = memory[i].write(wrote)
-    assert better.all() and sorted(at[0, 0].tolist()) == sorted(crf.topk(4).indices.tolist())
-    for i, wrote in m(x[:, :8], memory=memory).wrote.items():
+    assert better.all() and sorted(at[0, 0].tolist()) == sorted(usage.topk(4).indices.tolist())
+    for i, wrote in m(x[:, :8], memory=memory).memory_writes.items():
         memory[i].write(wrote)
-    assert (memory[1].crf > 0).all()
+    assert (memory[1].usage > 0).all()
 
 
 def test_memory_outlasts_the_window():
@@ -1143,8 +1143,8 @@ def test_memory_outlasts_the_window():
     for a, b in zip(ids[1:], [*ids[1:26], *[6] * 19]):
         d.push([a, b])
     torch.testing.assert_close(d.logits[0], whole.logits[0], atol=1e-4, rtol=1e-4)
-    assert (d.memory[1].crf[0] > 0).sum(-1).eq((whole.memory[1].crf[0] > 0).sum(-1)).all()
-    assert (whole.memory[1].crf[0] > 0).sum(-1).tolist() == [45 - len(whole.rows[0][1]) - 1] * 2  # no pair for the first
+    assert (d.memory[1].usage[0] > 0).sum(-1).eq((whole.memory[1].usage[0] > 0).sum(-1)).all()
+    assert (whole.memory[1].usage[0] > 0).sum(-1).tolist() == [45 - len(whole.rows[0][1]) - 1] * 2  # no pair for the first
     plain = sample.Decoder(m, [ids], memory=None)
     assert not torch.allclose(plain.logits[0], d.logits[0], atol=1e-3)
 
@@ -1159,8 +1159,8 @@ def test_an_index_finds_what_search_finds(monkeypatch):
         a, b = m(x, memory=exact), m(x, memory=indexed)
         torch.testing.assert_close(a.logits, b.logits, atol=1e-5, rtol=1e-5)
         for i in exact:
-            exact[i].write(a.wrote[i]), indexed[i].write(b.wrote[i])
-    monkeypatch.setattr(Near, "ROOM", 3 * 2 * len(exact[1].told.crf[0, 0]))  # queries three at a time find the same
+            exact[i].write(a.memory_writes[i]), indexed[i].write(b.memory_writes[i])
+    monkeypatch.setattr(Near, "ROOM", 3 * 2 * len(exact[1].store.usage[0, 0]))  # queries three at a time find the same
     torch.testing.assert_close(m(x, memory=exact).logits, m(x, memory=indexed).logits, atol=1e-5, rtol=1e-5)
     rows = sample.Decoder(m, [[1, 2], [3, 4, 5]], memory=indexed)
     torch.testing.assert_close(rows.logits, sample.Decoder(m, [[1, 2], [3, 4, 5]], memory=exact).logits, atol=1e-5, rtol=1e-5)
@@ -1171,12 +1171,12 @@ def test_what_was_told_stays():
     m = memory_model(mem_novelty=0.98, mem_size=4)
     ids = torch.randint(6, 24, (50,), generator=torch.Generator().manual_seed(1)).tolist()
     memory = sample.remembered(m, sample.absorb(m, ids), room=4)
-    before = memory[1].told.crf.clone()
+    before = memory[1].store.usage.clone()
     d, none = (sample.Decoder(m, [ids[:20]], 5, memory=mem) for mem in (memory, m.init_memory(1)))
     for t in [*ids[20:], 5, *ids] * 2:  # its own entries are as near as can be, and documents end
         d.push([t]), none.push([t])
         assert not torch.allclose(d.logits, none.logits, atol=1e-4)
-    assert torch.equal(memory[1].told.crf, before) and d.memory[1].told is memory[1].told and not memory[1].crf.any()
+    assert torch.equal(memory[1].store.usage, before) and d.memory[1].store is memory[1].store and not memory[1].usage.any()
     x = torch.tensor([[5, *ids[:15]]])
     shown = m(x, memory=memory).logits
     torch.testing.assert_close(m(torch.tensor([[7, *ids[:15]]]), memory=memory).logits.shape, shown.shape)
@@ -1204,14 +1204,14 @@ def test_windows_that_fold_find_what_one_long_window_finds(at):
         d.push([t])
         state = big.init_state(1)
         torch.testing.assert_close(d.logits[0], big(torch.tensor([ids[:n]]), state=state).logits[0, -1], atol=1e-4, rtol=1e-4)
-        there = [(w.crf[0, (int(s.pos[0]) - 1) // 4, 0] > 0).sum() for s in (d.state, state) for w in [s.parts[0][2]]]
+        there = [(w.usage[0, (int(s.pos[0]) - 1) // 4, 0] > 0).sum() for s in (d.state, state) for w in [s.parts[0][2]]]
         assert there[0] == there[1]
 
 
 @pytest.mark.parametrize("size", [0, 3, 40])
 def test_a_small_memory_takes_nothing_from_the_window(size):
     m, ids = silent_memory(16, mem_size=size), torch.randint(6, 24, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    there = [(d.state.parts[0][2].crf[0, (int(d.state.pos[0]) - 1) // 4, 0] > 0).sum().item()
+    there = [(d.state.parts[0][2].usage[0, (int(d.state.pos[0]) - 1) // 4, 0] > 0).sum().item()
              for d in (sample.Decoder(m, [ids], 5, memory=memory) for memory in (m.init_memory(1), None))]
     assert there[0] >= there[1] + min(size, 24 - 1)
 
@@ -1222,7 +1222,7 @@ def test_counts_fade_once_a_chunk_however_windows_fold():
     with torch.no_grad():
         m.blocks[0].mlp.none.fill_(1e3)
     d = sample.Decoder(m, [torch.randint(6, 24, (200,), generator=torch.Generator().manual_seed(1)).tolist()], 5, memory=m.init_memory(1))
-    n, counts = 200 - len(d.rows[0][1]), d.memory[1 - 1].crf[0, 0]
+    n, counts = 200 - len(d.rows[0][1]), d.memory[1 - 1].usage[0, 0]
     oldest = counts[counts > 0].min()
     assert oldest == pytest.approx(m.blocks[0].mlp.DECAY ** (n // 4 - 1), abs=2e-3)
 
@@ -2196,7 +2196,7 @@ def test_a_compiled_student_learns_the_same(teacher, data_dir):
         r, (x, y, h) = learner(teacher, data_dir, model)
         if compiled:
             r.teacher, student = (torch.compile(m, dynamic=False, fullgraph=True, backend="eager") for m in (r.teacher, r.model))
-        out = (student if compiled else r.model)(x, y, h, drawn=r.draw(0), taught=r.taught(x, h))
+        out = (student if compiled else r.model)(x, y, h, step_draw=r.draw(0), taught=r.taught(x, h))
         out.loss.backward()
         losses.append([out.loss, *out.losses.values(), *(p.grad for p in r.model.parameters() if p.grad is not None)])
     for a, b in zip(*losses, strict=True):
@@ -2215,20 +2215,16 @@ def test_a_memory_counts_what_it_reads():
 
 
 def test_use_of_memories_is_measured(teacher, data_dir, tmp_path):
-    """Slots found at least once, and the entropy of their use: all alike is 1, one slot alone 0; a shared table counts once. It is
+    """Slots found at least once, and the entropy of their use: all alike is 1, one slot alone 0. It is
     logged at validation and changes nothing; a model without memories logs none."""
     data = lambda r: Data(r.tcfg, r.mcfg, "val")
-    for shared in (False, True):
-        r, _ = learner(teacher, data_dir, dict(FEATURAL, layers="FAF", mem_share=shared))
-        for m in (r.model.blocks[0].mlp, r.model.blocks[2].mlp):
-            m.find = lambda x: (torch.zeros(*x.shape[:2], 4, 4, dtype=torch.long), torch.zeros(*x.shape[:2], 4, 4))
-        assert r.usage(data(r)) == {"slots_used": pytest.approx(1 / 64), "slot_entropy": pytest.approx(0.0)}
-        m.find = lambda x: (torch.arange(64).view(4, 16).expand(*x.shape[:2], 4, 16), torch.zeros(*x.shape[:2], 4, 16))
-        got = r.usage(data(r))
-        if shared:
-            assert got["slots_used"] == 1 and 0 < got["slot_entropy"] < 1
-        else:
-            assert got == {"slots_used": pytest.approx((1 + 1 / 64) / 2), "slot_entropy": pytest.approx(0.5, abs=1e-5)}
+    r, _ = learner(teacher, data_dir, dict(FEATURAL, layers="FAF"))
+    for m in (r.model.blocks[0].mlp, r.model.blocks[2].mlp):
+        m.find = lambda x: (torch.zeros(*x.shape[:2], 4, 4, dtype=torch.long), torch.zeros(*x.shape[:2], 4, 4))
+    assert r.usage(data(r)) == {"slots_used": pytest.approx(1 / 64), "slot_entropy": pytest.approx(0.0)}
+    m.find = lambda x: (torch.arange(64).view(4, 16).expand(*x.shape[:2], 4, 16), torch.zeros(*x.shape[:2], 4, 16))
+    got = r.usage(data(r))
+    assert got == {"slots_used": pytest.approx((1 + 1 / 64) / 2), "slot_entropy": pytest.approx(0.5, abs=1e-5)}
     assert learner(teacher, data_dir)[0].usage(data(r)) == {}
     said = []
     _, a = run(data_dir, tmp_path / "a", dict(FEATURAL, layers="AF"), say=said.append)
@@ -2717,7 +2713,7 @@ def test_sample_main(trained, capsys, tmp_path, monkeypatch):
     assert always == a
     soft = ("--prompt=It was", "--max_new_tokens=60", "--seed=1", "--soft", "--trace", "--collapse_threshold=2", "--n=2")
     assert "\033[36;4m" not in text(*soft) and text(*soft).startswith("It was")  # no terminal
-    made = sample.Made(3, True, 0.5, [])
+    made = sample.GeneratedToken(3, True, 0.5, [])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     mcfg = GPTConfig(**TINY, vocab_size=24)
     assert sample.show(made, "x", 0, None, sample.SampleConfig(trace=True, soft=True), mcfg) == "\033[36;4mx\033[0m"
@@ -2827,7 +2823,7 @@ def test_a_prompt_is_read_as_texts_are(data_dir, tmp_path, capsys):
 def test_decoding_takes_no_more_memory_as_it_goes_on(more, ending, monkeypatch):
     """Of 20,000 tokens nothing is kept once they are shown; it was 480 bytes each."""
     import tracemalloc
-    made, used = sample.Made(1, bool(more), 1.5, [-1], -2.0), []
+    made, used = sample.GeneratedToken(1, bool(more), 1.5, [-1], -2.0), []
 
     def steps(*_):
         for i in range(20_000):
@@ -2859,21 +2855,21 @@ def test_leaving_token_by_token_is_leaving_over_the_window(name):
     m = make(name).eval()
     x, h = inputs(m)
     full = m(x, history=h).logits
-    never, depth = m.leaving(x, lambda h, before: torch.zeros(h.shape[:2], dtype=torch.bool), history=h)
+    never, depth = m.forward_with_exits(x, lambda h, before: torch.zeros(h.shape[:2], dtype=torch.bool), history=h)
     torch.testing.assert_close(never, full, atol=2e-5, rtol=0)
     assert (depth == m.cfg.n_layer).all()
     for kind in ("softmax", "margin", "cosine") + ("classifier",) * (m.sure is not None):
         sure = sample.CONFIDENCE[kind](m, m.hidden(x, h), m.hidden(x.flip(1), h))
         rule = sample.exit_rule(m, kind, sure.median().item())
-        logits, depth = m.leaving(x, rule, history=h)
+        logits, depth = m.forward_with_exits(x, rule, history=h)
         assert kind == "cosine" or name == "random" or len(depth.unique()) > 1
         for n in (1, 7):
-            part, d = m.leaving(x[:, :n], rule, history=h)
+            part, d = m.forward_with_exits(x[:, :n], rule, history=h)
             torch.testing.assert_close(part, logits[:, :n], atol=2e-5, rtol=0)
             assert torch.equal(d, depth[:, :n])
         for rows in ([0, 1, 2], [1]):  # all rows leave at once only when there is one
             state = m.init_state(len(rows))
-            got = [m.leaving(x[rows, t:t + 1], rule, history=None if h is None else h[rows], state=state) for t in range(x.size(1))]
+            got = [m.forward_with_exits(x[rows, t:t + 1], rule, history=None if h is None else h[rows], state=state) for t in range(x.size(1))]
             torch.testing.assert_close(torch.cat([l for l, _ in got], 1), logits[rows], atol=2e-5, rtol=0)
             assert torch.equal(torch.cat([d for _, d in got], 1), depth[rows])
 
@@ -2884,7 +2880,7 @@ def test_keys_of_the_first_exit_make_leaving_harmless(name):
     m = make(name).eval()
     x, h = inputs(m)
     g = torch.Generator().manual_seed(0)
-    logits, depth = m.leaving(x, lambda h, before: torch.rand(h.shape[:2], generator=g) < 0.4, history=h)
+    logits, depth = m.forward_with_exits(x, lambda h, before: torch.rand(h.shape[:2], generator=g) < 0.4, history=h)
     stays = depth == m.cfg.n_layer
     assert 0.1 < stays.float().mean() < 0.9
     torch.testing.assert_close(logits[stays], m(x, history=h).logits[stays], atol=2e-5, rtol=0)
@@ -2900,7 +2896,7 @@ def test_what_left_early_is_written_as_it_left():
         many.push([t])
     torch.testing.assert_close(many.logits, one.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(many.memory[1].keys, one.memory[1].keys, atol=1e-4, rtol=1e-4)
-    assert (one.memory[1].crf > 0).any() and torch.allclose(full.memory[1].keys, sample.Decoder(m, [ids], memory=m.init_memory(1)).memory[1].keys)
+    assert (one.memory[1].usage > 0).any() and torch.allclose(full.memory[1].keys, sample.Decoder(m, [ids], memory=m.init_memory(1)).memory[1].keys)
 
 
 @pytest.mark.parametrize("name", ["exits_keys", "exits+level+slots"])
@@ -2915,13 +2911,13 @@ def test_decoding_with_exits_is_a_pure_function_of_the_kept_ids(name):
         logits = d.push([t % 7, t % 5, t % 3])
         for b, (ring, window) in enumerate(d.rows):
             past = torch.tensor([[-1] * (m.cfg.history - len(ring)) + ring]) if m.cfg.history else None
-            want, depth = m.leaving(torch.tensor([window]), rule, history=past)
+            want, depth = m.forward_with_exits(torch.tensor([window]), rule, history=past)
             torch.testing.assert_close(logits[b], want[0, -1], atol=2e-5, rtol=0)
             assert d.depth[b] == depth[0, -1].item()
             depths.add(d.depth[b])
     assert len(depths) > 1
     d.extend([1, 2])
-    want, depth = m.leaving(torch.tensor([d.rows[0][1]]), rule, history=d.history([0]))
+    want, depth = m.forward_with_exits(torch.tensor([d.rows[0][1]]), rule, history=d.history([0]))
     torch.testing.assert_close(d.logits[0], want[0, -1], atol=2e-5, rtol=0)
     assert d.depth[0] == depth[0, -1].item()
 
@@ -2941,7 +2937,7 @@ def test_the_classifier_learns_from_whole_rows():
     if last is not None:
         m.hidden(x[whole], exits=(e := Exits()))
         h = e.h[0]
-        right = (m.read(h)[0].argmax(-1) == m.read(last)[0].argmax(-1)).float()
+        right = (m.to_logits(h)[0].argmax(-1) == m.to_logits(last)[0].argmax(-1)).float()
         want = F.binary_cross_entropy_with_logits(m.sure(h), right, reduction="sum") / x.numel()
     assert not whole.all()
     torch.testing.assert_close(lost, want)
@@ -2951,7 +2947,7 @@ def test_exit_losses_are_their_formulas():
     x, h = inputs(make("exits"))
     m = make("exits", exit_distill=0.25)
     out = m(x, x)
-    ends = [m.read(m.hidden(x, exits=(e := Exits())))[0], *(m.read(v)[0] for v in e.h)]
+    ends = [m.to_logits(m.hidden(x, exits=(e := Exits())))[0], *(m.to_logits(v)[0] for v in e.h)]
     ce = [F.cross_entropy(l.flatten(0, 1), x.flatten()) for l in ends]
     kl = [F.kl_div(l.log_softmax(-1).flatten(0, 1), ends[0].softmax(-1).flatten(0, 1), reduction="batchmean") for l in ends[1:]]
     want = ce[0] + sum(w / 3 * (0.75 * c + 0.25 * k) for w, c, k in zip((1, 2), ce[1:], kl))
@@ -2959,27 +2955,27 @@ def test_exit_losses_are_their_formulas():
     torch.testing.assert_close(out.losses["exit_2"], ce[2])
     torch.testing.assert_close(m(x, at_exit=1).early, ends[1])
     m = make("exits_rotate+layer_drop", layer_drop=0.0)
-    drawn = [m.plan_step(1, i) for i in range(4)]
+    drawn = [m.draw_step(1, i) for i in range(4)]
     assert [d[3:].tolist() for d in drawn] == [[1, 0], [0, 1]] * 2 and all(d[:3].eq(1).all() for d in drawn)
-    torch.testing.assert_close(m(x, x, drawn=drawn[1]).losses["exit"], m(x, x).losses["exit_2"])
+    torch.testing.assert_close(m(x, x, step_draw=drawn[1]).losses["exit"], m(x, x).losses["exit_2"])
 
 
 def test_dropped_layers_grow_with_depth():
     m = make("exits_rotate+layer_drop")
-    kept = torch.stack([m.plan_step(3, i)[:3] for i in range(2000)])
-    assert torch.equal(kept, torch.stack([m.plan_step(3, i)[:3] for i in range(2000)]))
+    kept = torch.stack([m.draw_step(3, i)[:3] for i in range(2000)])
+    assert torch.equal(kept, torch.stack([m.draw_step(3, i)[:3] for i in range(2000)]))
     torch.testing.assert_close(1 - kept.mean(0), torch.tensor([0.0, 0.5 * (2 ** 0.5 - 1), 0.5]), atol=0.03, rtol=0)
     x, h = inputs(m)
-    without = m.train()(x, drawn=torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])).logits
+    without = m.train()(x, step_draw=torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])).logits
     m.hidden(x, exits=(e := Exits()))
-    torch.testing.assert_close(without, m.read(e.h[1])[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(without, m.to_logits(e.h[1])[0], atol=2e-5, rtol=0)
 
 
 def test_exit_thresholds():
     """A threshold of 1 keeps everybody and 0 nobody; with decay it falls from above along the text as CALM has it."""
     m = make("exits").eval()
     x, _ = inputs(m)
-    assert (m.leaving(x, sample.exit_rule(m, "softmax", 1.0))[1] == 3).all() and (m.leaving(x, sample.exit_rule(m, "softmax", 0.0))[1] == 1).all()
+    assert (m.forward_with_exits(x, sample.exit_rule(m, "softmax", 1.0))[1] == 3).all() and (m.forward_with_exits(x, sample.exit_rule(m, "softmax", 0.0))[1] == 1).all()
     h = torch.zeros(1, 16, 32)
     sample.CONFIDENCE["probe"] = lambda model, h, before: torch.full(h.shape[:2], 0.5)
     try:
@@ -3635,11 +3631,11 @@ def test_memory_from_the_shell(trained, data_dir, capsys, tmp_path):
     assert f"forgot {n * 3 * 4 - 4 * (text[:400].find(text[3:6]) == 0)} of" in said("memory", store, "forget", text[3:6])
     assert said("learn", f"--memory={store}", f"{tmp_path}/t.txt", f"{tmp_path}/t.txt").count("entries") == 3
     one = sample.Decoder(model, [[1, 2, 3]], memory=memory)
-    before, two = [t.clone() for t in (memory[1].keys, memory[1].crf)], one.select([0])
+    before, two = [t.clone() for t in (memory[1].keys, memory[1].usage)], one.select([0])
     for t in range(2 * model.cfg.block_size):  # what one row writes is its own, though both began with the same memory
         two.push([t % 7])
     assert two.memory[1] is not memory[1] and one.memory[1] is memory[1]
-    assert all(torch.equal(a, b) for a, b in zip(before, (memory[1].keys, memory[1].crf)))
+    assert all(torch.equal(a, b) for a, b in zip(before, (memory[1].keys, memory[1].usage)))
     lines = []
     run(data_dir, tmp_path / "m", dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8, mem_size=64, mem_novelty=2.0), stream=4, max_iters=22,
         batch_size=2, init_from="resume", say=lines.append)
@@ -3823,7 +3819,7 @@ def test_bad_settings(tmp_path, data_dir):
     for name, value in (("block_size", 0), ("block_size", 10 ** 7), ("n_embd", 10 ** 6), ("n_layer", 10 ** 6), ("n_head", 0), ("horizon", 10 ** 5),
                         ("dropout", float("nan")), ("semantic_weight", -1), ("concept_weight", "0.1,nan"), ("n_mlp", -2), ("space", "3,-1")):
         refused(train.main, [f"--{name}={value}"], name)
-    for name in ("share_levels", "mem_share", "mem_straight", "exit_keys", "exit_classifier", "enrich"):
+    for name in ("share_levels", "mem_straight", "exit_keys", "exit_classifier", "enrich"):
         refused(train.main, [f"--{name}"], name, "nothing to work on")
     refused(sample.main, ["--collapse=every:0"], "every:N")
     refused(sample.main, ["--soft", "--temperature=0"], "soft", "temperature")

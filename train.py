@@ -774,17 +774,17 @@ class Runner:
 
     def draw(self, step):
         """What the model draws for a whole step, on the device; None where it draws nothing."""
-        drawn = self.model.plan_step(self.tcfg.seed, step)
-        return None if drawn is None else drawn.to(self.place.device)
+        step_draw = self.model.draw_step(self.tcfg.seed, step)
+        return None if step_draw is None else step_draw.to(self.place.device)
 
     def reads(self, forward, memory, begins, *inputs, **more):
         """forward, with what its blocks M find in memory {block: Memory}, where there is one, which ends in rows that begin another text
         (begins, (rows,)); and then what they write."""
         for m in memory.values() if begins is not None else ():
-            m.crf[begins] = 0
+            m.usage[begins] = 0
         out = forward(*inputs, **more, **({"memory": memory} if memory else {}))
         for i, m in memory.items():
-            m.write(out.wrote[i])
+            m.write(out.memory_writes[i])
         return out
 
     def step(self, step, x, y, h, n_scored, begins=None):
@@ -793,7 +793,7 @@ class Runner:
         for o in self.optimizers:
             for g in o.param_groups:
                 g["lr"] = g["peak_lr"] * lr_factor(step, self.tcfg)
-        place, losses, drawn = self.place, [], self.draw(step)
+        place, losses, step_draw = self.place, [], self.draw(step)
         denom = torch.tensor(n_scored / place.world, dtype=torch.float32, device=place.device)  # DDP takes the mean
         for m in range(0, self.my_rows, self.micro):
             torch.manual_seed(hash((self.tcfg.seed, step, m // self.micro, place.rank)))  # dropout
@@ -802,7 +802,7 @@ class Runner:
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
                 mine = {i: t.select(slice(m, m + self.micro)) for i, t in self.memory.items()}
                 out = self.reads(self.forward, mine, None if begins is None else begins[m:m + self.micro], mx, my,
-                                 mh if self.mcfg.n_slot else None, denom=denom, drawn=drawn, taught=self.taught(mx, mh))
+                                 mh if self.mcfg.n_slot else None, denom=denom, step_draw=step_draw, taught=self.taught(mx, mh))
                 out.loss.backward()
             losses.append(out.losses["ce"].detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.tcfg.grad_clip or float("inf"))
@@ -825,7 +825,7 @@ class Runner:
         batches, memory = data.whole(self.place, self.micro, self.n_rows, limit), self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a cold start is 10 s shorter
         reuse = self.compiled and self.teacher is None and not self.model.random()
-        drawn = self.draw(0) if reuse else None
+        step_draw = self.draw(0) if reuse else None
         self.model.train(reuse)
         with torch.set_grad_enabled(reuse):
             for x, y, h, begins in prepare.bar(batches, desc="validate") if self.place.rank == 0 else batches:
@@ -833,7 +833,7 @@ class Runner:
                     break
                 x, y, h = (t.to(self.place.device) for t in (x, y, h))
                 h = (alter(h) if alter else h) if self.mcfg.n_slot else None
-                total += self.reads(self.inner, memory, begins, x, y, h, denom=one, drawn=drawn).losses["ce"].item()
+                total += self.reads(self.inner, memory, begins, x, y, h, denom=one, step_draw=step_draw).losses["ce"].item()
                 count += int((y >= 0).sum())
         self.model.train()
         total, count, stopped = self.place.sum(total, count, stopped)
@@ -1034,7 +1034,7 @@ def sound(t, shape, dtype):
 def take_memory(run, saved):
     """Give the memories of a Runner its rows of what a checkpoint has of all. -> False where there
     are more rows or fewer; raise ValueError where it does not fit."""
-    parts = {i: (m.keys, m.values, m.crf) for i, m in run.memory.items()}
+    parts = {i: (m.keys, m.values, m.usage) for i, m in run.memory.items()}
     rows = {len(t) for tensors in saved.values() for t in tensors}
     fits = lambda mine, t: sound(t, (*rows, *mine.shape[1:]), mine.dtype)
     if saved.keys() != parts.keys() or len(rows) != 1 or not all(
@@ -1155,7 +1155,7 @@ def loop(mcfg, tcfg, say, held):
     def save(val=None, is_best=False):
         """Save this step, with its validation loss if that is known."""
         nonlocal on_disk, last_val, best_val
-        memory = {i: [place.rows(t) for t in (m.keys, m.values, m.crf)]
+        memory = {i: [place.rows(t) for t in (m.keys, m.values, m.usage)]
                   for i, m in run.memory.items()}
         state = {"memory": memory, "model": run.model.state_dict(),
                  "optimizers": [o.state_dict() for o in run.optimizers], "step": step,
