@@ -1624,7 +1624,7 @@ last tenth of its training split is scored), 6 layers, 256 wide, 300 steps of 16
 
 def to_cell(value):
     """Return a value as the text of a cell of a Markdown table."""
-    if isinstance(value, float):
+    if type(value) in (int, float):
         value = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return "" if value is None else str(value).replace("|", "\\|")
 
@@ -1639,8 +1639,9 @@ def render_record(r):
     """Return the section of docs/RESULTS.md that shows the record `r`."""
     tables = [f"**{t['title']}**\n\n" * bool(t["title"]) + to_table(t["columns"], t["rows"])
               for t in r["tables"]]
+    took = "" if r["seconds"] is None else f"; {r['seconds']:,.0f} s"
     source = (f"Measured at {r['commit']}, {r['date'][:10]}; {r['machine']}; torch {r['torch']}; "
-              f"seeds: {r['seeds']}.")
+              f"seeds: {r['seeds']}{took}.")
     prose = [textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
              for text in (r["question"], *r["note"].split("\n\n"), f"*{source}*")]
     parts = [f'<a id="{r["claim"]}"></a>', f"## {r['title']}", prose[0], f"    {r['command']}",
