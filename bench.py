@@ -1620,6 +1620,8 @@ last tenth of its training split is scored), 6 layers, 256 wide, 300 steps of 16
 [GUIDE.md](GUIDE.md#reproducing-what-was-tried) says how to run one again.
 
 """
+RECORD_FIELDS = {"claim", "order", "title", "question", "command", "commit", "date", "machine",
+                 "torch", "seeds", "seconds", "note", "tables"}
 
 
 def to_cell(value):
@@ -1659,12 +1661,26 @@ def render_mechanisms(records):
     return to_table(("mechanism", "flags", "what it does", "verdict", "figure"), rows)
 
 
-def rendered(root):
-    """Return {path: text} of the files that are rendered in the repository `root`."""
+def read_records(root):
+    """Return {file name: record} of docs/results; UserError names a file that is no record."""
     records = {}
     for path in sorted(glob.glob(os.path.join(root, "docs", "results", "*.json"))):
-        with open(path, encoding="utf-8") as f:
-            records[os.path.basename(path)] = json.load(f)
+        name = os.path.basename(path)
+        wanted = {"entries"} if name == "log.json" else RECORD_FIELDS
+        try:
+            with open(path, encoding="utf-8") as f:
+                records[name] = json.load(f)
+            missing = wanted - records[name].keys()
+        except (ValueError, AttributeError) as e:
+            raise UserError(f"record {path} cannot be read ({e})") from None
+        if missing:
+            raise UserError(f"record {path} has no {', '.join(sorted(missing))}")
+    return records
+
+
+def rendered(root):
+    """Return {path: text} of the files that are rendered in the repository `root`."""
+    records = read_records(root)
     entries = records.pop("log.json")["entries"]
     claims = sorted(records.values(), key=lambda r: r["order"])
     contents = "".join(f"- [{r['title']}](#{r['claim']})\n" for r in claims) + "\n"
