@@ -554,13 +554,16 @@ def check_checkpoint(data):
 
     demand(isinstance(data, dict))
     data.setdefault("validated", None)
+    if "block_loss" in data:  # of an earlier version: cross-entropy alone
+        data["interval_losses"] = [{"ce": value} for value in data["block_loss"]]
     demand(*(table(data[k], setting) for k in ("model_config", "train_config", "data")))
     demand(data["model"], table(data["model"], lambda t: tensor(t) and t.is_floating_point()),
            isinstance(data["memory"], dict),
            *(row(m, tensor) and len(m) == 3 for m in data["memory"].values()),
            row(data["optimizers"], optimizer), integer(data["step"]), number(data["step_seconds"]),
            data["validated"] is None or integer(data["validated"]),
-           data["val_loss"] is None or number(data["val_loss"]), row(data["block_loss"], number),
+           data["val_loss"] is None or number(data["val_loss"]),
+           row(data["interval_losses"], lambda losses: table(losses, number)),
            type(data["best_val_loss"]) is float and data["best_val_loss"] > -math.inf,
            type(data["dataset"]) is str,
            *(type(data["data"][k]) is str for k in ("train.bin", "val.bin", "tokenizer")))

@@ -195,6 +195,11 @@ def show_help(doc, classes):
             print(f"  --{f.name}={default!r:<12} {meanings(cls).get(f.name, '')}")
 
 
+class Given(dict):
+    """Settings {field: value} that were given; named: those of the command line."""
+    named = frozenset()
+
+
 def parse(argv, *classes, doc="", words=(), free=()):
     """Settings from the command line: `[WORD ...] [PRESET.py ...] [--key=value ...]`: a later preset
     overrides an earlier one, a --key=value overrides every preset.
@@ -236,8 +241,12 @@ def parse(argv, *classes, doc="", words=(), free=()):
                 override[key] = override.get(key, ()) + value
             else:
                 override[key] = value
-    given = over(given, override)
-    return [{f.name: given[f.name] for f in dataclasses.fields(c) if f.name in given} for c in classes] + [found]
+    given, parsed = over(given, override), []
+    for c in classes:
+        names = [f.name for f in dataclasses.fields(c)]
+        parsed.append(Given({name: given[name] for name in names if name in given}))
+        parsed[-1].named = override.keys() & names
+    return [*parsed, found]
 
 
 EITHER = {"layers", "n_layer"}  # settings that say the same in two ways
@@ -260,6 +269,32 @@ def build(cls, **values):
         return cls(**values)
     except ValueError as e:
         raise UserError(str(e)) from None
+
+
+def check(cfg, choices, ranges):
+    """Raise ValueError unless settings of cfg are one of their choices {name: values} and within
+    their ranges {name: (lowest, highest)}."""
+    for name, options in choices.items():
+        if getattr(cfg, name) not in options:
+            raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(cfg, name)!r}")
+    for name, (low, high) in ranges.items():
+        within(cfg, low, high, name)
+
+
+def idle(cfg, *mechanisms):
+    """Yield (name, what it needs) of each setting of cfg that was changed and has nothing to work
+    on. mechanisms: (whether it is there, what it is, names of its settings)."""
+    for there, needs, names in mechanisms:
+        for name in names.split():
+            if not there and getattr(cfg, name) != getattr(type(cfg), name):
+                yield name, needs
+
+
+def refuse_idle(named, *pairs):
+    """Raise UserError for what `idle` yields, if it is one of the names given."""
+    for name, needs in pairs:
+        if name in named:
+            raise UserError(f"{name} has nothing to work on; it needs {needs}")
 
 
 def within(cfg, low=None, high=None, *names):
@@ -310,6 +345,12 @@ def out_of_memory(error):
         "not enough memory|out of memory|allocate memory|ALLOC_FAILED", str(error)) is not None
 
 
+def failure(error):
+    """Return what to say of an OSError."""
+    return (f"{error.filename or 'a file or the output'} failed ({error.strerror or error}); see "
+            f"to it and try again")
+
+
 def run(main):
     """main(argv) as a program. Exit code 2 and one sentence for a UserError, where memory is not
     enough, and for a file or an output that fails; 130 when interrupted; 141 when nobody reads the
@@ -336,8 +377,7 @@ def run(main):
     except KeyboardInterrupt:
         code = 130
     except OSError as e:
-        code, why = 2, (f"{e.filename or 'a file or the output'} failed ({e.strerror or e}); see "
-                        f"to it and try again")
+        code, why = 2, failure(e)
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
