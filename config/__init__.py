@@ -235,7 +235,7 @@ def presets():
 def letters(cls):
     """Return [(letter, meaning)] of what may stand in `layers`, from the docstring of cls's module."""
     doc = sys.modules[cls.__module__].__doc__ or ""
-    return re.findall(r"^    (\S|\( \)) +(\S.*)$", doc, re.M)
+    return re.findall(r"^    (\( \)|\S) +(\S.*)$", doc, re.M)
 
 
 def show_help(doc, classes):
