@@ -72,16 +72,16 @@ class TrainConfig:
     min_lr: float = 0.0  # AdamW's rate at the end; Muon's falls by the same factor
     cooldown: float = 0.8  # share of the run that wsd cools down over
     teacher: str = ""  # PATH of a model to learn from, and to start from as far as its weights fit
-    distill: float = 1.0  # with a teacher: weight of the divergence from its distribution
-    distill_match: float = 1.0  # with a teacher: weight of giving what the layers that a memory replaced gave
-    distill_ce: float = 0.0  # with a teacher: weight of the text itself
+    distill: float = 1.0  # with a teacher, weight: of the divergence from its distribution
+    distill_match: float = 1.0  # likewise: of giving what replaced feed-forward layers gave
+    distill_ce: float = 0.0  # likewise: of the text itself
     # data
     dataset: str = "shakespeare"  # folder under data_dir, made by prepare.py
     data_dir: str = "data"  # where datasets are kept
-    stream: int = 0  # windows of a text that a row reads in turn, so that memories M outlast one; 0: off
+    stream: int = 0  # windows of a text that a row reads in turn, for memories M to last; 0: off
     history_drop: float = 0.1  # share of training rows whose history is cut short at a random place
     score_last: int = 0  # score only the last n tokens of a row; 0: all
-    train_on_all: bool = False  # with score_last: train on the whole row, score its last in validation
+    train_on_all: bool = False  # with score_last: only in validation, train on the whole row
     # run
     out_dir: str = "out/gpt"  # checkpoints and log.csv go here
     init_from: str = "scratch"  # scratch | resume | auto (resume if there is a run) | PATH
@@ -195,8 +195,8 @@ def ranks():
             return rank, world, local_rank, local_world
     names += ["MASTER_ADDR", "MASTER_PORT"]
     values = ", ".join(f"{n} = {os.environ.get(n)!r}" for n in names)
-    raise UserError(f"the environment makes this process one of several, but not wholly ({values}); "
-                    f"start several with torchrun, or unset these variables")
+    raise UserError(f"the environment makes this process one of several, but not wholly "
+                    f"({values}); start several with torchrun, or unset these variables")
 
 
 def find_place(tcfg):
@@ -286,16 +286,15 @@ class Data:
         self.T, self.H = mcfg.block_size, mcfg.history
         self.drop, self.seed, self.stream = tcfg.history_drop, tcfg.seed, tcfg.stream
         train = split == "train"
+        need = (self.stream if train and self.stream else 1) * self.T + 1
         self.last = self.T if train and tcfg.train_on_all else tcfg.score_last or self.T
         if self.last > self.T:
             raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T}); "
                             f"give less")
-        if self.n < self.T + 1:
-            raise UserError(f"{path} has {self.n} tokens, fewer than block_size + 1 = {self.T + 1}; "
-                            f"give a longer text or a smaller block_size")
-        if train and self.n < self.stream * self.T + 1:
-            raise UserError(f"{path} has {self.n} tokens, fewer than stream * block_size + 1 = "
-                            f"{self.stream * self.T + 1}; give a smaller stream")
+        if self.n < need:
+            what = "stream * block_size" if self.stream else "block_size"
+            raise UserError(f"{path} has {self.n} tokens, fewer than {what} + 1 = {need}; give a "
+                            f"longer text or less of these")
         if self.mask is not None:  # places that may be a row's last target
             self.ends = np.flatnonzero(self.mask)
             self.ends = self.ends[self.ends >= self.T]
@@ -313,19 +312,18 @@ class Data:
                                 f"all of them; give a block_size of at least {longest}, not "
                                 f"{self.T}")
         if self.stream and (self.last < self.T or self.docs):
-            what, other = ("whole documents", "") if self.docs else ("score_last", ", or score_last")
+            what, too = ("whole documents", "") if self.docs else ("score_last", ", or score_last")
             raise UserError(f"stream reads windows that follow one another, and where only {what} "
-                            f"score, they overlap; leave stream out{other}")
+                            f"score, they overlap; leave stream out{too}")
 
     def facts(self, mcfg):
         """Return the settings of a model that the dataset knows."""
         think, eot, space = mcfg.think_token, mcfg.eot, mcfg.space
-        if think < 0:
-            think = self.meta.get("think_token", -1)
+        think = self.meta.get("think_token", -1) if think < 0 else think
         if mcfg.n_think and not 0 <= think < self.n_vocab:
-            raise UserError(f"n_think needs a dataset with a think token, such as python prepare.py "
-                            f"chain makes, or one of the dataset's {self.n_vocab} ids as "
-                            f"--think_token, not {think}")
+            raise UserError(f"n_think needs a dataset with a think token, such as python "
+                            f"prepare.py chain makes, or one of the dataset's {self.n_vocab} ids "
+                            f"as --think_token, not {think}")
         begins_again = set("RGM(") & set(mcfg.layers)  # with a document
         if eot < 0 and begins_again and self.eot is not None:
             eot = self.eot
@@ -345,10 +343,10 @@ class Data:
         scored; history (B, H), -1 where missing: before the split's start, before an end of text,
         and older than `keep` (B,) tokens."""
         start = np.maximum(last - self.T, 0)
-        place = start[:, None] + np.arange(-self.H, self.T + 1)
-        inside, clipped = (place >= 0) & (place < self.n), place.clip(0, self.n - 1)
+        pos = start[:, None] + np.arange(-self.H, self.T + 1)
+        inside, clipped = (pos >= 0) & (pos < self.n), pos.clip(0, self.n - 1)
         tok = np.where(inside, self.tokens[clipped].astype(np.int64), -1)
-        scored = inside & (place >= first[:, None]) & (place <= last[:, None])
+        scored = inside & (pos >= first[:, None]) & (pos <= last[:, None])
         if self.mask is not None:
             scored &= self.mask[clipped] > 0
         if self.docs:  # an answer is asked only where its whole document is in the row
@@ -808,13 +806,15 @@ class Distillation(torch.nn.Module):
 
         p = logits.log_softmax(-1)
         losses = {"teacher": mean((p.exp() * (p - out.logits.log_softmax(-1))).sum(-1))}
-        text_weight = cfg.ce_weight or float(cfg.head == "nearest")  # of the text, without a teacher
-        loss = out.loss - (1 - tcfg.distill_ce) * text_weight * out.losses["ce"]
+        # the text counts distill_ce times what it does without a teacher
+        ce_weight = cfg.ce_weight or float(cfg.head == "nearest")
+        loss = out.loss - (1 - tcfg.distill_ce) * ce_weight * out.losses["ce"]
         loss = loss + tcfg.distill * losses["teacher"]
         if tcfg.distill_match and wanted:
-            far = [(given[i].float() - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-8)
-                   for i, t in wanted.items()]
-            losses["match"] = mean(sum(far)) / len(far)
+            pairs = [(given[i].float(), t.float()) for i, t in wanted.items()]
+            far = sum((y - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-8)
+                      for y, t in pairs)
+            losses["match"] = mean(far) / len(pairs)
             loss = loss + tcfg.distill_match * losses["match"]
         out.loss, out.losses = loss, {**out.losses, **losses}
         return out
@@ -917,7 +917,7 @@ class Runner:
         with torch.no_grad():
             history = h[:, h.size(1) - H:] if H else None
             logits = self.teacher(x, history=history, fed=outputs).logits
-        return logits, {i: outputs[t].float() for t, i in self.replaced.items()}
+        return logits, {i: outputs[t] for t, i in self.replaced.items()}
 
     def draw(self, step):
         """Return what the model draws for a whole step, on the device; None where it draws
@@ -927,7 +927,8 @@ class Runner:
 
     def with_memory(self, forward, memory, begins, *inputs, **more):
         """Return forward's Output with what blocks M find in memory, {block: Memory}, and write
-        there what they then write. Memory ends in rows that begin another text (begins, (rows,))."""
+        there what they then write. Memory ends in rows that begin another text (begins,
+        (rows,))."""
         if not memory:
             return forward(*inputs, **more)
         for m in memory.values() if begins is not None else ():
@@ -1125,12 +1126,12 @@ def differences(saved, now, names=None):
 
 
 def check_resumed(saved, path, tcfg, mcfg, data, say):
-    """Raise UserError where a checkpoint is of another run than the settings and data say; say which
-    settings the run goes on with that it did not have."""
-    defaults = lambda cfg: {f.name: f.default for f in dataclasses.fields(cfg)}
-    now, fixed = dataclasses.asdict(tcfg), ("optimizer", "stream")
-    before = {k: saved["train_config"].get(k, v) for k, v in defaults(tcfg).items()}
-    wrong = (differences({**defaults(mcfg), **saved["model_config"]}, settings(mcfg))
+    """Raise UserError where a checkpoint is of another run than the settings and data say; say
+    which settings the run goes on with that it did not have."""
+    now, fixed, model = vars(tcfg), ("optimizer", "stream"), settings(mcfg)
+    before = {k: saved["train_config"].get(k, getattr(TrainConfig, k)) for k in now}
+    defaults = {k: getattr(GPTConfig, k) for k in model}  # (a setting may be newer than the run)
+    wrong = (differences({**defaults, **saved["model_config"]}, model)
              + differences(saved["data"], data) + differences(before, now, fixed))
     if wrong:
         names = {line.partition(":")[0] for line in wrong}
@@ -1187,16 +1188,14 @@ def restore_optimizer(optimizer, saved, step):
 def restore_memory(run, saved):
     """Give the memories of a Runner its rows of what a checkpoint has of all. Return False where
     there are more rows or fewer; raise ValueError where it does not fit."""
-    parts = {i: dict(enumerate((m.keys, m.values, m.usage))) for i, m in run.memory.items()}
-    n_rows = max((len(t) for tensors in saved.values() for t in tensors), default=0)
-    like = {i: {k: torch.empty(n_rows, *t.shape[1:], dtype=t.dtype, device="meta")
-                for k, t in tensors.items()} for i, tensors in parts.items()}
-    found = checked({i: dict(enumerate(tensors)) for i, tensors in saved.items()}, like)
-    if n_rows != run.n_rows:
+    n_rows = {len(t) for tensors in saved.values() for t in tensors}
+    if len(n_rows) == 1 and n_rows != {run.n_rows}:
         return False
-    for i, tensors in parts.items():
+    own = {i: dict(enumerate((m.keys, m.values, m.usage))) for i, m in run.memory.items()}
+    rows = {i: {k: t[run.slice] for k, t in enumerate(tensors)} for i, tensors in saved.items()}
+    for i, tensors in checked(rows, own).items():
         for k, t in tensors.items():
-            t.copy_(found[i][k][run.slice])
+            own[i][k].copy_(t)
     return True
 
 
@@ -1488,10 +1487,11 @@ class Training:
                 path, saved_val_loss = files.best, files.best_val_loss
                 if saved_val_loss is None:
                     saved_val_loss = p.best_val_loss
-        return {"val_loss": val_loss, "best_val_loss": p.best_val_loss, "step": p.step,
-                "curve": curve, "step_seconds": p.step_seconds, "stopped": stopped, "path": path,
-                "saved_val_loss": saved_val_loss, "compile_seconds": self.compile_seconds,
-                "params": self.run.model.num_params(), "seconds": time.perf_counter() - self.started}
+        return dict(val_loss=val_loss, best_val_loss=p.best_val_loss, step=p.step, curve=curve,
+                    step_seconds=p.step_seconds, stopped=stopped, path=path,
+                    saved_val_loss=saved_val_loss, compile_seconds=self.compile_seconds,
+                    params=self.run.model.num_params(),
+                    seconds=time.perf_counter() - self.started)
 
 
 def train(mcfg, tcfg, say=print):
