@@ -1011,20 +1011,17 @@ class Runner:
         """Return how featural memories are used over some batches of a split, the mean of their
         tables: {"slots_used": share of slots that some query found, "slot_entropy": entropy of the
         weights that slots are found with, as a share of log n_mem}; {} without memories."""
-        tables, hooks = {}, []
+        memories = [m for m in self.model.modules() if isinstance(m, FeaturalMemory)]
+        if not memories:
+            return {}
+        weights = torch.zeros(len(memories), self.mcfg.n_mem, device=self.place.device)
 
         def count(memory, args):
             slots, score = memory.find(args[0])
-            # by the values, so that memories that share them count as one
-            table = tables.setdefault(id(memory.values), torch.zeros(
-                self.mcfg.n_mem, device=score.device))
-            table.index_add_(0, slots.flatten(), score.float().softmax(-1).flatten())
+            share = score.float().softmax(-1).flatten()
+            weights[memories.index(memory)].index_add_(0, slots.flatten(), share)
 
-        for m in self.model.modules():
-            if isinstance(m, FeaturalMemory):
-                hooks.append(m.register_forward_pre_hook(count))
-        if not hooks:
-            return {}
+        hooks = [m.register_forward_pre_hook(count) for m in memories]
         self.model.eval()
         try:
             some = data.eval_batches(self.place, self.micro, self.n_rows)
@@ -1036,7 +1033,6 @@ class Runner:
             self.model.train()
             for hook in hooks:
                 hook.remove()
-        weights = torch.stack(list(tables.values()))
         share = weights / weights.sum(1, keepdim=True)
         entropy = torch.special.entr(share).sum(1).mean().item()
         return {"slots_used": (weights > 0).float().mean().item(),
