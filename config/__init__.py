@@ -1,8 +1,10 @@
-"""Reads presets and --key=value, types them by dataclass, builds --help, and turns a wrong word into one sentence.
+"""Reads presets and --key=value, types them by dataclass, builds --help, and turns a wrong word
+into one sentence.
 
 A preset is a file of assignments whose values are literals or arithmetic on numbers. It is read
 with `ast` and never executed. A setting is a field of a dataclass; its one-line meaning is the
-comment behind the field, and nowhere else.
+comment behind the field, and nowhere else; a comment above a field is the heading of those that
+follow.
 """
 import ast
 import contextlib
@@ -10,28 +12,35 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import glob
 import inspect
 import math
 import operator
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import types
 import typing
 import warnings
 
-# torch reads this once, when it is first imported: large blocks on 2 MB pages (a fifth off a step of 10M parameters)
+# torch reads this once, when it is first imported: large blocks on 2 MB pages (a fifth off a step
+# of 10M parameters)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-# and glibc is to keep what a step frees for the next step; it would give it back to the system, which hands it out again page
-# by page, each filled with zeros (a fifth off a step of 4 layers, 128 wide). Other C libraries have no mallopt
+# and glibc is to keep what a step frees for the next step; it would give it back to the system,
+# which hands it out again page by page, each filled with zeros (a fifth off a step of 4 layers, 128
+# wide). Other C libraries have no mallopt
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 with contextlib.suppress(AttributeError, OSError, TypeError):
-    for option, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-3, 2 ** 30)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+    for option, value in ((M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_TOP_PAD, 2 ** 26),
+                          (M_MMAP_THRESHOLD, 2 ** 30)):
         ctypes.CDLL(None).mallopt(option, value)
 
 # Ctrl-C while torch is imported ends our programs silently; `run` brings Python's handler back
@@ -43,7 +52,8 @@ if (os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "") in
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message is one sentence: what, and what to do. Ends a run with exit code 2."""
+    """Something the user gave is wrong. The message is one sentence: what, and what to do. Ends a
+    run with exit code 2."""
     everywhere = True  # whether all processes of a run meet it, so that one may speak for all
 
 
@@ -56,8 +66,9 @@ def visible(text):
 
 warnings.filterwarnings("ignore", module="<unknown>")  # what Python says of a text that `ast` reads
 
-OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-       ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos}
+OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+       ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+       ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
 def evaluate(node, depth=0):
@@ -67,7 +78,7 @@ def evaluate(node, depth=0):
     if depth > 50:
         raise ValueError("what is nested so deeply")
     value = Ellipsis
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool, type(None))):
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float, str, bool, type(None)):
         value = node.value
     elif isinstance(node, (ast.Tuple, ast.List)):
         value = tuple(evaluate(e, depth + 1) for e in node.elts)
@@ -78,14 +89,15 @@ def evaluate(node, depth=0):
             value = OPS[type(node.op)](*numbers)
     if value is Ellipsis:
         raise ValueError(ast.unparse(node))
-    if type(value) is int and not -2 ** 63 <= value < 2 ** 63\
-            or type(value) is float and not math.isfinite(value):
+    if (type(value) is int and not -2 ** 63 <= value < 2 ** 63
+            or type(value) is float and not math.isfinite(value)):
         raise OverflowError("a number that 64 bits do not hold")
     return value
 
 
 def read_preset(path):
-    """A preset file as {name: value}; UserError names the line that is not an assignment of a literal."""
+    """Return a preset file as {name: value}; UserError names the line that is not an assignment of
+    a literal."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"preset {path} is not a file; presets are the .py files in config/")
@@ -106,77 +118,97 @@ def read_preset(path):
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise UserError(f"preset {path}, line {node.lineno}: only assignments such as n_layer = 6 are read, "
-                            f"code in a preset is never run")
+        line, targets = f"preset {path}, line {node.lineno}", getattr(node, "targets", ())
+        if not (isinstance(node, ast.Assign) and len(targets) == 1
+                and isinstance(targets[0], ast.Name)):
+            raise UserError(f"{line}: only assignments such as n_layer = 6 are read, code in a "
+                            f"preset is never run")
         try:
-            out[node.targets[0].id] = evaluate(node.value)
+            out[targets[0].id] = evaluate(node.value)
         except (ValueError, ArithmeticError, RecursionError) as e:
-            raise UserError(f"preset {path}, line {node.lineno}: {node.targets[0].id} must be a literal or arithmetic "
-                            f"on numbers, not {str(e)[:80]}") from None
+            raise UserError(f"{line}: {targets[0].id} must be a literal or arithmetic on numbers, "
+                            f"not {str(e)[:80]}") from None
     return out
 
 
 @functools.lru_cache
-def meanings(cls):
-    """{field: the comment behind it} of a dataclass, read from its source."""
-    return dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+def described(cls):
+    """Return {heading: {field: meaning}} of a dataclass, read from its source: a meaning is the
+    comment behind a field, a heading a comment of its own above the fields that it heads."""
+    heading, out = cls.__name__.removesuffix("Config"), {}
+    pattern = r"^    (?:# (.*)|(\w+): [^#\n]*(?:# *(.*))?)$"
+    for title, field, meaning in re.findall(pattern, inspect.getsource(cls), re.M):
+        heading = title or heading
+        if field:
+            out.setdefault(heading, {})[field] = meaning
+    return out
 
 
 def coerce(key, value, kind):
-    """`value` as the type `kind` of the setting `key`; a string from the command line is parsed, an int may stand for a
-    float and a single string for a tuple of strings. UserError says what was expected."""
+    """Return `value` as the type `kind` of the setting `key`; a string from the command line is
+    parsed, an int may stand for a float and a single value for a tuple. UserError says what was
+    expected."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    items = [typing.get_args(k)[:1] for k in kinds]  # of tuple[int, ...]: (int,)
     given = value
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and (len(text) > 10_000 or "\0" in text):
             raise UserError(f"{key} takes at most 10,000 characters and no zero byte; a longer "
                             f"text goes into a file")
-    if isinstance(value, str) and str not in kinds and not any(typing.get_args(k)[:1] == (str,) for k in kinds):
+    if isinstance(value, str) and str not in kinds and (str,) not in items:
         try:
             value = evaluate(ast.parse(value.strip(), mode="eval").body)
         except OverflowError as e:
             raise UserError(f"{key} was given {e} ({value[:40]}); give a smaller one") from None
         except (ValueError, SyntaxError, ArithmeticError, MemoryError, RecursionError):
             value = {"true": True, "false": False}.get(value.lower(), value)
-    for k in kinds:
-        item = typing.get_args(k)[:1]
-        if item:  # tuple[int, ...] or tuple[str, ...]
-            value_t = value if isinstance(value, tuple) else (value,)
+    for k, item in zip(kinds, items):
+        if item:
+            values = value if isinstance(value, tuple) else (value,)
             if item == (float,):
-                value_t = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value_t)
-            if all(isinstance(v, item) and not isinstance(v, bool) for v in value_t):
-                return value_t
-        elif k is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+                values = tuple(float(v) if type(v) is int else v for v in values)
+            if all(type(v) in item for v in values):
+                return values
+        elif k is float and type(value) in (int, float):
             return float(value)
-        elif isinstance(value, k) and (k is bool or not isinstance(value, bool)):
+        elif type(value) is k:
             return value
-    names = " or ".join(getattr(k, "__name__", str(k)) if not typing.get_args(k) else str(k) for k in kinds)
+    names = " or ".join(str(k) if item else k.__name__ for k, item in zip(kinds, items))
     raise UserError(f"{key} takes {names}, not {given!r:.80}")
 
 
-ALIASES = {  # what other programs call a setting: what it is called here
+SAME = {"lr": "learning_rate", "num_samples": "n", "start": "prompt"}  # other names, understood
+
+LIKE = {  # what other programs call something like a setting
     "accum": "gradient_accumulation_steps", "bs": "batch_size", "checkpoint": "out_dir",
     "ckpt": "out_dir", "context_length": "block_size", "d_model": "n_embd", "depth": "n_layer",
     "dim": "n_embd", "file": "input", "heads": "n_head", "hidden_size": "n_embd",
-    "iters": "max_iters", "lr": "learning_rate", "max_length": "max_new_tokens",
-    "max_steps": "max_iters", "max_tokens": "max_new_tokens", "num_heads": "n_head",
-    "num_layers": "n_layer", "num_samples": "n", "out": "out_dir", "resume": "init_from",
-    "seq_len": "block_size", "start": "prompt", "steps": "max_iters", "temp": "temperature",
-    "wd": "weight_decay"}
+    "iters": "max_iters", "max_length": "max_new_tokens", "max_steps": "max_iters",
+    "max_tokens": "max_new_tokens", "num_heads": "n_head", "num_layers": "n_layer",
+    "out": "out_dir", "resume": "init_from", "seq_len": "block_size", "steps": "max_iters",
+    "temp": "temperature", "wd": "weight_decay"}
+
+ELSEWISE = {  # nanoGPT's settings that are something else here: (a setting here, what to say)
+    "eval_iters": ("eval_tokens", "a validation reads the whole split, or eval_tokens of it"),
+    "backend": ("device", "it follows from device: nccl for GPUs, gloo for CPUs"),
+    "init_from": ("prompt", "the checkpoint to sample from is out_dir")}
 
 
 def nearest(word, words):
-    known = ALIASES.get(word.lower())
+    """Return what to say of a word that is none of `words`."""
+    here, text = ELSEWISE.get(word, ("", ""))
+    if here in words:
+        return f"; {text}"
+    known = LIKE.get(word.lower())
     close = [known] if known in words else difflib.get_close_matches(word, list(words), 1, 0.5)
     return f"; did you mean {close[0]}?" if close else "; --help lists them all"
 
 
-def stray(arg, words, types_):
+def stray(arg, words, kinds):
     """Return what to say of a word that is neither a setting nor one of `words`."""
     there = os.path.exists(arg)
     text = next((f"--{k}={'FILE:' * (k == 'prompt' and there)}{arg}" for k in ("input", "prompt")
-                 if k in types_), "")
+                 if k in kinds), "")
     if not words:
         return (f"{arg} is neither a preset (a file that ends in .py, such as "
                 f"config/shakespeare.py) nor a setting (such as --seed=1)")
@@ -186,67 +218,140 @@ def stray(arg, words, types_):
     return f"{arg} is none of {', '.join(words)}{like}"
 
 
+# What a beginner sets, shown first.
+BASIC = ("dataset input name tokenizer out_dir init_from n_layer n_embd block_size batch_size "
+         "max_iters learning_rate prompt n max_new_tokens temperature top_k interactive trace "
+         "device").split()
+
+
+def presets():
+    """Yield (path, first line of its docstring, names of its settings) of each preset here."""
+    for path in sorted(glob.glob(os.path.join(os.path.dirname(__file__), "[!_]*.py"))):
+        with open(path, encoding="utf-8") as f:
+            doc = ast.get_docstring(ast.parse(f.read())) or ""
+        yield os.path.relpath(path), doc.partition("\n")[0], read_preset(path).keys()
+
+
+def letters(cls):
+    """Return [(letter, meaning)] of what may stand in `layers`, from the docstring of cls's module."""
+    doc = sys.modules[cls.__module__].__doc__ or ""
+    return re.findall(r"^    (\( \)|\S) +(\S.*)$", doc, re.M)
+
+
 def show_help(doc, classes):
-    print(inspect.cleandoc(doc or "") + "\n\nSettings, as --key=value or as lines of a preset file:")
+    """Print what a program does and its settings, under headings, as wide as the terminal."""
+    width, fields = shutil.get_terminal_size((100, 24)).columns, {}
+
+    def show(text):
+        column = re.match(r" *\S.*?   +| *", text).end()  # of what is wrapped
+        indent = " " * min(column, width * 2 // 3)
+        print("\n".join(textwrap.wrap(text, width, subsequent_indent=indent)))
+
+    def show_table(heading, rows):
+        if rows:
+            print(f"\n{heading}:")
+        for left, right in rows:
+            show(f"  {left:<24}   {right}")
+
+    for line in inspect.cleandoc(doc or "").splitlines():
+        show(line)
+    print("\nSettings are given as --key=value or --key value, or as lines of a preset file.")
+    sections = {"the first to know": []}
     for cls in classes:
-        print(f"\n{cls.__name__}")
-        for f in dataclasses.fields(cls):
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            print(f"  --{f.name}={default!r:<12} {meanings(cls).get(f.name, '')}")
+        options = getattr(sys.modules[cls.__module__], "CHOICES", {})
+        for heading, meanings in described(cls).items():
+            for name, meaning in meanings.items():
+                if any(str(option) not in meaning for option in options.get(name, ())):
+                    meaning += f" ({' | '.join(map(str, options[name]))})"
+                title = "the first to know" if name in BASIC else heading
+                sections.setdefault(title, []).append(
+                    (f"--{name}={getattr(cls, name)!r}", meaning))
+                fields[name] = cls
+    first = lambda row: BASIC.index(row[0][2:].partition("=")[0])
+    sections["the first to know"].sort(key=first)
+    for heading, rows in sections.items():
+        show_table(heading, rows)
+    if "layers" in fields:
+        show_table("letters of layers", letters(fields["layers"]))
+    show_table("presets", [row[:2] for row in presets() if row[2] <= fields.keys()])
+
+
+class Given(dict):
+    """Settings {field: value} that were given; named: those of the command line."""
+    named = frozenset()
 
 
 def parse(argv, *classes, doc="", words=(), free=()):
-    """Settings from the command line: `[WORD ...] [PRESET.py ...] [--key=value ...]`: a later preset
-    overrides an earlier one, a --key=value overrides every preset.
-    Returns one {field: value} for each dataclass in `classes`, holding only what was given, and then the list of
-    `words` that stood there (names of datasets, claims or commands). Behind a word that is in `free` too all others are taken as they
-    stand (names of files, a text). A setting that two classes share goes to both. A tuple of
-    strings gathers each time it is given. UserError names what is wrong; --help prints and exits."""
-    types_ = {f.name: typing.get_type_hints(c)[f.name] for c in classes for f in dataclasses.fields(c)}
-    given, override, found = {}, {}, []
-    for arg in argv:
+    """Return the settings of a command line `[WORD ...] [PRESET.py ...] [--key=value ...]`, where
+    `--key value` is as good, and `--key` for a boolean. A later preset overrides an earlier one, a
+    setting of the command line every preset; of a tuple of strings all are gathered.
+
+    The result has a Given for each dataclass in `classes` (a setting that two share goes to both),
+    and then the list of `words` that stood there (names of datasets, claims or commands). Behind a
+    word that is in `free` too all others are taken as they stand (names of files, a text).
+    UserError names what is wrong; --help prints and exits."""
+    kinds = {}
+    for cls in classes:
+        kinds.update(typing.get_type_hints(cls))
+    given, override, found, rest = {}, {}, [], list(argv)
+
+    def known(key, where, as_given=""):
+        name = SAME.get(key) if key not in kinds and SAME.get(key) in kinds else key
+        if name not in kinds:
+            raise UserError(f"{name or as_given} (in {where}) is not a setting"
+                            f"{nearest(name, kinds)}")
+        return name
+
+    while rest:
+        arg = rest.pop(0)
         if arg in ("--help", "-h"):
             show_help(doc, classes)
             sys.exit(0)
-        if not arg.startswith("-") or arg == "-":
-            if found and found[0] in free:
-                found.append(arg)
-                continue
-            if arg.endswith(".py"):
-                preset = read_preset(arg)
-                given, pairs = over(given, preset), [(k, v, arg) for k, v in preset.items()]
-            elif words is None or arg in words:
-                found.append(arg)
-                continue
-            else:
-                raise UserError(stray(arg, words, types_))
+        if arg.startswith("-") and arg != "-":
+            key, equals, value = arg.lstrip("-").partition("=")
+            name = known(key.replace("-", "_"), "the command line", arg)
+            if not equals:
+                value = value_behind(name, kinds[name], rest)
+            value = coerce(name, value, kinds[name])
+            gathered = override.get(name, ()) if kinds[name] == tuple[str, ...] else None
+            override[name] = value if gathered is None else gathered + value
+        elif found and found[0] in free:
+            found.append(arg)
+        elif arg.endswith(".py"):
+            preset = {}
+            for key, value in read_preset(arg).items():
+                name = known(key, arg)
+                preset[name] = coerce(name, value, kinds[name])
+            given = over(given, preset)
+        elif words is None or arg in words:
+            found.append(arg)
         else:
-            key, eq, value = arg.lstrip("-").partition("=")
-            key = key.replace("-", "_")
-            if not eq and types_.get(key, bool) is not bool:
-                raise UserError(f"--{key} needs a value, as --{key}=VALUE")
-            pairs = [(key, value if eq else True, "the command line")]
-        for key, value, where in pairs:
-            if key not in types_:
-                raise UserError(f"{key or arg} (in {where}) is not a setting{nearest(key, types_)}")
-            value = coerce(key, value, types_[key])
-            if not arg.startswith("-"):
-                given[key] = value
-            elif types_[key] == tuple[str, ...]:
-                override[key] = override.get(key, ()) + value
-            else:
-                override[key] = value
-    given = over(given, override)
-    return [{f.name: given[f.name] for f in dataclasses.fields(c) if f.name in given} for c in classes] + [found]
+            raise UserError(stray(arg, words, kinds))
+    given, parsed = over(given, override), []
+    for cls in classes:
+        names = [f.name for f in dataclasses.fields(cls)]
+        parsed.append(Given({name: given[name] for name in names if name in given}))
+        parsed[-1].named = override.keys() & names
+    return [*parsed, found]
+
+
+def value_behind(name, kind, rest):
+    """Return the value of a setting that has none behind a =: the next argument, taken out of
+    `rest`; a boolean needs none."""
+    if kind is bool:
+        return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else True
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"--{name} needs a value, as --{name}=VALUE")
+    return rest.pop(0)
 
 
 EITHER = {"layers", "n_layer"}  # settings that say the same in two ways
 
 
 def over(old, new):
-    """Return the settings {name: value} of new over those of old; of EITHER, what new says alone."""
-    said = EITHER & new.keys()
-    return {**{k: v for k, v in old.items() if not (said and k in EITHER)}, **new}
+    """Return the settings {name: value} of new over those of old; of EITHER, only what new has."""
+    left_out = EITHER if EITHER & new.keys() else ()
+    return {**{k: v for k, v in old.items() if k not in left_out}, **new}
 
 
 def summary(error):
@@ -255,18 +360,45 @@ def summary(error):
 
 
 def build(cls, **values):
-    """cls(**values), with the ValueError of an impossible combination as a UserError."""
+    """Return cls(**values); the ValueError of an impossible combination becomes a UserError."""
     try:
         return cls(**values)
     except ValueError as e:
         raise UserError(str(e)) from None
 
 
+def check(cfg, choices, ranges):
+    """Raise ValueError unless settings of cfg are one of their choices {name: values} and within
+    their ranges {name: (lowest, highest)}."""
+    for name, options in choices.items():
+        if getattr(cfg, name) not in options:
+            raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(cfg, name)!r}")
+    for name, (low, high) in ranges.items():
+        within(cfg, low, high, name)
+
+
+def idle(cfg, *mechanisms):
+    """Yield (name, what it needs) of each setting of cfg that was changed and has nothing to work
+    on. mechanisms: (whether it is there, what it is, names of its settings)."""
+    for there, needs, names in mechanisms:
+        for name in names.split():
+            if not there and getattr(cfg, name) != getattr(type(cfg), name):
+                yield name, needs
+
+
+def refuse_idle(named, *pairs):
+    """Raise UserError for what `idle` yields, if it is one of the names given."""
+    for name, needs in pairs:
+        if name in named:
+            raise UserError(f"{name} has nothing to work on; it needs {needs}")
+
+
 def within(cfg, low=None, high=None, *names):
-    """ValueError unless each named setting of cfg lies in [low, high]; None: no bound."""
+    """Raise ValueError unless each named setting of cfg lies in [low, high]; None: no bound."""
     for name in names:
         value = getattr(cfg, name)
-        if not ((low is None or value >= low) and (high is None or value <= high)):  # not: NaN is outside too
+        # (NaN is outside too)
+        if not ((low is None or value >= low) and (high is None or value <= high)):
             raise ValueError(f"{name} must be at least {low}, not {value}" if high is None else
                              f"{name} must lie between {low} and {high}, not {value}")
 
@@ -289,13 +421,15 @@ def compiles(cxx):
 
 
 def compiler_missing(device):
-    """What torch.compile needs on this device ("cpu" or "cuda") and does not find; "" where nothing is missing."""
+    """Return what torch.compile needs on this device ("cpu" or "cuda") and does not find, "" where
+    nothing is missing."""
     if device == "cuda":
         from torch.utils._triton import has_triton
         return "" if has_triton() else "Triton for this GPU"
     usual, package = {
         "darwin": ("clang++", "the Xcode tools: xcode-select --install"),
-        "win32": ("cl", "Visual Studio's build tools")}.get(sys.platform, ("g++", "the package g++"))
+        "win32": ("cl", "Visual Studio's build tools"),
+    }.get(sys.platform, ("g++", "the package g++"))
     cxx = os.environ.get("CXX", usual)  # as torch looks for it
     if not compiles(cxx):
         return f"a C++ compiler that works (not {cxx}; install {package})"
@@ -308,6 +442,12 @@ def out_of_memory(error):
     """Whether an exception says that memory, of the machine or of a GPU, was not enough."""
     return isinstance(error, MemoryError) or re.search(
         "not enough memory|out of memory|allocate memory|ALLOC_FAILED", str(error)) is not None
+
+
+def failure(error):
+    """Return what to say of an OSError."""
+    return (f"{error.filename or 'a file or the output'} failed ({error.strerror or error}); see "
+            f"to it and try again")
 
 
 def run(main):
@@ -336,8 +476,7 @@ def run(main):
     except KeyboardInterrupt:
         code = 130
     except OSError as e:
-        code, why = 2, (f"{e.filename or 'a file or the output'} failed ({e.strerror or e}); see "
-                        f"to it and try again")
+        code, why = 2, failure(e)
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise

@@ -1,4 +1,5 @@
-"""Following 2 to 4 pointers with as many soft steps of thought before the answer. python prepare.py chain makes the data."""
+"""Following 2 to 4 pointers with as many soft steps of thought before the answer.
+python prepare.py chain makes the data."""
 out_dir = "out/chain"
 dataset = "chain"
 n_layer = 2

@@ -1,4 +1,5 @@
-"""A window of 16 with a history of 256 on the cipher task: what slots are for. python prepare.py cipher makes the data."""
+"""A window of 16 with a history of 256 on the cipher task: what slots are for.
+python prepare.py cipher makes the data."""
 out_dir = "out/cipher"
 dataset = "cipher"
 n_layer = 4

@@ -1,6 +1,7 @@
-"""A student that starts as its teacher's clone, with featural memories in place of feed-forward layers, and learns to say what the
-teacher says (--distill_match=1: and to give, layer by layer, what those gave). The teacher is the main job's model, or any other on
-the same dataset as --teacher=PATH:
+"""A student with featural memories in place of its teacher's feed-forward layers.
+It starts as the teacher's clone and learns to say what the teacher says (--distill_match=1: and to
+give, layer by layer, what those gave). The teacher is the main job's model, or any other on the
+same dataset as --teacher=PATH:
 
     python train.py config/softar_shakespeare.py
     python train.py config/distill_memory.py

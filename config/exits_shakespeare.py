@@ -1,5 +1,6 @@
-"""Six blocks with exits after the second, third and fourth: tokens leave early where an exit is sure (sample.py --exit), and the first
-blocks can draft for the rest (sample.py --speculate). About ten minutes on two CPU cores."""
+"""Six blocks with exits after the second, third and fourth.
+Tokens leave early where an exit is sure (sample.py --exit), and the first blocks can draft for the
+rest (sample.py --speculate). About ten minutes on two CPU cores."""
 out_dir = "out/exits_shakespeare"
 layers = "AA.A.A.AA"
 n_head = 8

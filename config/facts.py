@@ -1,5 +1,6 @@
-"""Facts that are told once and asked later, far outside the window, kept by an associative memory. python prepare.py facts makes the
-data; about half an hour on two cores. Then read facts of your own into it: python sample.py learn --help."""
+"""Facts that are told once and asked later, far outside the window, by an associative memory.
+python prepare.py facts makes the data; about half an hour on two cores. Then read facts of your own
+into it: python sample.py learn --help."""
 out_dir = "out/facts"
 dataset = "facts"
 layers = "AAAM"

@@ -1,5 +1,6 @@
-"""A formal language by attention: trained on lengths to 40, scored to 500. python prepare.py parity makes
-the data, and --dataset=even_pairs, cycle_navigation or modular_arithmetic takes another (made likewise)."""
+"""A formal language by attention: trained on lengths to 40, scored to 500.
+python prepare.py parity makes the data, and --dataset=even_pairs, cycle_navigation or
+modular_arithmetic takes another (made likewise)."""
 out_dir = "out/formal_a"
 dataset = "parity"
 layers = "AA"

@@ -1,5 +1,7 @@
-"""A formal language by recurrences with gates from -1 to 1: trained on lengths to 40, scored to 500. python prepare.py parity makes
-the data, and --dataset=even_pairs, cycle_navigation or modular_arithmetic takes another (made likewise)."""
+"""A formal language by recurrences with gates from -1 to 1.
+Trained on lengths to 40, scored to 500.
+python prepare.py parity makes the data, and --dataset=even_pairs, cycle_navigation or
+modular_arithmetic takes another (made likewise)."""
 out_dir = "out/formal_r"
 dataset = "parity"
 layers = "RR"

@@ -1,4 +1,5 @@
-"""nanoGPT's character-level Shakespeare on a CPU, as its README gives it: the baseline that small runs are held against."""
+"""nanoGPT's character-level Shakespeare on a CPU, as its README gives it.
+The baseline that small runs are held against."""
 out_dir = "out/nanogpt_cpu"
 block_size = 64
 n_layer = 4

@@ -1,5 +1,5 @@
-"""The main job: a GPT whose context is slots (an aggregate, segments, spans) and 256 hard tokens, on Shakespeare, by character.
-Three to five minutes on two cores."""
+"""The main job: a GPT whose context is slots and 256 hard tokens, on Shakespeare, by character.
+The slots are an aggregate, segments and spans. Three to five minutes on two cores."""
 out_dir = "out/softar_shakespeare"
 n_layer = 6
 n_head = 4
