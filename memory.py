@@ -6,7 +6,6 @@ work of `python sample.py memory FILE list|show|forget|prune|stats`.
 """
 import collections
 import contextlib
-import io
 import itertools
 import math
 import os
@@ -16,7 +15,6 @@ import sqlite3
 import sys
 import time
 import urllib.parse
-import zipfile
 import zlib
 
 import config  # before torch: it sets the allocator's switches
@@ -500,20 +498,23 @@ class Store:
             self.put_state({**state, "counts": counts})
         return gone.total()
 
+    def matching(self, text):
+        """Yield each Entry that has this text in its own, and each damaged one."""
+        for some in self.entries():
+            yield from (e for e in some if not self.intact(e) or text in e.text)
+
     def within(self, text):
         """Return the ids of the entries that bring back a piece of this text: one stands on the
         bytes start to stop of its source, of which it keeps the last few, so what comes after
         tells where the text stood."""
-        raw, ends, wrong = text.encode(), collections.defaultdict(set), []
-        for e in itertools.chain.from_iterable(self.entries()):
-            if not self.intact(e):
-                wrong.append(e.id)
-            elif text in e.text:
-                kept = e.text.encode()
-                first = e.stop - len(kept) + len(raw)
-                for match in re.finditer(b"(?=" + re.escape(raw) + b")", kept):  # may overlap
-                    ends[e.source].add(first + match.start())
-        self.refuse(wrong)
+        raw, ends = text.encode(), collections.defaultdict(set)
+        found = list(self.matching(text))
+        self.refuse([e.id for e in found if not self.intact(e)])
+        for e in found:
+            kept = e.text.encode()
+            first = e.stop - len(kept) + len(raw)
+            for match in re.finditer(b"(?=" + re.escape(raw) + b")", kept):  # may overlap
+                ends[e.source].add(first + match.start())
         ids = []
         for source, places in ends.items():
             rows = self.db.execute("SELECT id, start, stop FROM entries WHERE source = ?",
@@ -626,8 +627,8 @@ def open_indexes(store, found):
     """Return Clusters of what absorb found, {block: [one for each head]}: as they lie beside the
     store, as far as they fit the keys. What had to be made is written there."""
     path, saved, new, indexes = f"{store.path}.index", {}, {}, {}
-    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        with np.load(path, allow_pickle=False) as f:
+    with contextlib.suppress(Exception):  # what is damaged, in whatever way, is made anew
+        with np.load(path, allow_pickle=False) as f:  # (which compares the CRC-32 of each array)
             saved = {name: torch.from_numpy(f[name]) for name in f.files}
     for i, heads in found.items():
         for h, (keys, *_) in enumerate(heads):
@@ -638,12 +639,10 @@ def open_indexes(store, found):
             index = Clusters(keys, centroids, lists if check == now else None)
             indexes.setdefault(i, []).append(index)
             new.update(zip(names, (index.centroids, index.lists, now)))
-    if new.keys() != saved.keys() or not all(torch.equal(new[k], saved[k]) for k in new):
-        file = io.BytesIO()
-        np.savez(file, **{name: t.numpy() for name, t in new.items()})
+    if any(new[name] is not saved.get(name) for name in new if not name.endswith("keys")):
         try:
             with prepare.replacing(path) as f:
-                f.write(file.getbuffer())
+                np.savez(f, **{name: t.numpy() for name, t in new.items()})
         except UserError as e:
             print(config.visible(f"[index not kept: {e}]"), file=sys.stderr)
     return indexes
@@ -722,8 +721,7 @@ class Neighbours:
             return logits, found
         weights = (-d2 / self.temp).softmax(1)
         p = torch.zeros_like(logits).scatter_add(1, self.tokens[rows], weights)
-        ours = logits + math.log(1 - self.lam) if self.lam < 1 else \
-            torch.full_like(logits, -math.inf)
+        ours = logits + (math.log(1 - self.lam) if self.lam < 1 else -math.inf)
         theirs = p.log() + math.log(self.lam) + logits.logsumexp(-1, keepdim=True)
         return torch.logaddexp(ours, theirs), found
 
@@ -813,9 +811,7 @@ def entry_line(store, e, width=70):
 
 def list_entries(store, words, limit):
     """Print the first entries, or the first that have a text in them; damaged ones always."""
-    text = " ".join(words)
-    found = (e for e in itertools.chain.from_iterable(store.entries())
-             if not store.intact(e) or text in e.text)
+    found = store.matching(" ".join(words))
     print(f"{'id':>9}  {'layer':>5} {'head':>4} {'uses':>6}  {'last used':16}  text")
     for e in itertools.islice(found, limit or None):
         print(entry_line(store, e))

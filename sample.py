@@ -102,11 +102,9 @@ class SampleConfig:
     def __post_init__(self):
         if self.stop == prepare.END:
             self.stop, self.stop_at_end = "", True
-        for low, high, names in BOUNDS:
-            config.within(self, low, high, *names.split())
-        for name, off, low, high in BOUNDS_OR_OFF:
-            if getattr(self, name) != off:
-                config.within(self, low, high, name)
+        for low, high, names, *off in BOUNDS:
+            names = [name for name in names.split() if getattr(self, name) not in off]
+            config.within(self, low, high, *names)
         for name, words in CHOICES.items():
             value = getattr(self, name)
             if not re.fullmatch("|".join(words).replace("N", "[1-9][0-9]{0,17}"), value):
@@ -127,7 +125,7 @@ class SampleConfig:
                     raise ValueError(f"{name} {why}")
 
 
-BOUNDS = (
+BOUNDS = (  # of settings, and the value besides that switches one off
     (1, 10_000, "n"),
     (0, 10_000, "beams best_of speculate draft_exit n_think"),
     (1, 2 ** 31, "knn_k"),
@@ -135,19 +133,15 @@ BOUNDS = (
     (-1, 2 ** 62, "collapse_back"),
     (0, 2 ** 63 - 1, "seed"),
     (0, 1, "top_p min_p alpha knn_lambda"),
+    (0, 1, "exit_threshold", -1),
     (0, 1000, "beta exit_decay"),
+    (0, 1000, "collapse_threshold", -1),
+    (1e-3, 1000, "temperature gumbel", 0),
     (1e-6, 1e9, "knn_temp"),
     (0.01, 100, "repetition_penalty"),
 )
-BOUNDS_OR_OFF = (  # name, the value that switches it off, bounds of the others
-    ("temperature", 0, 1e-3, 1000),
-    ("gumbel", 0, 1e-3, 1000),
-    ("exit_threshold", -1, 0, 1),
-    ("collapse_threshold", -1, 0, 1000),
-)
-EXIT_KINDS = "softmax", "margin", "cosine", "classifier"
 CHOICES = {
-    "exit": ("", *EXIT_KINDS),
+    "exit": ("", "softmax", "margin", "cosine", "classifier"),
     "collapse_by": ("nearest", "context"),
     "collapse": ("always", "never", "entropy", "distance", "every:N"),
     "dtype": ("float32", "bfloat16"),
@@ -312,19 +306,15 @@ def log_probability(logits, tokens):
 # early exit: how sure an exit is, and how sure is enough
 
 
-def to_logits(model, h):
-    return model.to_logits(h)[0]
-
-
-def margin(model, h):
-    """Return by how much the likeliest token is ahead of the second (B, T)."""
-    return torch.sub(*to_logits(model, h).softmax(-1).topk(2, dim=-1).values.unbind(-1))
+def top_two(model, h):
+    """Return the probabilities of the two likeliest tokens, (B, T) each."""
+    return model.to_logits(h)[0].softmax(-1).topk(2, dim=-1).values.unbind(-1)
 
 
 # of output vectors h (B, T, C) at an exit, and of those at the exit before it: (B, T) in [0, 1]
 CONFIDENCE = {
-    "softmax": lambda model, h, before: to_logits(model, h).softmax(-1).amax(-1),
-    "margin": lambda model, h, before: margin(model, h),
+    "softmax": lambda model, h, before: top_two(model, h)[0],
+    "margin": lambda model, h, before: torch.sub(*top_two(model, h)),
     "cosine": lambda model, h, before:
     F.cosine_similarity(h.float(), before.float(), dim=-1).clamp(0, 1),
     "classifier": lambda model, h, before: model.sure(h).sigmoid(),
@@ -686,18 +676,14 @@ class Decoder:
         new.draft = self.draft and self.draft.select(rows)
         return new
 
-    def plans(self):
-        """Tell whether the model plans chunks of tokens that can be read back: a level that stands
-        first and sums them."""
-        level = self.model.order[0]
-        return isinstance(level, Level) and level.head is not None and level.chunk != "space"
-
     @torch.inference_mode()
     def plan_lines(self, tok):
         """Return for each chunk that row 0's window holds now the tokens whose composition is
         nearest to the concept that is predicted from what stands before it, beside what was
-        written."""
+        written; nothing where no level that stands first plans sums of tokens."""
         level, window = self.model.order[0], self.rows[0][1]
+        if not isinstance(level, Level) or level.head is None or level.chunk == "space":
+            return []
         made = self.model.concepts(torch.tensor([window], device=self.device), self.history([0]))
         made = next(m for m in made if m.level is level)
         table = rms_norm(self.model.wte.weight.float())
@@ -940,8 +926,7 @@ class Speculation(Plain):
 
     def draws(self, logits, seen):
         """Return the probabilities (B, V) of logits (B, V) behind seen (B, V, bool)."""
-        logits = penalize(logits, seen, self.cfg.repetition_penalty)
-        return distribution(logits, self.cfg)
+        return distribution(penalize(logits, seen, self.cfg.repetition_penalty), self.cfg)
 
     def propose(self, tokens, n, seen):
         """Draft n tokens after tokens (B,). Return them (B, n), their distributions n x (B, V),
@@ -975,8 +960,8 @@ class Speculation(Plain):
         """Keep of drafted (B, n), drawn from q (n x (B, V)) behind the tokens first (B,), what the
         model's logits (B, n + 1, V) agree to. Return how many of each row (B,), the token that
         follows those (B,), and the distribution at each place, n + 1 x (B, V)."""
-        n, rows, seen, p = drafted.size(1), torch.arange(len(first)), self.decoder.seen(), []
-        rows = rows.to(first.device)
+        rows = torch.arange(len(first), device=first.device)
+        n, seen, p = drafted.size(1), self.decoder.seen(), []
         kept, follows = torch.zeros_like(first), torch.zeros_like(first)
         agreed = torch.ones_like(first, dtype=torch.bool)
         for i, token in enumerate((first, *drafted.unbind(1))):
@@ -1027,8 +1012,9 @@ class Speculation(Plain):
     def drafted(self, tokens, logits, p, by_draft):
         """Return the GeneratedToken of each of tokens (B,), chosen from p (B, V)."""
         tokens = tokens.tolist()
-        return [GeneratedToken(t, entropy=e, logp=l, drafted=by_draft) for t, e, l in
-                zip(tokens, entropies(p), log_probability(logits, tokens))]
+        figures = zip(tokens, entropies(p), log_probability(logits, tokens))
+        return [GeneratedToken(token, entropy=entropy, logp=logp, drafted=by_draft)
+                for token, entropy, logp in figures]
 
 
 def likelihood(made):
@@ -1143,11 +1129,8 @@ class Text:
         if found:
             self.held, self.done = "", True
             return before
-        sure = len(self.held)
-        for n in range(min(len(self.stop) - 1, sure), 0, -1):
-            if self.held.endswith(self.stop[:n]):  # the stop string may have begun
-                sure -= n
-                break
+        begun = range(max(len(self.stop), 1))  # so much of the stop string may have begun
+        sure = len(self.held) - max(n for n in begun if self.held.endswith(self.stop[:n]))
         out, self.held = self.held[:sure], self.held[sure:]
         return out
 
@@ -1199,7 +1182,7 @@ def show(made, text, i, tok, cfg, mcfg):
                 "soft": made.soft, "entropy": round(made.entropy, 4), "logp": round(made.logp, 4),
                 "soft_behind": made.behind}
         optional = {k: getattr(made, k) for k in ("depth", "drafted", "shift")}
-        line.update((k, v) for k, v in optional.items() if v is not None)
+        line |= {k: v for k, v in optional.items() if v is not None}
         if made.found:
             line["found"] = [{"id": i, "text": text} for i, text in retrieved(made)]
         return json.dumps(line) + "\n"
@@ -1292,11 +1275,9 @@ def converse(decoder, cfg, tok, mcfg, prompt, generator, think, used):
         except EOFError:
             print()
             return
-        except UnicodeDecodeError:
-            print("the line is not UTF-8 text; type another", file=sys.stderr)
-            continue
-        except UserError as e:
-            print(config.visible(str(e)), file=sys.stderr)
+        except (UnicodeDecodeError, UserError) as e:
+            why = str(e) if isinstance(e, UserError) else "the line is not UTF-8 text; type another"
+            print(config.visible(why), file=sys.stderr)
             continue
         decoder.extend(line)
         copied = decoder.select([0])  # what is made and not shown goes
@@ -1331,7 +1312,7 @@ def find_device(name):
     return name
 
 
-def load(path, device="cpu", dtype="float32"):
+def load(path, device="cpu", dtype="float32", int8=False):
     """Return (model in eval mode, checkpoint) of a checkpoint file or the folder it is in."""
     path = prepare.checkpoint_path(path)
     ckpt = prepare.load_checkpoint(path)
@@ -1344,7 +1325,7 @@ def load(path, device="cpu", dtype="float32"):
     if dtype == "bfloat16":
         model.bfloat16()
     model.dtype = getattr(torch, dtype)
-    return model.eval(), ckpt
+    return (to_int8(model) if int8 else model).eval(), ckpt
 
 
 def open_model(cfg):
@@ -1359,18 +1340,17 @@ def open_model(cfg):
     if cfg.int8 and kind != "cpu":
         raise UserError(f"int8 is for a CPU, not {cfg.device}; give --device=cpu, or leave it out")
     path = prepare.checkpoint_path(cfg.out_dir or os.path.dirname(newest()))
-    model, ckpt = load(path, cfg.device, cfg.dtype)
-    return to_int8(model) if cfg.int8 else model, ckpt, path
+    return *load(path, cfg.device, cfg.dtype, cfg.int8), path
 
 
 def open_other(name, path, cfg, tokenizer):
     """Return the model of a checkpoint that a setting names, with the tokenizer that it must
     have."""
-    model, ckpt = load(path, cfg.device, cfg.dtype)
+    model, ckpt = load(path, cfg.device, cfg.dtype, cfg.int8)
     if ckpt["tokenizer"] != tokenizer:
         raise UserError(f"{name} {path} has another tokenizer than the model; name one that was "
                         f"trained on the same dataset")
-    return to_int8(model) if cfg.int8 else model
+    return model
 
 
 def tokenizer_of(ckpt, path):
@@ -1444,10 +1424,10 @@ def find_exit(name, model, blocks):
 def amateur_of(cfg, model):
     """Return (kind, number) of an amateur within the model, such as exit:2 or context:8; (None, 0)
     of another."""
-    kind, _, number = cfg.amateur.partition(":")
-    if kind not in ("exit", "context") or kind == cfg.amateur:
+    kind, colon, number = cfg.amateur.partition(":")
+    if not colon or kind not in ("exit", "context"):
         return None, 0
-    if not (number.isascii() and number.isdecimal() and len(number) < 10 and int(number) > 0):
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", number):
         raise UserError(f"amateur {cfg.amateur} needs a number of at least 1, as {kind}:1")
     if kind == "exit":
         find_exit("amateur", model, int(number))
@@ -1582,8 +1562,9 @@ def decode(cfg, stores):
         found = cfg.trace and bool(decoder.sources or decoder.neighbours)
         page = [[] for _ in range(cfg.n)] if cfg.trace_html or found else None
         write(run.generate(), cfg, tok, mcfg, prompt, used, page)
-        if cfg.trace and decoder.plans() and not (cfg.beams or cfg.best_of):
-            print("\n" + "\n".join(decoder.plan_lines(tok)))
+        lines = decoder.plan_lines(tok) if cfg.trace and not (cfg.beams or cfg.best_of) else []
+        if lines:
+            print("\n" + "\n".join(lines))
         for piece, made in page[0] if found else ():
             if made.found:
                 entries = " | ".join(f"{i} {text!r}" for i, text in retrieved(made))
