@@ -468,7 +468,7 @@ def attend(q, k, v, mask, dropout):
 
 @torch.library.custom_op("nanoconcept::best", mutates_args=(), device_types="cpu")
 def sorted_best(scores: torch.Tensor, k: int, ordered: bool) -> torch.Tensor:
-    """`best` of many short rows in fp32: 64-bit numbers, the score's bits above its place, partitioned and sorted by NumPy, which has
+    """`topk_indices` of many short rows in fp32: 64-bit numbers, the score's bits above its place, partitioned and sorted by NumPy, which has
     both vectorised; as many rows at a time as stay in the cache."""
     N, found = scores.size(-1), []
     for part in scores.reshape(-1, N).split(max(1, 2 ** 18 // N)):
@@ -488,7 +488,7 @@ def _(scores, k, ordered):
     return scores.new_empty((*scores.shape[:-1], k), dtype=torch.long)
 
 
-def best(scores, k, ordered=True):
+def topk_indices(scores, k, ordered=True):
     """Where the k largest of scores (..., N) stand, largest first if they are to be ordered: (..., k). On a CPU many rows of up to
     1,024 go another way, which takes a fourth to a fifteenth of topk's time."""
     if scores.dtype == torch.float32 and scores.device.type == "cpu" and scores.size(-1) <= 1024 and scores.numel() >= 64 * scores.size(-1):
@@ -496,179 +496,21 @@ def best(scores, k, ordered=True):
     return scores.topk(k, sorted=ordered)[1]
 
 
-def top(scores, k, group=8, ordered=True):
+def topk(scores, k, group=8, ordered=True):
     """The k largest of scores (..., N), largest first if they are to be ordered, and where they stand: (..., k) each, exactly. They
     lie in the k groups of 8 with the largest maxima, and those are found in the same way; where values are equal, either may be
     taken. Values have a gradient. On a CPU it takes a fifth to a half of topk's time for many rows and k = 32, a quarter for one of a million."""
     N = scores.size(-1)
     n = N // group
     if N < 16 * k or scores.numel() < 2 ** 17 or scores.device.type != "cpu":
-        places = best(scores, k, ordered)
+        places = topk_indices(scores, k, ordered)
     else:
         groups = scores.detach()[..., :n * group].unflatten(-1, (group, n))  # j, j + n, j + 2n, ..: so the maxima are of vectors
-        found = top(groups.amax(-2), k, ordered=False)[1]
+        found = topk(groups.amax(-2), k, ordered=False)[1]
         rest = torch.arange(n * group, N, device=scores.device).expand(*found.shape[:-1], -1)
         places = torch.cat([found + i * n for i in range(group)] + [rest], dim=-1)
-        places = places.gather(-1, best(scores.detach().gather(-1, places), k, ordered))
+        places = places.gather(-1, topk_indices(scores.detach().gather(-1, places), k, ordered))
     return scores.gather(-1, places), places
-
-
-def products(q, keys, bias=None):
-    """q (Q, D), keys (N, D), and what is added for each key (N,) -> (Q, N). In fp32 on a CPU by oneDNN, on an AMD in half the time of
-    the library behind @."""
-    if len(q) > 8 and q.dtype == torch.float32 and q.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(q, keys.contiguous(), bias, "none", [], "")
-    return F.linear(q, keys, bias)
-
-
-@torch.no_grad()
-def search(q, keys, k, room=2 ** 24, span=2 ** 16):
-    """The k largest inner products of each query q (Q, D) with keys (N, D), largest first, and whose they are: (Q, k) each,
-    exactly. Takes `span` keys at a time, and as many queries as have `room` for their scores."""
-    k, span = min(k, len(keys)), min(span, len(keys))
-    found = []
-    for x in q.split(max(1, room // span)):
-        near = []
-        for first in range(0, len(keys), span):
-            part = keys[first:first + span].to(q.dtype)
-            values, places = top(products(x, part), min(k, len(part)), ordered=False)
-            near.append((values, places + first))
-        values, places = (torch.cat(part, dim=-1) for part in zip(*near))
-        order = best(values, k)
-        found.append((values.gather(-1, order), places.gather(-1, order)))
-    return tuple(torch.cat(part) for part in zip(*found))
-
-
-class Clusters:
-    """An approximate index, on the CPU, of keys (D wide) by their inner product with queries, that grows with its keys. They live in pages of
-    `size`, each around its mean, and a new one goes to the page whose mean is nearest. A full page splits in two halves, across
-    the direction in which it is longest; whenever the number of keys has doubled, all of them choose their page anew, five times. A
-    query reads the keys of those pages that may hold the best: mean score plus two standard deviations, had the page no direction.
-
-    Inverted files (Sivic and Zisserman 2003) whose lists split and go as those of SPFresh (Xu et al. 2023, arXiv:2410.14452)."""
-
-    def __init__(self, dim, size=96):
-        if size % 4:
-            raise ValueError(f"pages are read in groups of 4; size is a multiple of it, not {size}")
-        self.size, self.n_page, self.n_key, self.settled = size, 1, 0, size
-        self.slot = torch.arange(size)
-        self.keys = torch.zeros(1, size, -(-dim // 4) * 4)  # grouped_mm takes multiples of 4
-        self.ids = torch.zeros(1, size, dtype=torch.long)
-        self.count = torch.zeros(1, dtype=torch.long)  # how many keys each page has: its first ones
-        self.mean, self.spread = torch.zeros_like(self.keys[:, 0]), torch.zeros(1)
-        self.void = torch.full((1, size), float("-inf"))  # what is added to a score: nothing where there is a key
-
-    def wide(self, x):
-        return F.pad(x.float().cpu(), (0, self.keys.size(-1) - x.size(-1)))
-
-    @torch.no_grad()
-    def add(self, keys):
-        """Take in keys (n, D) under the numbers that follow those of before."""
-        if not len(keys):
-            return
-        ids = torch.arange(self.n_key, self.n_key + len(keys))
-        self.n_key += len(keys)
-        keys, mean = self.wide(keys), self.mean[:self.n_page]
-        self.place(keys, ids, torch.cat([neg_distance(x, mean).argmax(-1) for x in keys.split(1024)]))
-        if self.n_key > 2 * self.settled:
-            self.settled = self.n_key
-            for _ in range(5):
-                self.settle()
-
-    def place(self, keys, ids, page):
-        """Put keys (n, D) in those pages (n,), and where one is full, in the nearer of its halves; keys that are equal in either, by turns."""
-        while len(keys):
-            page, order = page.sort(stable=True)
-            keys, ids, new = keys[order], ids[order], torch.bincount(page, minlength=len(self.count))
-            at = self.count[page] + torch.arange(len(page)) - (new.cumsum(0) - new)[page]
-            fits = at < self.size
-            self.keys[page[fits], at[fits]], self.ids[page[fits], at[fits]] = keys[fits], ids[fits]
-            self.count = (self.count + new).clamp(max=self.size)
-            self.measure(new.nonzero()[:, 0])
-            keys, ids, page = keys[~fits], ids[~fits], page[~fits]
-            if len(keys):
-                full, which = page.unique(return_inverse=True)
-                half = self.split(full)[which]
-                mine, other = self.mean[page], self.mean[half]
-                nearer = ((keys - (mine + other) / 2) * (other - mine)).sum(-1)  # to the other: above 0
-                turn = (1e-6 * mine.square().sum(-1) + 1e-12) * (1 - 2 * (torch.arange(len(page)) % 2))  # (equal, up to rounding)
-                page = torch.where(nearer > turn, half, page)
-
-    def settle(self, near=128):
-        """All keys choose their page anew, among those whose means are nearest to that of their page; pages with few are given up."""
-        mean, count, found = self.mean[:self.n_page], self.count[:self.n_page], []
-        held, few = self.slot < count[:, None], count < 0.6 * count[count > 0].float().mean()
-        shut = torch.zeros_like(mean[:, 0]).masked_fill(few, -1e30)
-        for some in torch.arange(self.n_page).split(1024):
-            pages = top(neg_distance(mean[some], mean, shut), min(near, self.n_page), ordered=False)[1]  # (n, near)
-            score = self.keys[some] @ mean[pages].mT + (shut[pages] - mean[pages].square().sum(-1) / 2)[:, None]
-            found.append(pages.gather(1, score.argmax(-1))[held[some]])
-        keys, ids = self.keys[:self.n_page][held], self.ids[:self.n_page][held]
-        self.count.zero_()
-        self.place(keys, ids, torch.cat(found))
-        self.measure((self.count[:self.n_page] == 0).nonzero()[:, 0])
-
-    def measure(self, pages):
-        for some in pages.split(4096):
-            x, n, held = self.keys[some], self.count[some, None], self.slot < self.count[some, None]
-            self.mean[some] = mean = (x * held[..., None]).sum(1) / n.clamp(min=1)
-            spread = (((x - mean[:, None]) * held[..., None]).square().sum(1) / n.clamp(min=1)).mean(-1).sqrt()
-            self.spread[some] = spread.masked_fill(n[:, 0] == 0, -1e30)  # no query goes there
-            self.void[some] = torch.zeros_like(self.void[some]).masked_fill(~held, float("-inf"))
-
-    def split(self, full):
-        """Halve those pages (n,); -> the pages that take the other halves (n,)."""
-        empty = (self.count[:self.n_page] == 0).nonzero()[:, 0]
-        halves = torch.cat((empty, torch.arange(self.n_page, self.n_page + len(full))))[:len(full)]
-        self.n_page = max(self.n_page, int(halves.max()) + 1)
-        if self.n_page > len(self.count):
-            for name in ("keys", "ids", "count", "mean", "spread", "void"):
-                t = getattr(self, name)
-                setattr(self, name, torch.cat((t, t.new_zeros(self.n_page - len(t) + self.n_page // 4, *t.shape[1:]))))
-        x = self.keys[full] - self.mean[full, None]
-        way = x[:, :1]
-        for _ in range(6):  # towards the first principal direction
-            way = F.normalize((x @ way.mT).mT @ x, dim=-1)
-        order = (x @ way.mT)[..., 0].argsort(-1)
-        keys, ids = self.keys[full[:, None], order], self.ids[full[:, None], order]
-        for pages, a, b in ((full, 0, self.size // 2), (halves, self.size // 2, self.size)):
-            self.keys[pages, :b - a], self.ids[pages, :b - a], self.count[pages] = keys[:, a:b], ids[:, a:b], b - a
-            self.measure(pages)
-        return halves
-
-    @torch.no_grad()
-    def search(self, q, k, probes=16):
-        """For queries q (Q, D) the k largest inner products found in `probes` pages, and the ids of their keys: (Q, k) each, -inf
-        where there are no more."""
-        if len(q) > 4096:
-            return tuple(torch.cat(part) for part in zip(*(self.search(x, k, probes) for x in q.split(4096))))
-        device, q, n = q.device, self.wide(q), self.n_page
-        hope = products(F.normalize(q, dim=-1), self.mean[:n], 2 * self.spread[:n])
-        probe = top(hope, min(probes, n), ordered=False)[1]  # (Q, P)
-        if probe.numel() < min(n, 4096):  # few: the keys come to the queries, and pair p is place p of probe
-            page, pair = probe.flatten(), torch.arange(probe.numel())
-            scores = torch.einsum("qpsd,qd->qps", self.keys[probe], q).flatten(0, 1)
-        else:  # the queries come to the keys, page by page
-            page, order = probe.flatten().sort()
-            scores = F.grouped_mm(q.index_select(0, order // probe.size(1)), self.keys[:n].mT,
-                                  offs=torch.bincount(page, minlength=n).cumsum(0).int())
-            pair = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
-        scores += self.void.index_select(0, page)  # (pairs, size)
-        a, b, c, d = scores.chunk(4, 1)  # the best lie in the k groups of 4 with the largest maxima
-        n = a.size(1)
-        groups = torch.maximum(torch.maximum(a, b), torch.maximum(c, d)).index_select(0, pair).view(len(q), probe.size(1) * n)
-        group = best(groups, min(k, groups.size(1)), ordered=False)
-        which, slots = group // n, torch.cat([group % n + i * n for i in range(4)], 1)
-        values = scores.take(pair.view(probe.shape).gather(1, which).repeat(1, 4) * self.size + slots)
-        places = best(values, min(k, values.size(1)))
-        ids = self.ids[probe.gather(1, which).repeat(1, 4).gather(1, places), slots.gather(1, places)]
-        more = 0, k - places.size(1)
-        return F.pad(values.gather(1, places), more, value=float("-inf")).to(device), F.pad(ids, more).to(device)
-
-
-def neg_distance(x, means, shut=0.0):
-    """-> (n, N), larger where x (n, D) is nearer to one of means (N, D); shut (N,) takes some out."""
-    return products(x, means, -means.square().sum(-1) / 2 + shut)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1050,9 +892,9 @@ class FeaturalMemory(nn.Module):
         B, T, _ = x.shape
         q = rms_norm(self.c_q(x).view(B, T, self.n_head, 2, -1))
         near = torch.einsum("bthpd,hpnd->bthpn", q, rms_norm(self.keys.to(x.dtype))).float()
-        half = best(near, min(self.top, self.side))  # the best pairs are among the best halves
+        half = topk_indices(near, min(self.top, self.side))  # the best pairs are among the best halves
         score, (a, b) = near.detach().gather(-1, half), self.pairs
-        pair = best(score[..., 0, a] + score[..., 1, b], self.top)
+        pair = topk_indices(score[..., 0, a] + score[..., 1, b], self.top)
         a, b = half[..., 0, :].gather(-1, a[pair]), half[..., 1, :].gather(-1, b[pair])
         return a * self.side + b, (near[..., 0, :].gather(-1, a) + near[..., 1, :].gather(-1, b)) * q.size(-1) ** -0.5
 
@@ -1264,7 +1106,7 @@ class Near:
             score = (q.transpose(0, 1).reshape(1, H, B * T, D) @ keys.mT).view(H, B, T, -1).transpose(0, 1)
         else:
             score = q @ keys.mT
-        return top(score.float().masked_fill(~there[:, :, None], float("-inf")), n)
+        return topk(score.float().masked_fill(~there[:, :, None], float("-inf")), n)
 
     def doc(self, c):
         """Documents begun before chunk c (B,)."""
@@ -1287,7 +1129,7 @@ class Near:
                 score, at = self.old(self.base, q, there[..., :N], min(cfg.mem_top, N))
                 scores, old = [*scores, score.masked_fill(~mine, float("-inf"))], [*old, (self.base, at, 0)]
             score = torch.cat((*scores, cosine.masked_fill(~(there[:, :, None, N:] & mine), float("-inf"))), -1)
-            low, found = top(score, w.found.size(-1))
+            low, found = topk(score, w.found.size(-1))
             chosen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, found, low > float("-inf"))  # no gradient flows into the choice
         n, old_k, old_v = score.size(-1) - self.L, None, None
         if n:
