@@ -19,6 +19,7 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shlex
@@ -27,7 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from statistics import mean, median, stdev
 
@@ -72,7 +74,7 @@ class BenchConfig:
 @dataclass
 class Table:
     """Rows {column: value} under a title. `figures` are {arm: {metric: [a value per seed]}}; where a
-    claim does not state them they are the numbers of the rows."""
+    claim does not state them they are the numbers of the rows, by the words of each."""
     title: str
     rows: list
     figures: dict = None
@@ -83,11 +85,10 @@ class Table:
         if self.figures is None:
             self.figures = {}
             for row in self.rows:
-                words = [str(v) for v in row.values() if not is_number(v)]
-                arm = self.figures.setdefault(", ".join(words) or self.title, {})
+                arm = ", ".join(v for v in row.values() if isinstance(v, str)) or self.title
                 for k, v in row.items():
                     if is_number(v):
-                        arm.setdefault(k, []).append(v)
+                        self.figures.setdefault(arm, {}).setdefault(k, []).append(v)
 
 
 def is_number(value):
@@ -136,33 +137,32 @@ def git(*argv):
     return ""
 
 
-def save(cfg, claim, tables, argv, seconds):
-    """Write docs/results/CLAIM.json. What was written there by hand (mechanism, title, note) stays."""
-    path = os.path.join(HERE, "docs", "results", f"{claim}.json")
-    old = {}
+def save(cfg, claim, tables, words, took):
+    """Write docs/results/CLAIM.json. Its title, note and mechanism stay where they were written by
+    hand."""
+    path, old = os.path.join(HERE, "docs", "results", f"{claim}.json"), {}
     with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
         old = json.load(f)
-    short = lambda v: float(f"{v:.6g}") if isinstance(v, float) else v
     figures = {}
     for table in tables:
         for arm, metrics in table.figures.items():
-            figures.setdefault(arm, {}).update({k: [*map(short, v)] for k, v in metrics.items()})
-    new = {"claim": claim, "order": list(CLAIMS).index(claim) if claim in CLAIMS else len(CLAIMS),
-           "title": tables[0].title, "question": question(claim),
-           "command": f"python bench.py {claim} {shlex.join(argv)}".strip(),
+            figures.setdefault(arm, {}).update(metrics)
+    new = {"claim": claim, "order": [*CLAIMS, claim].index(claim),
+           "title": old.get("title") or tables[0].title, "question": question(claim),
+           "command": f"python bench.py {claim} {shlex.join(words)}".strip(),
            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain")),
            "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
-           "torch": torch.__version__, "seeds": cfg.seeds, "seconds": round(seconds, 1),
-           "note": " ".join(t.note for t in tables if t.note),
+           "torch": torch.__version__, "seeds": cfg.seeds, "seconds": took,
+           "note": " ".join(t.note for t in tables if t.note) or old.get("note", ""),
            "tables": [{"title": t.title, "columns": t.columns,
-                       "rows": [[short(row.get(k, "")) for k in t.columns] for row in t.rows]}
+                       "rows": [[row.get(k, "") for k in t.columns] for row in t.rows]}
                       for t in tables], "figures": figures}
-    for k in ("mechanism", "title", "note"):
-        if old.get(k) and (k != "note" or not new["note"]):
-            new[k] = old[k]
+    if "mechanism" in old:
+        new["mechanism"] = old["mechanism"]
+    new = json.loads(json.dumps(new), parse_float=lambda digits: float(f"{float(digits):.6g}"))
     prepare.make_dir(os.path.dirname(path))
     with prepare.replacing(path) as f:
-        f.write((json.dumps(new, indent=1, ensure_ascii=False, default=str) + "\n").encode())
+        f.write((json.dumps(new, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"written: {path}", file=sys.stderr)
 
 
@@ -213,50 +213,45 @@ def like_nanogpt(m, t):
 
 
 class Arm:
-    """A child process that holds one Runner and does what it is asked: {"do": ...} a line in, a
-    result a line out."""
+    """A child process that calls functions of this file, one after another; those of one child share
+    CHILD."""
 
-    def __init__(self, m, t, env=None, **first):
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "_arm"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
-        self.info = self.ask(m=m, t=t, **first)  # of an arm that trains: its result
+    def __init__(self, threads=0, **env):
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_child,
+                                        (threads, env))
 
-    def ask(self, **what):
-        with contextlib.suppress(BrokenPipeError):  # what it said before it ended comes below
-            self.process.stdin.write(json.dumps(what) + "\n")
-            self.process.stdin.flush()
-        while line := self.process.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-            print(line, end="", file=sys.stderr)
-        code = self.process.wait()
-        raise UserError(f"an arm of the benchmark ended early (exit code {code}); what it said is "
-                        f"above")
+    def ask(self, function, *args):
+        try:
+            return self.pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise UserError("an arm of the benchmark ended early; what it said is above") from None
 
     def close(self):
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
+        self.pool.shutdown()
 
 
-def answer(result):
-    print(json.dumps(result), flush=True)
+CHILD = {}
 
 
-def serve():
-    """Be the child of Arm. The first line gives the settings, each further one says what to do."""
-    first = json.loads(sys.stdin.readline())
-    as_tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-    m, t = as_tuples(first["m"]), as_tuples(first["t"])
-    if "after" in first:
-        leak = altered_plans(ALTERED[first["leak"]]) if first["leak"] else contextlib.nullcontext()
-        with leak:
-            result = train.train(GPTConfig(**m), TrainConfig(**t), say=lambda s: print(s, flush=True))
-        return answer({**result, "peak_mb": peak_mb(), **after(t, first["after"])})
-    mcfg, tcfg = stand_in(m), TrainConfig(**t)
+def begin_child(threads, env):
+    os.environ.update(env)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def train_arm(m, t, after=(), leak=""):
+    """Train an arm in this process. Return what train.train returns, and MEASURES."""
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    with altered_plans(ALTERED[leak]) if leak else contextlib.nullcontext():
+        result = train.train(config.build(GPTConfig, **m), config.build(TrainConfig, **t), say)
+    return {**result, **measure(t, after)}
+
+
+def start_run(m, t, profiled=False):
+    """Make the Runner of an arm and a batch of random tokens, and do the first step, which compiles."""
+    mcfg, tcfg = config.build(stand_in, m=m), config.build(TrainConfig, **t)
     # the compiler's kernels by name
-    torch._inductor.config.cpp.enable_kernel_profile = bool(first.get("profiled"))
+    torch._inductor.config.cpp.enable_kernel_profile = profiled
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(mcfg.vocab_size, (2, run.n_rows, mcfg.block_size), generator=g)
@@ -265,15 +260,16 @@ def serve():
         y[:, :-tcfg.score_last] = -1
     n_scored = int((y >= 0).sum())
     tcfg.max_iters = NEVER  # constant learning rate
-    step = lambda: seconds(lambda: run.step(0, x, y, h, n_scored))
-    do = {"steps": lambda n: {"seconds": median(step() for _ in range(n))},
-          "end": lambda seconds: {"peak_mb": peak_mb(), "mfu": run.mfu(seconds)},
-          "profile": lambda: profile(step)}
-    answer({"params": run.model.num_params(), "compile": step(), "tokens": run.tokens,
-            "compiled": run.compiled})
-    for line in sys.stdin:
-        what = json.loads(line)
-        answer(do[what.pop("do")](**what))
+    CHILD.update(run=run, step=lambda: run.step(0, x, y, h, n_scored))
+    return {"params": run.model.num_params(), "compile": seconds(CHILD["step"]), "tokens": run.tokens}
+
+
+def run_steps(n):
+    return median(seconds(CHILD["step"]) for _ in range(n))
+
+
+def end_run(a_step):
+    return {"peak MB": peak_mb(), "MFU": CHILD["run"].mfu(a_step)}
 
 
 def peak_mb():
@@ -293,6 +289,12 @@ def seconds(f, n=1):
     return (time.perf_counter() - t0) / n
 
 
+def timed(f):
+    """Return what f() does, and its seconds."""
+    start = time.perf_counter()
+    return f(), time.perf_counter() - start
+
+
 def turns(arms, rounds, ask=seconds, least=1.0):
     """Ask each of {name: arm} in turn, `rounds` times; ask(arm, n) gives the seconds of one of n
     steps, and an arm does as many as fit `least` seconds. Return {name: [seconds per round]}."""
@@ -306,11 +308,13 @@ def compare(a, b):
     return median(x / y for x, y in zip(a, b))
 
 
-def step_times(arms, rounds, least=1.0, env=None):
+def step_times(arms, rounds, least=1.0, threads=0):
     """Return {name: [seconds a step per round]} of arms given as (model settings, training settings),
     in turns."""
-    live = {k: Arm(*a, env) for k, a in arms.items()}
-    times = turns(live, rounds, lambda a, n: a.ask(do="steps", n=n)["seconds"], least)
+    live = {k: Arm(threads) for k in arms}
+    for k, arm in live.items():
+        arm.ask(start_run, *arms[k])
+    times = turns(live, rounds, lambda arm, n: arm.ask(run_steps, n), least)
     for arm in live.values():
         arm.close()
     return times
@@ -345,7 +349,7 @@ class Trial:
     columns: tuple = COMPARED
     derived: dict = field(default_factory=dict)
     timing: str = "share"  # time steps on a job's "share" of the cores, on "all", or not: ""
-    alone: bool = False  # seconds count: one training at a time, on all cores; a row per seed
+    alone: bool = False  # seconds count: one training at a time, on all cores
     cold: bool = False  # each with an empty compiler cache
     seeds: int = 0  # default: those of the command line
 
@@ -361,8 +365,8 @@ def gap(none, all_):
 
 
 def share_of_cores(cfg):
-    """Return the environment of a process that runs beside others."""
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
+    """Return the threads of a process that runs beside others."""
+    return max(1, (os.cpu_count() or 1) // cfg.jobs)
 
 
 def make_task(cfg, name):
@@ -373,18 +377,18 @@ def make_task(cfg, name):
         prepare.main([task, f"--name={name}", f"--data_dir={cfg.data_dir}", *more])
 
 
-def fit(cfg, flags="", seed=1, env=None, **more):
-    """Train one arm in a process of its own. Return what train.train returns, "wall" (seconds of the
-    whole process) and the MEASURES that are named."""
+def fit(cfg, flags="", seed=1, threads=0, cold=False, **more):
+    """Train one arm in a process of its own, cold: with an empty compiler cache. Return what train_arm
+    returns, and "wall", the seconds of the whole process."""
     m, t, own = parse_arm(flags, **more)
     folder = os.path.join(cfg.out_dir or scratch(), more.get("out_dir") or f"arm-{time.time_ns()}")
     t = {"dataset": cfg.dataset, **t, "data_dir": cfg.data_dir, "seed": seed, "out_dir": folder}
-    start = time.perf_counter()
-    arm = Arm(m, t, env, after=own.get("after", ()), leak=own.get("leak"))
+    arm = Arm(threads, **({"TORCHINDUCTOR_CACHE_DIR": scratch()} if cold else {}))
+    result, wall = timed(lambda: arm.ask(train_arm, m, t, own.get("after", ()), own.get("leak")))
     arm.close()
-    if arm.info["stopped"]:
+    if result["stopped"]:
         raise UserError("a training was stopped by a signal; so is the claim")
-    return {**arm.info, "wall": time.perf_counter() - start, "out_dir": folder}
+    return {**result, "wall": wall, "out_dir": folder}
 
 
 METRICS = {"val loss": "val_loss", "best on the way": "best_val_loss", "steps": "step",
@@ -392,14 +396,14 @@ METRICS = {"val loss": "val_loss", "best on the way": "best_val_loss", "steps": 
            "process seconds": "wall"}
 
 
-def over_seeds(cfg, arms, env=lambda: None):
+def over_seeds(cfg, arms, threads=0, cold=False):
     """Train each of {name: flags} for each seed, cfg.jobs at once. Return {name: {metric: [a value per
     seed]}}."""
     pool = ThreadPoolExecutor(cfg.jobs)
     own = {name: parse_arm(flags)[2] for name, flags in arms.items()}
     figures = {}
     try:
-        runs = [(name, pool.submit(fit, cfg, flags, seed, env()))
+        runs = [(name, pool.submit(fit, cfg, flags, seed, threads, cold))
                 for seed in range(1, cfg.seeds + 1) for name, flags in arms.items()
                 if seed <= own[name].get("seeds", seed)]
         for name, run in runs:
@@ -421,7 +425,7 @@ def time_arms(cfg, trial, arms):
     parsed = {name: parse_arm(flags) for name, flags in arms.items()}
     own = {name: (m, t) for name, (m, t, more) in parsed.items() if "time_of" not in more}
     times = step_times(own, min(cfg.rounds, 3), 4.0 if trial.alone else 1.0,
-                       share_of_cores(cfg) if trial.timing == "share" else None)
+                       share_of_cores(cfg) if trial.timing == "share" else 0)
     for name, (_, t, more) in parsed.items():
         times[name] = times[more.get("time_of", name)]
     for name, (_, t, more) in parsed.items():
@@ -439,9 +443,7 @@ def run_trial(cfg, trial):
     for flags in arms.values():
         make_task(cfg, read_arm(flags)[1].get("dataset", cfg.dataset))
     times = time_arms(cfg, trial, arms) if trial.timing else {}
-    cold = lambda: {"TORCHINDUCTOR_CACHE_DIR": scratch()}
-    usual = lambda: None if trial.alone else share_of_cores(cfg)
-    figures = over_seeds(cfg, arms, cold if trial.cold else usual)
+    figures = over_seeds(cfg, arms, 0 if trial.alone else share_of_cores(cfg), trial.cold)
     baseline = trial.baseline or next(iter(arms))
     for name, f in figures.items():
         f["spread"] = [max(f["val loss"]) - min(f["val loss"])]
@@ -456,27 +458,11 @@ def run_trial(cfg, trial):
         for f in figures.values():
             value = compute(f, figures)
             f[k] = value if isinstance(value, list) else [value]
-    yield Table(f"{trial.title} ({cfg.dataset}, {cfg.seeds} seeds, baseline: {baseline})",
-                trial_rows(trial, figures, baseline), figures)
-
-
-def trial_rows(trial, figures, baseline):
-    """Return the rows of a trial's table: the mean over seeds of each arm, or where seconds count each
-    seed's, and below them how many times longer the baseline took."""
     columns = [*trial.columns, *trial.derived]
-    if not trial.alone:
-        middle = lambda values: mean(values) if is_number(values[0]) else values[0]
-        return [{"arm": name, **{k: middle(f[k]) for k in columns if f.get(k)}}
-                for name, f in figures.items()]
-    rows = [{"arm": name, "seed": i + 1, **{k: f[k][min(i, len(f[k]) - 1)] for k in columns}}
-            for i in range(max(len(f["val loss"]) for f in figures.values()))
+    middle = lambda values: mean(values) if is_number(values[0]) else values[0]
+    rows = [{"arm": name, **{k: middle(f[k]) for k in columns if f.get(k)}}
             for name, f in figures.items()]
-    for name, f in figures.items():
-        if baseline in figures and name != baseline:
-            rows.append({"arm": f"{baseline} / {name}, medians",
-                         **{k: median(figures[baseline][k]) / median(f[k])
-                            for k in ("seconds of steps", "process seconds")}})
-    return rows
+    yield Table(f"{trial.title} ({cfg.dataset}, {cfg.seeds} seeds, baseline: {baseline})", rows, figures)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -581,7 +567,7 @@ def dense(run, data):
     return sum(m.weight.numel() for m in layers) / 1e6
 
 
-def after(t, names):
+def measure(t, names):
     """Return {measure: value} of the checkpoint that was just trained, in fp32."""
     if not names:
         return {}
@@ -625,11 +611,11 @@ ALTERED = {"shuffled": lambda returned: returned.roll(1, 0), "zeroed": torch.zer
 
 def without_plan(alteration):
     """Return the measure of how much the loss grows when what levels hand down is altered."""
-    def measure(run, data):
+    def growth(run, data):
         loss = run.evaluate(data)[0]
         with altered_plans(ALTERED[alteration]):
             return run.evaluate(data)[0] - loss
-    return measure
+    return growth
 
 
 @torch.inference_mode()
@@ -684,17 +670,16 @@ MEASURES = {"history_shuffled": ablated(shuffle_history),
 
 def train_speed(m, t, rounds):
     """Return the row of one arm, in turn with nanoGPT at its shape."""
-    arms = {"ours": Arm(m, t), "nanogpt": Arm(*like_nanogpt(m, t))}
-    times = turns(arms, rounds, lambda a, n: a.ask(do="steps", n=n)["seconds"])
-    ends = {k: a.ask(do="end", seconds=median(times[k])) for k, a in arms.items()}
-    for arm in arms.values():
+    arms = [Arm(), Arm()]
+    ours, _ = (arm.ask(start_run, *a) for arm, a in zip(arms, ((m, t), like_nanogpt(m, t))))
+    times, theirs = turns(dict(enumerate(arms)), rounds, lambda a, n: a.ask(run_steps, n)).values()
+    ends = [arm.ask(end_run, median(t)) for arm, t in zip(arms, (times, theirs))]
+    for arm in arms:
         arm.close()
-    ours = arms["ours"].info
-    return {"params M": ours["params"] / 1e6, "ms a step": 1000 * median(times["ours"]),
-            "tokens/s": ours["tokens"] / median(times["ours"]), "MFU": ends["ours"]["mfu"],
-            "peak MB": ends["ours"]["peak_mb"], "compile s": ours["compile"],
-            "nanoGPT ms": 1000 * median(times["nanogpt"]), "nanoGPT MB": ends["nanogpt"]["peak_mb"],
-            "nanoGPT / ours": compare(times["nanogpt"], times["ours"])}
+    return {"params M": ours["params"] / 1e6, "ms a step": 1000 * median(times),
+            "tokens/s": ours["tokens"] / median(times), **ends[0], "compile s": ours["compile"],
+            "nanoGPT ms": 1000 * median(theirs), "nanoGPT MB": ends[1]["peak MB"],
+            "nanoGPT / ours": compare(theirs, times)}
 
 
 def transformers_gpt2(cfg, prompt, n_room):
@@ -821,12 +806,12 @@ def decode(cfg):
                 "over the bytes of the weights)", rows)
 
 
-def profile(step):
-    """Profile one step. Return {"rows": time by operator, the compiler's own kernels by name, "parts":
+def profile():
+    """Profile a step of the CHILD. Return {"rows": time by operator, the compiler's own kernels by name, "parts":
     seconds by what they are for}. Attention is the batched products and the kernels with a softmax;
     inside an optimizer's step everything is the optimizer's."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
-        step()
+        CHILD["step"]()
     operators = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in operators)
     parts = dict.fromkeys(("optimizer", "attention", "matrix products", "elementwise", "rest"), 0.0)
@@ -847,12 +832,22 @@ def profile(step):
     return {"rows": rows, "parts": parts}
 
 
+def profile_arm(arm, n):
+    """Return the seconds of an arm's step (median of n), n profiles of one, and its share of the matmul
+    peak."""
+    child = Arm()
+    child.ask(start_run, *arm, True)
+    a_step = child.ask(run_steps, n)
+    profiles = [child.ask(profile) for _ in range(n)]
+    mfu = child.ask(end_run, a_step)["MFU"]
+    child.close()
+    return a_step, profiles, mfu
+
+
 def profile_presets(cfg):
     for name in cfg.presets or ["softar_shakespeare"]:
-        arm = Arm(*read_arm(f"config/{name}.py"), profiled=True)
-        arm.ask(do="steps", n=2)
-        yield Table(f"one step of {name}", arm.ask(do="profile")["rows"])
-        arm.close()
+        _, profiles, _ = profile_arm(read_arm(f"config/{name}.py"), 2)
+        yield Table(f"one step of {name}", profiles[-1]["rows"])
 
 
 def parts(cfg):
@@ -862,15 +857,11 @@ def parts(cfg):
              "--n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_size=16"}
     for size, shape in {**SIZES, **third}.items():
         m, t = read_arm(shape)
-        arm = Arm(m, t, profiled=True)
-        a_step = arm.ask(do="steps", n=10)["seconds"]
-        profiles = [arm.ask(do="profile")["parts"] for _ in range(cfg.rounds)]
-        mfu = arm.ask(do="end", seconds=a_step)["mfu"]
-        arm.close()
+        a_step, profiles, mfu = profile_arm((m, t), cfg.rounds)
         tcfg = TrainConfig(**t, dataset=cfg.dataset, data_dir=cfg.data_dir)
         data, steps = train.Data(tcfg, GPTConfig(**m), "train"), itertools.count()
-        part = {k: median(p[k] for p in profiles) for k in profiles[0]}
-        part["data"] = seconds(lambda: data.batch(next(steps), slice(None), t["batch_size"]), 20)
+        part = {k: median(p["parts"][k] for p in profiles) for k in profiles[0]["parts"]}
+        part["data"] = seconds(lambda: data.batch(next(steps), slice(None), tcfg.batch_size), 20)
         total = sum(part.values())
         rows.append({"size": size, "ms a step": 1000 * a_step,
                      **{k: f"{v / total:.1%}" for k, v in part.items()}, "share of matmul peak": mfu})
@@ -901,14 +892,12 @@ def stream(cfg, total=100_000, block=20_000):
     for name, flags in (("AA with slots, history 256", "config/softar_shakespeare.py --layers=AA"),
                         ("AA", "--layers=AA"), ("RR", "--layers=RR")):
         m, _ = read_arm(f"--block_size=256 --n_embd=128 --n_head=4 {flags}")
-        decoder = sample.Decoder(GPT(stand_in(m)).eval(), [[1]])
-        t0, last = time.perf_counter(), 0
-        for i, _ in enumerate(generation(decoder, total), 1):
-            if i == 1000 or i % block == 0:
-                rows.append({"model": name, "tokens": i, "memory MB": resident_mb(),
-                             "ms a token": 1000 * (time.perf_counter() - t0) / (i - last),
-                             "ids kept": sum(map(len, decoder.rows[0]))})
-                t0, last = time.perf_counter(), i
+        steps, done = start_decoding(GPT(stand_in(m)).eval(), [[1]], total)[0], 0
+        for i in (1000, *range(block, total + 1, block)):
+            a_token = seconds(lambda: next(steps), i - done)
+            rows.append({"model": name, "tokens": i, "memory MB": resident_mb(),
+                         "ms a token": 1000 * a_token})
+            done = i
     yield Table("one stream, 2 layers, 128 wide, window 256, random weights", rows)
 
 
@@ -921,7 +910,7 @@ CLAIMS = {"presets": all_presets, "speed": speed, "parts": parts, "decode": deco
 ONCE = f" --eval_interval={NEVER} --log_interval=500"  # validate at the end alone
 SMALL = "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12" + ONCE
 NO_SLOTS = "--history=0 --aggregate=0 --n_segment=0 --n_span=0 --span=0"
-OF_SEEDS = ("val loss", "best on the way", "steps", "seconds of steps", "first step",
+OF_SEEDS = ("val loss", "spread", "best on the way", "steps", "seconds of steps", "first step",
             "process seconds")
 
 CLAIMS["main"] = Trial(
@@ -933,7 +922,9 @@ CLAIMS["cpu"] = Trial(
     "seconds to val 1.88: config/shakespeare_cpu.py beside nanoGPT's CPU recipe, in turns, compiler "
     "caches empty", "time to val 1.88",
     ("config/shakespeare_cpu.py", "config/nanogpt_cpu.py"), ONCE, "config/nanogpt_cpu.py",
-    columns=OF_SEEDS, timing="", alone=True, cold=True)
+    columns=OF_SEEDS, timing="", alone=True, cold=True,
+    derived={"of nanogpt_cpu's seconds": lambda f, arms: median(f["seconds of steps"]) / median(
+        arms["config/nanogpt_cpu.py"]["seconds of steps"])})
 
 CLAIMS["a100"] = Trial(
     "val 1.4697 (nanoGPT's A100 recipe) with config/shakespeare.py, in how many of that recipe's steps",
@@ -1283,9 +1274,10 @@ def mine(cfg, presets, settings):
 
 
 # ---------------------------------------------------------------------------------------------------
-# claims of decoding: models that several of them share, texts and figures of them
+# claims of decoding: arms are flags of sample.py, over models that several claims share
 
 JUDGE = SMALL + " --block_size=256 --batch_size=16 --max_iters=750"
+EXITS = "config/exits_shakespeare.py"
 
 
 def kept(cfg, name, flags, seed=1):
@@ -1301,26 +1293,10 @@ def judge_folder(cfg):
     return kept(cfg, "judge", JUDGE, seed=2)
 
 
-def exits_model(cfg, dtype="float32"):
-    return sample.load(kept(cfg, "exits", "config/exits_shakespeare.py"), dtype=dtype)
-
-
 def split_ids(cfg, split, dataset=None):
     """Return the ids of a split of a dataset (default: cfg's)."""
     path = os.path.join(cfg.data_dir, dataset or cfg.dataset, f"{split}.bin")
     return np.asarray(prepare.open_bin(path)[0]).astype(np.int64)
-
-
-def generation(decoder, n, amateur=None, **settings):
-    """Return the iterator of decoding steps of n tokens a row, of one random draw."""
-    scfg = sample.SampleConfig(max_new_tokens=n, **settings)
-    return sample.generate(decoder, scfg, amateur, torch.Generator().manual_seed(1))
-
-
-def ids_of(steps, prompts):
-    """Return the rows of ids that an iterator of decoding steps writes behind prompts."""
-    written = sample.gather(steps, len(prompts))
-    return [p + [t.token for t in row] for p, row in zip(prompts, written)]
 
 
 def held_out(cfg, ckpt, length, at_least=100):
@@ -1328,41 +1304,63 @@ def held_out(cfg, ckpt, length, at_least=100):
     return sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=at_least), length)
 
 
-def word_figures(words, known):
-    """Return figures of a list of words: 4-grams that occurred before, distinct words and pairs of
-    words, and words that the training text has."""
-    words = words or [""]
-    distinct = {}
-    for k in (1, 2, 4):
-        grams = [tuple(words[i:i + k]) for i in range(max(1, len(words) - k + 1))]
-        distinct[k] = len(set(grams)) / len(grams)
-    return {"repeated 4-grams": 1 - distinct[4], "distinct words": distinct[1],
-            "distinct pairs": distinct[2], "known words": mean(w in known for w in words)}
+def start_decoding(model, prompts, n, flags="", other=None, compile=False, leave=None, eot=None):
+    """Start to write n tokens behind each prompt with flags of sample.py; `other` is the model that
+    they name as amateur or draft. Return the iterator of decoding steps, and the Speculation or None."""
+    cfg = sample.SampleConfig(max_new_tokens=n,
+                              **config.parse(shlex.split(flags), sample.SampleConfig)[0])
+    decoder = lambda m, **more: sample.Decoder(m, prompts, eot, compile, **more)
+    kind, _, place = cfg.amateur.partition(":")
+    if cfg.exit:
+        leave = sample.exit_rule(model, cfg.exit, cfg.exit_threshold)
+    expert = decoder(model, at_exit=int(place) if kind == "exit" else 0, leave=leave)
+    g = torch.Generator().manual_seed(1)
+    if cfg.speculate:
+        s = sample.Speculation(expert, cfg, g, decoder(other) if cfg.draft else None)
+        return s.generate(), s
+    amateur = decoder(model, context=int(place)) if kind == "context" else \
+        decoder(other) if kind == "model" else None
+    return sample.generate(expert, cfg, amateur, g), None
 
 
-def known_words(cfg, tok):
-    """Return the set of words of the training text."""
-    return set(tok.decode(split_ids(cfg, "train").tolist()).lower().split())
+def write(model, prompts, n, *flags, **more):
+    """Return the rows of GeneratedToken that start_decoding gives."""
+    return sample.gather(start_decoding(model, prompts, n, *flags, **more)[0], len(prompts))
 
 
-@torch.inference_mode()
-def judged(critic, texts, skip):
-    """Return the nats a token of each text (lists of ids of one length) under another model, from the
-    skip-th token on."""
-    nats = []
-    for part in torch.tensor(texts).split(64):
-        logp = critic(part[:, :-1]).logits.log_softmax(-1).gather(2, part[:, 1:, None])[..., 0]
-        nats += (-logp[:, skip - 1:]).mean(1).tolist()
-    return nats
+class Critic:
+    """Figures of texts: their words beside those of the training text, and the loss of another model."""
 
+    def __init__(self, cfg):
+        self.model, ckpt = sample.load(judge_folder(cfg))
+        self.tok = prepare.Tokenizer(ckpt["tokenizer"])
+        self.known = set(self.tok.decode(split_ids(cfg, "train").tolist()).lower().split())
 
-@torch.inference_mode()
-def text_figures(ids, tok, critic, known):
-    """Return word_figures of a text, and its nats a token under another model, window by window."""
-    T = critic.cfg.block_size
-    windows = torch.tensor(ids[:(len(ids) - 1) // T * T + 1]).unfold(0, T + 1, T)
-    return {**word_figures(tok.decode(ids).lower().split(), known),
-            "judge": mean(judged(critic, windows.tolist(), 1))}
+    @torch.inference_mode()
+    def nats(self, texts, skip=1):
+        """Return the nats a token of each text (lists of ids of one length), from the skip-th on."""
+        nats = []
+        for part in torch.tensor(texts).split(64):
+            logp = self.model(part[:, :-1]).logits.log_softmax(-1)
+            nats += (-logp.gather(2, part[:, 1:, None])[:, skip - 1:, 0]).mean(1).tolist()
+        return nats
+
+    def windows(self, ids):
+        """Return the nats a token of a text longer than the model's window, window by window."""
+        T = self.model.cfg.block_size
+        return mean(self.nats(torch.tensor(ids).unfold(0, T + 1, T).tolist()))
+
+    def words(self, ids, cut=False):
+        """Return figures of the words of a text: 4-grams that occurred before, distinct words and pairs
+        of words, and words that the training text has; cut: not those at the ends."""
+        words = self.tok.decode(ids).lower().split()
+        words = (words[1:-1] if cut else words) or [""]
+        distinct = {}
+        for k in (1, 2, 4):
+            grams = [tuple(words[i:i + k]) for i in range(max(1, len(words) - k + 1))]
+            distinct[k] = len(set(grams)) / len(grams)
+        return {"repeated 4-grams": 1 - distinct[4], "distinct words": distinct[1],
+                "distinct pairs": distinct[2], "known words": mean(w in self.known for w in words)}
 
 
 def means(rows):
@@ -1375,33 +1373,44 @@ def coherence(cfg, total=20_000):
     writer = fit(cfg, JUDGE + " --soft_rate=0.3 --history=256 --aggregate=1 --n_segment=2 --n_span=16 "
                               "--span=4")
     model, ckpt = sample.load(writer["out_dir"])
-    critic, tok, val = sample.load(judge_folder(cfg))[0], prepare.Tokenizer(ckpt["tokenizer"]), split_ids(cfg, "val")
-    known = known_words(cfg, tok)
-    figures = lambda ids: text_figures(ids, tok, critic, known)
-    rows = [{"text": "human (validation split)", **figures(val[:total].tolist())}]
-    for collapse in ("always", "entropy", "distance", "never"):
-        decoder = sample.Decoder(model, [[int(val[0])]], tok.eot).select([0] * cfg.seeds)
-        written = sample.gather(generation(decoder, total, soft=True, collapse=collapse), cfg.seeds)
-        rows.append({"text": f"collapse = {collapse}", **means([
+    critic, val = Critic(cfg), split_ids(cfg, "val")[:total].tolist()
+    figures = lambda ids: {**critic.words(ids), "judge": critic.windows(ids)}
+    rows = [{"text": "human (validation split)", **figures(val)}]
+    for flags in (f"--soft --collapse={c}" for c in ("always", "entropy", "distance", "never")):
+        written = write(model, [val[:1]] * cfg.seeds, total, flags, eot=critic.tok.eot)
+        rows.append({"text": flags, **means([
             {**figures([t.token for t in row]), "share soft": mean(t.soft for t in row)}
             for row in written])})
     yield Table(f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds}", rows)
 
 
-def timed_tokens(makers, rounds, n):
-    """Return {name: [seconds a token per round]} of functions that give an iterator of decoding steps,
-    in turns, each over at least n tokens of its first row."""
-    def run(make, _):
-        steps, count = make(), 0
-        t0 = time.perf_counter()
-        for ready in steps:
-            count += len(ready[0])
-            if count >= n:
-                break
-        return (time.perf_counter() - t0) / count
-    for make in makers.values():
-        run(make, 1)  # compile
-    return turns(makers, rounds, run, 0.0)
+def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
+    """Return rows of tokens/s of one text of n tokens by {name: flags of sample.py}, in turns, for each
+    (dtype, compiled): in those of the first arm, with the blocks run and the share of drafts accepted."""
+    rows = []
+    for dtype, compile in types or itertools.product(("float32", "bfloat16"), (False, True)):
+        model, draft = (sample.load(path, dtype=dtype)[0] for path in (folder, other or folder))
+
+        def start(flags, n):
+            return start_decoding(model, prompts, n, flags, draft, compile)
+
+        def pace(flags, _):
+            """Return the seconds a token of at least n tokens."""
+            steps, count, t0 = start(flags, NEVER)[0], 0, time.perf_counter()
+            while count < n:
+                count += len(next(steps)[0])
+            return (time.perf_counter() - t0) / count
+
+        times = turns(arms, cfg.rounds, lambda name, _: pace(arms[name], _), 0.0)
+        for name, flags in arms.items():
+            steps, speculation = start(flags, n)
+            depth = [t.depth or model.cfg.n_layer for t in sample.gather(steps, 1)[0]]
+            row = {"decoding": name, "type": dtype + ", compiled" * compile, "blocks": mean(depth),
+                   "tokens/s": 1 / median(times[name]), "x": compare(times[next(iter(arms))], times[name])}
+            if speculation:
+                row["accepted"] = speculation.accepted / speculation.proposed
+            rows.append(row)
+    return rows
 
 
 # early exit
@@ -1414,8 +1423,7 @@ def random_exits(model, depth):
     blocks = model.cfg.n_layer * (1 - p) ** len(model.exits)
     for i, place in enumerate(model.exits.values()):
         blocks += place * p * (1 - p) ** i
-    chance = p[(blocks - depth).abs().argmin()]
-    g = torch.Generator().manual_seed(0)
+    chance, g = p[(blocks - depth).abs().argmin()], torch.Generator().manual_seed(0)
     return lambda h, before: torch.rand(h.shape[:2], generator=g) < chance
 
 
@@ -1431,22 +1439,20 @@ def broken_promises(risks, repetitions):
 
 
 @torch.inference_mode()
-def exits(cfg, repetitions=100, tokens=200):
+def exits(cfg, repetitions=100, n=200):
     """early exit: blocks, disagreement and a judge's loss over thresholds, beside random exits; calibration"""
-    model, ckpt = exits_model(cfg, "bfloat16")
-    critic, n = sample.load(judge_folder(cfg))[0], model.cfg.n_layer
-    rows = held_out(cfg, ckpt, 64, 1000)[:3000]
+    model, ckpt = sample.load(kept(cfg, "exits", EXITS), dtype="bfloat16")
+    critic, rows = Critic(cfg), held_out(cfg, ckpt, 64, 1000)[:3000]
     prompts, table, promises = rows[-32:, :32].tolist(), [], []
 
     def add(name, blocks, differ, rule):
-        decoder = sample.Decoder(model, prompts, leave=rule)
-        written = sample.gather(generation(decoder, tokens), len(prompts))
+        written = write(model, prompts, n, leave=rule)
         texts = [p + [t.token for t in row] for p, row in zip(prompts, written)]
+        depth = mean(t.depth or model.cfg.n_layer for row in written for t in row)
         table.append({"rule": name, "blocks": blocks, "differ": differ,
-                      "judge": mean(judged(critic, texts, 32)),
-                      "blocks when writing": mean(t.depth or n for row in written for t in row)})
+                      "judge": mean(critic.nats(texts, 32)), "blocks when writing": depth})
 
-    add("every block", float(n), 0.0, None)
+    add("every block", float(model.cfg.n_layer), 0.0, None)
     for kind in sample.CONFIDENCE:
         risks, depth = sample.exit_risks(model, rows if kind == "softmax" else rows[:1000], kind)
         half = len(risks) // 2
@@ -1456,48 +1462,31 @@ def exits(cfg, repetitions=100, tokens=200):
         if loosest >= 0:
             row.update({"threshold at 2%": sample.THRESHOLDS[loosest], "blocks": fresh_depth[loosest],
                         "observed on fresh text": fresh_risk[loosest]})
-        kept_promises = repetitions - broken_promises(risks, repetitions)
-        promises.append({**row, "repetitions under 2%": kept_promises})
+        row["repetitions under 2%"] = repetitions - broken_promises(risks, repetitions)
+        promises.append(row)
         for i in sorted({max(loosest, 0), *((3, 5, 9, 15) if kind == "softmax" else (9,))}):
-            threshold = sample.THRESHOLDS[i]
-            name = f"{kind} > {threshold:.3g}" + " (2% risk)" * (i == loosest)
-            add(name, fresh_depth[i], fresh_risk[i], sample.exit_rule(model, kind, threshold))
+            name = f"{kind} > {sample.THRESHOLDS[i]:.3g}" + " (2% risk)" * (i == loosest)
+            rule = sample.exit_rule(model, kind, sample.THRESHOLDS[i])
+            add(name, fresh_depth[i], fresh_risk[i], rule)
             if kind == "softmax":
-                rule, x = random_exits(model, fresh_depth[i]), rows[-500:]
-                logits, deep = model.forward_with_exits(x, rule)
-                differ = logits.argmax(-1) != model(x).logits.argmax(-1)
+                rule = random_exits(model, fresh_depth[i])
+                logits, deep = model.forward_with_exits(rows[-500:], rule)
+                differ = logits.argmax(-1) != model(rows[-500:]).logits.argmax(-1)
                 add(f"random, as deep as {name}", deep.float().mean().item(),
                     differ.float().mean().item(), rule)
-    human = mean(judged(critic, held_out(cfg, ckpt, 32 + tokens)[:500].tolist(), 32))
+    human = mean(critic.nats(held_out(cfg, ckpt, 32 + n)[:500].tolist(), 32))
     yield Table(f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, and "
                 f"{repetitions} repetitions with 500", promises)
-    yield Table(f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {tokens}; human "
-                f"text {human:.3f})", table)
+    yield Table(f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {n}; human text "
+                f"{human:.3f})", table)
 
 
-def exit_speed(cfg, tokens=200):
+def exit_speed(cfg, n=200):
     """early exit by softmax, one row: tokens/s over thresholds, in fp32, in bf16 and compiled"""
-    rows = []
-    for dtype, compile in (("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)):
-        model, ckpt = exits_model(cfg, dtype)
-        prompt = held_out(cfg, ckpt, 64)[-1:, :32].tolist()
-        rules = {"every block": None, **{f"softmax > {t}": sample.exit_rule(model, "softmax", t)
-                                         for t in (0.8, 0.7, 0.6, 0.5)}}
-
-        def start(rule):
-            return generation(sample.Decoder(model, prompt, compile=compile, leave=rule), tokens)
-
-        times = timed_tokens({k: lambda rule=rule: start(rule) for k, rule in rules.items()},
-                             cfg.rounds, tokens)
-        for k, rule in rules.items():
-            blocks = mean(ready[0][0].depth or model.cfg.n_layer for ready in start(rule))
-            rows.append({"weights": dtype + ", compiled" * compile, "rule": k, "blocks": blocks,
-                         "tokens/s": 1 / median(times[k]),
-                         "x": compare(times["every block"], times[k])})
-    yield Table(f"early exit, 6 layers, 512 wide, one row, {tokens} tokens", rows)
-
-
-# speculation
+    arms = {f"softmax > {t}": f"--exit=softmax --exit_threshold={t}" for t in (0.8, 0.7, 0.6, 0.5)}
+    yield Table(f"early exit, 6 layers, 512 wide, one row, {n} tokens", decoding_speed(
+        cfg, kept(cfg, "exits", EXITS), [split_ids(cfg, "val")[:32].tolist()],
+        {"every block": "", **arms}, n))
 
 
 def speculate(cfg, n=1000, rows=10):
@@ -1505,58 +1494,39 @@ def speculate(cfg, n=1000, rows=10):
     folder = kept(cfg, "deep", "--layers=AA.AAAAAAAAAA --exit_distill=0.5 --n_embd=512 --n_head=8 "
                                "--batch_size=8 --max_iters=400" + ONCE)
     small = kept(cfg, "small", "--n_layer=2 --n_head=4 --n_embd=128 --max_iters=600" + ONCE, seed=3)
-    val, table = split_ids(cfg, "val"), []
-    prompts = [val[i * 5000:i * 5000 + 100].tolist() for i in range(rows)]
-    drafts = {f"{k} ahead, {name}": dict(speculate=k, **more) for k in (3, 5)
-              for name, more in (("exit 2", dict(draft_exit=2)), ("small model", dict(draft="small")))}
-    for dtype, compile in (("float32", False), ("bfloat16", True)):
-        (model, _), (draft, _) = (sample.load(path, dtype=dtype) for path in (folder, small))
-
-        def run(prompts, settings, temperature, n):
-            """Return the decoding steps of n tokens a row, and the Speculation that makes them."""
-            decoder = sample.Decoder(model, prompts, compile=compile)
-            if not settings:
-                return generation(decoder, n, temperature=temperature), None
-            scfg = sample.SampleConfig(max_new_tokens=n, temperature=temperature, **settings)
-            other = sample.Decoder(draft, prompts, compile=compile) if "draft" in settings else None
-            s = sample.Speculation(decoder, scfg, torch.Generator().manual_seed(1), other)
-            return s.generate(), s
-
-        for temperature in (0.0, 0.8):
-            arms = {"plain": {}, **drafts}
-            times = timed_tokens({k: lambda how=how: run(prompts[:1], how, temperature, NEVER)[0]
-                                  for k, how in arms.items()}, cfg.rounds, 300)
-            for k, how in arms.items():
-                steps, s = run(prompts[:1], how, temperature, 500)
-                sample.gather(steps, 1)
-                accepted = {"accepted": s.accepted / s.proposed} if s else {}
-                table.append({"decoding": k, "type": dtype + ", compiled" * compile,
-                              "temperature": temperature, "tokens/s": 1 / median(times[k]),
-                              "x": compare(times["plain"], times[k]), **accepted})
-        if not compile:
-            texts = {k: ids_of(run(prompts, how, 0.0, n)[0], prompts)
-                     for k, how in [("plain", {}), *list(drafts.items())[:2]]}
-            yield same_text(model, texts)
+    prompts = split_ids(cfg, "val")[:5000 * rows].reshape(rows, -1)[:, :100].tolist()
+    drafts = {f"{k} ahead, {name}": f"--speculate={k} {flag}" for k in (3, 5)
+              for name, flag in (("exit 2", "--draft_exit=2"), ("small model", "--draft=small"))}
+    model, draft = (sample.load(path)[0] for path in (folder, small))
+    texts = {name: [[t.token for t in row]
+                    for row in write(model, prompts, n, f"{flags} --temperature=0", other=draft)]
+             for name, flags in [("plain", ""), *list(drafts.items())[:2]]}
+    yield same_text(model, prompts, texts)
+    table = []
+    for t in (0.0, 0.8):
+        arms = {f"{name}, temperature {t}": f"{flags} --temperature={t}"
+                for name, flags in {"plain": "", **drafts}.items()}
+        table += decoding_speed(cfg, folder, prompts[:1], arms, 300, small,
+                                (("float32", False), ("bfloat16", True)))
     yield Table("speculation, 12 layers, 512 wide, one row", table)
 
 
 @torch.inference_mode()
-def same_text(model, texts):
+def same_text(model, prompts, texts):
     """Return the table of whether greedy texts are those of plain decoding, and where not, how near the
     two likeliest tokens were."""
     plain, rows = texts.pop("plain"), []
     for name, others in texts.items():
         gaps = []
-        for a, b in zip(plain, others):
+        for prompt, a, b in zip(prompts, plain, others):
             if a != b:
-                i = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-                first, second = sample.Decoder(model, [a[:i]]).logits[0].topk(2).values
+                same = os.path.commonprefix([a, b])
+                first, second = sample.Decoder(model, [prompt + same]).logits[0].topk(2).values
                 gaps.append((first - second).item())
         rows.append({"draft": name, "texts": len(plain), "tokens each": len(plain[0]),
                      "differing texts": len(gaps),
                      "widest gap where they first differ": max(gaps, default=0.0)})
-    return Table("greedy text beside that of plain decoding, fp32, across folds (tokens with the prompt)",
-                 rows)
+    return Table("greedy text beside that of plain decoding, fp32, across folds", rows)
 
 
 # contrastive decoding
@@ -1564,45 +1534,34 @@ def same_text(model, texts):
 
 def contrast(cfg, n=200, length=192, skip=64):
     """contrastive decoding with each kind of amateur beside greedy and nucleus: repetition, words, a judge"""
-    model, ckpt = exits_model(cfg)
-    weak, _ = sample.load(kept(cfg, "weak", "--n_layer=2 --n_head=2 --n_embd=64 --max_iters=300" + ONCE,
-                               seed=3))
-    critic, tok = sample.load(judge_folder(cfg))[0], prepare.Tokenizer(ckpt["tokenizer"])
-    known, rows = known_words(cfg, tok), held_out(cfg, ckpt, skip + length, n)[:n].tolist()
+    model, ckpt = sample.load(kept(cfg, "exits", EXITS))
+    weak = sample.load(kept(cfg, "weak", "--n_layer=2 --n_head=2 --n_embd=64 --max_iters=300" + ONCE, 3))
+    critic, rows = Critic(cfg), held_out(cfg, ckpt, skip + length, n)[:n].tolist()
     prompts = [row[:skip] for row in rows]
-    amateurs = {"model (2 layers, 64 wide)": lambda: sample.Decoder(weak, prompts),
-                "exit after 2": 2, "exit after 4": 4,
-                "last 8 tokens": lambda: sample.Decoder(model, prompts, context=8)}
-
-    def written(kind="", temperature=1.0, **settings):
-        other = amateurs.get(kind, 0)
-        at_exit = other if isinstance(other, int) else 0
-        expert = sample.Decoder(model, prompts, at_exit=at_exit)
-        amateur = other() if callable(other) else None
-        return ids_of(generation(expert, length, amateur, amateur=kind, temperature=temperature,
-                                 **settings), prompts)
-
-    def figures(texts):
-        words = [tok.decode(text[skip:]).lower().split()[1:-1] for text in texts]  # the ends may be cut
-        return [{**word_figures(w, known), "judge": nats}
-                for w, nats in zip(words, judged(critic, texts, skip))]
-
-    got = {"human": rows, "greedy": written(temperature=0.0), "nucleus 0.95": written(top_p=0.95),
-           "alpha 0.1 alone": written("model (2 layers, 64 wide)", beta=0.0),
-           **{f"contrast, {kind}": written(kind) for kind in amateurs},
-           **{f"sweep: exit after 2, {k} {v}": written("exit after 2", **{k: v})
-              for k, v in (("beta", 0.25), ("beta", 1.0), ("alpha", 0.3))}}
-    got = {name: figures(texts) for name, texts in got.items()}
+    arms = {"greedy": "--temperature=0", "nucleus 0.95": "--top_p=0.95",
+            "alpha 0.1 alone": "--amateur=model --beta=0",
+            "contrast, model (2 layers, 64 wide)": "--amateur=model",
+            "contrast, exit after 2": "--amateur=exit:2", "contrast, exit after 4": "--amateur=exit:4",
+            "contrast, last 8 tokens": "--amateur=context:8",
+            **{f"sweep: exit after 2, {k} {v}": f"--amateur=exit:2 --{k}={v}"
+               for k, v in (("beta", 0.25), ("beta", 1.0), ("alpha", 0.3))}}
+    texts = {"human": [row[skip:] for row in rows]}
+    for name, flags in arms.items():
+        written = write(model, prompts, length, f"--temperature=1 {flags}", other=weak[0])
+        texts[name] = [[t.token for t in row] for row in written]
+    figures = {name: [{**critic.words(text, cut=True), "judge": nats} for text, nats in zip(
+        each, critic.nats([p + text for p, text in zip(prompts, each)], skip))]
+        for name, each in texts.items()}
     paired = []
-    for name, each in got.items():
+    for name, each in figures.items():
         row = {"decoding": name}
         for k in each[0]:
-            d = np.array([a[k] - b[k] for a, b in zip(each, got["nucleus 0.95"])])
+            d = np.array([a[k] - b[k] for a, b in zip(each, figures["nucleus 0.95"])])
             row[k] = f"{d.mean():+.3f} +- {1.96 * d.std(ddof=1) / len(d) ** 0.5:.3f}"
         paired.append(row)
     yield Table("the same, less nucleus 0.95 after the same prompt: mean and 95% interval", paired)
     yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5",
-                [{"decoding": name, **means(each)} for name, each in got.items()])
+                [{"decoding": name, **means(each)} for name, each in figures.items()])
 
 
 CLAIMS.update(coherence=coherence, exits=exits, exit_speed=exit_speed, speculate=speculate,
@@ -1618,22 +1577,21 @@ def text_keys(cfg, n_query, n_key):
     """Return {kind: (queries of held-out text, keys of training text)}, 64 wide, of a small model: what
     its head reads, through a random projection, and the queries and keys of an attention head, before
     they are turned by their place."""
-    model, _ = sample.load(kept(cfg, "keys", "--n_layer=4 --n_head=2 --n_embd=128 --max_iters=400" + ONCE))
-    T, found = model.cfg.block_size, {"hidden": [], "attention": []}
-    shrink = torch.linalg.qr(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)))[0]
+    flags = "--n_layer=4 --n_head=2 --n_embd=128 --max_iters=400" + ONCE
+    model, g = sample.load(kept(cfg, "keys", flags))[0], torch.Generator().manual_seed(0)
+    hidden, qkv, kinds = [], [], {"hidden": [], "attention": []}
+    model.lm_head.register_forward_pre_hook(lambda _, x: hidden.append(x[0]))
+    model.blocks[2].attn.c_attn.register_forward_hook(lambda _, x, y: qkv.append(y))
+    shrink = torch.linalg.qr(torch.randn(128, 64, generator=g))[0]
     for split, n, head in (("val", n_query, 0), ("train", n_key, 2)):  # of 2 query heads and 2 key heads
-        windows = torch.from_numpy(split_ids(cfg, split)).unfold(0, T, T)
-        hidden, qkv = [], []
-        hooks = [model.lm_head.register_forward_pre_hook(lambda _, x: hidden.append(x[0])),
-                 model.blocks[2].attn.c_attn.register_forward_hook(lambda _, x, y: qkv.append(y))]
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
-        for part in order[:n // T].split(32):
-            model(windows[part])
-        for hook in hooks:
-            hook.remove()
-        found["hidden"].append(rms_norm(torch.cat(hidden).view(-1, 128) @ shrink))
-        found["attention"].append(rms_norm(torch.cat(qkv).view(-1, 6, 64)[:, head].contiguous()))
-    return found
+        windows = torch.from_numpy(split_ids(cfg, split)).unfold(0, 256, 256)
+        for part in windows[torch.randperm(len(windows), generator=g)][:n // 256].split(32):
+            model(part)
+        kinds["hidden"].append(rms_norm(torch.cat(hidden).view(-1, 128) @ shrink))
+        kinds["attention"].append(rms_norm(torch.cat(qkv).view(-1, 6, 64)[:, head].contiguous()))
+        hidden.clear()
+        qkv.clear()
+    return kinds
 
 
 def recall(q, keys, places):
@@ -1648,77 +1606,57 @@ def recall(q, keys, places):
 
 
 def product_keys(N, k, Q, g):
-    """Return a FeaturalMemory of N random slots, its input (1, Q, 64), and the queries and all the keys
-    (N, 64) that it stands for."""
+    """Return the search of a FeaturalMemory of N random slots for its own queries, and those queries
+    (Q, 64) and all the keys (N, 64) that it stands for."""
     memory = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=64, n_head=1, layers="F", n_mem=N, mem_head=1,
                                       mem_top=k), 0)
     memory.c_q.weight.copy_(torch.eye(64))
     memory.keys.normal_(generator=g)
     first, second = rms_norm(memory.keys[0]) * 32 ** -0.5
-    x = torch.randn(1, Q, 64, generator=g)
     keys = torch.cat((first.repeat_interleave(memory.side, 0), second.repeat(memory.side, 1)), dim=-1)
-    return memory, x, (rms_norm(x.view(Q, 2, 32)).flatten(1), keys)
+    q = rms_norm(torch.randn(Q, 2, 32, generator=g)).flatten(1)
+    return lambda q: memory.find(q[None])[0][0, :, 0], q, keys
+
+
+def searches(keys, k):
+    """Return {name: function(queries) -> places of their k keys} of exact and approximate searches, and
+    the seconds that the index takes to build."""
+    index = Clusters(64)
+    build = seconds(lambda: index.add(keys))
+    ways = {"exact": lambda q: search(q, keys, k)[1],
+            "product and topk": lambda q: torch.cat([(x @ keys.t()).topk(k)[1] for x in q.split(512)]),
+            **{f"clusters, {n} pages": lambda q, n=n: index.search(q, k, n)[1] for n in (6, 16, 32)}}
+    if importlib.util.find_spec("faiss"):  # pip install faiss-cpu
+        import faiss
+        flat = faiss.IndexFlatIP(64)
+        flat.add(keys.numpy())
+        ways["faiss, flat"] = lambda q: torch.from_numpy(flat.search(q.numpy(), k)[1])
+    return ways, {"build, s": build, "index, MB": index.keys.nbytes / 2 ** 20}
 
 
 @torch.inference_mode()
 def retrieval(cfg, Q=4096, N=65536, k=32):
-    """32 of 64K keys for 4,096 queries: exact, beside faiss, product keys, and by clusters; where those pay"""
-    g = torch.Generator().manual_seed(0)
-    kinds = {"Gaussian": [torch.randn(n, 64, generator=g) for n in (Q, N)], **text_keys(cfg, Q, 4 * N)}
-    all_keys = kinds["attention"][1]
-    kinds = {kind: (q, keys[:N].clone()) for kind, (q, keys) in kinds.items()}
-    memory, x, kinds["grid"] = product_keys(N, k, Q, g)
-    q, keys = kinds["hidden"]
-    in_parts = lambda: torch.cat([(part @ keys.t()).topk(k)[1] for part in q.split(512)])
-    compiled = torch.compile(memory.find, fullgraph=True, dynamic=False)
-    arms = {("exact", "hidden"): lambda: search(q, keys, k)[1],
-            ("product and topk", "hidden"): in_parts,
-            ("exact", "grid"): lambda: search(*kinds["grid"], k)[1],
-            ("product keys", "grid"): lambda: memory.find(x)[0][0, :, 0],
-            ("product keys, compiled", "grid"): lambda: compiled(x)[0][0, :, 0]}
-    if importlib.util.find_spec("faiss"):
-        import faiss
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        flat = faiss.IndexFlatIP(64)
-        flat.add(keys.numpy())
-        arms["faiss, flat", "hidden"] = lambda: torch.from_numpy(flat.search(q.numpy(), k)[1])
-    else:
-        print("faiss is not installed, so that its row is missing; pip install faiss-cpu",
-              file=sys.stderr)
-    for kind in ("hidden", "attention", "Gaussian"):
-        index = Clusters(64)
-        index.add(kinds[kind][1])
-        for probes in (6, 17, 32):
-            arms[f"clusters, {probes} of {int((index.count > 0).sum())} pages", kind] = \
-                lambda c=index, q=kinds[kind][0], p=probes: c.search(q, k, p)[1]
-    times, rows = turns(arms, cfg.rounds, least=0.5), []
-    for (what, kind), find in arms.items():
-        t, exact = times[what, kind], times["exact", "grid" if kind == "grid" else "hidden"]
-        rows.append({"search": what, "keys": kind, "recall": recall(*kinds[kind], find()),
-                     "ms": 1000 * median(t), "x exact": compare(exact, t)})
-        if ("faiss, flat", "hidden") in times:
-            rows[-1]["x faiss"] = compare(times["faiss, flat", "hidden"], t)
-    yield Table(f"{k} of {N:,} keys for {Q:,} queries, fp32, {torch.get_num_threads()} threads", rows)
-    yield index_by_size(cfg, kinds["attention"][0], all_keys, (N // 16, N // 4, N, 4 * N), k)
-
-
-def index_by_size(cfg, q, all_keys, sizes, k):
-    """Return the table of what an approximate index of the first keys costs and gives, beside exact
-    search."""
-    rows = []
-    for keys in (all_keys[:n].clone() for n in sizes):
-        index, last = Clusters(64), iter(keys[-100:].split(1))
-        row = {"keys": len(keys), "build, s": seconds(lambda: index.add(keys[:-100])),
-               "add one, ms": 1000 * seconds(lambda: index.add(next(last)), 100),
-               "MB": index.keys.nbytes / 2 ** 20, "exact, MB": keys.nbytes / 2 ** 20,
-               "recall": recall(q[:256], keys, index.search(q[:256], k)[1])}
-        for n in (1, 64, len(q)):
-            t = turns({"exact": lambda: search(q[:n], keys, k),
-                       "clusters": lambda: index.search(q[:n], k)}, cfg.rounds, least=0.2)
-            row[f"{n:,} queries, ms"] = 1000 * median(t["clusters"])
-            row[f"x exact, {n:,}"] = compare(t["exact"], t["clusters"])
-        rows.append(row)
-    return Table("clusters (16 pages a query) by the number of keys of attention", rows)
+    """32 of 4K to 256K keys for 1, 64 and 4,096 queries: exact, faiss, product keys, clusters: recall, time, memory"""
+    g, rows = torch.Generator().manual_seed(0), []
+    find, q, keys = product_keys(N, k, Q, g)
+    kinds = {"grid": (q, keys), "Gaussian": [torch.randn(n, 64, generator=g) for n in (Q, N)]}
+    for kind, (q, keys) in text_keys(cfg, Q, 4 * N).items():
+        for n in (N // 16, N // 4, N, 4 * N) if kind == "attention" else (N,):
+            kinds[f"{kind}, {n:,}"] = q, keys[:n].clone()
+    for kind, (q, keys) in kinds.items():
+        ways, index = searches(keys, k)
+        if kind == "grid":
+            compiled = torch.compile(find, fullgraph=True, dynamic=False)
+            ways.update({"product keys": find, "product keys, compiled": compiled})
+        times = {n: turns(ways, cfg.rounds, lambda way, i: seconds(lambda: way(q[:n]), i), 0.2)
+                 for n in (1, 64, Q)}
+        for name, way in ways.items():
+            row = {"keys": kind, "search": name, "recall": recall(q[:256], keys, way(q[:256]))}
+            for n, t in times.items():
+                row[f"{n:,} queries, ms"] = 1000 * median(t[name])
+                row[f"x exact, {n:,}"] = compare(t["exact"], t[name])
+            rows.append({**row, **(index if "clusters" in name else {}), "MB": keys.nbytes / 2 ** 20})
+    yield Table(f"{k} nearest keys, fp32, {torch.get_num_threads()} threads", rows)
 
 
 # a store whose writers are killed
@@ -1726,41 +1664,39 @@ def index_by_size(cfg, q, all_keys, sizes, k):
 STORED = dict(model="nobody", kind="memory", key=(64, "float32"), value=(64, "float32"))
 
 
-def batch_of(b, n=200):
-    """Return the b-th batch of a store that is written to be killed: keys, values, texts."""
-    keys, values = np.random.default_rng(b).standard_normal((2, n, 64), dtype=np.float32)
-    return keys, values, [f"entry {i} of batch {b}" for i in range(n)]
+def batches(first, last, n=200):
+    """Return entries of the batches from first on of a store that is written to be killed: keys,
+    values, texts."""
+    keys, values = np.concatenate([
+        np.random.default_rng(b).standard_normal((2, n, 64), np.float32) for b in range(first, last)], 1)
+    return keys, values, [f"entry {i} of batch {b}" for b in range(first, last) for i in range(n)]
 
 
 def write_on(path):
     """Be the child of kill_writers: write batch after batch into a store, the uses of the batch before
     along with it, and say so before and after, until killed."""
     with sample.Store(path, **STORED, write=True) as store:
-        n = len(batch_of(0)[2])
-        for b in itertools.count(store.stats()["entries"] // n):
-            batch = batch_of(b)
+        for b in itertools.count(store.stats()["entries"] // 200):
+            keys, values, texts = batches(b, b + 1)
             print("begin", b, flush=True)
             with store.batch():
-                ids = store.add(0, [0] * n, *batch)
+                ids = store.add(0, [0] * len(texts), keys, values, texts)
                 if b:
-                    store.touch(ids - n)
+                    store.touch(ids - len(texts))
             print("done", b, flush=True)
 
 
 def found_in(path):
-    """Return how many batches a store holds (the last may be in part), and whether it is sound and holds
-    what they say."""
+    """Return how many entries a store holds, and whether it is sound and they are what was written."""
     with sample.Store(path, STORED["model"]) as store:
         arrays, texts = store.arrays(0), [e[5] for part in store.entries() for e in part]
         sound = store.db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
-    batches = [batch_of(b) for b in range(-(-len(texts) // len(batch_of(0)[2])))]
-    if not batches:
+    if not texts:
         return 0, sound
-    keys, values, wanted = (np.concatenate(part) for part in zip(*batches))
-    uses = np.repeat(([1] * len(batches) + [0])[1:], len(batches[0][0]))  # (the last is not used yet)
-    same = (np.array_equal(arrays[k], v)
-            for k, v in (("keys", keys), ("values", values), ("uses", uses)))
-    return len(batches), sound and texts == wanted.tolist() and all(same)
+    keys, values, wanted = batches(0, -(-len(texts) // 200))
+    uses = np.arange(len(wanted)) < len(wanted) - 200  # (those of the last batch are not used yet)
+    return len(texts), sound and texts == wanted and all(map(
+        np.array_equal, (arrays["keys"], arrays["values"], arrays["uses"]), (keys, values, uses)))
 
 
 def kill_writers(path, kills, seed=0):
@@ -1775,15 +1711,15 @@ def kill_writers(path, kills, seed=0):
         lines = [writer.stdout.readline()]
         time.sleep(g.uniform(0, 0.25))
         writer.kill()
-        lines += writer.stdout.readlines()
+        lines += [line for line in writer.stdout if line.endswith("\n")]
         writer.wait()
-        lines = [line.split() for line in lines if line.endswith("\n")]
-        committed = int(lines[-1][1]) + (lines[-1][0] == "done")
-        found, whole = found_in(path)
+        what, b = lines[-1].split()
+        committed = int(b) + (what == "done")
+        n_found, whole = found_in(path)
         total["kills"] += 1
-        total["in the middle of a batch"] += lines[-1][0] == "begin"
+        total["in the middle of a batch"] += what == "begin"
         total["batches told committed"] = committed
-        total["of them lost"] += max(committed - found, 0)
+        total["of them lost"] += max(committed - n_found // 200, 0)
         total["damaged or half written"] += not whole
     return total
 
@@ -1799,23 +1735,26 @@ def crash(cfg, kills=50):
 # facts
 
 
+def as_text_of(facts, mark="!"):
+    """Return facts [(what of, value)] as the text that states them."""
+    return "".join(f"{mark}{key} {value}\n" for key, value in facts)
+
+
 @torch.inference_mode()
 def answers(model, tok, facts, memory, rows=64):
-    """Return the share of facts [(what of, value)] whose whole value is the likeliest text behind the
-    question, which follows 6 unrelated facts: each token of it the likeliest behind those before, as
-    greedy decoding has it."""
+    """Return the share of facts whose whole value is the likeliest text behind the question, which
+    follows 6 unrelated facts: each token of it the likeliest behind those before, as greedy decoding
+    has it."""
     right, others = 0, prepare.random_facts(np.random.default_rng(0), 6)
-    before = "\n" + "".join(f"!{key} {value}\n" for key, value in others)
-    decoder = sample.Decoder(model, [tok.encode(before)], memory=memory)  # read once for all
+    decoder = sample.Decoder(model, [tok.encode("\n" + as_text_of(others))], memory=memory)
     for i in range(0, len(facts), rows):
-        part = facts[i:i + rows]
-        texts = [tok.encode(f"?{key} {value}\n") for key, value in part]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
-        state = decoder.state.select(torch.zeros(len(part), dtype=torch.long))
-        guesses = model(ids, state=state).logits.argmax(-1).tolist()
-        for text, guess, (_, value) in zip(texts, guesses, part):
+        texts = [torch.tensor(tok.encode(as_text_of([fact], "?"))) for fact in facts[i:i + rows]]
+        state = decoder.state.select(torch.zeros(len(texts), dtype=torch.long))
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        guesses = model(ids, state=state).logits.argmax(-1)
+        for text, guess, (_, value) in zip(texts, guesses, facts[i:]):
             n = len(text) - len(value) - 1
-            right += guess[n - 1:len(text) - 1] == text[n:]
+            right += torch.equal(guess[n - 1:len(text) - 1], text[n:])
     return right / len(facts)
 
 
@@ -1825,29 +1764,24 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
     model, ckpt = sample.load(kept(cfg, "facts", "config/facts.py --dataset=facts"))
     tok, rows = prepare.Tokenizer(ckpt["tokenizer"]), []
     for size in sizes:
-        known = prepare.random_facts(np.random.default_rng(size), size)
-        n_asked = n if size <= indexed else n // 4  # (seconds each)
-        asked = [known[i] for i in np.random.default_rng(0).permutation(size)[:n_asked]]
-        ids = tok.encode("\n" + "".join(f"!{k} {v}\n" for k, v in known))
-        start = time.perf_counter()
-        found = sample.absorb(model, ids)
-        read = time.perf_counter() - start
+        known, large = prepare.random_facts(np.random.default_rng(size), size), size > indexed
+        order = np.random.default_rng(0).permutation(size)
+        asked = [known[i] for i in order[:n // 4 if large else n]]  # (seconds each)
+        found, read = timed(lambda: sample.absorb(model, tok.encode("\n" + as_text_of(known))))
         n_entries = max(len(keys) for heads in found.values() for keys, *_ in heads)
         # an index takes as much room again, and more
-        for how in ("exact", "index", "cleared") if size <= indexed else ("exact", "cleared"):
+        for how in ("exact", "cleared") if large else ("exact", "index", "cleared"):
             decoder = memory = None  # the one before goes first
-            start = time.perf_counter()
-            if how != "cleared":
-                memory = sample.remembered(model, found, index=how == "index")
-            made = time.perf_counter() - start
+            memory, made = timed(lambda: {} if how == "cleared" else sample.remembered(
+                model, found, index=how == "index"))
             decoder = sample.Decoder(model, [tok.encode("\n?")], memory=memory)
-            size_gb = sum(t.numel() * t.element_size() for m in (memory or {}).values()
-                          for t in (m.keys, m.values)) / 1e9
-            right = answers(model, tok, asked, memory, rows=max(1, min(64, 2 ** 22 // n_entries)))
-            ms = 1000 * median(seconds(lambda: decoder.push([4])) for _ in range(20))
-            rows.append({"facts": size, "memory": how, "entries": n_entries if memory else 0,
-                         "GB": size_gb, "questions": len(asked), "right": right, "read s": read,
-                         "made s": made, "ms a token": ms})
+            rows.append({
+                "facts": size, "memory": how, "entries": n_entries if memory else 0,
+                "GB": sum(t.nbytes for m in memory.values() for t in (m.keys, m.values)) / 1e9,
+                "questions": len(asked),
+                "right": answers(model, tok, asked, memory, max(1, min(64, 2 ** 22 // n_entries))),
+                "read s": read, "made s": made,
+                "ms a token": 1000 * median(seconds(lambda: decoder.push([4])) for _ in range(20))})
             print(rows[-1], file=sys.stderr)  # (the largest takes a quarter of an hour, and 18 GB)
     yield Table("facts told once, questions for whole values, greedy, eager, fp32; ms a token: one row",
                 rows)
@@ -1855,8 +1789,8 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
 
 # kNN-LM
 
-LAMBDAS = np.linspace(0, 0.8, 21)
-TEMPERATURES = 2.0 ** np.arange(-7, 2)  # times the channels
+LAMBDAS = torch.linspace(0, 0.8, 21)
+TEMPERATURES = [2.0 ** i for i in range(-7, 2)]  # times the channels
 NEIGHBOURS = (16, 64, 256)
 
 
@@ -1865,14 +1799,12 @@ def tuned(logp, distances, hits, C, fits):
     (n,) of each place with them. logp (n,): of the right token by the model; distances, hits (n, K): of
     the entries found, and whether the right token stood behind each."""
     found = []
-    for k, temperature in itertools.product(NEIGHBOURS, C * TEMPERATURES):
-        p = ((-distances[:, :k] / temperature).softmax(1) * hits[:, :k]).sum(1)
-        for weight in LAMBDAS:
-            nats = -(logp.exp() * (1 - weight) + weight * p).log()
-            found.append((round(nats[fits].mean().item(), 7), weight, temperature, k))
-    _, weight, temperature, k = min(found, key=lambda f: f[0])
-    p = ((-distances[:, :k] / temperature).softmax(1) * hits[:, :k]).sum(1)
-    return weight, temperature, k, -(logp.exp() * (1 - weight) + weight * p).log()
+    for k, temperature in itertools.product(NEIGHBOURS, TEMPERATURES):
+        p = ((-distances[:, :k] / (C * temperature)).softmax(1) * hits[:, :k]).sum(1)
+        nats = -torch.lerp(logp.exp(), p, LAMBDAS[:, None]).log()  # (weights, n)
+        loss, i = nats[:, fits].mean(1).min(0)
+        found.append((round(loss.item(), 7), LAMBDAS[i].item(), temperature, k, nats[i]))
+    return min(found, key=lambda f: f[0])[1:]
 
 
 def behind(h, places, k, size=64):
@@ -1895,49 +1827,41 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     tok, C, K = prepare.Tokenizer(ckpt["tokenizer"]), model.cfg.n_embd, max(NEIGHBOURS)
     train_ids, val_ids = (split_ids(cfg, split).tolist() for split in ("train", "val"))
     target = torch.tensor(val_ids[1:])
-    vectors, logp = [], []
-    for h, logits in sample.outputs(model, val_ids):
-        wanted = target[sum(map(len, vectors)):][:len(logits), None]
-        logp.append(logits.log_softmax(-1).gather(1, wanted)[:, 0])
-        vectors.append(h.half())
-    h, logp = torch.cat(vectors), torch.cat(logp)
     # what is scored: places evenly over the split, of which the first half tunes
     places = torch.linspace(K, len(target) - 1, 2 * n).long()
-    fits = torch.arange(2 * n) < n
-    logp, right = logp[places], target[places, None]
+    fits, right = torch.arange(2 * n) < n, target[places, None]
+    h, logits = (torch.cat(t) for t in zip(*((h.half(), l) for h, l in sample.outputs(model, val_ids))))
+    logp = logits[places].log_softmax(-1).gather(1, right)[:, 0]
     rows = [{"datastore": "none", "val loss": -logp[~fits].mean().item()}]
 
     def add(name, entries, distances, tokens, **more):
         weight, temperature, k, nats = tuned(logp, distances, tokens == right, C, fits)
         gain = (-logp - nats)[~fits]
-        rows.append({"datastore": name, "entries": entries, "lambda": float(weight),
-                     "temp": float(temperature / C), "k": k, "val loss": nats[~fits].mean().item(),
-                     "gain": gain.mean().item(), "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more})
+        rows.append({"datastore": name, "entries": entries, "lambda": weight, "temp": temperature,
+                     "k": k, "val loss": nats[~fits].mean().item(), "gain": gain.mean().item(),
+                     "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more})
 
-    def find(neighbours, own=False):
-        return [torch.cat(t) for t in zip(*(neighbours.find(h[p], p if own else None)
-                                            for p in places.split(256)))]
+    def find(near, own=False):
+        found = [near.find(h[p], p if own else None) for p in places.split(256)]
+        return [torch.cat(t) for t in zip(*found)]
 
-    one_by_one = itertools.cycle(places.split(1))
-    path, model_id = os.path.join(scratch(), "knn.db"), prepare.checkpoint_id(
-        prepare.checkpoint_path(folder))
+    one_by_one, path = itertools.cycle(places.split(1)), os.path.join(scratch(), "knn.db")
+    model_id = prepare.checkpoint_id(prepare.checkpoint_path(folder))
     with sample.Store(path, model_id, "knn", (C, "float16"), (1, "int32"), True) as store:
         for before, size in itertools.pairwise((0, *sizes)):
             sample.learn_knn(store, model, tok, train_ids[before:size + 1])
-            start = time.perf_counter()
-            near = sample.Neighbours.open(store, K, 0.25, 10.0)
-            read = time.perf_counter() - start
+            near, read = timed(lambda: sample.Neighbours.open(store, K, 0.25, 10.0))
             distances, found = find(near)
             times = turns({"find": lambda: near.find(h[next(one_by_one)])}, cfg.rounds, least=0.5)
             add("training text", size, distances, near.tokens[found],
                 **{"ms a token": 1000 * median(times["find"]), "MB": store.stats()["bytes"] / 2 ** 20,
                    "read, s": read})
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    add("training text, its tokens shuffled", size, distances, near.tokens[order][found])
-    recent, rows_before = behind(h, places, K)
-    add("this text, before the place", len(h), recent, target[rows_before])
+    shuffled = near.tokens[torch.randperm(size, generator=torch.Generator().manual_seed(0))]
+    add("training text, its tokens shuffled", size, distances, shuffled[found])
+    recent, earlier = behind(h, places, K)
+    add("this text, before the place", len(h), recent, target[earlier])
     both, order = torch.cat((distances, recent), 1).sort(1)
-    tokens = torch.cat((near.tokens[found], target[rows_before]), 1).gather(1, order)
+    tokens = torch.cat((near.tokens[found], target[earlier]), 1).gather(1, order)
     add("both", size + len(h), both[:, :K], tokens[:, :K])
     distances, found = find(sample.Neighbours(h, target, K, 0.25, 10.0), own=True)
     add("this text but for the place: its future too", len(h), distances, target[found])
@@ -1953,45 +1877,38 @@ CLAIMS.update(retrieval=retrieval, crash=crash, facts=facts, knn=knn)
 
 def question(name):
     """Return what a claim asks, in a sentence."""
-    claim = mine if name == "mine" else CLAIMS[name]
-    return claim.question if isinstance(claim, Trial) else claim.__doc__
+    claim = CLAIMS.get(name, mine)
+    return " ".join((claim.question if isinstance(claim, Trial) else claim.__doc__).split())
 
 
 def main(argv):
-    if argv[:1] == ["_arm"]:
-        return serve()
     if argv[:1] == ["_writer"]:
         return write_on(argv[1])
     lines = [f"{name:14} {question(name)}" for name in CLAIMS]
     doc = __doc__.replace("CLAIMS", ("\n" + " " * 38).join(lines))
     own_idea = "mine" in argv
-    classes = (BenchConfig, GPTConfig, TrainConfig) if own_idea else (BenchConfig,)
     presets = [a for a in argv if own_idea and a.endswith(".py")]
     words = [a for a in argv if a not in presets]
-    values, *flags, claims = config.parse(words, *classes, doc=doc, words=[*CLAIMS, "mine"])
+    values, *idea, claims = config.parse(words, BenchConfig, *[GPTConfig, TrainConfig] * own_idea,
+                                         doc=doc, words=[*CLAIMS, "mine"])
     cfg = config.build(BenchConfig, **values)
     for preset in cfg.presets:
-        read_arm(preset)
+        read_arm(f"config/{preset}.py")
     if own_idea and claims != ["mine"]:
         raise UserError("mine compares one idea with the plain model; name no other claim beside it")
-    if cfg.profile:
-        for table in profile_presets(cfg):
-            show(cfg, table)
-        return 0
-    for name in claims or ["presets"]:
-        start, tables = time.perf_counter(), []
+    for name in claims or ["profile" if cfg.profile else "presets"]:
+        run = {**CLAIMS, "profile": profile_presets}.get(name)
         if own_idea:
-            base = [config.parse(presets, cls)[0] for cls in (GPTConfig, TrainConfig)]
-            run = mine(cfg, {**base[0], **base[1]}, {**flags[0], **flags[1]})
+            run = mine(cfg, presets, {**idea[0], **idea[1]})
         else:
-            run = CLAIMS[name]
             run = run_trial(cfg, run) if isinstance(run, Trial) else run(cfg)
+        start, tables = time.perf_counter(), []
         for table in run:
             show(cfg, table)
             tables.append(table)
         if cfg.save:
-            more = [a for a in words if a not in (*claims, "--save", "--save=True")]
-            save(cfg, name, tables, [*presets, *more], time.perf_counter() - start)
+            flags = [a for a in words if a not in (*claims, "--save")]
+            save(cfg, name, tables, [*presets, *flags], time.perf_counter() - start)
     return 0
 
 
