@@ -1,6 +1,6 @@
 """Measure speed, and everything that the documentation claims.
 
-    python bench.py                   every preset beside nanoGPT: parameters, step, memory, decoding
+    python bench.py                   every preset beside nanoGPT: step, memory, decoding
     python bench.py CLAIM             measure one claim again and print its table:
                                       CLAIMS
     python bench.py CLAIM --save      and write docs/results/CLAIM.json
@@ -53,7 +53,7 @@ NEVER = 10 ** 9  # as an interval
 class BenchConfig:
     json: bool = False  # print the tables as JSON lines
     save: bool = False  # write docs/results/CLAIM.json too
-    profile: bool = False  # torch profiler over a training step of softar_shakespeare, or of --presets
+    profile: bool = False  # where a step of softar_shakespeare, or of --presets, goes, by operator
     presets: tuple[str, ...] = ()  # only these presets; repeatable
     rounds: int = 5  # turns of A B A B
     seeds: int = 3  # seeds of a claim that trains
@@ -67,14 +67,14 @@ class BenchConfig:
         config.within(self, 1, 10_000, "rounds", "seeds", "jobs")
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # tables and records
 
 
 @dataclass
 class Table:
-    """Rows {column: value} under a title. `figures` are {arm: {metric: [a value per seed]}}; where a
-    claim does not state them they are the numbers of the rows, by the words of each."""
+    """Rows {column: value} under a title. `figures` are {arm: {metric: [a value per seed]}}; where
+    a claim does not state them they are the numbers of the rows, by the words of each."""
     title: str
     rows: list
     figures: dict = None
@@ -133,7 +133,8 @@ def machine():
 def git(*argv):
     """Return what git says here, "" where it says nothing."""
     with contextlib.suppress(OSError):
-        return subprocess.run(["git", *argv], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        run = subprocess.run(["git", *argv], cwd=HERE, capture_output=True, text=True)
+        return run.stdout.strip()
     return ""
 
 
@@ -166,7 +167,7 @@ def save(cfg, claim, tables, words, took):
     print(f"written: {path}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # arms: a process each, so that memory, allocator and compiler caches do not mix
 
 
@@ -182,8 +183,8 @@ class ArmConfig:
 
 
 def parse_arm(flags="", **more):
-    """Return ({model settings}, {training settings}, {ArmConfig settings}) of an arm: what one would
-    write behind `python train.py`, and settings over that."""
+    """Return ({model settings}, {training settings}, {ArmConfig settings}) of an arm: what one
+    would write behind `python train.py`, and settings over that."""
     argv = [os.path.join(HERE, a) if a.endswith(".py") else a for a in shlex.split(flags)]
     m, t, own, _ = config.parse(argv, GPTConfig, TrainConfig, ArmConfig)
     if "layers" in m:  # (arms may share flags that have n_layer)
@@ -213,8 +214,8 @@ def like_nanogpt(m, t):
 
 
 class Arm:
-    """A child process that calls functions of this file, one after another; those of one child share
-    CHILD."""
+    """A child process that calls functions of this file, one after another; those of one child
+    share CHILD."""
 
     def __init__(self, threads=0, **env):
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_child,
@@ -248,7 +249,8 @@ def train_arm(m, t, after=(), leak=""):
 
 
 def start_run(m, t, profiled=False):
-    """Make the Runner of an arm and a batch of random tokens, and do the first step, which compiles."""
+    """Make the Runner of an arm and a batch of random tokens, and do the first step, which
+    compiles."""
     mcfg, tcfg = config.build(stand_in, m=m), config.build(TrainConfig, **t)
     # the compiler's kernels by name
     torch._inductor.config.cpp.enable_kernel_profile = profiled
@@ -261,7 +263,8 @@ def start_run(m, t, profiled=False):
     n_scored = int((y >= 0).sum())
     tcfg.max_iters = NEVER  # constant learning rate
     CHILD.update(run=run, step=lambda: run.step(0, x, y, h, n_scored))
-    return {"params": run.model.num_params(), "compile": seconds(CHILD["step"]), "tokens": run.tokens}
+    return {"params": run.model.num_params(), "compile": seconds(CHILD["step"]),
+            "tokens": run.tokens}
 
 
 def run_steps(n):
@@ -273,7 +276,8 @@ def end_run(a_step):
 
 
 def peak_mb():
-    """Return the peak of memory so far, in MB: of the GPU, or where there is none of the process."""
+    """Return the peak of memory so far, in MB: of the GPU, or where there is none of the
+    process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2 ** 20
     import resource
@@ -309,8 +313,8 @@ def compare(a, b):
 
 
 def step_times(arms, rounds, least=1.0, threads=0):
-    """Return {name: [seconds a step per round]} of arms given as (model settings, training settings),
-    in turns."""
+    """Return {name: [seconds a step per round]} of arms given as (model settings, training
+    settings), in turns."""
     live = {k: Arm(threads) for k in arms}
     for k, arm in live.items():
         arm.ask(start_run, *arms[k])
@@ -327,7 +331,7 @@ def scratch():
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # trials: arms trained over seeds
 
 COMPARED = ("val loss", "difference", "sd of it", "spread", "steps", "params M", "step time")
@@ -337,10 +341,11 @@ COMPARED = ("val loss", "difference", "sd of it", "spread", "steps", "params M",
 class Trial:
     """A claim that trains models and compares them.
 
-    Columns are metrics of the arms: val loss, spread (largest less smallest over seeds), steps, params
-    M, step time (in those of the baseline), ms a step, difference (val loss less the baseline's, by
-    seeds), sd of it, best on the way, seconds of steps, first step, process seconds; each number that
-    MEASURES give; and what `derived` computes of (an arm's metrics, those of all arms)."""
+    Columns are metrics of the arms: val loss, spread (largest less smallest over seeds), steps,
+    params M, step time (in those of the baseline), ms a step, difference (val loss less the
+    baseline's, by seeds), sd of it, best on the way, seconds of steps, first step, process seconds;
+    each number that MEASURES give; and what `derived` computes of (an arm's metrics, those of all
+    arms)."""
     question: str
     title: str
     arms: dict  # {name: flags}, or flags that are their names
@@ -378,8 +383,8 @@ def make_task(cfg, name):
 
 
 def fit(cfg, flags="", seed=1, threads=0, cold=False, **more):
-    """Train one arm in a process of its own, cold: with an empty compiler cache. Return what train_arm
-    returns, and "wall", the seconds of the whole process."""
+    """Train one arm in a process of its own, cold: with an empty compiler cache. Return what
+    train_arm returns, and "wall", the seconds of the whole process."""
     m, t, own = parse_arm(flags, **more)
     folder = os.path.join(cfg.out_dir or scratch(), more.get("out_dir") or f"arm-{time.time_ns()}")
     t = {"dataset": cfg.dataset, **t, "data_dir": cfg.data_dir, "seed": seed, "out_dir": folder}
@@ -397,8 +402,8 @@ METRICS = {"val loss": "val_loss", "best on the way": "best_val_loss", "steps": 
 
 
 def over_seeds(cfg, arms, threads=0, cold=False):
-    """Train each of {name: flags} for each seed, cfg.jobs at once. Return {name: {metric: [a value per
-    seed]}}."""
+    """Train each of {name: flags} for each seed, cfg.jobs at once. Return {name: {metric: [a value
+    per seed]}}."""
     pool = ThreadPoolExecutor(cfg.jobs)
     own = {name: parse_arm(flags)[2] for name, flags in arms.items()}
     figures = {}
@@ -462,10 +467,11 @@ def run_trial(cfg, trial):
     middle = lambda values: mean(values) if is_number(values[0]) else values[0]
     rows = [{"arm": name, **{k: middle(f[k]) for k in columns if f.get(k)}}
             for name, f in figures.items()]
-    yield Table(f"{trial.title} ({cfg.dataset}, {cfg.seeds} seeds, baseline: {baseline})", rows, figures)
+    yield Table(f"{trial.title} ({cfg.dataset}, {cfg.seeds} seeds, baseline: {baseline})", rows,
+                figures)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # measures of a trained model, over the validation split
 
 
@@ -488,9 +494,9 @@ def ablated(alter):
 
 @torch.inference_mode()
 def wrong_distance(run, data):
-    """Return the mean of 1 - cosine between the embeddings of the most likely and of the right token,
-    where they differ, as a share of what it is between two tokens drawn from the text: every model
-    has a table of its own."""
+    """Return the mean of 1 - cosine between the embeddings of the most likely and of the right
+    token, where they differ, as a share of what it is between two tokens drawn from the text:
+    every model has a table of its own."""
     e, distances = F.normalize(run.model.wte.weight, dim=-1), []
     frequency = torch.from_numpy(np.bincount(data.tokens, minlength=len(e)) / data.n).float()
     mean_e = frequency @ e  # two different tokens: take the share that are the same out
@@ -504,9 +510,9 @@ def wrong_distance(run, data):
 
 @torch.inference_mode()
 def two_steps(run, data, n=2048, rows=16):
-    """Return the nats of the token after next, given what stands before the next: after one soft step
-    in its place, after one sampled token, and by the exact sum over the vocabulary; over n places of
-    the split. And how far the soft step goes from the sampled one to the sum."""
+    """Return the nats of the token after next, given what stands before the next: after one soft
+    step in its place, after one sampled token, and by the exact sum over the vocabulary; over n
+    places of the split. And how far the soft step goes from the sampled one to the sum."""
     model, V, T = run.model.eval(), run.mcfg.vocab_size, run.mcfg.block_size
     g, total = torch.Generator().manual_seed(0), torch.zeros(3)
     last = torch.randint(T, data.n, (n,), generator=g).numpy()
@@ -531,7 +537,8 @@ def two_steps(run, data, n=2048, rows=16):
 
 @torch.inference_mode()
 def by_hops(run, data):
-    """Return the share of right answers of the chain task, by how many pointers are to be followed."""
+    """Return the share of right answers of the chain task, by how many pointers are to be
+    followed."""
     chars, right = data.meta["tokenizer"]["chars"], {}
     for x, y, logits in outputs(run, data, 256):
         guesses = logits[:, -1].argmax(-1).tolist()
@@ -580,7 +587,7 @@ def measure(t, names):
     return {name: MEASURES[name](run, data) for name in names}
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # what reaches into levels
 
 
@@ -621,8 +628,8 @@ def without_plan(alteration):
 @torch.inference_mode()
 def explained(run, data):
     """Return how much of the next concept the fastest level predicts: R^2 over the mean of all
-    concepts, and over copying the last one. (cos regresses a direction: all its predictions take the
-    one length that fits best.)"""
+    concepts, and over copying the last one. (cos regresses a direction: all its predictions take
+    the one length that fits best.)"""
     triples = []
     for x, y, h, _ in data.whole(run.place, 64):
         level = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
@@ -640,8 +647,8 @@ def explained(run, data):
 
 @torch.inference_mode()
 def fork_samples(cfg, model, n=500):
-    """Return where samples of the next concept lie on the line through the two that may come (-1 and
-    1), and how far beside it, in units of half their distance."""
+    """Return where samples of the next concept lie on the line through the two that may come (-1
+    and 1), and how far beside it, in units of half their distance."""
     tokens = split_ids(cfg, "val", "fork")
     torch.manual_seed(0)
     n = min(n, (len(tokens) - 63) // 64)
@@ -664,7 +671,7 @@ MEASURES = {"history_shuffled": ablated(shuffle_history),
             "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # speed
 
 
@@ -683,11 +690,12 @@ def train_speed(m, t, rounds):
 
 
 def transformers_gpt2(cfg, prompt, n_room):
-    """Return function(n) -> seconds a token of transformers' GPT-2 with its KV cache at our shape."""
+    """Return function(n) -> seconds a token of transformers' GPT-2 with its KV cache at our
+    shape."""
     from transformers import GPT2Config, GPT2LMHeadModel
     model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer,
-        n_head=cfg.heads(0)[0], bos_token_id=0, eos_token_id=0)).eval()
+        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
+        n_layer=cfg.n_layer, n_head=cfg.heads(0)[0], bos_token_id=0, eos_token_id=0)).eval()
 
     @torch.inference_mode()
     def run(n):
@@ -703,9 +711,9 @@ def transformers_gpt2(cfg, prompt, n_room):
 
 def decode_arms(m, more=False):
     """Return {name: function(n) -> seconds a token} for one shape with random weights, one row,
-    positions half way into the window: with the cache and recomputing the window, in fp32; with `more`
-    also the compiled step in fp32, bf16 and with 8-bit weights, and transformers' GPT-2 where that
-    package is installed."""
+    positions half way into the window: with the cache and recomputing the window, in fp32; with
+    `more` also the compiled step in fp32, bf16 and with 8-bit weights, and transformers' GPT-2
+    where that package is installed."""
     cfg = stand_in(m)
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
     n_room = cfg.block_size - len(prompt) - 1
@@ -713,7 +721,8 @@ def decode_arms(m, more=False):
     def cached(dtype=torch.float32, compile=False, int8=False):
         model = GPT(cfg).eval().to(dtype)
         model.dtype = dtype
-        decoder = sample.Decoder(sample.to_int8(model) if int8 else model, [prompt], compile=compile)
+        model = sample.to_int8(model) if int8 else model
+        decoder = sample.Decoder(model, [prompt], compile=compile)
 
         def run(n):
             decoder.rows = [([], list(prompt))]
@@ -779,7 +788,8 @@ def bandwidth(n=5):
 
 
 def decode(cfg):
-    """tokens/s of decoding beside the memory's limit: cached, compiled, bf16, int8, recomputing, transformers"""
+    """tokens/s of decoding beside the memory's limit: cached, compiled, bf16, int8, recomputing,
+    transformers"""
     rows = []
     sizes = {"6 layers, 384 wide": SIZES["6 layers, 384 wide, 16 x 256"],
              "12 layers, 768 wide": "--n_layer=12 --n_head=12 --n_embd=768 --block_size=256"}
@@ -802,14 +812,14 @@ def decode(cfg):
                 row.update({"GB/s": bytes_a_second / 1e9, "limit": limit,
                             "of it": row["tokens/s"] / limit})
             rows.append(row)
-    yield Table("decoding, window 256, one row (fp32 where not said; limit: measured memory bandwidth "
-                "over the bytes of the weights)", rows)
+    yield Table("decoding, window 256, one row (fp32 where not said; limit: measured memory "
+                "bandwidth over the bytes of the weights)", rows)
 
 
 def profile():
-    """Profile a step of the CHILD. Return {"rows": time by operator, the compiler's own kernels by name, "parts":
-    seconds by what they are for}. Attention is the batched products and the kernels with a softmax;
-    inside an optimizer's step everything is the optimizer's."""
+    """Profile a step of the CHILD. Return {"rows": time by operator, the compiler's own kernels by
+    name, "parts": seconds by what they are for}. Attention is the batched products and the kernels
+    with a softmax; inside an optimizer's step everything is the optimizer's."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
         CHILD["step"]()
     operators = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total)
@@ -833,8 +843,8 @@ def profile():
 
 
 def profile_arm(arm, n):
-    """Return the seconds of an arm's step (median of n), n profiles of one, and its share of the matmul
-    peak."""
+    """Return the seconds of an arm's step (median of n), n profiles of one, and its share of the
+    matmul peak."""
     child = Arm()
     child.ask(start_run, *arm, True)
     a_step = child.ask(run_steps, n)
@@ -851,7 +861,8 @@ def profile_presets(cfg):
 
 
 def parts(cfg):
-    """where a training step's time goes at three sizes: attention, products, elementwise, optimizer, data"""
+    """where a training step's time goes at three sizes: attention, products, elementwise,
+    optimizer, data"""
     rows = []
     third = {"6 layers, 256 wide, 16 x 256":
              "--n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_size=16"}
@@ -864,12 +875,14 @@ def parts(cfg):
         part["data"] = seconds(lambda: data.batch(next(steps), slice(None), tcfg.batch_size), 20)
         total = sum(part.values())
         rows.append({"size": size, "ms a step": 1000 * a_step,
-                     **{k: f"{v / total:.1%}" for k, v in part.items()}, "share of matmul peak": mfu})
+                     **{k: f"{v / total:.1%}" for k, v in part.items()},
+                     "share of matmul peak": mfu})
     yield Table("where a step's time goes (torch profiler; medians)", rows)
 
 
 def blocks(cfg):
-    """time of a training step of each block at windows of 256, 1,024 and 4,096 tokens, 4,096 tokens a step"""
+    """time of a training step of each block at windows of 256, 1,024 and 4,096 tokens, 4,096
+    tokens a step"""
     rows, windows = [], (256, 1024, 4096)
     for layers in ("AA", "RR", "GG"):  # a few processes at a time
         arms = {T: read_arm(f"--n_embd=128 --n_head=4 --layers={layers} --block_size={T} "
@@ -887,7 +900,8 @@ def resident_mb():
 
 
 def stream(cfg, total=100_000, block=20_000):
-    """100,000 characters from one prompt, with slots, by attention and by recurrences: memory, time a token"""
+    """100,000 characters from one prompt, with slots, by attention and by recurrences: memory,
+    time a token"""
     rows = []
     for name, flags in (("AA with slots, history 256", "config/softar_shakespeare.py --layers=AA"),
                         ("AA", "--layers=AA"), ("RR", "--layers=RR")):
@@ -901,11 +915,11 @@ def stream(cfg, total=100_000, block=20_000):
     yield Table("one stream, 2 layers, 128 wide, window 256, random weights", rows)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # claims that train, as data
 
-CLAIMS = {"presets": all_presets, "speed": speed, "parts": parts, "decode": decode, "blocks": blocks,
-          "stream": stream}
+CLAIMS = {"presets": all_presets, "speed": speed, "parts": parts, "decode": decode,
+          "blocks": blocks, "stream": stream}
 
 ONCE = f" --eval_interval={NEVER} --log_interval=500"  # validate at the end alone
 SMALL = "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12" + ONCE
@@ -919,15 +933,16 @@ CLAIMS["main"] = Trial(
     "config/softar_shakespeare.py", columns=OF_SEEDS, timing="all", alone=True, seeds=1)
 
 CLAIMS["cpu"] = Trial(
-    "seconds to val 1.88: config/shakespeare_cpu.py beside nanoGPT's CPU recipe, in turns, compiler "
-    "caches empty", "time to val 1.88",
+    "seconds to val 1.88: config/shakespeare_cpu.py beside nanoGPT's CPU recipe, in turns, "
+    "compiler caches empty", "time to val 1.88",
     ("config/shakespeare_cpu.py", "config/nanogpt_cpu.py"), ONCE, "config/nanogpt_cpu.py",
     columns=OF_SEEDS, timing="", alone=True, cold=True,
     derived={"of nanogpt_cpu's seconds": lambda f, arms: median(f["seconds of steps"]) / median(
         arms["config/nanogpt_cpu.py"]["seconds of steps"])})
 
 CLAIMS["a100"] = Trial(
-    "val 1.4697 (nanoGPT's A100 recipe) with config/shakespeare.py, in how many of that recipe's steps",
+    "val 1.4697 (nanoGPT's A100 recipe) with config/shakespeare.py, in how many of that recipe's "
+    "steps",
     "the bar: 1.4697 in 18 steps of config/nanogpt.py",
     {"ours": "config/shakespeare.py", "nanogpt": "config/nanogpt.py --seeds=0"}, baseline="nanogpt",
     columns=OF_SEEDS, timing="all", alone=True,
@@ -938,19 +953,21 @@ CLAIMS["best"] = Trial(
     "the lowest loss within 15 minutes: config/shakespeare_best.py", "the lowest loss",
     ("config/shakespeare_best.py",), columns=OF_SEEDS, timing="", alone=True)
 
-SLOT_MODEL = ("--n_layer=4 --n_head=4 --n_embd=128 --block_size=16 --batch_size=64 --max_iters=1500 "
-              "--history_drop=0" + ONCE)
+SLOT_MODEL = ("--n_layer=4 --n_head=4 --n_embd=128 --block_size=16 --batch_size=64 "
+              "--max_iters=1500 --history_drop=0" + ONCE)
 
 
 def slot_arms(H, span, rows=64):
-    """Return the arms of the slot claims for a history of H tokens: none, slots, uncompressed, and an
-    ordinary window in the seconds of the slots. All are scored on the last 16 tokens of a row."""
+    """Return the arms of the slot claims for a history of H tokens: none, slots, uncompressed, and
+    an ordinary window in the seconds of the slots. All are scored on the last 16 tokens of a
+    row."""
     window = f"--block_size={H + 16} --score_last=16"
     return {"a no history": "",
-            "b slots": f"--history={H} --aggregate=1 --n_segment=2 --n_span={H // span} --span={span}",
+            "b slots": f"--history={H} --aggregate=1 --n_segment=2 --n_span={H // span} "
+                       f"--span={span}",
             "c uncompressed": window,
-            "d ordinary window": f"{window} --train_on_all --batch_size={max(2, rows * 80 // (H + 16))} "
-                                 f"--seconds_of='b slots'"}
+            "d ordinary window": f"{window} --train_on_all --seconds_of='b slots' "
+                                 f"--batch_size={max(2, rows * 80 // (H + 16))}"}
 
 
 SLOT_ARMS = slot_arms(64, 4)
@@ -958,17 +975,17 @@ SLOT_ARMS["b, binding off"] = SLOT_ARMS["b slots"] + " --span_binding=False --ti
 SLOT_ARMS["b slots"] += " --after=history_shuffled --after=slots_empty"
 
 CLAIMS["slots"] = Trial(
-    "what 64 tokens of history are worth as slots, with ablations, beside an ordinary window at equal "
-    "seconds", "64 tokens of history, 1,500 steps", SLOT_ARMS, SLOT_MODEL, "c uncompressed",
+    "what 64 tokens of history are worth as slots, with ablations, beside an ordinary window at "
+    "equal seconds", "64 tokens of history, 1,500 steps", SLOT_ARMS, SLOT_MODEL, "c uncompressed",
     ("val loss", "spread", "steps", "step time", "history_shuffled", "slots_empty"),
     {"gap closed": gap("a no history", "c uncompressed")}, timing="all")
 
 CLAIMS["variants"] = Trial(
     "each flag of the plain model switched, one at a time: loss and time of a step",
     "flags, 4 layers, 128 wide, 12 x 64, 500 steps",
-    ("", "--norm=layer", "--norm=scale", "--mlp=gelu", "--mlp=swiglu", "--pos=learned", "--pos=none",
-     "--tie", "--qk_norm=False", "--n_kv_head=1", "--n_kv_head=4,2,2,1", "--n_mlp=-1,-1,-1,2048",
-     "--n_value_embed=4", "--dropout=0.1", "--optimizer=adamw",
+    ("", "--norm=layer", "--norm=scale", "--mlp=gelu", "--mlp=swiglu", "--pos=learned",
+     "--pos=none", "--tie", "--qk_norm=False", "--n_kv_head=1", "--n_kv_head=4,2,2,1",
+     "--n_mlp=-1,-1,-1,2048", "--n_value_embed=4", "--dropout=0.1", "--optimizer=adamw",
      "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"),
     SMALL + " --max_iters=500", timing="all")
 
@@ -980,13 +997,15 @@ for n in (64, 256, 1024):
         "d ordinary window"].replace("b slots", f"{n} tokens, {n // 4 + 3} slots, spans of 4")
 
 CLAIMS["spans"] = Trial(
-    "spans of 2 to 16 over histories of 64 to 1,024 tokens, beside an ordinary window of that length at "
-    "equal seconds", "spans and histories, 2 layers, 600 steps of 32 x 16, one core", SPAN_ARMS,
+    "spans of 2 to 16 over histories of 64 to 1,024 tokens, beside an ordinary window of that "
+    "length at equal seconds", "spans and histories, 2 layers, 600 steps of 32 x 16, one core",
+    SPAN_ARMS,
     SLOT_MODEL + " --n_layer=2 --batch_size=32 --max_iters=600",
     columns=("val loss", "steps", "ms a step"), seeds=1)
 
 CLAIMS["cipher"] = Trial(
-    "the cipher task: no history, slots, and the history uncompressed, above the source's entropy rate",
+    "the cipher task: no history, slots, and the history uncompressed, above the source's entropy "
+    "rate",
     "cipher", {"no history": NO_SLOTS, "slots": "",
                "uncompressed": f"{NO_SLOTS} --block_size=272 --score_last=16"},
     "config/cipher.py --after=above_floor" + ONCE,
@@ -994,19 +1013,20 @@ CLAIMS["cipher"] = Trial(
     derived={"gap closed": gap("no history", "uncompressed")}, timing="all")
 
 CLAIMS["soft"] = Trial(
-    "the token after next, behind a soft step, a sampled one and the exact sum, with and without soft "
-    "inputs in training", "nats of the token after next, 1,500 steps of 12 x 64",
+    "the token after next, behind a soft step, a sampled one and the exact sum, with and without "
+    "soft inputs in training", "nats of the token after next, 1,500 steps of 12 x 64",
     [f"--soft_rate={rate}" for rate in (0.0, 0.1, 0.3, 1.0)],
     SMALL + " --max_iters=1500 --after=two_steps", timing="",
     columns=("val loss", "spread", "soft step", "sampled step", "exact sum", "gap closed"))
 
-SEMANTIC = ("--semantic=cos", "--semantic=mse", "--semantic=soft_ce", "--head=nearest --semantic=mse")
+SEMANTIC = ("--semantic=cos", "--semantic=mse", "--semantic=soft_ce",
+            "--head=nearest --semantic=mse")
 TIMED = " --semantic_weight=0.1"
 AS_NEAREST = f" --time_of='{SEMANTIC[-1]}{TIMED}'"
 
 CLAIMS["semantic"] = Trial(
-    "losses that know how far off a wrong token is, at three weights, beside cross-entropy alone and "
-    "regression alone", "semantic losses, 4 layers, 128 wide, 12 x 64, 600 steps",
+    "losses that know how far off a wrong token is, at three weights, beside cross-entropy alone "
+    "and regression alone", "semantic losses, 4 layers, 128 wide, 12 x 64, 600 steps",
     {"cross-entropy alone": "",
      **{f"the seconds of {k}": f"--time_of='cross-entropy alone' --seconds_of='{k}{TIMED}'"
         for k in SEMANTIC},
@@ -1034,20 +1054,22 @@ FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=
 
 
 def formal(question, **tasks):
-    """Return the trial of {task: models of FORMAL} on strings longer than any they were trained on."""
+    """Return the trial of {task: models of FORMAL} on strings longer than any they were trained
+    on."""
     longer = {"reverse_string": " --score_last=0 --block_size=1024 --batch_size=4"}
     arms = {f"{task}: {model}": f"{FORMAL[model]} --dataset={task}" + longer.get(task, "")
             for task, models in tasks.items() for model in models}
-    return Trial(question, "share of right answers, means over lengths, steps of 4,096 symbols", arms,
-                 "--after=lengths" + ONCE, timing="",
+    return Trial(question, "share of right answers, means over lengths, steps of 4,096 symbols",
+                 arms, "--after=lengths" + ONCE, timing="",
                  columns=("41 to 500", "41 to 100", "401 to 500", "params M", "steps"),
                  derived={"best": lambda f, _: max(f["41 to 500"]),
                           "worst": lambda f, _: min(f["41 to 500"])})
 
 
 CLAIMS["formal"] = formal(
-    "parity, even_pairs, cycle_navigation: trained on strings of 1 to 40 symbols, asked for 41 to 500",
-    parity=["A", "R, gate = real", "R, gate = positive", "RR(RA)R"], even_pairs=["A", "R, gate = real"],
+    "parity, even_pairs, cycle_navigation: trained on strings of 1 to 40 symbols, asked for 41 to "
+    "500", parity=["A", "R, gate = real", "R, gate = positive", "RR(RA)R"],
+    even_pairs=["A", "R, gate = real"],
     cycle_navigation=["A", "R, gate = real", "R, gate = complex", "G"])
 CLAIMS["formal_more"] = formal(
     "modular_arithmetic and reverse_string, likewise",
@@ -1057,8 +1079,8 @@ CLAIMS["formal_more"] = formal(
 LEVELS = "--n_embd=128 --n_head=4 --block_size=256 --batch_size=8 --max_iters=350" + ONCE
 
 CLAIMS["levels"] = Trial(
-    "a flat model, concept models, a hierarchical RNN and a flat hybrid, at equal parameters and equal "
-    "seconds", "levels, 6 blocks, 128 wide, 8 x 256 (the leak: one seed)",
+    "a flat model, concept models, a hierarchical RNN and a flat hybrid, at equal parameters and "
+    "equal seconds", "levels, 6 blocks, 128 wide, 8 x 256 (the leak: one seed)",
     {**{k: f"--layers='{k}'"
         for k in ("AAAAAA", "(AA)AAAA", "A(AAAA)A", "RR(RA)RR", "RRARRA")},
      "(AA)AAAA, words": "--layers='(AA)AAAA' --chunk=space",
@@ -1077,7 +1099,8 @@ CONCEPTS = Trial(
 
 
 def concepts(cfg):
-    """how well the next concept is predicted, what a plan is worth, and whether two futures stay two"""
+    """how well the next concept is predicted, what a plan is worth, and whether two futures stay
+    two"""
     yield from run_trial(cfg, CONCEPTS)
     make_task(cfg, "fork")
     rows, samples = [], {}
@@ -1090,7 +1113,8 @@ def concepts(cfg):
                      "second mode": second, "distance beside the line": beside})
     if cfg.figure:
         draw(cfg.figure, samples)
-    yield Table("fork: samples of the next concept, which is one of two (at -1 and 1), evenly", rows)
+    yield Table("fork: samples of the next concept, which is one of two (at -1 and 1), evenly",
+                rows)
 
 
 def draw(path, samples):
@@ -1122,8 +1146,8 @@ CLAIMS["plays"] = Trial(
      **{f"RR(RM)R, words, {n:,}": WORDS + str(n) for n in (0, 2048)},
      "AAAA, a window of 256": "--block_size=256 --batch_size=4 --stream=64",
      "AAAA, seconds of AAMA, 8,192": "--time_of='AAAA, no memory' --seconds_of='AAMA, 8,192'"},
-    SMALL + " --batch_size=16 --stream=256 --max_iters=1000 --mem_chunk=16 --mem_head=2 --mem_top=16 "
-            "--against='AAMA, 0'")
+    SMALL + " --batch_size=16 --stream=256 --max_iters=1000 --mem_chunk=16 --mem_head=2 "
+            "--mem_top=16 --against='AAMA, 0'")
 
 MEMORY_MODEL = "config/shakespeare_cpu.py --max_iters=400" + ONCE
 ONE_MEMORY = "--layers=AAFA --mem_head=2 --mem_top=8 --n_mem="
@@ -1137,7 +1161,8 @@ FEATURAL = Trial(
 
 
 def distill(cfg):
-    """students whose feed-forward layers are memories, and smaller ones, beside their teacher and themselves from scratch"""
+    """students whose feed-forward layers are memories, and smaller ones, beside their teacher and
+    themselves from scratch"""
     teacher = "config/shakespeare_cpu.py --max_iters=750" + ONCE
     path = os.path.join(kept(cfg, "teacher", teacher), "ckpt.pt")
     learns = f"--teacher={shlex.quote(os.path.abspath(path))} --distill_match="
@@ -1149,22 +1174,24 @@ def distill(cfg):
          "three memories, distilled": memories + learns + "0",
          "three memories, layers matched too": memories + learns + "1",
          "half as wide, from scratch": narrow, "half as wide, distilled": narrow + learns + "0"},
-        MEMORY_MODEL + " --max_iters=600 --after=dense_M", columns=(*COMPARED[:-1], "dense_M"), timing=""))
+        MEMORY_MODEL + " --max_iters=600 --after=dense_M", columns=(*COMPARED[:-1], "dense_M"),
+        timing=""))
 
 
 CLAIMS["distill"] = distill
 
 
 def featural(cfg):
-    """featural memory beside the MLP: random pairs at equal FLOPs; loss at equal steps, parameters, seconds"""
+    """featural memory beside the MLP: random pairs at equal FLOPs; loss at equal steps,
+    parameters, seconds"""
     yield random_pairs()
     yield from run_trial(cfg, FEATURAL)
 
 
 def learn_pairs(kind, n, scale, steps=1000, batch=512, seed=1):
     """Let one feed-forward layer, kind (settings), learn n pairs of a random vector and one of 256
-    labels in so many steps, at its learning rates times scale. Return the share of the pairs that are
-    right in the end."""
+    labels in so many steps, at its learning rates times scale. Return the share of the pairs that
+    are right in the end."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=256, n_head=1, **kind), seed)
     layer, optimizers = model.blocks[0].mlp, train.make_optimizers(model, TrainConfig())
@@ -1203,20 +1230,20 @@ def random_pairs():
                 if right[-1] >= 0.99:
                     row["learned"] = n
                     break
-            row["ms a step"] = (time.perf_counter() - start) / len(right)  # of 1,000 steps, in seconds
+            row["ms a step"] = (time.perf_counter() - start) / len(right)  # s of 1,000 steps
             row[f"{n:,}"] = max(right)
             if max(right) < 0.9:
                 break
         rows.append(row)
     ratios = {k: rows[1][k] / rows[0][k] for k in ("FLOPs", "params", "learned", "ms a step")}
-    return Table("random pairs learned to 99% in 1,000 steps of 512; share right by their number, best "
-                 "of 3 learning rates", [*rows, {"layer": "F / MLP", **ratios}])
+    return Table("random pairs learned to 99% in 1,000 steps of 512; share right by their number, "
+                 "best of 3 learning rates", [*rows, {"layer": "F / MLP", **ratios}])
 
 
 CLAIMS["featural"] = featural
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # an idea of the reader's own
 
 MINE = SMALL + " --max_iters=500 --compile=False"  # (a compile takes longer than these steps)
@@ -1241,8 +1268,8 @@ def mine(cfg, presets, settings):
     """Is an idea better than the plain model, at equal steps and at equal seconds of steps?"""
     idea = {k: v for k, v in settings.items() if k not in OF_BOTH}
     if not idea:
-        raise UserError("mine compares an idea with the plain model, and the settings given are for "
-                        "both; add the flag of the idea, such as --layers=RA")
+        raise UserError("mine compares an idea with the plain model, and the settings given are "
+                        "for both; add the flag of the idea, such as --layers=RA")
     if cfg.seeds < 2:
         raise UserError("mine takes the spread of differences over seeds; give --seeds=2 or more")
     both = as_flags({k: v for k, v in settings.items() if k in OF_BOTH})
@@ -1257,23 +1284,26 @@ def mine(cfg, presets, settings):
         plain += f" --layers={'A' * mcfg.n_layer}"
     paired = lambda f, arms: [a - b for a, b in zip(arms["yours"]["val loss"], f["val loss"])]
     trial = Trial(
-        "", f"{as_flags(idea)} beside {m.get('layers') and 'A' * mcfg.n_layer or 'the plain model'}: "
-        f"{mcfg.n_embd} wide, {tcfg.batch_size} x {mcfg.block_size} tokens a step, {tcfg.max_iters} "
-        f"steps; --max_iters, --seeds, --dataset and sizes change that",
-        {"plain": plain, "plain, the seconds of yours": plain + " --time_of=plain --seconds_of=yours",
+        "", f"{as_flags(idea)} beside {'A' * mcfg.n_layer if 'layers' in idea else 'none of it'}: "
+        f"{mcfg.n_embd} wide, {tcfg.batch_size} x {mcfg.block_size} tokens a step, "
+        f"{tcfg.max_iters} steps; --max_iters, --seeds, --dataset and sizes change that",
+        {"plain": plain,
+         "plain, the seconds of yours": plain + " --time_of=plain --seconds_of=yours",
          "yours": yours}, columns=("val loss", "spread", "steps", "params M", "step time"),
         derived={"yours less this": paired, "sd": lambda f, arms: stdev(paired(f, arms)),
-                 "yours is": lambda f, arms: f is not arms["yours"] and verdict(paired(f, arms)) or ""})
+                 "yours is": lambda f, arms: verdict(paired(f, arms))})
     for table in run_trial(cfg, trial):
         steps, seconds = (f"{row['yours is']} ({row['yours less this']:+.4f}, sd {row['sd']:.4f})"
                           for row in table.rows[:2])
-        table.note = (f"Yours is {steps} at equal steps, and {seconds} at equal seconds of steps: better "
-                      f"or worse is |mean(d)| > 2 sd(d), with d the difference in validation loss of two "
-                      f"models of one seed, over {cfg.seeds} seeds, and sd the standard deviation.")
+        table.rows[2]["yours is"] = ""
+        table.note = (f"Yours is {steps} at equal steps, and {seconds} at equal seconds of steps: "
+                      f"better or worse is |mean(d)| > 2 sd(d), with d the difference in "
+                      f"validation loss of two models of one seed, over {cfg.seeds} seeds, and sd "
+                      f"the standard deviation.")
         yield table
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # claims of decoding: arms are flags of sample.py, over models that several claims share
 
 JUDGE = SMALL + " --block_size=256 --batch_size=16 --max_iters=750"
@@ -1281,7 +1311,8 @@ EXITS = "config/exits_shakespeare.py"
 
 
 def kept(cfg, name, flags, seed=1):
-    """Return the folder of a model that several claims use: trained once where cfg.out_dir keeps it."""
+    """Return the folder of a model that several claims use: trained once where cfg.out_dir keeps
+    it."""
     folder = os.path.join(cfg.out_dir, name)
     if cfg.out_dir and os.path.exists(os.path.join(folder, "ckpt.pt")):
         return folder
@@ -1289,7 +1320,8 @@ def kept(cfg, name, flags, seed=1):
 
 
 def judge_folder(cfg):
-    """Return the folder of a model that others' texts are judged by: another shape, another seed."""
+    """Return the folder of a model that others' texts are judged by: another shape, another
+    seed."""
     return kept(cfg, "judge", JUDGE, seed=2)
 
 
@@ -1301,12 +1333,14 @@ def split_ids(cfg, split, dataset=None):
 
 def held_out(cfg, ckpt, length, at_least=100):
     """Return rows (n, length) of the validation split in a random order."""
-    return sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=at_least), length)
+    scfg = sample.SampleConfig(data_dir=cfg.data_dir, sequences=at_least)
+    return sample.held_out(ckpt, scfg, length)
 
 
 def start_decoding(model, prompts, n, flags="", other=None, compile=False, leave=None, eot=None):
-    """Start to write n tokens behind each prompt with flags of sample.py; `other` is the model that
-    they name as amateur or draft. Return the iterator of decoding steps, and the Speculation or None."""
+    """Start to write n tokens behind each prompt with flags of sample.py; `other` is the model
+    that they name as amateur or draft. Return the iterator of decoding steps, and the Speculation
+    or None."""
     cfg = sample.SampleConfig(max_new_tokens=n,
                               **config.parse(shlex.split(flags), sample.SampleConfig)[0])
     decoder = lambda m, **more: sample.Decoder(m, prompts, eot, compile, **more)
@@ -1329,7 +1363,8 @@ def write(model, prompts, n, *flags, **more):
 
 
 class Critic:
-    """Figures of texts: their words beside those of the training text, and the loss of another model."""
+    """Figures of texts: their words beside those of the training text, and the loss of another
+    model."""
 
     def __init__(self, cfg):
         self.model, ckpt = sample.load(judge_folder(cfg))
@@ -1338,7 +1373,8 @@ class Critic:
 
     @torch.inference_mode()
     def nats(self, texts, skip=1):
-        """Return the nats a token of each text (lists of ids of one length), from the skip-th on."""
+        """Return the nats a token of each text (lists of ids of one length), from the skip-th
+        on."""
         nats = []
         for part in torch.tensor(texts).split(64):
             logp = self.model(part[:, :-1]).logits.log_softmax(-1)
@@ -1351,8 +1387,8 @@ class Critic:
         return mean(self.nats(torch.tensor(ids).unfold(0, T + 1, T).tolist()))
 
     def words(self, ids, cut=False):
-        """Return figures of the words of a text: 4-grams that occurred before, distinct words and pairs
-        of words, and words that the training text has; cut: not those at the ends."""
+        """Return figures of the words of a text: 4-grams that occurred before, distinct words and
+        pairs of words, and words that the training text has; cut: not those at the ends."""
         words = self.tok.decode(ids).lower().split()
         words = (words[1:-1] if cut else words) or [""]
         distinct = {}
@@ -1369,9 +1405,10 @@ def means(rows):
 
 
 def coherence(cfg, total=20_000):
-    """a stream of 20,000 characters under each collapse policy, beside human text: repetition, words, a judge"""
-    writer = fit(cfg, JUDGE + " --soft_rate=0.3 --history=256 --aggregate=1 --n_segment=2 --n_span=16 "
-                              "--span=4")
+    """a stream of 20,000 characters under each collapse policy, beside human text: repetition,
+    words, a judge"""
+    writer = fit(cfg, JUDGE + " --soft_rate=0.3 --history=256 --aggregate=1 --n_segment=2 "
+                              "--n_span=16 --span=4")
     model, ckpt = sample.load(writer["out_dir"])
     critic, val = Critic(cfg), split_ids(cfg, "val")[:total].tolist()
     figures = lambda ids: {**critic.words(ids), "judge": critic.windows(ids)}
@@ -1385,8 +1422,9 @@ def coherence(cfg, total=20_000):
 
 
 def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
-    """Return rows of tokens/s of one text of n tokens by {name: flags of sample.py}, in turns, for each
-    (dtype, compiled): in those of the first arm, with the blocks run and the share of drafts accepted."""
+    """Return rows of tokens/s of one text of n tokens by {name: flags of sample.py}, in turns, for
+    each (dtype, compiled): in those of the first arm, with the blocks run and the share of drafts
+    accepted."""
     rows = []
     for dtype, compile in types or itertools.product(("float32", "bfloat16"), (False, True)):
         model, draft = (sample.load(path, dtype=dtype)[0] for path in (folder, other or folder))
@@ -1401,12 +1439,13 @@ def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
                 count += len(next(steps)[0])
             return (time.perf_counter() - t0) / count
 
-        times = turns(arms, cfg.rounds, lambda name, _: pace(arms[name], _), 0.0)
+        times = turns(arms, cfg.rounds, pace, 0.0)
         for name, flags in arms.items():
             steps, speculation = start(flags, n)
             depth = [t.depth or model.cfg.n_layer for t in sample.gather(steps, 1)[0]]
             row = {"decoding": name, "type": dtype + ", compiled" * compile, "blocks": mean(depth),
-                   "tokens/s": 1 / median(times[name]), "x": compare(times[next(iter(arms))], times[name])}
+                   "tokens/s": 1 / median(times[name]),
+                   "x": compare(times[next(iter(arms))], times[name])}
             if speculation:
                 row["accepted"] = speculation.accepted / speculation.proposed
             rows.append(row)
@@ -1417,8 +1456,8 @@ def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
 
 
 def random_exits(model, depth):
-    """Return a rule that leaves at random, at each exit with the chance that makes the mean of blocks
-    run `depth`."""
+    """Return a rule that leaves at random, at each exit with the chance that makes the mean of
+    blocks run `depth`."""
     p = torch.linspace(0, 1, 10_001)  # the chance
     blocks = model.cfg.n_layer * (1 - p) ** len(model.exits)
     for i, place in enumerate(model.exits.values()):
@@ -1428,8 +1467,8 @@ def random_exits(model, depth):
 
 
 def broken_promises(risks, repetitions):
-    """Return how often a threshold that was calibrated on 500 random sequences for a risk of 2% exceeds
-    it on the others."""
+    """Return how often a threshold that was calibrated on 500 random sequences for a risk of 2%
+    exceeds it on the others."""
     g, broken = torch.Generator().manual_seed(0), 0
     for _ in range(repetitions):
         order = torch.randperm(len(risks), generator=g)
@@ -1440,7 +1479,8 @@ def broken_promises(risks, repetitions):
 
 @torch.inference_mode()
 def exits(cfg, repetitions=100, n=200):
-    """early exit: blocks, disagreement and a judge's loss over thresholds, beside random exits; calibration"""
+    """early exit: blocks, disagreement and a judge's loss over thresholds, beside random exits;
+    calibration"""
     model, ckpt = sample.load(kept(cfg, "exits", EXITS), dtype="bfloat16")
     critic, rows = Critic(cfg), held_out(cfg, ckpt, 64, 1000)[:3000]
     prompts, table, promises = rows[-32:, :32].tolist(), [], []
@@ -1460,7 +1500,8 @@ def exits(cfg, repetitions=100, n=200):
         loosest = sample.laxest(risks[:half], 0.02, 0.95)
         row = {"confidence by": kind, "calibrated on": half, "threshold at 2%": "none"}
         if loosest >= 0:
-            row.update({"threshold at 2%": sample.THRESHOLDS[loosest], "blocks": fresh_depth[loosest],
+            row.update({"threshold at 2%": sample.THRESHOLDS[loosest],
+                        "blocks": fresh_depth[loosest],
                         "observed on fresh text": fresh_risk[loosest]})
         row["repetitions under 2%"] = repetitions - broken_promises(risks, repetitions)
         promises.append(row)
@@ -1475,10 +1516,10 @@ def exits(cfg, repetitions=100, n=200):
                 add(f"random, as deep as {name}", deep.float().mean().item(),
                     differ.float().mean().item(), rule)
     human = mean(critic.nats(held_out(cfg, ckpt, 32 + n)[:500].tolist(), 32))
-    yield Table(f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, and "
-                f"{repetitions} repetitions with 500", promises)
-    yield Table(f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {n}; human text "
-                f"{human:.3f})", table)
+    yield Table(f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, "
+                f"and {repetitions} repetitions with 500", promises)
+    yield Table(f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {n}; human "
+                f"text {human:.3f})", table)
 
 
 def exit_speed(cfg, n=200):
@@ -1490,7 +1531,8 @@ def exit_speed(cfg, n=200):
 
 
 def speculate(cfg, n=1000, rows=10):
-    """self-speculation at 12 layers, 512 wide: the same greedy text, acceptance, speed; and a small draft model"""
+    """self-speculation at 12 layers, 512 wide: the same greedy text, acceptance, speed; and a
+    small draft model"""
     folder = kept(cfg, "deep", "--layers=AA.AAAAAAAAAA --exit_distill=0.5 --n_embd=512 --n_head=8 "
                                "--batch_size=8 --max_iters=400" + ONCE)
     small = kept(cfg, "small", "--n_layer=2 --n_head=4 --n_embd=128 --max_iters=600" + ONCE, seed=3)
@@ -1513,8 +1555,8 @@ def speculate(cfg, n=1000, rows=10):
 
 @torch.inference_mode()
 def same_text(model, prompts, texts):
-    """Return the table of whether greedy texts are those of plain decoding, and where not, how near the
-    two likeliest tokens were."""
+    """Return the table of whether greedy texts are those of plain decoding, and where not, how
+    near the two likeliest tokens were."""
     plain, rows = texts.pop("plain"), []
     for name, others in texts.items():
         gaps = []
@@ -1533,15 +1575,18 @@ def same_text(model, prompts, texts):
 
 
 def contrast(cfg, n=200, length=192, skip=64):
-    """contrastive decoding with each kind of amateur beside greedy and nucleus: repetition, words, a judge"""
+    """contrastive decoding with each kind of amateur beside greedy and nucleus: repetition, words,
+    a judge"""
     model, ckpt = sample.load(kept(cfg, "exits", EXITS))
-    weak = sample.load(kept(cfg, "weak", "--n_layer=2 --n_head=2 --n_embd=64 --max_iters=300" + ONCE, 3))
+    flags = "--n_layer=2 --n_head=2 --n_embd=64 --max_iters=300" + ONCE
+    weak = sample.load(kept(cfg, "weak", flags, 3))
     critic, rows = Critic(cfg), held_out(cfg, ckpt, skip + length, n)[:n].tolist()
     prompts = [row[:skip] for row in rows]
     arms = {"greedy": "--temperature=0", "nucleus 0.95": "--top_p=0.95",
             "alpha 0.1 alone": "--amateur=model --beta=0",
             "contrast, model (2 layers, 64 wide)": "--amateur=model",
-            "contrast, exit after 2": "--amateur=exit:2", "contrast, exit after 4": "--amateur=exit:4",
+            "contrast, exit after 2": "--amateur=exit:2",
+            "contrast, exit after 4": "--amateur=exit:4",
             "contrast, last 8 tokens": "--amateur=context:8",
             **{f"sweep: exit after 2, {k} {v}": f"--amateur=exit:2 --{k}={v}"
                for k, v in (("beta", 0.25), ("beta", 1.0), ("alpha", 0.3))}}
@@ -1568,22 +1613,22 @@ CLAIMS.update(coherence=coherence, exits=exits, exit_speed=exit_speed, speculate
               contrast=contrast)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # search, stores and memories
 
 
 @torch.inference_mode()
 def text_keys(cfg, n_query, n_key):
-    """Return {kind: (queries of held-out text, keys of training text)}, 64 wide, of a small model: what
-    its head reads, through a random projection, and the queries and keys of an attention head, before
-    they are turned by their place."""
+    """Return {kind: (queries of held-out text, keys of training text)}, 64 wide, of a small model:
+    what its head reads, through a random projection, and the queries and keys of an attention
+    head, before they are turned by their place."""
     flags = "--n_layer=4 --n_head=2 --n_embd=128 --max_iters=400" + ONCE
     model, g = sample.load(kept(cfg, "keys", flags))[0], torch.Generator().manual_seed(0)
     hidden, qkv, kinds = [], [], {"hidden": [], "attention": []}
     model.lm_head.register_forward_pre_hook(lambda _, x: hidden.append(x[0]))
     model.blocks[2].attn.c_attn.register_forward_hook(lambda _, x, y: qkv.append(y))
     shrink = torch.linalg.qr(torch.randn(128, 64, generator=g))[0]
-    for split, n, head in (("val", n_query, 0), ("train", n_key, 2)):  # of 2 query heads and 2 key heads
+    for split, n, head in (("val", n_query, 0), ("train", n_key, 2)):  # (2 of q, 2 of k)
         windows = torch.from_numpy(split_ids(cfg, split)).unfold(0, 256, 256)
         for part in windows[torch.randperm(len(windows), generator=g)][:n // 256].split(32):
             model(part)
@@ -1595,37 +1640,41 @@ def text_keys(cfg, n_query, n_key):
 
 
 def recall(q, keys, places):
-    """Return the share of the places (Q, k) found for queries q whose keys score as high as the k-th
-    best does, up to rounding."""
+    """Return the share of the places (Q, k) found for queries q whose keys score as high as the
+    k-th best does, up to rounding."""
     longest, good = keys.norm(dim=-1).max(), []
     for x, found in zip(q.split(256), places.split(256)):
         scores = x @ keys.t()
-        least = scores.topk(found.size(1))[0][:, -1:] - 1e-6 * x.norm(dim=-1, keepdim=True) * longest
+        rounding = 1e-6 * x.norm(dim=-1, keepdim=True) * longest
+        least = scores.topk(found.size(1))[0][:, -1:] - rounding
         good.append((scores.gather(1, found) >= least).float().mean().item())
     return mean(good)
 
 
 def product_keys(N, k, Q, g):
-    """Return the search of a FeaturalMemory of N random slots for its own queries, and those queries
-    (Q, 64) and all the keys (N, 64) that it stands for."""
-    memory = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=64, n_head=1, layers="F", n_mem=N, mem_head=1,
-                                      mem_top=k), 0)
+    """Return the search of a FeaturalMemory of N random slots for its own queries, and those
+    queries (Q, 64) and all the keys (N, 64) that it stands for."""
+    memory = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=64, n_head=1, layers="F", n_mem=N,
+                                      mem_head=1, mem_top=k), 0)
     memory.c_q.weight.copy_(torch.eye(64))
     memory.keys.normal_(generator=g)
     first, second = rms_norm(memory.keys[0]) * 32 ** -0.5
-    keys = torch.cat((first.repeat_interleave(memory.side, 0), second.repeat(memory.side, 1)), dim=-1)
+    pairs = first.repeat_interleave(memory.side, 0), second.repeat(memory.side, 1)
+    keys = torch.cat(pairs, dim=-1)
     q = rms_norm(torch.randn(Q, 2, 32, generator=g)).flatten(1)
     return lambda q: memory.find(q[None])[0][0, :, 0], q, keys
 
 
 def searches(keys, k):
-    """Return {name: function(queries) -> places of their k keys} of exact and approximate searches, and
-    the seconds that the index takes to build."""
+    """Return {name: function(queries) -> places of their k keys} of exact and approximate
+    searches, and the seconds that the index takes to build."""
     index = Clusters(64)
     build = seconds(lambda: index.add(keys))
     ways = {"exact": lambda q: search(q, keys, k)[1],
-            "product and topk": lambda q: torch.cat([(x @ keys.t()).topk(k)[1] for x in q.split(512)]),
-            **{f"clusters, {n} pages": lambda q, n=n: index.search(q, k, n)[1] for n in (6, 16, 32)}}
+            "product and topk":
+                lambda q: torch.cat([(x @ keys.t()).topk(k)[1] for x in q.split(512)]),
+            **{f"clusters, {n} pages": lambda q, n=n: index.search(q, k, n)[1]
+               for n in (6, 16, 32)}}
     if importlib.util.find_spec("faiss"):  # pip install faiss-cpu
         import faiss
         flat = faiss.IndexFlatIP(64)
@@ -1636,7 +1685,8 @@ def searches(keys, k):
 
 @torch.inference_mode()
 def retrieval(cfg, Q=4096, N=65536, k=32):
-    """32 of 4K to 256K keys for 1, 64 and 4,096 queries: exact, faiss, product keys, clusters: recall, time, memory"""
+    """32 of 4K to 256K keys for 1, 64 and 4,096 queries: exact, faiss, product keys, clusters:
+    recall, time, memory"""
     g, rows = torch.Generator().manual_seed(0), []
     find, q, keys = product_keys(N, k, Q, g)
     kinds = {"grid": (q, keys), "Gaussian": [torch.randn(n, 64, generator=g) for n in (Q, N)]}
@@ -1655,7 +1705,8 @@ def retrieval(cfg, Q=4096, N=65536, k=32):
             for n, t in times.items():
                 row[f"{n:,} queries, ms"] = 1000 * median(t[name])
                 row[f"x exact, {n:,}"] = compare(t["exact"], t[name])
-            rows.append({**row, **(index if "clusters" in name else {}), "MB": keys.nbytes / 2 ** 20})
+            row.update(index if "clusters" in name else {}, MB=keys.nbytes / 2 ** 20)
+            rows.append(row)
     yield Table(f"{k} nearest keys, fp32, {torch.get_num_threads()} threads", rows)
 
 
@@ -1668,13 +1719,14 @@ def batches(first, last, n=200):
     """Return entries of the batches from first on of a store that is written to be killed: keys,
     values, texts."""
     keys, values = np.concatenate([
-        np.random.default_rng(b).standard_normal((2, n, 64), np.float32) for b in range(first, last)], 1)
+        np.random.default_rng(b).standard_normal((2, n, 64), np.float32)
+        for b in range(first, last)], 1)
     return keys, values, [f"entry {i} of batch {b}" for b in range(first, last) for i in range(n)]
 
 
 def write_on(path):
-    """Be the child of kill_writers: write batch after batch into a store, the uses of the batch before
-    along with it, and say so before and after, until killed."""
+    """Be the child of kill_writers: write batch after batch into a store, the uses of the batch
+    before along with it, and say so before and after, until killed."""
     with sample.Store(path, **STORED, write=True) as store:
         for b in itertools.count(store.stats()["entries"] // 200):
             keys, values, texts = batches(b, b + 1)
@@ -1687,7 +1739,8 @@ def write_on(path):
 
 
 def found_in(path):
-    """Return how many entries a store holds, and whether it is sound and they are what was written."""
+    """Return how many entries a store holds, and whether it is sound and they are what was
+    written."""
     with sample.Store(path, STORED["model"]) as store:
         arrays, texts = store.arrays(0), [e[5] for part in store.entries() for e in part]
         sound = store.db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
@@ -1725,7 +1778,8 @@ def kill_writers(path, kills, seed=0):
 
 
 def crash(cfg, kills=50):
-    """a store whose writer is killed 50 times in the middle of writing: nothing committed is lost, nothing is half written"""
+    """a store whose writer is killed 50 times in the middle of writing: nothing committed is lost,
+    nothing is half written"""
     path = os.path.join(scratch(), "store.db")
     figures = kill_writers(path, kills)
     yield Table("SIGKILL while writing, then read by another process",
@@ -1743,8 +1797,8 @@ def as_text_of(facts, mark="!"):
 @torch.inference_mode()
 def answers(model, tok, facts, memory, rows=64):
     """Return the share of facts whose whole value is the likeliest text behind the question, which
-    follows 6 unrelated facts: each token of it the likeliest behind those before, as greedy decoding
-    has it."""
+    follows 6 unrelated facts: each token of it the likeliest behind those before, as greedy
+    decoding has it."""
     right, others = 0, prepare.random_facts(np.random.default_rng(0), 6)
     decoder = sample.Decoder(model, [tok.encode("\n" + as_text_of(others))], memory=memory)
     for i in range(0, len(facts), rows):
@@ -1759,7 +1813,8 @@ def answers(model, tok, facts, memory, rows=64):
 
 
 def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_000):
-    """random facts, each read once and asked far outside the window, by how many are stored: right answers, seconds"""
+    """random facts, each read once and asked far outside the window, by how many are stored: right
+    answers, seconds"""
     make_task(cfg, "facts")
     model, ckpt = sample.load(kept(cfg, "facts", "config/facts.py --dataset=facts"))
     tok, rows = prepare.Tokenizer(ckpt["tokenizer"]), []
@@ -1783,8 +1838,8 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
                 "read s": read, "made s": made,
                 "ms a token": 1000 * median(seconds(lambda: decoder.push([4])) for _ in range(20))})
             print(rows[-1], file=sys.stderr)  # (the largest takes a quarter of an hour, and 18 GB)
-    yield Table("facts told once, questions for whole values, greedy, eager, fp32; ms a token: one row",
-                rows)
+    yield Table("facts told once, questions for whole values, greedy, eager, fp32; ms a token: one "
+                "row", rows)
 
 
 # kNN-LM
@@ -1795,9 +1850,9 @@ NEIGHBOURS = (16, 64, 256)
 
 
 def tuned(logp, distances, hits, C, fits):
-    """Return the weight, temperature and k of a kNN-LM that are best where fits (n,) says, and the nats
-    (n,) of each place with them. logp (n,): of the right token by the model; distances, hits (n, K): of
-    the entries found, and whether the right token stood behind each."""
+    """Return the weight, temperature and k of a kNN-LM that are best where fits (n,) says, and the
+    nats (n,) of each place with them. logp (n,): of the right token by the model; distances, hits
+    (n, K): of the entries found, and whether the right token stood behind each."""
     found = []
     for k, temperature in itertools.product(NEIGHBOURS, TEMPERATURES):
         p = ((-distances[:, :k] / (C * temperature)).softmax(1) * hits[:, :k]).sum(1)
@@ -1808,8 +1863,8 @@ def tuned(logp, distances, hits, C, fits):
 
 
 def behind(h, places, k, size=64):
-    """Return squared distances and rows (n, k) of the entries of a text h (N, C) nearest to each of its
-    places, of those before the place alone."""
+    """Return squared distances and rows (n, k) of the entries of a text h (N, C) nearest to each
+    of its places, of those before the place alone."""
     found = []
     for p in places.split(size):
         keys = h[:p[-1]].float()
@@ -1821,7 +1876,8 @@ def behind(h, places, k, size=64):
 
 @torch.inference_mode()
 def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
-    """kNN-LM: validation loss with the training text, or with the text itself; tuned and scored on different halves"""
+    """kNN-LM: validation loss with the training text, or with the text itself; tuned and scored on
+    different halves"""
     folder = judge_folder(cfg)
     model, ckpt = sample.load(folder)
     tok, C, K = prepare.Tokenizer(ckpt["tokenizer"]), model.cfg.n_embd, max(NEIGHBOURS)
@@ -1830,7 +1886,8 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     # what is scored: places evenly over the split, of which the first half tunes
     places = torch.linspace(K, len(target) - 1, 2 * n).long()
     fits, right = torch.arange(2 * n) < n, target[places, None]
-    h, logits = (torch.cat(t) for t in zip(*((h.half(), l) for h, l in sample.outputs(model, val_ids))))
+    h, logits = map(torch.cat, zip(*sample.outputs(model, val_ids)))
+    h = h.half()
     logp = logits[places].log_softmax(-1).gather(1, right)[:, 0]
     rows = [{"datastore": "none", "val loss": -logp[~fits].mean().item()}]
 
@@ -1854,8 +1911,8 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
             distances, found = find(near)
             times = turns({"find": lambda: near.find(h[next(one_by_one)])}, cfg.rounds, least=0.5)
             add("training text", size, distances, near.tokens[found],
-                **{"ms a token": 1000 * median(times["find"]), "MB": store.stats()["bytes"] / 2 ** 20,
-                   "read, s": read})
+                **{"ms a token": 1000 * median(times["find"]),
+                   "MB": store.stats()["bytes"] / 2 ** 20, "read, s": read})
     shuffled = near.tokens[torch.randperm(size, generator=torch.Generator().manual_seed(0))]
     add("training text, its tokens shuffled", size, distances, shuffled[found])
     recent, earlier = behind(h, places, K)
@@ -1865,14 +1922,14 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     add("both", size + len(h), both[:, :K], tokens[:, :K])
     distances, found = find(sample.Neighbours(h, target, K, 0.25, 10.0), own=True)
     add("this text but for the place: its future too", len(h), distances, target[found])
-    yield Table(f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of the "
-                f"validation split, scored on {n:,} of the other", rows)
+    yield Table(f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of "
+                f"the validation split, scored on {n:,} of the other", rows)
 
 
 CLAIMS.update(retrieval=retrieval, crash=crash, facts=facts, knn=knn)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def question(name):
@@ -1895,7 +1952,7 @@ def main(argv):
     for preset in cfg.presets:
         read_arm(f"config/{preset}.py")
     if own_idea and claims != ["mine"]:
-        raise UserError("mine compares one idea with the plain model; name no other claim beside it")
+        raise UserError("mine compares one idea with the plain model; name no other claim too")
     for name in claims or ["profile" if cfg.profile else "presets"]:
         run = {**CLAIMS, "profile": profile_presets}.get(name)
         if own_idea:
