@@ -1,36 +1,44 @@
-"""Measures: speed, and the claims of the README.
+"""Measure speed, and everything that the documentation claims.
 
-    python bench.py                   every preset: parameters, ms a step, tokens/s, memory, MFU, decoding, beside nanoGPT
-    python bench.py CLAIM             rerun one claim of the README and print its table:
+    python bench.py                   every preset beside nanoGPT: step, memory, decoding
+    python bench.py CLAIM             measure one claim again and print its table:
                                       CLAIMS
-    python bench.py render            write docs/RESULTS.md, docs/LOG.md and README's table from docs/results/*.json
+    python bench.py CLAIM --save      and write docs/results/CLAIM.json
+    python bench.py render            write docs/RESULTS.md, docs/LOG.md and README's table
+    python bench.py mine --layers=RA  is an idea better? its flags beside the plain model
     python bench.py --profile         where the time of a step goes, by operator
 
-Speeds are medians of A B A B turns within one run, each training arm in a process of its own. Losses are cross-entropy on
-the whole validation split, nats a token.
+Speeds are medians of A B A B turns within one run, each training arm in a process of its own.
+Losses are cross-entropy on the whole validation split, in nats a token.
 """
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import glob
 import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from statistics import mean, median
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from statistics import mean, median, stdev
 
 import config  # before torch: it sets the allocator's switches
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import prepare
 import sample
@@ -40,16 +48,18 @@ from model import Clusters, FeaturalMemory, GPT, GPTConfig, Level, Linear, rms_n
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+NEVER = 10 ** 9  # as an interval
 
 
 @dataclass
 class BenchConfig:
-    json: bool = False  # print the table as JSON lines
-    profile: bool = False  # torch profiler over a training step of softar_shakespeare, or of --presets
+    json: bool = False  # print the tables as JSON lines
+    save: bool = False  # write docs/results/CLAIM.json too
+    profile: bool = False  # where a step of softar_shakespeare, or of --presets, goes, by operator
     presets: tuple[str, ...] = ()  # only these presets; repeatable
     rounds: int = 5  # turns of A B A B
     seeds: int = 3  # seeds of a claim that trains
-    jobs: int = 2  # trainings at once where only their losses count, sharing the cores; seconds are measured alone
+    jobs: int = 2  # trainings at once where only losses count, sharing the cores
     dataset: str = "shakespeare"  # dataset of a claim that trains
     data_dir: str = "data"  # where datasets are kept
     figure: str = ""  # concepts: draw the samples of the fork task into this SVG file
@@ -59,71 +69,193 @@ class BenchConfig:
         config.within(self, 1, 10_000, "rounds", "seeds", "jobs")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# tables and records
+
+
+@dataclass
+class Table:
+    """Rows {column: value} under a title. `figures` are {arm: {metric: [a value per seed]}}; where
+    a claim does not state them they are the numbers of the rows, by the words of each."""
+    title: str
+    rows: list
+    figures: dict = None
+    note: str = ""  # a sentence below it
+
+    def __post_init__(self):
+        self.columns = list(dict.fromkeys(k for row in self.rows for k in row))
+        if self.figures is None:
+            self.figures = {}
+            for row in self.rows:
+                arm = ", ".join(v for v in row.values() if isinstance(v, str)) or self.title
+                for k, v in row.items():
+                    if is_number(v):
+                        self.figures.setdefault(arm, {}).setdefault(k, []).append(v)
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def as_text(value):
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def show(cfg, table):
+    """Print a table, or its rows as JSON lines."""
+    if cfg.json:
+        for row in table.rows:
+            print(json.dumps({"table": table.title, **row}))
+        return
+    cells = [[as_text(row.get(k, "")) for k in table.columns] for row in table.rows]
+    width = [max(map(len, column)) for column in zip(table.columns, *cells)]
+    print(f"\n{table.title}")
+    for line in [table.columns, ["-" * w for w in width], *cells]:
+        first, *rest = zip(line, width)
+        print("  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]).rstrip())
+    if table.note:
+        print(f"\n{table.note}")
+    sys.stdout.flush()
+
+
+def machine():
+    """Return this machine in words: its GPU, or its CPU, cores and memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = platform.processor()
+    with contextlib.suppress(OSError, StopIteration):
+        with open("/proc/cpuinfo") as f:
+            cpu = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+    return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GB"
+
+
+def git(*argv):
+    """Return what git says here, "" where it says nothing."""
+    with contextlib.suppress(OSError):
+        run = subprocess.run(["git", *argv], cwd=HERE, capture_output=True, text=True)
+        return run.stdout.strip()
+    return ""
+
+
+def save(cfg, claim, tables, words, took):
+    """Write docs/results/CLAIM.json. Its title, note and mechanism stay where they were written by
+    hand."""
+    path, old = os.path.join(HERE, "docs", "results", f"{claim}.json"), {}
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
+        old = json.load(f)
+    figures = {}
+    for table in tables:
+        for arm, metrics in table.figures.items():
+            figures.setdefault(arm, {}).update(metrics)
+    new = {"claim": claim, "order": old.get("order", 10 * len(CLAIMS)),
+           "title": old.get("title") or tables[0].title, "question": old.get("question") or question(claim),
+           "command": f"python bench.py {claim} {shlex.join(words)}".strip(),
+           "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain")),
+           "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
+           "torch": torch.__version__, "seeds": cfg.seeds, "seconds": took,
+           "note": old.get("note") or " ".join(t.note for t in tables if t.note),
+           "tables": [{"title": t.title, "columns": t.columns,
+                       "rows": [[row.get(k, "") for k in t.columns] for row in t.rows]}
+                      for t in tables], "figures": figures}
+    if "mechanism" in old:
+        new["mechanism"] = old["mechanism"]
+    new = json.loads(json.dumps(new), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    prepare.make_dir(os.path.dirname(path))
+    with prepare.replacing(path) as f:
+        f.write((json.dumps(new, indent=1, ensure_ascii=False) + "\n").encode())
+    print(f"written: {path}", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------
 # arms: a process each, so that memory, allocator and compiler caches do not mix
 
 
-def read_arm(preset=None, **overrides):
-    """({model settings}, {training settings}) of a preset's name with overrides."""
-    argv = [os.path.join(HERE, "config", preset + ".py")] if preset else []
-    m, t, _ = config.parse(argv, GPTConfig, TrainConfig)
-    model_fields = {f.name for f in dataclasses.fields(GPTConfig)}
-    more = {k: v for k, v in overrides.items() if k in model_fields}
-    if "layers" in more:  # (arms may share a shape that has n_layer)
-        more.pop("n_layer", None)
-    return config.over(m, more), {**t, **{k: v for k, v in overrides.items() if k not in model_fields}}
+@dataclass
+class ArmConfig:
+    """What an arm's flags may say besides settings of the model and of training."""
+    after: tuple[str, ...] = ()  # names of MEASURES of the trained model; repeatable
+    leak: str = ""  # one of ALTERED, in training too
+    seeds: int = 10_000  # at most so many of the trial's seeds; 0: the arm is timed and not trained
+    seconds_of: str = ""  # the arm whose seconds this one gets: as many steps as fit them
+    time_of: str = ""  # the arm whose step time stands for this one's
+    against: str = ""  # the arm that this one is compared with, in place of the trial's baseline
+
+
+def parse_arm(flags="", **more):
+    """Return ({model settings}, {training settings}, {ArmConfig settings}) of an arm: what one
+    would write behind `python train.py`, and settings over that."""
+    argv = [os.path.join(HERE, a) if a.endswith(".py") else a for a in shlex.split(flags)]
+    m, t, own, _ = config.parse(argv, GPTConfig, TrainConfig, ArmConfig)
+    if "layers" in m:  # (arms may share flags that have n_layer)
+        m.pop("n_layer", None)
+    fields = {f.name for f in dataclasses.fields(GPTConfig)}
+    t.update({k: v for k, v in more.items() if k not in fields})
+    return config.over(m, {k: v for k, v in more.items() if k in fields}), t, own
+
+
+def read_arm(flags="", **more):
+    """Return ({model settings}, {training settings}) of an arm."""
+    return parse_arm(flags, **more)[:2]
 
 
 def stand_in(m):
-    """GPTConfig of model settings without a dataset: Shakespeare's 65 characters, one of them for thinking, and as many that
-    end a word that random text has words as long."""
+    """Return the GPTConfig of model settings without a dataset: Shakespeare's 65 characters, one of
+    them for thinking, and as many that end a word that random text has words as long."""
     return GPTConfig(**{"vocab_size": 65, "think_token": 0, "space": tuple(range(12)), **m})
 
 
 def like_nanogpt(m, t):
-    """nanoGPT's settings at the shape of another arm, without dropout."""
+    """Return nanoGPT's settings at the shape of another arm, without dropout."""
     shape = {k: getattr(GPTConfig(**m), k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
     rows = {k: t[k] for k in ("batch_size", "gradient_accumulation_steps") if k in t}
-    return read_arm("nanogpt", **{"batch_size": TrainConfig.batch_size, **shape, **rows, "dropout": 0.0})
+    rows.setdefault("batch_size", TrainConfig.batch_size)
+    return read_arm("config/nanogpt.py", **shape, **rows, dropout=0.0)
 
 
 class Arm:
-    """A child process that holds one Runner and does what it is told: {"do": ...} a line in, a result a line out."""
+    """A child process that calls functions of this file, one after another; those of one child
+    share CHILD."""
 
-    def __init__(self, m, t, env=None, **first):
-        self.p = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_arm"], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
-        self.info = self.ask(m=m, t=t, **first)  # of a training arm, its result
+    def __init__(self, threads=0, **env):
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_child,
+                                        (threads, env))
 
-    def ask(self, **what):
-        with contextlib.suppress(BrokenPipeError):  # what it said before it ended comes below
-            self.p.stdin.write(json.dumps(what) + "\n")
-            self.p.stdin.flush()
-        while line := self.p.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-            print(line, end="", file=sys.stderr)
-        self.p.wait()
-        raise UserError(f"an arm of the benchmark ended early (exit code {self.p.returncode}); what it said is above")
+    def ask(self, function, *args):
+        try:
+            return self.pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise UserError("an arm of the benchmark ended early; what it said is above") from None
 
     def close(self):
-        with contextlib.suppress(BrokenPipeError):
-            self.p.stdin.close()
-        self.p.wait()
+        self.pool.shutdown()
 
 
-def serve():
-    """The child of Arm. The first line gives the settings, each further one says what to do; answers are JSON lines."""
-    first = json.loads(sys.stdin.readline())
-    m, t = ({k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (first["m"], first["t"]))
-    if first.get("train"):
-        with altered_plans(ALTERED[first["leak"]]) if first.get("leak") else contextlib.nullcontext():
-            r = train.train(GPTConfig(**m), TrainConfig(**t), say=lambda s: print(s, flush=True))
-        r.update(peak_mb=peak_mb(), **after(t, first["after"]))
-        print(json.dumps(r), flush=True)
-        return
-    mcfg, tcfg = stand_in(m), TrainConfig(**t)
-    torch._inductor.config.cpp.enable_kernel_profile = bool(first.get("profiled"))  # the compiler's kernels by name
+CHILD = {}
+
+
+def begin_child(threads, env):
+    os.environ.update(env)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def train_arm(m, t, after=(), leak=""):
+    """Train an arm in this process. Return what train.train returns, and MEASURES."""
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    with altered_plans(ALTERED[leak]) if leak else contextlib.nullcontext():
+        result = train.train(config.build(GPTConfig, **m), config.build(TrainConfig, **t), say)
+    return {**result, **measure(t, after)}
+
+
+def start_run(m, t, profiled=False):
+    """Make the Runner of an arm and a batch of random tokens, and do the first step, which
+    compiles."""
+    mcfg, tcfg = config.build(stand_in, m=m), config.build(TrainConfig, **t)
+    # the compiler's kernels by name
+    torch._inductor.config.cpp.enable_kernel_profile = profiled
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(mcfg.vocab_size, (2, run.n_rows, mcfg.block_size), generator=g)
@@ -131,41 +263,340 @@ def serve():
     if tcfg.score_last:
         y[:, :-tcfg.score_last] = -1
     n_scored = int((y >= 0).sum())
-    tcfg.max_iters = 10 ** 9  # constant learning rate
+    tcfg.max_iters = NEVER  # constant learning rate
+    CHILD.update(run=run, step=lambda: run.step(0, x, y, h, n_scored))
+    return {"params": run.model.num_params(), "compile": seconds(CHILD["step"]),
+            "tokens": run.tokens}
 
-    def step():
-        t0 = time.perf_counter()
-        run.step(0, x, y, h, n_scored)
-        return time.perf_counter() - t0
 
-    compile_seconds = step()
-    print(json.dumps({"params": run.model.num_params(), "compile": compile_seconds, "tokens": run.tokens,
-                      "compiled": run.compiled}), flush=True)
-    for line in sys.stdin:
-        what = json.loads(line)
-        if what["do"] == "steps":
-            out = {"seconds": median(step() for _ in range(what["n"]))}
-        elif what["do"] == "end":
-            out = {"peak_mb": peak_mb(), "mfu": run.mfu(what["seconds"])}
-        elif what["do"] == "profile":
-            out = profile(step)
-        print(json.dumps(out), flush=True)
+def run_steps(n):
+    return median(seconds(CHILD["step"]) for _ in range(n))
+
+
+def end_run(a_step):
+    return {"peak MB": peak_mb(), "MFU": CHILD["run"].mfu(a_step)}
+
+
+def peak_mb():
+    """Return the peak of memory so far, in MB: of the GPU, or where there is none of the
+    process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    import resource
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def seconds(f, n=1):
+    """Return the seconds of one call of f(), mean of n."""
+    t0 = time.perf_counter()
+    for _ in range(n):
+        f()
+    return (time.perf_counter() - t0) / n
+
+
+def timed(f):
+    """Return what f() does, and its seconds."""
+    start = time.perf_counter()
+    return f(), time.perf_counter() - start
+
+
+def turns(arms, rounds, ask=seconds, least=1.0):
+    """Ask each of {name: arm} in turn, `rounds` times; ask(arm, n) gives the seconds of one of n
+    steps, and an arm does as many as fit `least` seconds. Return {name: [seconds per round]}."""
+    n = {k: max(1, int(least / ask(a, 1))) for k, a in arms.items()}
+    times = [{k: ask(a, n[k]) for k, a in arms.items()} for _ in range(rounds)]
+    return {k: [t[k] for t in times] for k in arms}
+
+
+def compare(a, b):
+    """Return the median over rounds of a / b."""
+    return median(x / y for x, y in zip(a, b))
+
+
+def step_times(arms, rounds, least=1.0, threads=0):
+    """Return {name: [seconds a step per round]} of arms given as (model settings, training
+    settings), in turns."""
+    live = {k: Arm(threads) for k in arms}
+    for k, arm in live.items():
+        arm.ask(start_run, *arms[k])
+    times = turns(live, rounds, lambda arm, n: arm.ask(run_steps, n), least)
+    for arm in live.values():
+        arm.close()
+    return times
+
+
+def scratch():
+    """Return a new folder that goes when this process ends."""
+    folder = tempfile.mkdtemp(prefix="bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------
+# trials: arms trained over seeds
+
+COMPARED = ("val loss", "difference", "sd of it", "spread", "steps", "params M", "step time")
+
+
+@dataclass
+class Trial:
+    """A claim that trains models and compares them.
+
+    Columns are metrics of the arms: val loss, spread (largest less smallest over seeds), steps,
+    params M, step time (in those of the baseline), ms a step, difference (val loss less the
+    baseline's, by seeds), sd of it, best on the way, seconds of steps, first step, process seconds;
+    each number that MEASURES give; and what `derived` computes of (an arm's metrics, those of all
+    arms)."""
+    question: str
+    title: str
+    arms: dict  # {name: flags}, or flags that are their names
+    base: str = ""  # flags of all arms, before their own
+    baseline: str = ""  # default: the first arm
+    columns: tuple = COMPARED
+    derived: dict = field(default_factory=dict)
+    timing: str = "share"  # time steps on a job's "share" of the cores, on "all", or not: ""
+    alone: bool = False  # seconds count: one training at a time, on all cores
+    cold: bool = False  # each with an empty compiler cache
+    seeds: int = 0  # default: those of the command line
+
+    def __post_init__(self):
+        if not isinstance(self.arms, dict):
+            self.arms = {flags or "defaults": flags for flags in self.arms}
+
+
+def gap(none, all_):
+    """Return a derived column: how far an arm goes from the loss of one to that of another."""
+    loss = lambda metrics: mean(metrics["val loss"])
+    return lambda f, arms: (loss(arms[none]) - loss(f)) / (loss(arms[none]) - loss(arms[all_]))
+
+
+def share_of_cores(cfg):
+    """Return the threads of a process that runs beside others."""
+    return max(1, (os.cpu_count() or 1) // cfg.jobs)
+
+
+def make_task(cfg, name):
+    """Make the dataset of a synthetic task where it is not there yet; chain0 has no pauses."""
+    task, more = ("chain", ["--n_pause=0"]) if name == "chain0" else (name, [])
+    there = os.path.exists(os.path.join(cfg.data_dir, name, "meta.json"))
+    if task in prepare.TASKS and not there:
+        prepare.main([task, f"--name={name}", f"--data_dir={cfg.data_dir}", *more])
+
+
+def fit(cfg, flags="", seed=1, threads=0, cold=False, **more):
+    """Train one arm in a process of its own, cold: with an empty compiler cache. Return what
+    train_arm returns, and "wall", the seconds of the whole process."""
+    m, t, own = parse_arm(flags, **more)
+    folder = os.path.join(cfg.out_dir or scratch(), more.get("out_dir") or f"arm-{time.time_ns()}")
+    t = {"dataset": cfg.dataset, **t, "data_dir": cfg.data_dir, "seed": seed, "out_dir": folder}
+    arm = Arm(threads, **({"TORCHINDUCTOR_CACHE_DIR": scratch()} if cold else {}))
+    result, wall = timed(lambda: arm.ask(train_arm, m, t, own.get("after", ()), own.get("leak")))
+    arm.close()
+    if result["stopped"]:
+        raise UserError("a training was stopped by a signal; so is the claim")
+    return {**result, "wall": wall, "out_dir": folder}
+
+
+METRICS = {"val loss": "val_loss", "best on the way": "best_val_loss", "steps": "step",
+           "seconds of steps": "step_seconds", "first step": "compile_seconds",
+           "process seconds": "wall"}
+
+
+def over_seeds(cfg, arms, threads=0, cold=False):
+    """Train each of {name: flags} for each seed, cfg.jobs at once. Return {name: {metric: [a value
+    per seed]}}."""
+    pool = ThreadPoolExecutor(cfg.jobs)
+    own = {name: parse_arm(flags)[2] for name, flags in arms.items()}
+    figures = {}
+    try:
+        runs = [(name, pool.submit(fit, cfg, flags, seed, threads, cold))
+                for seed in range(1, cfg.seeds + 1) for name, flags in arms.items()
+                if seed <= own[name].get("seeds", seed)]
+        for name, run in runs:
+            run = run.result()
+            row = {**{k: run[v] for k, v in METRICS.items()}, "params M": run["params"] / 1e6}
+            for measure in own[name].get("after", ()):
+                value = run[measure]
+                row.update(value if isinstance(value, dict) else {measure: value})
+            for k, v in row.items():
+                figures.setdefault(name, {}).setdefault(k, []).append(v)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return figures
+
+
+def time_arms(cfg, trial, arms):
+    """Return {name: [seconds a step per round]} of a trial's arms, and give those with `seconds_of`
+    their steps."""
+    parsed = {name: parse_arm(flags) for name, flags in arms.items()}
+    own = {name: (m, t) for name, (m, t, more) in parsed.items() if "time_of" not in more}
+    times = step_times(own, min(cfg.rounds, 3), 4.0 if trial.alone else 1.0,
+                       share_of_cores(cfg) if trial.timing == "share" else 0)
+    for name, (_, t, more) in parsed.items():
+        times[name] = times[more.get("time_of", name)]
+    for name, (_, t, more) in parsed.items():
+        if "seconds_of" in more:
+            ratio = compare(times[more["seconds_of"]], times[name])
+            arms[name] += f" --max_iters={round(t.get('max_iters', TrainConfig.max_iters) * ratio)}"
+    return times
+
+
+def run_trial(cfg, trial):
+    """Yield the table of a trial."""
+    cfg = dataclasses.replace(cfg, seeds=trial.seeds or cfg.seeds,
+                              jobs=1 if trial.alone else cfg.jobs)
+    arms = {name: f"{trial.base} {flags}" for name, flags in trial.arms.items()}
+    for flags in arms.values():
+        make_task(cfg, read_arm(flags)[1].get("dataset", cfg.dataset))
+    times = time_arms(cfg, trial, arms) if trial.timing else {}
+    figures = over_seeds(cfg, arms, 0 if trial.alone else share_of_cores(cfg), trial.cold)
+    baseline = trial.baseline or next(iter(arms))
+    for name, f in figures.items():
+        f["spread"] = [max(f["val loss"]) - min(f["val loss"])]
+        if times:
+            f["ms a step"] = [1000 * median(times[name])]
+            f["step time"] = [compare(times[name], times[baseline])]
+        other = figures.get(parse_arm(arms[name])[2].get("against", baseline))
+        if other:
+            f["difference"] = [a - b for a, b in zip(f["val loss"], other["val loss"])]
+            f["sd of it"] = [stdev(f["difference"])] if len(f["difference"]) > 1 else []
+    for k, compute in trial.derived.items():
+        for f in figures.values():
+            value = compute(f, figures)
+            f[k] = value if isinstance(value, list) else [value]
+    columns = [*trial.columns, *trial.derived]
+    middle = lambda values: mean(values) if is_number(values[0]) else values[0]
+    rows = [{"arm": name, **{k: middle(f[k]) for k in columns if f.get(k)}}
+            for name, f in figures.items()]
+    yield Table(f"{trial.title} ({cfg.dataset}, {cfg.seeds} seeds, baseline: {baseline})", rows,
+                figures)
+
+
+# -------------------------------------------------------------------------------------------------
+# measures of a trained model, over the validation split
+
+
+def outputs(run, data, size=64):
+    """Yield (inputs, targets, logits) of a split in batches."""
+    for x, y, h, _ in data.whole(run.place, size):
+        yield x, y, run.model.eval()(x, history=h if run.mcfg.n_slot else None).logits
 
 
 def shuffle_history(h):
-    """Each row's history in another order (the same at every call)."""
+    """Return each row's history in another order (the same at every call)."""
     order = torch.rand(h.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
     return h.gather(1, order)
 
 
 def ablated(alter):
-    """Validation loss with each history altered by alter(history)."""
+    """Return the measure of the loss with each history altered by alter(history)."""
     return lambda run, data: run.evaluate(data, alter)[0]
+
+
+@torch.inference_mode()
+def wrong_distance(run, data):
+    """Return the mean of 1 - cosine between the embeddings of the most likely and of the right
+    token, where they differ, as a share of what it is between two tokens drawn from the text:
+    every model has a table of its own."""
+    e, distances = F.normalize(run.model.wte.weight, dim=-1), []
+    frequency = torch.from_numpy(np.bincount(data.tokens, minlength=len(e)) / data.n).float()
+    mean_e = frequency @ e  # two different tokens: take the share that are the same out
+    chance = (1 - mean_e @ mean_e) / (1 - frequency @ frequency)
+    for _, y, logits in outputs(run, data):
+        likeliest = logits.argmax(-1)
+        wrong = (y >= 0) & (likeliest != y)
+        distances.append(1 - (e[likeliest[wrong]] * e[y[wrong]]).sum(-1))
+    return (torch.cat(distances).mean() / chance).item()
+
+
+@torch.inference_mode()
+def two_steps(run, data, n=2048, rows=16):
+    """Return the nats of the token after next, given what stands before the next: after one soft
+    step in its place, after one sampled token, and by the exact sum over the vocabulary; over n
+    places of the split. And how far the soft step goes from the sampled one to the sum."""
+    model, V, T = run.model.eval(), run.mcfg.vocab_size, run.mcfg.block_size
+    g, total = torch.Generator().manual_seed(0), torch.zeros(3)
+    last = torch.randint(T, data.n, (n,), generator=g).numpy()
+    for i in range(0, n, rows):
+        x, y, _ = data.rows(last[i:i + rows], last[i:i + rows])
+        state, each = model.init_state(rows), torch.arange(len(x))
+        p = model(x[:, :-1], state=state).logits[:, -1].float().softmax(-1)
+
+        def behind(tokens, row):
+            """Return the log probability of the targets of these rows behind one more token."""
+            logits = model(tokens, state=state.select(row)).logits[:, -1].float()
+            return logits.log_softmax(-1).gather(1, y[row, -1:])[:, 0]
+
+        every = behind(torch.arange(V).repeat(len(x))[:, None], each.repeat_interleave(V))
+        total -= torch.stack([behind(p[:, None], each).sum(),
+                              behind(torch.multinomial(p, 1, generator=g), each).sum(),
+                              (p.log() + every.view(-1, V)).logsumexp(-1).sum()])
+    soft, drawn, exact = (total / n).tolist()
+    return {"soft step": soft, "sampled step": drawn, "exact sum": exact,
+            "gap closed": (drawn - soft) / (drawn - exact)}
+
+
+@torch.inference_mode()
+def by_hops(run, data):
+    """Return the share of right answers of the chain task, by how many pointers are to be
+    followed."""
+    chars, right = data.meta["tokenizer"]["chars"], {}
+    for x, y, logits in outputs(run, data, 256):
+        guesses = logits[:, -1].argmax(-1).tolist()
+        for row, target, guess in zip(x.tolist(), y[:, -1].tolist(), guesses):
+            if target >= 0:
+                text = "".join(chars[i] for i in row if i < len(chars))
+                k = next(c for c in reversed(text) if c in "01234")
+                right.setdefault(f"k = {k}", []).append(guess == target)
+    return {k: mean(v) for k, v in sorted(right.items())}
+
+
+@torch.inference_mode()
+def by_length(run, data, size=64):
+    """Return the share of right answer symbols of a formal task, a document a row, by the length of
+    its string: means over lengths."""
+    (start, end), shares = data.docs, {}
+    for i in range(0, len(start), size):
+        x, y, _ = data.rows(start[i:i + size] + 1, end[i:i + size])
+        asked = (y >= 0).sum(1)
+        right = ((run.model.eval()(x).logits.argmax(-1) == y) & (y >= 0)).sum(1) / asked
+        for n, r in zip((end - start)[i:i + size] - asked.numpy(), right.tolist()):
+            shares.setdefault(int(n), []).append(r)
+    found = {}
+    for low, high in ((41, 500), (41, 100), (401, 500)):
+        within = [mean(r) for n, r in shares.items() if low <= n <= high]
+        found.update({f"{low} to {high}": mean(within)} if within else {})
+    return found
+
+
+def dense(run, data):
+    """Return how many parameters of feed-forward layers stand in linear layers, in millions."""
+    layers = (m for b in run.model.blocks for m in b.mlp.modules() if isinstance(m, Linear))
+    return sum(m.weight.numel() for m in layers) / 1e6
+
+
+def measure(t, names):
+    """Return {measure: value} of the checkpoint that was just trained, in fp32."""
+    if not names:
+        return {}
+    tcfg = TrainConfig(**{**t, "compile": False, "dtype": "float32"})
+    ckpt = prepare.load_checkpoint(os.path.join(tcfg.out_dir, "ckpt.pt"))
+    mcfg = GPTConfig(**ckpt["model_config"])
+    run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
+    run.model.load_state_dict(ckpt["model"])
+    data = train.Data(tcfg, mcfg, "val")
+    return {name: MEASURES[name](run, data) for name in names}
+
+
+# -------------------------------------------------------------------------------------------------
+# what reaches into levels
 
 
 @contextlib.contextmanager
 def altered_plans(alter):
-    """What levels tell the stack below, (B, M + 1, ..) by how many chunks are closed, altered by alter(told)."""
+    """Alter what levels hand down to the stack below, (B, M + 1, ..) by how many chunks are closed:
+    alter(returned)."""
     step = Level.step
 
     def altered(self, x, ctx, *rest):
@@ -182,1420 +613,1363 @@ def altered_plans(alter):
         Level.step = step
 
 
-ALTERED = {"shuffled": lambda told: told.roll(1, 0), "zeroed": torch.zeros_like,
-           "one ahead": lambda told: torch.cat((told[:, 1:], told[:, -1:]), 1)}  # a leak: the state that has read this chunk
+ALTERED = {"shuffled": lambda returned: returned.roll(1, 0), "zeroed": torch.zeros_like,
+           # a leak: the state that has read this chunk
+           "one ahead": lambda returned: torch.cat((returned[:, 1:], returned[:, -1:]), 1)}
 
 
-def without_plan(alter):
-    """Validation loss with what levels tell altered."""
-    def measure(run, data):
-        with altered_plans(ALTERED[alter]):
-            return run.evaluate(data)[0]
-    return measure
+def without_plan(alteration):
+    """Return the measure of how much the loss grows when what levels hand down is altered."""
+    def growth(run, data):
+        loss = run.evaluate(data)[0]
+        with altered_plans(ALTERED[alteration]):
+            return run.evaluate(data)[0] - loss
+    return growth
 
 
 @torch.inference_mode()
 def explained(run, data):
-    """How much of the next concept the fastest level predicts: R^2 over the mean of all concepts, and over copying the last
-    one. (cos regresses a direction: all its predictions take the one length that fits best.)"""
-    pairs = []
+    """Return how much of the next concept the fastest level predicts: R^2 over the mean of all
+    concepts, and over copying the last one. (cos regresses a direction: all its predictions take
+    the one length that fits best.)"""
+    triples = []
     for x, y, h, _ in data.whole(run.place, 64):
-        made = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
-        good, c = made.exists[:, 1:] & (y >= 0).any(1, keepdim=True), made.concepts  # not the rows that only pad a batch
-        pairs.append((made.level.head(made.u)[:, 1:-1, 0][good], c[:, 1:][good].float(), c[:, :-1][good].float()))
-    p, c, last = (torch.cat(t) for t in zip(*pairs))
+        level = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
+        c = level.concepts
+        good = level.exists[:, 1:] & (y >= 0).any(1, keepdim=True)  # not the rows that pad a batch
+        predicted = level.level.head(level.u)[:, 1:-1, 0]
+        triples.append((predicted[good], c[:, 1:][good].float(), c[:, :-1][good].float()))
+    p, c, last = (torch.cat(t) for t in zip(*triples))
     if run.mcfg.concept == "cos":
-        p = torch.nn.functional.normalize(p, dim=-1)
+        p = F.normalize(p, dim=-1)
         p = p * (p * c).sum() / (p * p).sum()
-    left = [(v - c).square().sum().item() for v in (p, c.mean(0), last)]
-    return {"R2 over the mean": 1 - left[0] / left[1], "R2 over copying": 1 - left[0] / left[2]}
+    error, of_mean, of_last = ((v - c).square().sum().item() for v in (p, c.mean(0), last))
+    return {"R2 over the mean": 1 - error / of_mean, "R2 over copying": 1 - error / of_last}
 
 
 @torch.inference_mode()
-def wrong_distance(run, data):
-    """Mean of 1 - cosine between the embeddings of the most likely and of the right token, where they differ, as a share of
-    what it is between two tokens drawn from the text: every model has a table of its own."""
-    e, far = torch.nn.functional.normalize(run.model.wte.weight, dim=-1), []
-    often = torch.from_numpy(np.bincount(data.tokens, minlength=len(e)) / data.n).float()
-    mean_e = often @ e  # two different tokens: take the share that are the same out
-    chance = (1 - mean_e @ mean_e) / (1 - often @ often)
-    for x, y, h, _ in data.whole(run.place, 64):
-        best = run.model.eval()(x, history=h if run.mcfg.n_slot else None).logits.argmax(-1)
-        wrong = (y >= 0) & (best != y)
-        far.append(1 - (e[best[wrong]] * e[y[wrong]]).sum(-1))
-    return (torch.cat(far).mean() / chance).item()
+def fork_samples(cfg, model, n=500):
+    """Return where samples of the next concept lie on the line through the two that may come (-1
+    and 1), and how far beside it, in units of half their distance."""
+    tokens = split_ids(cfg, "val", "fork")
+    torch.manual_seed(0)
+    n = min(n, (len(tokens) - 63) // 64)
+    x = torch.from_numpy(tokens[63:63 + 64 * n]).view(n, 64)  # from an end of text on
+    level = model.concepts(x)[-1]
+    first = x.view(n, 16, 4)[:, :, 0]
+    a, b = (level.concepts[first == i].mean(0) for i in (1, 5))  # abcd, efgh
+    half, drawn = (b - a) / 2, level.level.head.sample(level.u)[:, 2:-1, 0].flatten(0, 1)
+    t = (drawn - (a + b) / 2) @ half / half.square().sum()
+    beside = (drawn - (a + b) / 2 - t[:, None] * half).norm(dim=-1).mean() / half.norm()
+    return t.numpy(), beside.item()
 
 
-@torch.inference_mode()
-def two_steps(run, data, n=2048, rows=16):
-    """Nats of the token after next, given what stands before the next: after one soft step in its place, after one sampled
-    token, and by the exact sum over the vocabulary; over n places of the split."""
-    model, V, T = run.model.eval(), run.mcfg.vocab_size, run.mcfg.block_size
-    g, total = torch.Generator().manual_seed(0), torch.zeros(3)
-    last = torch.randint(T, data.n, (n,), generator=g).numpy()
-    for i in range(0, n, rows):
-        x, y, _ = data.rows(last[i:i + rows], last[i:i + rows])
-        state, B = model.init_state(rows), len(x)
-        p = model(x[:, :-1], state=state).logits[:, -1].float().softmax(-1)
-        after = lambda tokens, s: model(tokens, state=s).logits[:, -1].float().log_softmax(-1)
-        right = y[:, -1:]
-        soft = after(p[:, None], state.select(torch.arange(B))).gather(1, right)
-        drawn = after(torch.multinomial(p, 1, generator=g), state.select(torch.arange(B))).gather(1, right)
-        every = after(torch.arange(V).repeat(B)[:, None], state.select(torch.arange(B).repeat_interleave(V)))
-        exact = (p.log() + every.view(B, V, V).gather(2, right[:, None].expand(B, V, 1))[..., 0]).logsumexp(-1)
-        total -= torch.stack([soft.sum(), drawn.sum(), exact.sum()])
-    return dict(zip(("soft step", "sampled step", "exact sum"), (total / n).tolist()))
+MEASURES = {"history_shuffled": ablated(shuffle_history),
+            "slots_empty": ablated(lambda h: torch.full_like(h, -1)),
+            "plan_shuffled": without_plan("shuffled"), "plan_zeroed": without_plan("zeroed"),
+            "concepts": explained, "wrong_distance": wrong_distance, "two_steps": two_steps,
+            "hops": by_hops, "lengths": by_length, "dense_M": dense,
+            "usage": lambda run, data: run.usage(data),
+            "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
 
 
-@torch.inference_mode()
-def by_hops(run, data):
-    """Share of right answers of the chain task, by how many pointers are to be followed."""
-    chars, right = data.meta["tokenizer"]["chars"], {}
-    for x, y, _, _ in data.whole(run.place, 256):
-        best = run.model.eval()(x).logits.argmax(-1)
-        for row, target, guess in zip(x.tolist(), y[:, -1].tolist(), best[:, -1].tolist()):
-            if target >= 0:
-                k = next(chars[i] for i in reversed(row) if i < len(chars) and chars[i] in "01234")
-                right.setdefault(f"k = {k}", []).append(guess == target)
-    return {k: mean(v) for k, v in sorted(right.items())}
-
-
-@torch.inference_mode()
-def by_length(run, data, size=64):
-    """Share of right answer symbols of a formal task, a document a row, by the length of its string: means over lengths."""
-    (start, end), each = data.docs, {}
-    for i in range(0, len(start), size):
-        x, y, _ = data.rows(start[i:i + size] + 1, end[i:i + size])
-        asked = (y >= 0).sum(1)
-        right = ((run.model.eval()(x).logits.argmax(-1) == y) & (y >= 0)).sum(1) / asked
-        for n, r in zip((end - start)[i:i + size] - asked.numpy(), right.tolist()):
-            each.setdefault(int(n), []).append(r)
-    each = {n: mean(r) for n, r in each.items()}
-    return {f"{low} to {high}": mean(r for n, r in each.items() if low <= n <= high)
-            for low, high in ((41, 500), (41, 100), (401, 500)) if any(low <= n <= high for n in each)}
-
-
-AFTER = {"history shuffled": ablated(shuffle_history), "slots empty": ablated(lambda h: torch.full_like(h, -1)),
-         "wrong distance": wrong_distance, "two steps": two_steps, "hops": by_hops, "lengths": by_length,
-         "usage": lambda run, data: run.usage(data), "concepts": explained, "plan shuffled": without_plan("shuffled"), "plan zeroed": without_plan("zeroed")}
-
-
-def after(t, names):
-    """{measure: value} of the checkpoint that was just trained, over the validation split, in fp32."""
-    if not names:
-        return {}
-    tcfg = TrainConfig(**{**t, "compile": False, "dtype": "float32"})
-    ckpt = prepare.load_checkpoint(os.path.join(tcfg.out_dir, "ckpt.pt"))
-    mcfg = GPTConfig(**ckpt["model_config"])
-    run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
-    run.model.load_state_dict(ckpt["model"])
-    data = train.Data(tcfg, mcfg, "val")
-    return {name: AFTER[name](run, data) for name in names}
-
-
-def peak_mb():
-    """Peak memory so far: of the GPU where there is one, otherwise of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-
-
-def turns(arms, rounds, ask, least=1.0):
-    """Each arm asked in turn, `rounds` times: {name: [seconds per round]}. An arm does as many steps as fit `least` seconds."""
-    n, out = {}, {k: [] for k in arms}
-    for k, a in arms.items():
-        n[k] = max(1, int(least / ask(a, 1)))
-    for _ in range(rounds):
-        for k, a in arms.items():
-            out[k].append(ask(a, n[k]))
-    return out
-
-
-def seconds(f, n=1):
-    """Of one call of f(), mean of n."""
-    t0 = time.perf_counter()
-    for _ in range(n):
-        f()
-    return (time.perf_counter() - t0) / n
-
-
-def compare(a, b):
-    """Median over rounds of a / b."""
-    return median(x / y for x, y in zip(a, b))
-
-
-def show(cfg, title, rows):
-    """Print rows (dicts) as a table, or as JSON lines."""
-    if cfg.json:
-        for r in rows:
-            print(json.dumps({"table": title, **r}))
-        return rows
-    names = list(dict.fromkeys(k for r in rows for k in r))
-    text = [[f"{r[k]:,.4g}" if isinstance(r.get(k), float) and abs(r[k]) < 1000 else f"{r[k]:,.0f}"
-             if isinstance(r.get(k), float) else str(r.get(k, "")) for k in names] for r in rows]
-    width = [max(map(len, col)) for col in zip(names, *text)]
-    print(f"\n{title}")
-    for line in [names, ["-" * w for w in width], *text]:
-        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width))).rstrip())
-    sys.stdout.flush()
-    return rows
-
-
-def fit(cfg, preset=None, seed=1, after=(), env=None, leak="", **overrides):
-    """Train one arm in a process of its own; -> what train.train returns, `wall` seconds of the whole process, and the
-    measures of AFTER that are named."""
-    m, t = read_arm(preset, **overrides)
-    t = {"dataset": cfg.dataset, **t, "data_dir": cfg.data_dir, "seed": seed}
-    keep = cfg.out_dir or scratch()
-    t["out_dir"] = os.path.join(keep, overrides.get("out_dir") or f"{preset or 'arm'}-{os.getpid()}-{time.time_ns()}")
-    start = time.perf_counter()
-    arm = Arm(m, t, env, train=True, after=list(after), leak=leak)
-    arm.close()
-    if arm.info["stopped"]:
-        raise UserError("a training was stopped by a signal; so is the claim")
-    return {**arm.info, "wall": time.perf_counter() - start, "out_dir": t["out_dir"]}
-
-
-def have(cfg, task, name="", *more):
-    """Make the dataset of a synthetic task where it is not there yet."""
-    if not os.path.exists(os.path.join(cfg.data_dir, name or task, "meta.json")):
-        prepare.main([task, f"--name={name}", f"--data_dir={cfg.data_dir}", *more])
-
-
-def cold():
-    """The environment of a process whose compiler cache is empty."""
-    return {"TORCHINDUCTOR_CACHE_DIR": scratch()}
-
-
-def scratch():
-    """A new folder that goes when this process ends."""
-    folder = tempfile.mkdtemp(prefix="bench-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def one_of_many(cfg):
-    """The environment of a process that runs beside others: its share of the cores."""
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
-
-
-def over_seeds(cfg, arms):
-    """fit for each of {name: overrides} and each seed, cfg.jobs of them at once -> {name: {figure: mean over seeds}}, with
-    "spread", the largest minus the smallest validation loss, and "runs". Seconds mean nothing here: see step_times."""
-    env = one_of_many(cfg)
-    pool = ThreadPoolExecutor(cfg.jobs)
-    try:
-        runs = {k: [pool.submit(fit, cfg, seed=s, env=env, **a) for s in range(1, cfg.seeds + 1)] for k, a in arms.items()}
-        runs = {k: [f.result() for f in fs] for k, fs in runs.items()}
-    finally:
-        pool.shutdown(cancel_futures=True)
-    out = {}
-    for k, rs in runs.items():
-        val = [r["val_loss"] for r in rs]
-        out[k] = {**averages(rs), "spread": max(val) - min(val), "runs": rs}
-    return out
-
-
-def averages(dicts):
-    """The mean of every number, dicts of numbers included."""
-    first = dicts[0]
-    return {k: averages([d[k] for d in dicts]) if isinstance(v, dict) else mean(d[k] for d in dicts) for k, v in first.items()
-            if isinstance(v, (int, float, dict)) and not isinstance(v, bool)}
-
-
-def step_times(cfg, arms, seconds=1.0, env=None):
-    """{name: [seconds a step per round]} of arms given as (model settings, training settings), in turns. With env =
-    one_of_many, on a core each as over_seeds trains them, so that an arm is compiled once for both."""
-    live = {k: Arm(*a, env) for k, a in arms.items()}
-    times = turns(live, cfg.rounds, lambda a, n: a.ask(do="steps", n=n)["seconds"], seconds)
-    for a in live.values():
-        a.close()
-    return times
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # speed
 
 
 def train_speed(m, t, rounds):
-    """One arm in turn with nanoGPT at its shape -> row."""
-    arms = {"ours": Arm(m, t), "nanogpt": Arm(*like_nanogpt(m, t))}
-    times = turns(arms, rounds, lambda a, n: a.ask(do="steps", n=n)["seconds"])
-    ends = {k: a.ask(do="end", seconds=median(times[k])) for k, a in arms.items()}
-    for a in arms.values():
-        a.close()
-    ours = arms["ours"].info
-    return {"params M": ours["params"] / 1e6, "ms a step": 1000 * median(times["ours"]),
-            "tokens/s": ours["tokens"] / median(times["ours"]), "MFU": ends["ours"]["mfu"], "peak MB": ends["ours"]["peak_mb"],
-            "compile s": ours["compile"], "nanoGPT ms": 1000 * median(times["nanogpt"]),
-            "nanoGPT MB": ends["nanogpt"]["peak_mb"], "nanoGPT / ours": compare(times["nanogpt"], times["ours"])}
+    """Return the row of one arm, in turn with nanoGPT at its shape."""
+    arms = [Arm(), Arm()]
+    ours, _ = (arm.ask(start_run, *a) for arm, a in zip(arms, ((m, t), like_nanogpt(m, t))))
+    times, theirs = turns(dict(enumerate(arms)), rounds, lambda a, n: a.ask(run_steps, n)).values()
+    ends = [arm.ask(end_run, median(t)) for arm, t in zip(arms, (times, theirs))]
+    for arm in arms:
+        arm.close()
+    return {"params M": ours["params"] / 1e6, "ms a step": 1000 * median(times),
+            "tokens/s": ours["tokens"] / median(times), **ends[0], "compile s": ours["compile"],
+            "nanoGPT ms": 1000 * median(theirs), "nanoGPT MB": ends[1]["peak MB"],
+            "nanoGPT / ours": compare(theirs, times)}
+
+
+def transformers_gpt2(cfg, prompt, n_room):
+    """Return function(n) -> seconds a token of transformers' GPT-2 with its KV cache at our
+    shape."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
+        n_layer=cfg.n_layer, n_head=cfg.heads(0)[0], bos_token_id=0, eos_token_id=0)).eval()
+
+    @torch.inference_mode()
+    def run(n):
+        cache = model(torch.tensor([prompt]), use_cache=True).past_key_values
+
+        def push():
+            nonlocal cache
+            out = model(torch.tensor([prompt[:1]]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+        return seconds(push, min(n, n_room))
+    return run
 
 
 def decode_arms(m, more=False):
-    """{name: function(n) -> seconds a token} for one shape with random weights, one row, positions half way into the window:
-    with the cache and recomputing the window, in fp32; with `more` also the compiled step in fp32, bf16 and with 8-bit weights, and
-    a KV-cached transformers GPT-2 of the same shape, where that package is installed."""
+    """Return {name: function(n) -> seconds a token} for one shape with random weights, one row,
+    positions half way into the window: with the cache and recomputing the window, in fp32; with
+    `more` also the compiled step in fp32, bf16 and with 8-bit weights, and transformers' GPT-2
+    where that package is installed."""
     cfg = stand_in(m)
-    half = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
-    room = cfg.block_size - len(half) - 1
-    window = torch.randint(cfg.vocab_size, (1, cfg.block_size))
+    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
+    n_room = cfg.block_size - len(prompt) - 1
 
-    def ours(dtype=torch.float32, compile=False, int8=False):
+    def cached(dtype=torch.float32, compile=False, int8=False):
         model = GPT(cfg).eval().to(dtype)
         model.dtype = dtype
         model = sample.to_int8(model) if int8 else model
-        d = sample.Decoder(model, [half], compile=compile)
+        decoder = sample.Decoder(model, [prompt], compile=compile)
 
         def run(n):
-            d.rows = [([], list(half))]
-            d.fill()
-            return seconds(lambda: d.push([1]), min(n, room))
+            decoder.rows = [([], list(prompt))]
+            decoder.fill()
+            return seconds(lambda: decoder.push([1]), min(n, n_room))
         return run
 
-    model = GPT(cfg).eval()
-    arms = {"cache": ours(), "recomputing": lambda n: seconds(torch.inference_mode()(lambda: model(window)), n)}
+    model, window = GPT(cfg).eval(), torch.randint(cfg.vocab_size, (1, cfg.block_size))
+    recompute = torch.inference_mode()(lambda: model(window))
+    arms = {"cache": cached(), "recomputing": lambda n: seconds(recompute, n)}
     if more:
-        arms.update({"cache, compiled": ours(compile=True), "cache, compiled, bf16": ours(torch.bfloat16, True),
-                     "cache, compiled, int8": ours(torch.bfloat16, True, True)})
+        arms["cache, compiled"] = cached(compile=True)
+        arms["cache, compiled, bf16"] = cached(torch.bfloat16, True)
+        arms["cache, compiled, int8"] = cached(torch.bfloat16, True, True)
     if more and importlib.util.find_spec("transformers"):
-        from transformers import GPT2Config, GPT2LMHeadModel
-        other = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
-                                           n_layer=cfg.n_layer, n_head=cfg.heads(0)[0], bos_token_id=0, eos_token_id=0)).eval()
-
-        @torch.inference_mode()
-        def theirs(n):
-            box = [other(window[:, :len(half)], use_cache=True).past_key_values]
-
-            def push():
-                box[0] = other(window[:, :1], past_key_values=box[0], use_cache=True).past_key_values
-            return seconds(push, min(n, room))
-        arms["transformers GPT-2"] = theirs
+        arms["transformers GPT-2"] = transformers_gpt2(cfg, prompt, n_room)
     return arms
 
 
 def decode_times(m, rounds, more=False):
     arms = decode_arms(m, more)
-    for f in arms.values():
-        f(1)  # compile
-    return turns(arms, rounds, lambda f, n: f(n), 0.5)
+    for run in arms.values():
+        run(1)  # compile
+    return turns(arms, rounds, lambda run, n: run(n), 0.5)
 
 
 def all_presets(cfg):
-    """The table of python bench.py."""
-    names = cfg.presets or sorted(os.path.basename(p)[:-3] for p in glob.glob(os.path.join(HERE, "config", "*.py"))
-                                  if not p.endswith("__init__.py"))
+    """every preset beside nanoGPT's settings at the same shape and batch (no dropout there)"""
+    files = glob.glob(os.path.join(HERE, "config", "[!_]*.py"))
     rows = []
-    for name in names:
-        m, t = read_arm(name)
+    for name in cfg.presets or sorted(os.path.basename(p)[:-3] for p in files):
+        m, t = read_arm(f"config/{name}.py")
         print(f"measuring {name} ...", file=sys.stderr)
         row = {"preset": name, **train_speed(m, t, cfg.rounds)}
-        d = decode_times(m, cfg.rounds)
-        rows.append({**row, "decode/s": 1 / median(d["cache"]), "uncached/s": 1 / median(d["recomputing"])})
-    return show(cfg, "every preset beside nanoGPT's settings at the same shape and batch (no dropout there)", rows)
+        times = decode_times(m, cfg.rounds)
+        rows.append({**row, "decode/s": 1 / median(times["cache"]),
+                     "uncached/s": 1 / median(times["recomputing"])})
+    yield Table(all_presets.__doc__, rows)
 
 
-SIZES = {"6 layers, 384 wide, 16 x 256": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16),
-         "4 layers, 128 wide, 12 x 64": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12)}
+SIZES = {"6 layers, 384 wide, 16 x 256":
+         "--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=16",
+         "4 layers, 128 wide, 12 x 64":
+         "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12"}
 
 
 def speed(cfg):
     """a training step beside nanoGPT's (eager, fp32) at two sizes, no dropout in either"""
     rows = []
     for size, shape in SIZES.items():
-        for name, more in (("Muon", {}), ("Muon, 3 iterations", {"ns_steps": 3}), ("AdamW", {"optimizer": "adamw"})):
-            rows.append({"size": size, "optimizer": name, **train_speed(*read_arm(**shape, **more), cfg.rounds)})
-    return show(cfg, "training, beside nanoGPT with AdamW, eager, fp32", rows)
+        for name, flags in (("Muon", ""), ("Muon, 3 iterations", "--ns_steps=3"),
+                            ("AdamW", "--optimizer=adamw")):
+            arm = read_arm(f"{shape} {flags}")
+            rows.append({"size": size, "optimizer": name, **train_speed(*arm, cfg.rounds)})
+    yield Table("training, beside nanoGPT with AdamW, eager, fp32", rows)
 
 
 def bandwidth(n=5):
-    """Bytes a second that this machine reads from memory: the best sum over half a gigabyte."""
-    x, best = torch.ones(2 ** 27), float("inf")
-    for _ in range(n):
-        t0 = time.perf_counter()
-        x.sum().item()
-        best = min(best, time.perf_counter() - t0)
-    return 4 * x.numel() / best
+    """Return the bytes a second that this machine reads from memory: the best sum over half a
+    gigabyte."""
+    x = torch.ones(2 ** 27)
+    return 4 * x.numel() / min(seconds(lambda: x.sum().item()) for _ in range(n))
 
 
 def decode(cfg):
-    """tokens/s of decoding beside the memory's limit: cached, compiled, bf16, int8, recomputing, transformers' GPT-2 (pip install it)"""
+    """tokens/s of decoding beside the memory's limit: cached, compiled, bf16, int8, recomputing,
+    transformers"""
     rows = []
-    for size, shape in {"6 layers, 384 wide": SIZES["6 layers, 384 wide, 16 x 256"],
-                        "12 layers, 768 wide": dict(n_layer=12, n_head=12, n_embd=768, block_size=256)}.items():
-        m, _ = read_arm(**shape)
+    sizes = {"6 layers, 384 wide": SIZES["6 layers, 384 wide, 16 x 256"],
+             "12 layers, 768 wide": "--n_layer=12 --n_head=12 --n_embd=768 --block_size=256"}
+    for size, shape in sizes.items():
+        m, _ = read_arm(shape)
         model = GPT(stand_in(m))
-        inside, head = sum(p.numel() for p in model.blocks.parameters()), model.lm_head.weight.numel()
+        inside = sum(p.numel() for p in model.blocks.parameters())
+        head = model.lm_head.weight.numel()
         before = bandwidth()
         times = decode_times(m, cfg.rounds, more=True)
-        speed = max(before, bandwidth())
-        for k, v in times.items():
-            each = (1, 2) if "int8" in k else (2, 2) if "bf16" in k else (4, 4)  # bytes a weight
-            limit = speed / (each[0] * inside + each[1] * head)
-            rows.append({"size": size, "decoding": k, "tokens/s": 1 / median(v), "/ recomputing": compare(times["recomputing"], v),
-                         **({"/ transformers": compare(times["transformers GPT-2"], v)} if "transformers GPT-2" in times else {}),
-                         **({"GB/s": speed / 1e9, "limit": limit, "of it": 1 / median(v) / limit} if "cache" in k else {})})
-    return show(cfg, "decoding, window 256, one row (fp32 where not said; limit: measured memory bandwidth over the bytes of the weights)", rows)
+        bytes_a_second = max(before, bandwidth())
+        for name, t in times.items():
+            row = {"size": size, "decoding": name, "tokens/s": 1 / median(t),
+                   "/ recomputing": compare(times["recomputing"], t)}
+            if "transformers GPT-2" in times:
+                row["/ transformers"] = compare(times["transformers GPT-2"], t)
+            if "cache" in name:
+                width = (1, 2) if "int8" in name else (2, 2) if "bf16" in name else (4, 4)
+                limit = bytes_a_second / (width[0] * inside + width[1] * head)  # bytes a weight
+                row.update({"GB/s": bytes_a_second / 1e9, "limit": limit,
+                            "of it": row["tokens/s"] / limit})
+            rows.append(row)
+    yield Table("decoding, window 256, one row (fp32 where not said; limit: measured memory "
+                "bandwidth over the bytes of the weights)", rows)
 
 
-def profile(step):
-    """One step under the torch profiler -> {"rows": time by operator, the compiler's own kernels by name, "parts": seconds
-    by what they are for}. Attention is the batched products and the kernels with a softmax; inside an optimizer's step
-    everything is the optimizer's."""
+def profile():
+    """Profile a step of the CHILD. Return {"rows": time by operator, the compiler's own kernels by
+    name, "parts": seconds by what they are for}. Attention is the batched products and the kernels
+    with a softmax; inside an optimizer's step everything is the optimizer's."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
-        step()
-    events = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    total = sum(e.self_cpu_time_total for e in events)
-    parts = dict.fromkeys(("attention", "matrix products", "elementwise", "optimizer", "rest"), 0.0)
-    for e in p.events():
-        up, name = e, e.name
-        while up is not None and not up.name.startswith("Optimizer.step"):
-            up = up.cpu_parent
-        kind = "optimizer" if up is not None else "attention" if "bmm" in name or "softmax" in name else \
-            "matrix products" if name in ("aten::mm", "aten::addmm") else "elementwise" if "cpp_fused" in name else "rest"
-        parts[kind] += e.self_cpu_time_total / 1e6
-    return {"rows": [{"operator": e.key[:70], "ms": e.self_cpu_time_total / 1000, "share": e.self_cpu_time_total / total,
-                      "calls": e.count} for e in events[:15]], "parts": parts}
+        CHILD["step"]()
+    operators = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in operators)
+    parts = dict.fromkeys(("optimizer", "attention", "matrix products", "elementwise", "rest"), 0.0)
+
+    def part_of(event):
+        outer = event
+        while outer is not None and not outer.name.startswith("Optimizer.step"):
+            outer = outer.cpu_parent
+        name = event.name
+        tests = (outer is not None, "bmm" in name or "softmax" in name,
+                 name in ("aten::mm", "aten::addmm"), "cpp_fused" in name, True)
+        return list(parts)[tests.index(True)]
+
+    for event in p.events():
+        parts[part_of(event)] += event.self_cpu_time_total / 1e6
+    rows = [{"operator": e.key[:70], "ms": e.self_cpu_time_total / 1000,
+             "share": e.self_cpu_time_total / total, "calls": e.count} for e in operators[:15]]
+    return {"rows": rows, "parts": parts}
+
+
+def profile_arm(arm, n):
+    """Return the seconds of an arm's step (median of n), n profiles of one, and its share of the
+    matmul peak."""
+    child = Arm()
+    child.ask(start_run, *arm, True)
+    a_step = child.ask(run_steps, n)
+    profiles = [child.ask(profile) for _ in range(n)]
+    mfu = child.ask(end_run, a_step)["MFU"]
+    child.close()
+    return a_step, profiles, mfu
 
 
 def profile_presets(cfg):
     for name in cfg.presets or ["softar_shakespeare"]:
-        arm = Arm(*read_arm(name), profiled=True)
-        arm.ask(do="steps", n=2)
-        show(cfg, f"one step of {name}", arm.ask(do="profile")["rows"])
-        arm.close()
+        _, profiles, _ = profile_arm(read_arm(f"config/{name}.py"), 2)
+        yield Table(f"one step of {name}", profiles[-1]["rows"])
 
 
 def parts(cfg):
-    """where a training step's time goes at three sizes: attention, matrix products, elementwise, optimizer, data"""
+    """where a training step's time goes at three sizes: attention, products, elementwise,
+    optimizer, data"""
     rows = []
-    for size, shape in {**SIZES, "6 layers, 256 wide, 16 x 256": dict(n_layer=6, n_head=4, n_embd=256, block_size=256,
-                                                                      batch_size=16)}.items():
-        m, t = read_arm(**shape)
-        arm = Arm(m, t, profiled=True)
-        seconds = arm.ask(do="steps", n=10)["seconds"]
-        profiles = [arm.ask(do="profile")["parts"] for _ in range(cfg.rounds)]
-        mfu = arm.ask(do="end", seconds=seconds)["mfu"]
-        arm.close()
-        data = train.Data(TrainConfig(**t, dataset=cfg.dataset, data_dir=cfg.data_dir), GPTConfig(**m), "train")
-        t0 = time.perf_counter()
-        for i in range(20):
-            data.batch(i, slice(None), t["batch_size"])
-        row = {k: median(p[k] for p in profiles) for k in profiles[0]}
-        row["data"] = (time.perf_counter() - t0) / 20
-        rows.append({"size": size, "ms a step": 1000 * seconds, **{k: f"{v / sum(row.values()):.1%}" for k, v in row.items()},
+    third = {"6 layers, 256 wide, 16 x 256":
+             "--n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_size=16"}
+    for size, shape in {**SIZES, **third}.items():
+        m, t = read_arm(shape)
+        a_step, profiles, mfu = profile_arm((m, t), cfg.rounds)
+        tcfg = TrainConfig(**t, dataset=cfg.dataset, data_dir=cfg.data_dir)
+        data, steps = train.Data(tcfg, GPTConfig(**m), "train"), itertools.count()
+        part = {k: median(p["parts"][k] for p in profiles) for k in profiles[0]["parts"]}
+        part["data"] = seconds(lambda: data.batch(next(steps), slice(None), tcfg.batch_size), 20)
+        total = sum(part.values())
+        rows.append({"size": size, "ms a step": 1000 * a_step,
+                     **{k: f"{v / total:.1%}" for k, v in part.items()},
                      "share of matmul peak": mfu})
-    return show(cfg, "where a step's time goes (torch profiler; medians)", rows)
+    yield Table("where a step's time goes (torch profiler; medians)", rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# claims that train
-
-
-def best(cfg):
-    """the lowest loss within 15 minutes: config/shakespeare_best.py"""
-    rows = []
-    for seed in range(1, cfg.seeds + 1):
-        r = fit(cfg, "shakespeare_best", seed=seed)
-        rows.append({"seed": seed, "val loss": r["val_loss"], "best on the way": r["best_val_loss"], "steps": r["step"],
-                     "seconds of steps": r["step_seconds"], "process, seconds": r["wall"]})
-    return show(cfg, f"config/shakespeare_best.py on {cfg.dataset}", rows)
-
-
-NO_SLOTS = dict(history=0, aggregate=0, n_segment=0, n_span=0, span=0)
-
-
-def main_job(cfg):
-    """the main job, and the same model with its slots off for the same seconds of steps"""
-    on = fit(cfg, "softar_shakespeare")
-    m, t = read_arm("softar_shakespeare")
-    times = step_times(cfg, {"on": (m, t), "off": read_arm("softar_shakespeare", **NO_SLOTS)}, seconds=4.0)
-    steps = round(t["max_iters"] * compare(times["on"], times["off"]))
-    off = fit(cfg, "softar_shakespeare", **NO_SLOTS, max_iters=steps)
-    rows = [{"arm": k, "steps": r["step"], "seconds of steps": r["step_seconds"], "seconds in all": r["wall"],
-             "val loss": r["val_loss"]} for k, r in (("slots", on), ("no slots, steps timed for equal seconds", off))]
-    return show(cfg, f"main job on {cfg.dataset}, seed 1", rows)
-
-
-def time_to_loss(cfg):
-    """seconds to val 1.88: config/shakespeare_cpu.py beside nanoGPT's CPU recipe, in turns, compiler caches empty"""
-    rows = []
-    for seed in range(1, cfg.seeds + 1):
-        for preset in ("shakespeare_cpu", "nanogpt_cpu"):
-            r = fit(cfg, preset, seed=seed, env=cold(), eval_interval=10 ** 9, log_interval=200)
-            rows.append({"preset": preset, "seed": seed, "val loss": r["val_loss"], "steps": r["step"], "seconds of steps":
-                         r["step_seconds"], "first step": r["compile_seconds"], "process, seconds": r["wall"]})
-    for k in ("seconds of steps", "process, seconds"):
-        a, b = (median(r[k] for r in rows if r["preset"] == p) for p in ("nanogpt_cpu", "shakespeare_cpu"))
-        rows.append({"preset": f"nanogpt_cpu / shakespeare_cpu: {k}", k: a / b})
-    return show(cfg, f"time to val 1.88 on {cfg.dataset}", rows)
-
-
-def a100(cfg):
-    """val 1.4697 (nanoGPT's A100 recipe) with config/shakespeare.py, in how many of that recipe's steps"""
-    times = step_times(dataclasses.replace(cfg, rounds=2), {"ours": read_arm("shakespeare"), "nanogpt": read_arm("nanogpt")})
-    rows = []
-    for seed in range(1, cfg.seeds + 1):
-        r = fit(cfg, "shakespeare", seed=seed)
-        rows.append({"seed": seed, "val loss": r["val_loss"], "steps": r["step"], "seconds of steps": r["step_seconds"],
-                     "as nanoGPT steps": r["step"] * median(times["ours"]) / median(times["nanogpt"]),
-                     "a nanoGPT step, s": median(times["nanogpt"])})
-    return show(cfg, f"config/shakespeare.py on {cfg.dataset} (the bar: 1.4697 in 18 steps of config/nanogpt.py)", rows)
-
-
-SLOT_MODEL = dict(n_layer=4, n_head=4, n_embd=128, block_size=16, batch_size=64, max_iters=1500, eval_interval=10 ** 9,
-                  history_drop=0.0, log_interval=500)
-
-
-def slot_arms(H, span, **more):
-    """The arms of the slot claims for a history of H tokens: none, slots, uncompressed, and an ordinary window. All are
-    scored on the same tokens: the last 16 of a row."""
-    base = {**SLOT_MODEL, **more}
-    slots = dict(base, history=H, aggregate=1, n_segment=2, n_span=H // span, span=span)
-    window = dict(base, block_size=H + 16, score_last=16)
-    return {"a no history": base, "b slots": slots, "c uncompressed": window,
-            "d ordinary window": dict(window, train_on_all=True, batch_size=max(2, base["batch_size"] * 80 // (H + 16)))}
-
-
-def slots(cfg):
-    """what 64 tokens of history are worth as slots, with ablations, beside an ordinary window at equal seconds"""
-    arms = slot_arms(64, 4)
-    times = step_times(cfg, {k: read_arm(**a) for k, a in arms.items()})
-    t_b = times["b slots"]
-    arms["d ordinary window"]["max_iters"] = round(SLOT_MODEL["max_iters"] * compare(t_b, times["d ordinary window"]))
-    arms["b, binding off"] = dict(arms["b slots"], span_binding=False)
-    arms["b slots"] = dict(arms["b slots"], after=["history shuffled", "slots empty"])
-    got = over_seeds(cfg, arms)
-    a, c = got["a no history"]["val_loss"], got["c uncompressed"]["val_loss"]
-    rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "steps": int(g["step"]),
-             "gap closed": (a - g["val_loss"]) / (a - c), "step time / c": compare(times[k], times["c uncompressed"])
-             if k in times else compare(t_b, times["c uncompressed"])} for k, g in got.items()]
-    rows += [{"arm": f"b, {k} at evaluation", "val loss": got["b slots"][k], "gap closed": (a - got["b slots"][k]) / (a - c)}
-             for k in arms["b slots"]["after"]]
-    return show(cfg, f"64 tokens of history on {cfg.dataset}, mean of {cfg.seeds} seeds, {SLOT_MODEL['max_iters']} steps", rows)
-
-
-def spans(cfg):
-    """spans of 2 to 16 over histories of 64 to 1,024 tokens, beside an ordinary window of that length at equal seconds"""
-    few, times, arms = dataclasses.replace(cfg, rounds=3, seeds=1), {}, {}
-    small = dict(n_layer=2, batch_size=32, max_iters=600)
-    for H in (64, 256, 1024):
-        mine = {(H, f"spans of {span}"): slot_arms(H, span, **small)["b slots"] for span in (2, 4, 8, 16)}
-        four, window = (H, "spans of 4"), (H, f"window of {H + 16}, seconds of spans of 4")
-        mine[window] = slot_arms(H, 4, **small)["d ordinary window"]
-        times.update(step_times(few, {k: read_arm(**a) for k, a in mine.items()}, env=one_of_many(cfg)))
-        mine[window]["max_iters"] = round(small["max_iters"] * compare(times[four], times[window]))
-        arms.update(mine)
-    got = over_seeds(few, arms)
-    rows = [{"history": H, "arm": arm, "slots": sum(arms[H, arm].get(k, 0) for k in ("aggregate", "n_segment", "n_span")),
-             "val loss": g["val_loss"], "steps": int(g["step"]), "ms a step": 1000 * median(times[H, arm])}
-            for (H, arm), g in got.items()]
-    return show(cfg, f"spans and histories on {cfg.dataset}, 2 layers, 600 steps of 32 x 16, one seed, one core", rows)
-
-
-def cipher(cfg):
-    """the cipher task: no history, slots, and the history uncompressed, above the source's entropy rate"""
-    floor = prepare.open_dataset("cipher", cfg.data_dir)["entropy_rate"]
-    base = dict(preset="cipher", eval_interval=10 ** 9, log_interval=200)
-    arms = {"no history": dict(base, **NO_SLOTS), "slots": base,
-            "uncompressed": dict(base, **NO_SLOTS, block_size=272, score_last=16)}
-    times = step_times(cfg, {k: read_arm(**a) for k, a in arms.items()})
-    got = over_seeds(cfg, arms)
-    top, low = got["no history"]["val_loss"], got["uncompressed"]["val_loss"]
-    rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "above the floor": g["val_loss"] - floor,
-             "gap closed": (top - g["val_loss"]) / (top - low), "ms a step": 1000 * median(times[k])}
-            for k, g in got.items()]
-    return show(cfg, f"cipher, mean of {cfg.seeds} seeds, entropy rate {floor:.4f}", rows)
-
-
-def stream(cfg, total=100_000, block=20_000):
-    """100,000 characters from one prompt, with slots, by attention and by recurrences: memory and time a token"""
-    rows, shape = [], dict(n_embd=128, n_head=4)
-    arms = {"AA with slots, history 256": read_arm("softar_shakespeare", n_layer=2, n_head=4, n_embd=128),
-            "AA": read_arm(layers="AA", block_size=256, **shape), "RR": read_arm(layers="RR", block_size=256, **shape)}
-    for name, (m, _) in arms.items():
-        d = sample.Decoder(GPT(stand_in(m)).eval(), [[1]])
-        generator, scfg = torch.Generator().manual_seed(1), sample.SampleConfig(max_new_tokens=total)
-        t0, last = time.perf_counter(), 0
-        for i, _ in enumerate(sample.generate(d, scfg, generator=generator), 1):
-            if i == 1000 or i % block == 0:
-                rows.append({"model": name, "tokens": i, "memory MB": resident_mb(),
-                             "ms a token": 1000 * (time.perf_counter() - t0) / (i - last), "ids kept": sum(map(len, d.rows[0]))})
-                t0, last = time.perf_counter(), i
-    return show(cfg, "one stream, 2 layers, 128 wide, window 256, random weights", rows)
+def blocks(cfg):
+    """time of a training step of each block at windows of 256, 1,024 and 4,096 tokens, 4,096
+    tokens a step"""
+    rows, windows = [], (256, 1024, 4096)
+    for layers in ("AA", "RR", "GG"):  # a few processes at a time
+        arms = {T: read_arm(f"--n_embd=128 --n_head=4 --layers={layers} --block_size={T} "
+                            f"--batch_size={4096 // T}") for T in windows}
+        ms = {T: 1000 * median(t) for T, t in step_times(arms, min(cfg.rounds, 3)).items()}
+        rows.append({"layers": layers, **{f"ms at {T:,}": ms[T] for T in windows},
+                     "4,096 / 256": ms[4096] / ms[256]})
+    yield Table("time of a training step by window, 128 wide, 4,096 tokens a step", rows)
 
 
 def resident_mb():
-    """Memory of this process now."""
+    """Return the memory of this process now."""
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
 
-SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, eval_interval=10 ** 9, log_interval=500)
-
-
-def soft(cfg):
-    """the token after next, behind a soft step, a sampled one and the exact sum, with and without soft inputs in training"""
-    arms = {f"soft_rate = {r}": dict(SMALL, max_iters=1500, soft_rate=r, after=["two steps"]) for r in (0.0, 0.1, 0.3, 1.0)}
-    got = over_seeds(cfg, arms)
+def stream(cfg, total=100_000, block=20_000):
+    """100,000 characters from one prompt, with slots, by attention and by recurrences: memory,
+    time a token"""
     rows = []
-    for k, g in got.items():
-        two = g["two steps"]
-        rows.append({"arm": k, "val loss": g["val_loss"], "spread": g["spread"], **two, "gap closed":
-                     (two["sampled step"] - two["soft step"]) / (two["sampled step"] - two["exact sum"])})
-    return show(cfg, f"nats of the token after next, {cfg.dataset}, 1,500 steps of 12 x 64, mean of {cfg.seeds} seeds", rows)
+    for name, flags in (("AA with slots, history 256", "config/softar_shakespeare.py --layers=AA"),
+                        ("AA", "--layers=AA"), ("RR", "--layers=RR")):
+        m, _ = read_arm(f"--block_size=256 --n_embd=128 --n_head=4 {flags}")
+        steps, done = start_decoding(GPT(stand_in(m)).eval(), [[1]], total)[0], 0
+        for i in (1000, *range(block, total + 1, block)):
+            a_token = seconds(lambda: next(steps), i - done)
+            rows.append({"model": name, "tokens": i, "memory MB": resident_mb(),
+                         "ms a token": 1000 * a_token})
+            done = i
+    yield Table("one stream, 2 layers, 128 wide, window 256, random weights", rows)
 
 
-def semantic(cfg):
-    """losses that know how far off a wrong token is, at three weights, beside cross-entropy alone and regression alone"""
-    kinds = {"cos": dict(semantic="cos"), "mse": dict(semantic="mse"), "soft_ce": dict(semantic="soft_ce"),
-             "nearest head, mse": dict(head="nearest", semantic="mse")}
-    base = dict(SMALL, max_iters=600)
-    timed = {"none": base, **{k: dict(base, **a, semantic_weight=0.1) for k, a in kinds.items()}}
-    times = step_times(cfg, {k: read_arm(**a) for k, a in timed.items()}, env=one_of_many(cfg))
-    ratio = {k: compare(t, times["none"]) for k, t in times.items()}
-    arms = {"cross-entropy alone": (base, "none"),
-            **{f"cross-entropy alone, the seconds of {k}": (dict(base, max_iters=round(base["max_iters"] * ratio[k])), "none") for k in kinds},
-            "nearest head, cross-entropy alone": (dict(base, head="nearest"), "nearest head, mse")}
-    arms.update({f"{k}, weight {w}": (dict(base, **a, semantic_weight=w), k) for k, a in kinds.items() for w in (0.01, 0.1, 1.0)})
-    arms["nearest head, mse alone"] = dict(base, **kinds["nearest head, mse"], semantic_weight=1.0, ce_weight=0.0), "nearest head, mse"
-    got = over_seeds(cfg, {k: dict(a, after=["wrong distance"]) for k, (a, _) in arms.items()})
-    none = got["cross-entropy alone"]["val_loss"]
-    rows = [{"arm": k, "steps": int(g["step"]), "val loss": g["val_loss"], "against none": g["val_loss"] - none, "spread":
-             g["spread"], "distance when wrong": g["wrong distance"], "step time": ratio[arms[k][1]]} for k, g in got.items()]
-    return show(cfg, f"semantic losses on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 600 steps, mean of {cfg.seeds} seeds", rows)
+# -------------------------------------------------------------------------------------------------
+# claims that train, as data
+
+CLAIMS = {"presets": all_presets, "speed": speed, "parts": parts, "decode": decode,
+          "blocks": blocks, "stream": stream}
+
+ONCE = f" --eval_interval={NEVER} --log_interval=500"  # validate at the end alone
+SMALL = "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12" + ONCE
+NO_SLOTS = "--history=0 --aggregate=0 --n_segment=0 --n_span=0 --span=0"
+OF_SEEDS = ("val loss", "spread", "best on the way", "steps", "seconds of steps", "first step",
+            "process seconds")
+
+CLAIMS["main"] = Trial(
+    "the main job, and the same model with its slots off for the same seconds of steps", "main job",
+    {"slots": "", "no slots, equal seconds": f"{NO_SLOTS} --seconds_of=slots"},
+    "config/softar_shakespeare.py", columns=OF_SEEDS, timing="all", alone=True, seeds=1)
+
+CLAIMS["cpu"] = Trial(
+    "seconds to val 1.88: config/shakespeare_cpu.py beside nanoGPT's CPU recipe, in turns, "
+    "compiler caches empty", "time to val 1.88",
+    ("config/shakespeare_cpu.py", "config/nanogpt_cpu.py"), ONCE, "config/nanogpt_cpu.py",
+    columns=OF_SEEDS, timing="", alone=True, cold=True,
+    derived={"of nanogpt_cpu's seconds": lambda f, arms: median(f["seconds of steps"]) / median(
+        arms["config/nanogpt_cpu.py"]["seconds of steps"])})
+
+CLAIMS["a100"] = Trial(
+    "val 1.4697 (nanoGPT's A100 recipe) with config/shakespeare.py, in how many of that recipe's "
+    "steps",
+    "the bar: 1.4697 in 18 steps of config/nanogpt.py",
+    {"ours": "config/shakespeare.py", "nanogpt": "config/nanogpt.py --seeds=0"}, baseline="nanogpt",
+    columns=OF_SEEDS, timing="all", alone=True,
+    derived={"as nanoGPT steps": lambda f, _: [n * f["step time"][0] for n in f["steps"]],
+             "a nanoGPT step, s": lambda f, _: f["ms a step"][0] / f["step time"][0] / 1000})
+
+CLAIMS["best"] = Trial(
+    "the lowest loss within 15 minutes: config/shakespeare_best.py", "the lowest loss",
+    ("config/shakespeare_best.py",), columns=OF_SEEDS, timing="", alone=True)
+
+SLOT_MODEL = ("--n_layer=4 --n_head=4 --n_embd=128 --block_size=16 --batch_size=64 "
+              "--max_iters=1500 --history_drop=0" + ONCE)
 
 
-def chain(cfg):
-    """following 2 to 4 pointers: thinking, as many pause tokens, and neither, 2 layers in all"""
-    for name, pause in (("chain", -1), ("chain0", 0)):
-        have(cfg, "chain", name, f"--n_pause={pause}")
-    base = dict(preset="chain", eval_interval=10 ** 9, log_interval=500)
-    pause = dict(base, n_think=0)
-    arms = {"thinking (n_think = 4)": base, "pause tokens (n_think = 0)": pause, "neither": dict(pause, dataset="chain0")}
-    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**a) for k, a in arms.items()}, env=one_of_many(cfg))
-    ratio = {k: compare(t, times["pause tokens (n_think = 0)"]) for k, t in times.items()}
-    arms["pause tokens, the seconds of thinking"] = dict(
-        pause, max_iters=round(read_arm("chain")[1]["max_iters"] * ratio["thinking (n_think = 4)"]))
-    got = over_seeds(cfg, {k: dict(a, after=["hops"]) for k, a in arms.items()})
-    rows = [{"arm": k, "steps": int(g["step"]), "step time": ratio.get(k, 1.0), "val loss": g["val_loss"], "spread": g["spread"],
-             **g["hops"]} for k, g in got.items()]
-    return show(cfg, f"chain: share of right answers (chance 0.0625), mean of {cfg.seeds} seeds", rows)
+def slot_arms(H, span, rows=64):
+    """Return the arms of the slot claims for a history of H tokens: none, slots, uncompressed, and
+    an ordinary window in the seconds of the slots. All are scored on the last 16 tokens of a
+    row."""
+    window = f"--block_size={H + 16} --score_last=16"
+    return {"a no history": "",
+            "b slots": f"--history={H} --aggregate=1 --n_segment=2 --n_span={H // span} "
+                       f"--span={span}",
+            "c uncompressed": window,
+            "d ordinary window": f"{window} --train_on_all --seconds_of='b slots' "
+                                 f"--batch_size={max(2, rows * 80 // (H + 16))}"}
 
 
-def coherence(cfg, total=20_000):
-    """a stream of 20,000 characters under each collapse policy, beside human text: repetition, words, a judge's loss"""
-    shape = dict(SMALL, block_size=256, batch_size=16, max_iters=750)
-    writer = fit(cfg, seed=1, **shape, soft_rate=0.3, history=256, aggregate=1, n_segment=2, n_span=16, span=4)
-    judge = fit(cfg, seed=2, **shape)
-    model, ckpt = sample.load(writer["out_dir"])
-    critic, _ = sample.load(judge["out_dir"])
-    tok = prepare.Tokenizer(ckpt["tokenizer"])
-    val, train_ids = (prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, f"{s}.bin"))[0] for s in ("val", "train"))
-    known = set(tok.decode(np.asarray(train_ids).tolist()).lower().split())
-    rows = [{"text": "human (validation split)", **text_figures(np.asarray(val[:total]).tolist(), tok, critic, known)}]
-    for collapse in ("always", "entropy", "distance", "never"):
-        scfg = sample.SampleConfig(soft=True, collapse=collapse, max_new_tokens=total)
-        d = sample.Decoder(model, [[int(val[0])]], tok.eot).select([0] * cfg.seeds)
-        made = sample.gather(sample.generate(d, scfg, generator=torch.Generator().manual_seed(1)), cfg.seeds)
-        figures = [{**text_figures([t.token for t in row], tok, critic, known), "share soft": mean(t.soft for t in row)}
-                   for row in made]
-        rows.append({"text": f"collapse = {collapse}", **averages(figures)})
-    return show(cfg, f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds}", rows)
+SLOT_ARMS = slot_arms(64, 4)
+SLOT_ARMS["b, binding off"] = SLOT_ARMS["b slots"] + " --span_binding=False --time_of='b slots'"
+SLOT_ARMS["b slots"] += " --after=history_shuffled --after=slots_empty"
+
+CLAIMS["slots"] = Trial(
+    "what 64 tokens of history are worth as slots, with ablations, beside an ordinary window at "
+    "equal seconds", "64 tokens of history, 1,500 steps", SLOT_ARMS, SLOT_MODEL, "c uncompressed",
+    ("val loss", "spread", "steps", "step time", "history_shuffled", "slots_empty"),
+    {"gap closed": gap("a no history", "c uncompressed")}, timing="all")
+
+CLAIMS["variants"] = Trial(
+    "each flag of the plain model switched, one at a time: loss and time of a step",
+    "flags, 4 layers, 128 wide, 12 x 64, 500 steps",
+    ("", "--norm=layer", "--norm=scale", "--mlp=gelu", "--mlp=swiglu", "--pos=learned",
+     "--pos=none", "--tie", "--qk_norm=False", "--n_kv_head=1", "--n_kv_head=4,2,2,1",
+     "--n_mlp=-1,-1,-1,2048", "--n_value_embed=4", "--dropout=0.1", "--optimizer=adamw",
+     "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"),
+    SMALL + " --max_iters=500", timing="all")
+
+SPAN_ARMS = {}
+for n in (64, 256, 1024):
+    for s in (2, 4, 8, 16):
+        SPAN_ARMS[f"{n} tokens, {n // s + 3} slots, spans of {s}"] = slot_arms(n, s)["b slots"]
+    SPAN_ARMS[f"{n} tokens, window of {n + 16}, seconds of spans of 4"] = slot_arms(n, 4, 32)[
+        "d ordinary window"].replace("b slots", f"{n} tokens, {n // 4 + 3} slots, spans of 4")
+
+CLAIMS["spans"] = Trial(
+    "spans of 2 to 16 over histories of 64 to 1,024 tokens, beside an ordinary window of that "
+    "length at equal seconds", "spans and histories, 2 layers, 600 steps of 32 x 16, one core",
+    SPAN_ARMS,
+    SLOT_MODEL + " --n_layer=2 --batch_size=32 --max_iters=600",
+    columns=("val loss", "steps", "ms a step"), seeds=1)
+
+CLAIMS["cipher"] = Trial(
+    "the cipher task: no history, slots, and the history uncompressed, above the source's entropy "
+    "rate",
+    "cipher", {"no history": NO_SLOTS, "slots": "",
+               "uncompressed": f"{NO_SLOTS} --block_size=272 --score_last=16"},
+    "config/cipher.py --after=above_floor" + ONCE,
+    columns=("val loss", "spread", "above_floor", "ms a step"),
+    derived={"gap closed": gap("no history", "uncompressed")}, timing="all")
+
+CLAIMS["soft"] = Trial(
+    "the token after next, behind a soft step, a sampled one and the exact sum, with and without "
+    "soft inputs in training", "nats of the token after next, 1,500 steps of 12 x 64",
+    [f"--soft_rate={rate}" for rate in (0.0, 0.1, 0.3, 1.0)],
+    SMALL + " --max_iters=1500 --after=two_steps", timing="",
+    columns=("val loss", "spread", "soft step", "sampled step", "exact sum", "gap closed"))
+
+SEMANTIC = ("--semantic=cos", "--semantic=mse", "--semantic=soft_ce",
+            "--head=nearest --semantic=mse")
+TIMED = " --semantic_weight=0.1"
+AS_NEAREST = f" --time_of='{SEMANTIC[-1]}{TIMED}'"
+
+CLAIMS["semantic"] = Trial(
+    "losses that know how far off a wrong token is, at three weights, beside cross-entropy alone "
+    "and regression alone", "semantic losses, 4 layers, 128 wide, 12 x 64, 600 steps",
+    {"cross-entropy alone": "",
+     **{f"the seconds of {k}": f"--time_of='cross-entropy alone' --seconds_of='{k}{TIMED}'"
+        for k in SEMANTIC},
+     "nearest head, cross-entropy alone": "--head=nearest" + AS_NEAREST,
+     **{k + TIMED: k + TIMED for k in SEMANTIC},
+     **{f"{k}, weight {w}": f"{k} --semantic_weight={w} --time_of='{k}{TIMED}'"
+        for k in SEMANTIC for w in (0.01, 1.0)},
+     "nearest head, mse alone": f"{SEMANTIC[-1]} --semantic_weight=1 --ce_weight=0{AS_NEAREST}"},
+    SMALL + " --max_iters=600 --after=wrong_distance", columns=(*COMPARED, "wrong_distance"))
+
+CLAIMS["chain"] = Trial(
+    "following 2 to 4 pointers: thinking, as many pause tokens, and neither, 2 layers in all",
+    "chain: share of right answers (chance 0.0625)",
+    {"thinking": "", "pause tokens": "--n_think=0", "neither": "--n_think=0 --dataset=chain0",
+     "pause tokens, the seconds of thinking": "--n_think=0 --time_of='pause tokens' "
+                                              "--seconds_of=thinking"},
+    "config/chain.py --after=hops" + ONCE, "pause tokens",
+    ("steps", "step time", "val loss", "spread", "k = 2", "k = 3", "k = 4"))
+
+FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=none",
+          "G": "config/formal_g.py", "R, gate = real": "config/formal_r.py --gate=real",
+          "R, gate = positive": "config/formal_r.py --gate=positive",
+          "R, gate = complex": "config/formal_r.py --gate=complex --weight_decay=0.1",
+          "RR(RA)R": "config/formal_h.py"}
 
 
-def kept(cfg, name, preset=None, **overrides):
-    """Folder of a model that several claims use: trained once where cfg.out_dir keeps it."""
-    folder = os.path.join(cfg.out_dir, name)
-    if cfg.out_dir and os.path.exists(os.path.join(folder, "ckpt.pt")):
-        return folder
-    return fit(cfg, preset, out_dir=name, init_from="auto", **overrides)["out_dir"]
+def formal(question, **tasks):
+    """Return the trial of {task: models of FORMAL} on strings longer than any they were trained
+    on."""
+    longer = {"reverse_string": " --score_last=0 --block_size=1024 --batch_size=4"}
+    arms = {f"{task}: {model}": f"{FORMAL[model]} --dataset={task}" + longer.get(task, "")
+            for task, models in tasks.items() for model in models}
+    return Trial(question, "share of right answers, means over lengths, steps of 4,096 symbols",
+                 arms, "--after=lengths" + ONCE, timing="",
+                 columns=("41 to 500", "41 to 100", "401 to 500", "params M", "steps"),
+                 derived={"best": lambda f, _: max(f["41 to 500"]),
+                          "worst": lambda f, _: min(f["41 to 500"])})
 
 
-JUDGE = dict(SMALL, seed=2, block_size=256, batch_size=16, max_iters=750)
+CLAIMS["formal"] = formal(
+    "parity, even_pairs, cycle_navigation: trained on strings of 1 to 40 symbols, asked for 41 to "
+    "500", parity=["A", "R, gate = real", "R, gate = positive", "RR(RA)R"],
+    even_pairs=["A", "R, gate = real"],
+    cycle_navigation=["A", "R, gate = real", "R, gate = complex", "G"])
+CLAIMS["formal_more"] = formal(
+    "modular_arithmetic and reverse_string, likewise",
+    modular_arithmetic=["A", "R, gate = real", "R, gate = complex"],
+    reverse_string=["A", "R, gate = real", "R, gate = complex"])
 
+LEVELS = "--n_embd=128 --n_head=4 --block_size=256 --batch_size=8 --max_iters=350" + ONCE
 
-@torch.inference_mode()
-def answers(model, tok, facts, memory, rows=64):
-    """Share of facts [(what of, value)] whose whole value is the likeliest text behind the question, which follows 6 unrelated facts: each
-    token of it the likeliest behind those before, as greedy decoding has it."""
-    right, before = 0, "\n" + "".join(f"!{key} {value}\n" for key, value in prepare.random_facts(np.random.default_rng(0), 6))
-    d = sample.Decoder(model, [tok.encode(before)], memory=memory)  # read once for all
-    for some in (facts[i:i + rows] for i in range(0, len(facts), rows)):
-        texts = [tok.encode(f"?{key} {value}\n") for key, value in some]
-        idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
-        best = model(idx, state=d.state.select(torch.zeros(len(some), dtype=torch.long))).logits.argmax(-1).tolist()
-        for text, guess, (_, value) in zip(texts, best, some):
-            n = len(text) - len(value) - 1
-            right += guess[n - 1:len(text) - 1] == text[n:]
-    return right / len(facts)
+CLAIMS["levels"] = Trial(
+    "a flat model, concept models, a hierarchical RNN and a flat hybrid, at equal parameters and "
+    "equal seconds", "levels, 6 blocks, 128 wide, 8 x 256 (the leak: one seed)",
+    {**{k: f"--layers='{k}'"
+        for k in ("AAAAAA", "(AA)AAAA", "A(AAAA)A", "RR(RA)RR", "RRARRA")},
+     "(AA)AAAA, words": "--layers='(AA)AAAA' --chunk=space",
+     "(AA)AAAA, a leak": "--layers='(AA)AAAA' --leak='one ahead' --seeds=1 --time_of='(AA)AAAA'"},
+    LEVELS + " --seconds_of=AAAAAA")
 
-
-def judge_of(cfg):
-    """A model that others' texts are judged by: another shape, another seed."""
-    return sample.load(kept(cfg, "judge", **JUDGE))[0]
-
-
-def timed_tokens(makers, rounds, n):
-    """{name: [seconds a token per round]} of functions that give an iterator of decoding steps (lists of rows of GeneratedToken), in turns,
-    each over at least n tokens of its first row."""
-    def run(make, _):
-        steps, made = make(), 0
-        t0 = time.perf_counter()
-        for ready in steps:
-            made += len(ready[0])
-            if made >= n:
-                break
-        return (time.perf_counter() - t0) / made
-    for make in makers.values():
-        run(make, 1)  # compile
-    return turns(makers, rounds, run, 0.0)
-
-
-def random_exits(model, depth):
-    """A rule that leaves at random, at each exit with the chance that makes the mean of blocks run `depth`."""
-    places, n = list(model.exits.values()), model.cfg.n_layer
-    mean = lambda p: sum(k * p * (1 - p) ** i for i, k in enumerate(places)) + n * (1 - p) ** len(places)
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        low, high = ((low + high) / 2, high) if mean((low + high) / 2) > depth else (low, (low + high) / 2)
-    g = torch.Generator().manual_seed(0)
-    return lambda h, before: torch.rand(h.shape[:2], generator=g) < low
-
-
-@torch.inference_mode()
-def exits(cfg, repetitions=100, tokens=200):
-    """early exit: blocks, disagreement and a judge's loss over thresholds, beside random exits; what calibration promises"""
-    model, ckpt = sample.load(kept(cfg, "exits", "exits_shakespeare"), dtype="bfloat16")
-    critic, n = judge_of(cfg), model.cfg.n_layer
-    rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=1000), 64)[:3000]
-    table, promise, prompts = [], [], rows[-32:, :32].tolist()
-
-    def text(rule):
-        d = sample.Decoder(model, prompts, leave=rule)
-        out = sample.gather(sample.generate(d, sample.SampleConfig(max_new_tokens=tokens), generator=torch.Generator().manual_seed(1)),
-                            len(prompts))
-        return mean(judged(critic, [p + [t.token for t in o] for p, o in zip(prompts, out)], 32)), mean(
-            t.depth or n for o in out for t in o)
-
-    arms = {"every block": None}
-    for kind in sample.CONFIDENCE:
-        risks, depth = sample.exit_risks(model, rows if kind == "softmax" else rows[:1000], kind)
-        half = len(risks) // 2
-        at = sample.laxest(risks[:half], 0.02, 0.95)
-        g, broken = torch.Generator().manual_seed(0), 0
-        for _ in range(repetitions):  # calibrated on 500, seen on the 500 or more that are left
-            order = torch.randperm(len(risks), generator=g)
-            i = sample.laxest(risks[order[:500]], 0.02, 0.95)
-            broken += i >= 0 and risks[order[500:], i].mean().item() > 0.02
-        fresh = {"threshold at 2%": sample.THRESHOLDS[at], "blocks": depth[half:, at].mean().item(), "observed on fresh text":
-                 risks[half:, at].mean().item()} if at >= 0 else {"threshold at 2%": "none"}
-        promise.append({"confidence by": kind, "calibrated on": half, **fresh, "repetitions under 2%": repetitions - broken})
-        for i in sorted({max(at, 0), *((3, 5, 9, 15) if kind == "softmax" else (9,))}):
-            name = f"{kind} > {sample.THRESHOLDS[i]:.3g}" + (" (2% risk)" if i == at else "")
-            arms[name] = sample.exit_rule(model, kind, sample.THRESHOLDS[i])
-            table.append({"rule": name, "blocks": depth[half:, i].mean().item(), "differ": risks[half:, i].mean().item()})
-            if kind == "softmax":
-                rule = random_exits(model, table[-1]["blocks"])
-                x = rows[-500:]
-                logits, deep = model.forward_with_exits(x, rule)
-                differ = (logits.argmax(-1) != model(x).logits.argmax(-1)).float().mean().item()
-                arms[f"random, as deep as {name}"] = rule
-                table.append({"rule": f"random, as deep as {name}", "blocks": deep.float().mean().item(), "differ": differ})
-    table.insert(0, {"rule": "every block", "blocks": float(n), "differ": 0.0})
-    for row in table:
-        row["judge"], row["blocks when writing"] = text(arms[row["rule"]])
-    human = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=100), 32 + tokens)[:500]
-    human = mean(judged(critic, human.tolist(), 32))
-    show(cfg, f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, and {repetitions} repetitions with 500", promise)
-    return show(cfg, f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {tokens}; human text {human:.3f})", table)
-
-
-def exit_speed(cfg, tokens=200):
-    """early exit by softmax, one row: tokens/s over thresholds, in fp32, in bf16 and compiled"""
-    folder, rows = kept(cfg, "exits", "exits_shakespeare"), []
-    for dtype, compile in (("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)):
-        model, ckpt = sample.load(folder, dtype=dtype)
-        prompt = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=100), 64)[-1:, :32].tolist()
-        rules = {"every block": None, **{f"softmax > {t}": sample.exit_rule(model, "softmax", t) for t in (0.8, 0.7, 0.6, 0.5)}}
-        start = lambda rule: sample.generate(sample.Decoder(model, prompt, compile=compile, leave=rule), sample.SampleConfig(
-            max_new_tokens=tokens), generator=torch.Generator().manual_seed(1))
-        times = timed_tokens({k: lambda rule=rule: start(rule) for k, rule in rules.items()}, cfg.rounds, tokens)
-        for k, rule in rules.items():
-            blocks = mean(made[0][0].depth or model.cfg.n_layer for made in start(rule))
-            rows.append({"weights": dtype + (", compiled" if compile else ""), "rule": k, "blocks": blocks, "tokens/s": 1 / median(times[k]),
-                         "x": compare(times["every block"], times[k])})
-    return show(cfg, f"early exit, 6 layers, 512 wide, one row, {tokens} tokens", rows)
-
-
-@torch.inference_mode()
-def judged(critic, texts, skip):
-    """Nats a token of each text (lists of ids of one length) under another model, from the skip-th token on."""
-    out = []
-    for part in torch.tensor(texts).split(64):
-        logp = critic(part[:, :-1]).logits.log_softmax(-1).gather(2, part[:, 1:, None])[..., 0]
-        out += (-logp[:, skip - 1:]).mean(1).tolist()
-    return out
-
-
-def speculate(cfg, n=1000, rows=10):
-    """self-speculation at 12 layers, 512 wide: the same greedy text, acceptance, speed; and with a small model as the draft"""
-    shape = dict(layers="AA.AAAAAAAAAA", n_embd=512, n_head=8, block_size=256, batch_size=8, exit_distill=0.5)
-    folder = kept(cfg, "deep", seed=1, max_iters=400, eval_interval=400, log_interval=50, **shape)
-    small = kept(cfg, "small", seed=3, n_layer=2, n_head=4, n_embd=128, batch_size=16, max_iters=600, eval_interval=600)
-    val, table = prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, "val.bin"))[0], []
-    prompts = [np.asarray(val[i * 5000:i * 5000 + 100]).tolist() for i in range(rows)]
-    for dtype, compile in (("float32", False), ("bfloat16", True)):
-        model, _ = sample.load(folder, dtype=dtype)
-        draft, _ = sample.load(small, dtype=dtype)
-        drafts = {f"{k} ahead, {name}": dict(speculate=k, **more) for k in (3, 5)
-                  for name, more in (("exit 2", dict(draft_exit=2)), ("small model", dict(draft="small")))}
-
-        def run(ps, how, temperature, count):
-            d = sample.Decoder(model, ps, compile=compile)
-            scfg, g = sample.SampleConfig(max_new_tokens=count, temperature=temperature, **how), torch.Generator().manual_seed(1)
-            if not how:
-                return sample.generate(d, scfg, generator=g), None
-            s = sample.Speculation(d, scfg, g, sample.Decoder(draft, ps, compile=compile) if "draft" in how else None)
-            return s.generate(), s
-
-        for temperature in (0.0, 0.8):
-            arms = {"plain": {}, **drafts}
-            times = timed_tokens({k: lambda how=how: run(prompts[:1], how, temperature, 10 ** 9)[0] for k, how in arms.items()},
-                                 cfg.rounds, 300)
-            for k, how in arms.items():
-                steps, s = run(prompts[:1], how, temperature, 500)
-                sample.gather(steps, 1)
-                table.append({"decoding": k, "type": dtype + (", compiled" if compile else ""), "temperature": temperature,
-                              "tokens/s": 1 / median(times[k]), "x": compare(times["plain"], times[k]),
-                              **({"accepted": s.accepted / s.proposed} if s else {})})
-        if not compile:
-            same_text(cfg, run, prompts, drafts, model, n)
-    return show(cfg, "speculation, 12 layers, 512 wide, one row", table)
-
-
-@torch.inference_mode()
-def same_text(cfg, run, prompts, drafts, model, n):
-    """Whether greedy texts of n tokens are those of plain decoding, and where not, how near the two likeliest tokens were."""
-    def texts(how):
-        return [[t.token for t in row] for row in sample.gather(run(prompts, how, 0.0, n)[0], len(prompts))]
-    plain, rows = texts({}), []
-    for k in list(drafts)[:2]:
-        first = [next((i for i, (a, b) in enumerate(zip(p, q)) if a != b), None) for p, q in zip(plain, texts(drafts[k]))]
-        gaps = []
-        for prompt, p, i in zip(prompts, plain, first):
-            if i is not None:
-                d = sample.Decoder(model, [prompt + p[:i]])
-                gaps.append(torch.sub(*d.logits[0].topk(2).values).abs().item())
-        rows.append({"draft": k, "texts": len(prompts), "tokens each": n, "differing texts": len(gaps), "widest gap where they first differ":
-                     max(gaps, default=0.0)})
-    return show(cfg, "greedy text beside that of plain decoding, fp32, across folds", rows)
-
-
-def contrast(cfg, n=200, length=192, skip=64):
-    """contrastive decoding with each kind of amateur beside greedy and nucleus: repetition, words, a judge's loss, paired intervals"""
-    model, ckpt = sample.load(kept(cfg, "exits", "exits_shakespeare"))
-    weak = sample.load(kept(cfg, "weak", seed=3, n_layer=2, n_head=2, n_embd=64, batch_size=16, max_iters=300, eval_interval=300))[0]
-    critic, tok = judge_of(cfg), prepare.Tokenizer(ckpt["tokenizer"])
-    rows = sample.held_out(ckpt, sample.SampleConfig(data_dir=cfg.data_dir, sequences=n), skip + length)[:n].tolist()
-    train_ids = prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, "train.bin"))[0]
-    known, prompts = set(tok.decode(np.asarray(train_ids).tolist()).lower().split()), [r[:skip] for r in rows]
-    kinds = {"model (2 layers, 64 wide)": {}, "exit after 2": dict(at_exit=2), "exit after 4": dict(at_exit=4), "last 8 tokens": dict(context=8)}
-
-    def continuations(kind, **settings):
-        more = kinds.get(kind, {})
-        expert = sample.Decoder(model, prompts, at_exit=more.get("at_exit", 0))
-        amateur = None
-        if kind and "at_exit" not in more:
-            amateur = sample.Decoder(model if more else weak, prompts, **more)
-        scfg = sample.SampleConfig(max_new_tokens=length, amateur=kind, **settings)
-        g = torch.Generator().manual_seed(1)
-        made = sample.gather(sample.generate(expert, scfg, amateur, g), n)
-        return [p + [t.token for t in row] for p, row in zip(prompts, made)]
-
-    def figures(texts):
-        return [{**word_figures(tok.decode(text[skip:]).lower().split()[1:-1], known), "judge": nats}  # words at the ends may be cut
-                for text, nats in zip(texts, judged(critic, texts, skip))]
-
-    got = {"human": figures(rows), "greedy": figures(continuations("", temperature=0.0)),
-           "nucleus 0.95": figures(continuations("", temperature=1.0, top_p=0.95)),
-           "alpha 0.1 alone": figures(continuations("model (2 layers, 64 wide)", temperature=1.0, beta=0.0))}
-    for kind in kinds:
-        got[f"contrast, {kind}"] = figures(continuations(kind, temperature=1.0))
-    for more in (dict(beta=0.25), dict(beta=1.0), dict(alpha=0.3)):
-        name = f"sweep: exit after 2, {' '.join(f'{k} {v}' for k, v in more.items())}"
-        got[name] = figures(continuations("exit after 2", temperature=1.0, **more))
-    table, paired = [], []
-    for name, each in got.items():
-        row = {"decoding": name, **averages(each)}
-        table.append(row)
-        d = {k: np.array([a[k] - b[k] for a, b in zip(each, got["nucleus 0.95"])]) for k in each[0]}
-        paired.append({"decoding": name, **{k: f"{v.mean():+.3f} +- {1.96 * v.std(ddof=1) / len(v) ** 0.5:.3f}" for k, v in d.items()}})
-    show(cfg, "the same, less nucleus 0.95 after the same prompt: mean and 95% interval", paired)
-    return show(cfg, f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5", table)
-
-
-@torch.inference_mode()
-def text_figures(ids, tok, critic, known):
-    """Figures of a text: word 4-grams that occurred before, distinct words, words that the training text has, and its
-    nats a character under another model."""
-    T = critic.cfg.block_size
-    n = (len(ids) - 1) // T
-    x, y = (torch.tensor(ids[i:i + n * T]).view(n, T) for i in (0, 1))
-    loss = sum(critic(a, b, denom=torch.ones(())).losses["ce"].item() for a, b in zip(x.split(16), y.split(16))) / (n * T)
-    return {**word_figures(tok.decode(ids).lower().split(), known), "judge": loss}
-
-
-def word_figures(words, known):
-    """Of a list of words: 4-grams that occurred before, distinct words and pairs of words, and words that the training text has."""
-    words = words or [""]
-    grams = {k: [tuple(words[i:i + k]) for i in range(max(1, len(words) - k + 1))] for k in (1, 2, 4)}
-    distinct = {k: len(set(g)) / len(g) for k, g in grams.items()}
-    return {"repeated 4-grams": 1 - distinct[4], "distinct words": distinct[1], "distinct pairs": distinct[2],
-            "known words": mean(w in known for w in words)}
-
-
-FORMAL_MODELS = {"A": dict(preset="formal_a"), "A, pos = none": dict(preset="formal_a", pos="none"), "G": dict(preset="formal_g"),
-                 **{f"R, gate = {g}": dict(preset="formal_r", gate=g) for g in ("real", "positive")},
-                 "R, gate = complex": dict(preset="formal_r", gate="complex", weight_decay=0.1),
-                 "RR(RA)R": dict(preset="formal_h")}
-
-
-def formal_tasks(cfg, tasks):
-    """{task: names of FORMAL_MODELS} -> the table of how they do on strings longer than any they were trained on."""
-    arms = {}
-    for task, models in tasks.items():
-        have(cfg, task)
-        long = dict(score_last=0, block_size=1024, batch_size=4) if task == "reverse_string" else {}
-        arms.update({(task, k): dict(FORMAL_MODELS[k], dataset=task, eval_interval=10 ** 9, log_interval=500, after=["lengths"], **long)
-                     for k in models})
-    rows = []
-    for (task, arm), g in over_seeds(cfg, arms).items():
-        each = [r["lengths"]["41 to 500"] for r in g["runs"]]
-        rows.append({"task": task, "layers": arm, "best": max(each), "mean": mean(each), "worst": min(each),
-                     **{k: v for k, v in g["lengths"].items() if k != "41 to 500"}, "params M": g["params"] / 1e6, "steps": int(g["step"])})
-    return show(cfg, f"share of right answers, mean over lengths 41 to 500, {cfg.seeds} seeds, steps of 4,096 symbols", rows)
-
-
-def formal(cfg):
-    """parity, even_pairs, cycle_navigation: trained on strings of 1 to 40 symbols, asked for 41 to 500"""
-    return formal_tasks(cfg, {"parity": ["A", "R, gate = real", "R, gate = positive", "RR(RA)R"], "even_pairs": ["A", "R, gate = real"],
-                              "cycle_navigation": ["A", "R, gate = real", "R, gate = complex", "G"]})
-
-
-def formal_more(cfg):
-    """modular_arithmetic and reverse_string, likewise"""
-    recurrent = ["A", "R, gate = real", "R, gate = complex"]
-    return formal_tasks(cfg, {"modular_arithmetic": recurrent, "reverse_string": recurrent})
-
-
-LEVELS = dict(n_embd=128, n_head=4, block_size=256, batch_size=8, eval_interval=10 ** 9, log_interval=200)
-STACKS = {"AAAAAA": dict(layers="AAAAAA"), "(AA)AAAA": dict(layers="(AA)AAAA"), "(AA)AAAA, words": dict(layers="(AA)AAAA", chunk="space"),
-          "A(AAAA)A": dict(layers="A(AAAA)A"), "RR(RA)RR": dict(layers="RR(RA)RR"), "RRARRA": dict(layers="RRARRA")}
-
-
-def levels(cfg):
-    """a flat model, concept models, a hierarchical RNN and a flat hybrid, at equal parameters and equal seconds"""
-    base = dict(LEVELS, max_iters=350)
-    arms = {k: dict(base, **a) for k, a in STACKS.items()}
-    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**a) for k, a in arms.items()}, env=one_of_many(cfg))
-    ratio = {k: compare(times[k], times["AAAAAA"]) for k in arms}
-    for k, a in arms.items():
-        a["max_iters"] = round(base["max_iters"] / ratio[k])
-    got = over_seeds(cfg, arms)
-    got.update(over_seeds(dataclasses.replace(cfg, seeds=1), {"(AA)AAAA with a leak": dict(arms["(AA)AAAA"], leak="one ahead")}))
-    flat = got["AAAAAA"]["val_loss"]
-    rows = [{"layers": k, "steps": int(g["step"]), "val loss": g["val_loss"], "against AAAAAA": g["val_loss"] - flat, "spread": g["spread"],
-             "params M": g["params"] / 1e6, "step time": ratio.get(k, ratio["(AA)AAAA"])} for k, g in got.items()]
-    return show(cfg, f"levels on {cfg.dataset}, 6 blocks, 128 wide, 8 x 256, mean of {cfg.seeds} seeds (the leak: one)", rows)
+PLAN = ("plan_shuffled", "plan_zeroed")
+PLAN_TASK = "--layers='(AA)A' --dataset=plan --block_size=72 --batch_size=32 --max_iters=600"
+CONCEPTS = Trial(
+    "", "concepts (plan_shuffled, plan_zeroed: by how much the loss grows)",
+    (*(f"--concept={k}" for k in ("cos", "mse", "energy", "flow")), "--concept_weight=0",
+     "--plan=cross --horizon=3", *(f"{PLAN_TASK} --plan={p}" for p in ("add", "cross"))),
+    LEVELS + " --layers='(AA)AA' --concept_weight=0.1 --after=concepts --after=plan_shuffled "
+             "--after=plan_zeroed", timing="",
+    columns=("val loss", "spread", *PLAN, "R2 over the mean", "R2 over copying"))
 
 
 def concepts(cfg):
-    """how well the next concept is predicted, what a plan is worth, and whether two futures stay two"""
-    for task in ("plan", "fork"):
-        have(cfg, task)
-    measures, kinds = ["plan shuffled", "plan zeroed"], ("cos", "mse", "energy", "flow")
-    base = dict(LEVELS, layers="(AA)AA", max_iters=350)
-    arms = {f"{cfg.dataset}, {k}": dict(base, concept=k, concept_weight=0.1, after=["concepts", *measures]) for k in kinds}
-    arms[f"{cfg.dataset}, no regression"] = dict(base, concept_weight=0.0, after=measures)
-    arms[f"{cfg.dataset}, cross, horizon 3"] = dict(base, plan="cross", horizon=3, concept_weight=0.1, after=["concepts", *measures])
-    small = dict(LEVELS, layers="(AA)A", dataset="plan", block_size=72, batch_size=32, max_iters=600, after=["concepts", *measures])
-    arms.update({f"plan, {p}": dict(small, plan=p, concept_weight=0.1) for p in ("add", "cross")})
-    got = over_seeds(cfg, arms)
-    rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], **{f"{m}": g[m] - g["val_loss"] for m in measures},
-             **g.get("concepts", {})} for k, g in got.items()]
-    show(cfg, f"concepts, mean of {cfg.seeds} seeds (plan shuffled, zeroed: by how much the loss grows)", rows)
-    rows, bars = [], {}
+    """how well the next concept is predicted, what a plan is worth, and whether two futures stay
+    two"""
+    yield from run_trial(cfg, CONCEPTS)
+    make_task(cfg, "fork")
+    rows, samples = [], {}
     for kind in ("mse", "energy", "flow"):
-        r = fit(cfg, seed=1, **dict(LEVELS, layers="(AA)A", dataset="fork", block_size=64, batch_size=32, max_iters=400,
-                                    concept=kind, concept_weight=0.1))
-        bars[kind] = fork_samples(cfg, sample.load(r["out_dir"])[0])
-        t, off = bars[kind]
-        rows.append({"head": kind, "first mode": (t < -0.5).mean(), "middle": (abs(t) <= 0.5).mean(), "second mode": (t > 0.5).mean(),
-                     "distance beside the line": off})
+        run = fit(cfg, f"{LEVELS} --layers='(AA)A' --dataset=fork --block_size=64 --batch_size=32 "
+                       f"--max_iters=400 --concept={kind} --concept_weight=0.1")
+        samples[kind], beside = fork_samples(cfg, sample.load(run["out_dir"])[0])
+        first, second = (samples[kind] < -0.5).mean().item(), (samples[kind] > 0.5).mean().item()
+        rows.append({"head": kind, "first mode": first, "middle": 1 - first - second,
+                     "second mode": second, "distance beside the line": beside})
     if cfg.figure:
-        draw(cfg.figure, {k: t for k, (t, _) in bars.items()})
-    return show(cfg, "fork: samples of the next concept, which is one of two (at -1 and 1), evenly", rows)
-
-
-@torch.inference_mode()
-def fork_samples(cfg, model, n=500):
-    """Where samples of the next concept lie on the line through the two that may come (-1 and 1), and how far beside it, in
-    units of half their distance."""
-    tokens, _, _, _, _ = prepare.open_bin(os.path.join(cfg.data_dir, "fork", "val.bin"))
-    torch.manual_seed(0)
-    n = min(n, (len(tokens) - 63) // 64)
-    x = torch.from_numpy(tokens[63:63 + 64 * n].astype(np.int64)).view(n, 64)  # from an end of text on
-    made = model.concepts(x)[-1]
-    first, c = x.view(n, 16, 4)[:, :, 0], made.concepts
-    a, b = (c[first == model_id].mean(0) for model_id in (1, 5))  # abcd, efgh
-    half, drawn = (b - a) / 2, made.level.head.sample(made.u)[:, 2:-1, 0].flatten(0, 1)
-    t = (drawn - (a + b) / 2) @ half / half.square().sum()
-    beside = (drawn - (a + b) / 2 - t[:, None] * half).norm(dim=-1).mean() / half.norm()
-    return t.numpy(), beside.item()
+        draw(cfg.figure, samples)
+    yield Table("fork: samples of the next concept, which is one of two (at -1 and 1), evenly",
+                rows)
 
 
 def draw(path, samples):
-    """Histograms side by side, as SVG: {title: positions on the line}."""
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{240 * len(samples)}" height="160" font-family="sans-serif" font-size="12">']
+    """Draw histograms side by side, as SVG: {title: positions on the line}."""
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{240 * len(samples)}" height="160" '
+           f'font-family="sans-serif" font-size="12">']
+    text = '<text x="{}" y="{}" text-anchor="middle">{}</text>'
     for i, (title, t) in enumerate(samples.items()):
         counts, x0 = np.histogram(t, 40, (-2, 2))[0], 240 * i + 20
-        out.append(f'<text x="{x0 + 100}" y="16" text-anchor="middle">{title}</text>')
-        out += [f'<rect x="{x0 + 5 * j}" y="{130 - 100 * n / counts.max():.1f}" width="4" height="{100 * n / counts.max():.1f}" '
-                f'fill="steelblue"/>' for j, n in enumerate(counts)]
-        out += [f'<text x="{x0 + 50 * (v + 2)}" y="146" text-anchor="middle">{v}</text>' for v in (-1, 0, 1)]
+        out.append(text.format(x0 + 100, 16, title))
+        for j, height in enumerate(100 * counts / counts.max()):
+            out.append(f'<rect x="{x0 + 5 * j}" y="{130 - height:.1f}" width="4" '
+                       f'height="{height:.1f}" fill="steelblue"/>')
+        out += [text.format(x0 + 50 * (v + 2), 146, v) for v in (-1, 0, 1)]
     with prepare.replacing(path) as f:
         f.write("\n".join([*out, "</svg>"]).encode())
 
 
-def blocks(cfg):
-    """time of a training step of each block at windows of 256, 1,024 and 4,096 tokens, 4,096 tokens a step"""
-    arms = {}
-    for T in (256, 1024, 4096):
-        for layers in ("AA", "RR", "GG"):
-            arms[T, layers] = read_arm(n_embd=128, n_head=4, layers=layers, block_size=T, batch_size=4096 // T)
-    times = {}
-    for layers in dict.fromkeys(k[1] for k in arms):  # a few processes at a time
-        times.update(step_times(dataclasses.replace(cfg, rounds=3), {k: a for k, a in arms.items() if k[1] == layers}))
-    rows = [{"layers": layers, **{f"ms at {T:,}": 1000 * median(times[T, layers]) for T in (256, 1024, 4096)},
-             "4,096 / 256": median(times[4096, layers]) / median(times[256, layers])} for layers in dict.fromkeys(k[1] for k in arms)]
-    return show(cfg, "time of a training step by window, 128 wide, 4,096 tokens a step", rows)
+CLAIMS["concepts"] = concepts
+
+WORDS = "--layers='RR(RM)R' --chunk=space --mem_chunk=4 --against='RR(RM)R, words, 0' --mem_size="
+
+CLAIMS["plays"] = Trial(
+    "held-out plays at a window of 64: validation loss by what an associative memory keeps",
+    "windows of 64 in turn",
+    {"AAAA, no memory": "",
+     **{f"AAMA, {n:,}": f"--layers=AAMA --mem_size={n}" for n in (0, 512, 2048, 8192)},
+     "AAMA, 2,048, keys returned": "--layers=AAMA --mem_size=2048 --mem_straight",
+     **{f"RR(RM)R, words, {n:,}": WORDS + str(n) for n in (0, 2048)},
+     "AAAA, a window of 256": "--block_size=256 --batch_size=4 --stream=64",
+     "AAAA, seconds of AAMA, 8,192": "--time_of='AAAA, no memory' --seconds_of='AAMA, 8,192'"},
+    SMALL + " --batch_size=16 --stream=256 --max_iters=1000 --mem_chunk=16 --mem_head=2 "
+            "--mem_top=16 --against='AAMA, 0'")
+
+MEMORY_MODEL = "config/shakespeare_cpu.py --max_iters=400" + ONCE
+ONE_MEMORY = "--layers=AAFA --mem_head=2 --mem_top=8 --n_mem="
+FEATURAL = Trial(
+    "", "featural memory, 4 layers, 128 wide, 12 x 64",
+    {"AAAA": "", "AAFA, 4,096 slots": ONE_MEMORY + "4096",
+     "AAFA, 784 slots, as many parameters as AAAA": ONE_MEMORY + "784",
+     "AAAA, third MLP 2,208 wide, as many as AAFA": "--n_mlp=0,0,2208,0",
+     "AAAA, seconds of AAFA": "--time_of=AAAA --seconds_of='AAFA, 4,096 slots'"},
+    MEMORY_MODEL + " --after=usage", columns=(*COMPARED, "slots_used", "slot_entropy"))
 
 
-@torch.inference_mode()
-def text_keys(cfg, n_query, n_key):
-    """{kind: (queries of held-out text, keys of training text)}, 64 wide, of a small model: what its head reads, through a random
-    projection, and the queries and keys of an attention head, before they are turned by their place."""
-    model, ckpt = sample.load(kept(cfg, "keys", n_layer=4, n_head=2, n_embd=128, batch_size=16, max_iters=400, eval_interval=400))
-    T, attn, out = model.cfg.block_size, model.blocks[2].attn, {}
-    shrink = torch.linalg.qr(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)))[0]
-    for split, n in (("val", n_query), ("train", n_key)):
-        tokens = prepare.open_bin(os.path.join(cfg.data_dir, ckpt["dataset"], f"{split}.bin"))[0]
-        starts = torch.randperm(len(tokens) // T, generator=torch.Generator().manual_seed(0))[:n // T] * T
-        hidden, qkv = [], []
-        hooks = [model.lm_head.register_forward_pre_hook(lambda _, x: hidden.append(x[0].view(-1, 128))),
-                 attn.c_attn.register_forward_hook(lambda _, x, y: qkv.append(y.view(-1, 6, 64)))]
-        for some in starts.split(32):
-            model(torch.stack([torch.from_numpy(tokens[i:i + T].astype(np.int64)) for i in some]))
-        for h in hooks:
-            h.remove()
-        out.setdefault("hidden", []).append(rms_norm(torch.cat(hidden) @ shrink))
-        out.setdefault("attention", []).append(rms_norm(torch.cat(qkv)[:, 0 if split == "val" else 2].contiguous()))
-    return out
+def distill(cfg):
+    """students whose feed-forward layers are memories, and smaller ones, beside their teacher and
+    themselves from scratch"""
+    teacher = "config/shakespeare_cpu.py --max_iters=750" + ONCE
+    path = os.path.join(kept(cfg, "teacher", teacher), "ckpt.pt")
+    learns = f"--teacher={shlex.quote(os.path.abspath(path))} --distill_match="
+    memories = "--layers=AFFF --mem_head=2 --mem_dim=32 --mem_top=8 --n_mem=1024 "
+    narrow = "--n_embd=64 --n_head=2 "
+    yield from run_trial(cfg, Trial(
+        "", "a teacher and what learned from it, 4 layers, 128 wide, 12 x 64, 600 steps",
+        {"teacher": "--max_iters=750", "three memories, from scratch": memories,
+         "three memories, distilled": memories + learns + "0",
+         "three memories, layers matched too": memories + learns + "1",
+         "half as wide, from scratch": narrow, "half as wide, distilled": narrow + learns + "0"},
+        MEMORY_MODEL + " --max_iters=600 --after=dense_M", columns=(*COMPARED[:-1], "dense_M"),
+        timing=""))
 
 
-def recall(q, keys, places):
-    """Share of the places (Q, k) found for queries q whose keys score as high as the k-th best does, up to rounding."""
-    k, part = places.size(1), 256
-    good = [(s.gather(1, p) >= s.topk(k)[0][:, -1:] - 1e-6 * x.norm(dim=-1, keepdim=True) * keys.norm(dim=-1).max()).float().mean().item()
-            for x, p in zip(q.split(part), places.split(part)) for s in (x @ keys.t(),)]
-    return mean(good)
-
-
-@torch.inference_mode()
-def retrieval(cfg, Q=4096, N=65536, k=32):
-    """32 of 64K keys for 4,096 queries: exact, beside faiss (pip install faiss-cpu), product keys, and by clusters; where those pay"""
-    g = torch.Generator().manual_seed(0)
-    kinds = {"Gaussian": [torch.randn(n, 64, generator=g) for n in (Q, N)], **text_keys(cfg, Q, 4 * N)}
-    more = {kind: keys for kind, (_, keys) in kinds.items()}
-    kinds = {kind: (q, keys[:N].clone()) for kind, (q, keys) in kinds.items()}
-    memory = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=64, n_head=1, layers="F", n_mem=N, mem_head=1, mem_top=k), 0)
-    memory.c_q.weight.copy_(torch.eye(64))
-    memory.keys.normal_(generator=g)
-    first, second = rms_norm(memory.keys[0]) * 32 ** -0.5
-    x = torch.randn(1, Q, 64, generator=g)
-    kinds["grid"] = rms_norm(x.view(Q, 2, 32)).flatten(1), torch.cat((first.repeat_interleave(memory.side, 0), second.repeat(memory.side, 1)), dim=-1)
-
-    q, keys = kinds["hidden"]
-    find = torch.compile(memory.find, fullgraph=True, dynamic=False)
-    arms = {("exact", "hidden"): lambda: search(q, keys, k)[1],
-            ("product and topk", "hidden"): lambda: torch.cat([(part @ keys.t()).topk(k)[1] for part in q.split(512)]),
-            ("exact", "grid"): lambda: search(*kinds["grid"], k)[1],
-            ("product keys", "grid"): lambda: memory.find(x)[0][0, :, 0], ("product keys, compiled", "grid"): lambda: find(x)[0][0, :, 0]}
-    if importlib.util.find_spec("faiss"):
-        import faiss
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        flat = faiss.IndexFlatIP(64)
-        flat.add(keys.numpy())
-        arms["faiss, flat", "hidden"] = lambda: torch.from_numpy(flat.search(q.numpy(), k)[1])
-    else:
-        print("faiss is not installed, so that its row is missing; pip install faiss-cpu", file=sys.stderr)
-    index = {}
-    for kind in ("hidden", "attention", "Gaussian"):
-        index[kind] = Clusters(64)
-        index[kind].add(kinds[kind][1])
-        for probes in (6, 17, 32):
-            arms[f"clusters, {probes} of {int((index[kind].count > 0).sum())} pages", kind] = \
-                lambda c=index[kind], q=kinds[kind][0], p=probes: c.search(q, k, p)[1]
-    found = {name: f() for name, f in arms.items()}
-    times = turns(arms, cfg.rounds, seconds, 0.5)
-    rows = []
-    for name, (what, kind) in zip(arms, arms):
-        exact = times["exact", "grid" if kind == "grid" else "hidden"]
-        rows.append({"search": what, "keys": kind, "recall": recall(*kinds[kind], found[what, kind]), "ms": 1000 * median(times[what, kind]),
-                     "x exact": compare(exact, times[what, kind]), **({"x faiss": compare(times["faiss, flat", "hidden"], times[what, kind])}
-                                                                     if ("faiss, flat", "hidden") in times else {})})
-    show(cfg, f"{k} of {N:,} keys for {Q:,} queries, fp32, {torch.get_num_threads()} threads", rows)
-    return clusters_by_size(cfg, kinds["attention"][0], [more["attention"][:n].clone() for n in (N // 16, N // 4, N, 4 * N)], k)
-
-
-def clusters_by_size(cfg, q, sets, k):
-    """What an approximate index of each of several sets of keys costs and gives, beside exact search: the table."""
-    rows = []
-    for keys in sets:
-        c, last = Clusters(64), iter(keys[-100:].split(1))
-        row = {"keys": len(keys), "build, s": seconds(lambda: c.add(keys[:-100])), "add one, ms": 1000 * seconds(lambda: c.add(next(last)), 100),
-               "MB": c.keys.nbytes / 2 ** 20, "exact, MB": keys.nbytes / 2 ** 20, "recall": recall(q[:256], keys, c.search(q[:256], k)[1])}
-        for some in (1, 64, len(q)):
-            arms = {"exact": lambda: search(q[:some], keys, k), "clusters": lambda: c.search(q[:some], k)}
-            t = turns(arms, cfg.rounds, seconds, 0.2)
-            row.update({f"{some:,} queries, ms": 1000 * median(t["clusters"]), f"x exact, {some:,}": compare(t["exact"], t["clusters"])})
-        rows.append(row)
-    return show(cfg, "clusters (16 pages a query) by the number of keys of attention", rows)
-
-
-MEMORY_MODEL = dict(preset="shakespeare_cpu", max_iters=400, eval_interval=400, log_interval=400)
+CLAIMS["distill"] = distill
 
 
 def featural(cfg):
-    """featural memory beside the MLP: random pairs learned at equal FLOPs; loss at equal steps, equal parameters and equal seconds"""
-    random_pairs(cfg)
-    base, memory, C = MEMORY_MODEL, dict(MEMORY_MODEL, layers="AAFA", mem_head=2, mem_top=8, n_mem=4096), 128
-    n_plain, n_memory = (GPT(stand_in(read_arm(**a)[0])).num_params() for a in (base, memory))
-    width = 4 * C + round((n_memory - n_plain) / (2 * C))
-    arms = {"AAAA": base, "AAFA, 4,096 slots": memory, "AAFA, 784 slots, as many parameters as AAAA": dict(memory, n_mem=784),
-            f"AAAA, third MLP {width} wide, as many as AAFA": dict(base, n_mlp=(0, 0, width, 0))}
-    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**a) for k, a in arms.items()}, env=one_of_many(cfg))
-    slower = compare(times["AAFA, 4,096 slots"], times["AAAA"])
-    arms["AAAA, seconds of AAFA"] = dict(base, max_iters=round(base["max_iters"] * slower))
-    got = over_seeds(cfg, {k: dict(a, after=["usage"]) if "layers" in a else a for k, a in arms.items()})
-    rows = [{"arm": k, "val loss": g["val_loss"], "spread": g["spread"], "steps": int(g["step"]), "params M": g["params"] / 1e6,
-             "step time": compare(times.get(k, times["AAAA"]), times["AAAA"]), **g.get("usage", {})} for k, g in got.items()]
-    return show(cfg, f"featural memory on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, mean of {cfg.seeds} seeds", rows)
+    """featural memory beside the MLP: random pairs at equal FLOPs; loss at equal steps,
+    parameters, seconds"""
+    yield random_pairs()
+    yield from run_trial(cfg, FEATURAL)
 
 
 def learn_pairs(kind, n, scale, steps=1000, batch=512, seed=1):
-    """One feed-forward layer, kind (settings), learns n pairs of a random vector and one of 256 labels in so many steps, at its learning
-    rates times scale. -> share of the pairs that are right in the end."""
+    """Let one feed-forward layer, kind (settings), learn n pairs of a random vector and one of 256
+    labels in so many steps, at its learning rates times scale. Return the share of the pairs that
+    are right in the end."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=256, n_head=1, **kind), seed)
     layer, optimizers = model.blocks[0].mlp, train.make_optimizers(model, TrainConfig())
-    answer = lambda x: model.lm_head(model.ln_f(x + layer(x, None)))
-    x = torch.nn.functional.normalize(torch.randn(n, 1, model.cfg.n_embd), dim=-1) * model.cfg.n_embd ** 0.5
+    to_logits = lambda x: model.lm_head(model.ln_f(x + layer(x, None)))[:, 0]
+    x = F.normalize(torch.randn(n, 1, model.cfg.n_embd), dim=-1) * model.cfg.n_embd ** 0.5
     y = torch.randint(256, (n,))
     for step in range(steps):
-        for o in optimizers:
-            for g in o.param_groups:
-                g["lr"] = g["peak_lr"] * scale * min(1.0, (steps - step) / (0.8 * steps))
-        at = torch.randint(n, (batch,))
-        torch.nn.functional.cross_entropy(answer(x[at])[:, 0], y[at]).backward()
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["peak_lr"] * scale * min(1.0, (steps - step) / (0.8 * steps))
+        i = torch.randint(n, (batch,))
+        F.cross_entropy(to_logits(x[i]), y[i]).backward()
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
     with torch.inference_mode():
-        return sum((answer(a)[:, 0].argmax(-1) == b).sum().item() for a, b in zip(x.split(4096), y.split(4096))) / n
+        guesses = torch.cat([to_logits(part).argmax(-1) for part in x.split(4096)])
+    return (guesses == y).float().mean().item()
 
 
-def random_pairs(cfg):
-    """How many random pairs one layer learns, at equal FLOPs a position: sizes double until fewer than 90% are right at every rate."""
+def random_pairs():
+    """Return the table of how many random pairs one layer learns, at equal FLOPs a position: sizes
+    double until fewer than 90% are right at every learning rate."""
     memory = dict(layers="F", n_embd=32, n_mem=4096, mem_head=2, mem_top=8, mem_dim=32)
     attention = 2 * 4 * 32 ** 2 + 4 * 32  # of one position, which stands in flops and is not run
-    flops = lambda kind: GPT(GPTConfig(vocab_size=256, n_head=1, **kind)).flops(1) / 3 - attention
+    make = lambda kind: GPT(GPTConfig(vocab_size=256, n_head=1, **kind))
+    flops = lambda kind: make(kind).flops(1) / 3 - attention
     width, rows = round(flops(memory) / (4 * 32)), []
-    for name, kind in ((f"MLP, {width} wide", dict(layers="A", n_embd=32, n_mlp=width)), ("F, 4,096 slots", memory)):
-        size = sum(p.numel() for p in GPT(GPTConfig(vocab_size=256, n_head=1, **kind)).blocks[0].mlp.parameters())
+    mlp = dict(layers="A", n_embd=32, n_mlp=width)
+    for name, kind in ((f"MLP, {width} wide", mlp), ("F, 4,096 slots", memory)):
+        size = sum(p.numel() for p in make(kind).blocks[0].mlp.parameters())
         row = {"layer": name, "FLOPs": flops(kind), "params": size, "ms a step": 0.0, "learned": 0}
         for n in (2 ** i for i in range(10, 17)):
-            right, start = 0.0, time.perf_counter()
-            for tries, scale in enumerate((1.0, 0.25, 4.0), 1):
-                right = max(right, learn_pairs(kind, n, scale))
-                if right >= 0.99:
+            right, start = [], time.perf_counter()
+            for scale in (1.0, 0.25, 4.0):
+                right.append(learn_pairs(kind, n, scale))
+                if right[-1] >= 0.99:
                     row["learned"] = n
                     break
-            row[f"{n:,}"], row["ms a step"] = right, 1000 * (time.perf_counter() - start) / tries / 1000
-            if right < 0.9:
+            row["ms a step"] = (time.perf_counter() - start) / len(right)  # s of 1,000 steps
+            row[f"{n:,}"] = max(right)
+            if max(right) < 0.9:
                 break
         rows.append(row)
-    rows.append({"layer": "F / MLP", **{k: rows[1][k] / rows[0][k] for k in ("FLOPs", "params", "learned", "ms a step")}})
-    return show(cfg, "random pairs learned to 99% in 1,000 steps of 512; share right by their number, best of 3 learning rates", rows)
+    ratios = {k: rows[1][k] / rows[0][k] for k in ("FLOPs", "params", "learned", "ms a step")}
+    return Table("random pairs learned to 99% in 1,000 steps of 512; share right by their number, "
+                 "best of 3 learning rates", [*rows, {"layer": "F / MLP", **ratios}])
 
 
-def distill(cfg):
-    """students whose feed-forward layers are memories, and smaller ones, beside their teacher and themselves from scratch"""
-    teacher = os.path.join(kept(cfg, "teacher", "shakespeare_cpu", max_iters=750, eval_interval=750), "ckpt.pt")
-    memory = dict(layers="AFFF", mem_head=2, mem_dim=32, mem_top=8, n_mem=1024)
-    kinds = {"three memories": memory, "half as wide": dict(n_embd=64, n_head=2)}
-    arms = {f"{k}, {how}": {**MEMORY_MODEL, "max_iters": 600, "eval_interval": 600, **m, **t} for k, m in kinds.items()
-            for how, t in (("distilled", dict(teacher=teacher, distill_match=0.0)), ("from scratch", {}))}
-    arms["three memories, layers matched too"] = dict(arms["three memories, distilled"], distill_match=1.0)
-    got, first = over_seeds(cfg, arms), prepare.load_checkpoint(teacher)
+CLAIMS["featural"] = featural
+
+
+# -------------------------------------------------------------------------------------------------
+# an idea of the reader's own
+
+MINE = SMALL + " --max_iters=500 --compile=False"  # (a compile takes longer than these steps)
+OF_BOTH = {"n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps",
+           "max_iters", "dataset", "data_dir", "device", "dtype", "compile"}
+
+
+def verdict(differences):
+    """Return "better", "worse" or "no difference" of paired differences in loss."""
+    if abs(mean(differences)) <= 2 * stdev(differences):
+        return "no difference"
+    return "better" if mean(differences) < 0 else "worse"
+
+
+def as_flags(settings):
+    """Return settings as they are written on a command line."""
+    as_word = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+    return shlex.join(f"--{k}={as_word(v)}" for k, v in settings.items())
+
+
+def mine(cfg, presets, settings):
+    """Is an idea better than the plain model, at equal steps and at equal seconds of steps?"""
+    idea = {k: v for k, v in settings.items() if k not in OF_BOTH}
+    if not idea:
+        raise UserError("mine compares an idea with the plain model, and the settings given are "
+                        "for both; add the flag of the idea, such as --layers=RA")
+    if cfg.seeds < 2:
+        raise UserError("mine takes the spread of differences over seeds; give --seeds=2 or more")
+    both = as_flags({k: v for k, v in settings.items() if k in OF_BOTH})
+    plain = f"{shlex.join(presets) or MINE} {both}"
+    yours = f"{plain} {as_flags(idea)}"
+    m, t = read_arm(yours)
+    mcfg, tcfg = config.build(stand_in, m=m), config.build(TrainConfig, **t)
+    for name, needs in (*mcfg.idle(), *tcfg.idle(mcfg)):
+        if name in idea:
+            raise UserError(f"{name} has nothing to work on; it needs {needs}")
+    if "layers" in idea:
+        plain += f" --layers={'A' * mcfg.n_layer}"
+    paired = lambda f, arms: [a - b for a, b in zip(arms["yours"]["val loss"], f["val loss"])]
+    trial = Trial(
+        "", f"{as_flags(idea)} beside {'A' * mcfg.n_layer if 'layers' in idea else 'none of it'}: "
+        f"{mcfg.n_embd} wide, {tcfg.batch_size} x {mcfg.block_size} tokens a step, "
+        f"{tcfg.max_iters} steps; --max_iters, --seeds, --dataset and sizes change that",
+        {"plain": plain,
+         "plain, the seconds of yours": plain + " --time_of=plain --seconds_of=yours",
+         "yours": yours}, columns=("val loss", "spread", "steps", "params M", "step time"),
+        derived={"yours less this": paired, "sd": lambda f, arms: stdev(paired(f, arms)),
+                 "yours is": lambda f, arms: verdict(paired(f, arms))})
+    for table in run_trial(cfg, trial):
+        steps, seconds = (f"{row['yours is']} ({row['yours less this']:+.4f}, sd {row['sd']:.4f})"
+                          for row in table.rows[:2])
+        table.rows[2]["yours is"] = ""
+        table.note = (f"Yours is {steps} at equal steps, and {seconds} at equal seconds of steps: "
+                      f"better or worse is |mean(d)| > 2 sd(d), with d the difference in "
+                      f"validation loss of two models of one seed, over {cfg.seeds} seeds, and sd "
+                      f"the standard deviation.")
+        yield table
+
+
+# -------------------------------------------------------------------------------------------------
+# claims of decoding: arms are flags of sample.py, over models that several claims share
+
+JUDGE = SMALL + " --block_size=256 --batch_size=16 --max_iters=750"
+EXITS = "config/exits_shakespeare.py"
+
+
+def kept(cfg, name, flags, seed=1):
+    """Return the folder of a model that several claims use: trained once where cfg.out_dir keeps
+    it."""
+    folder = os.path.join(cfg.out_dir, name)
+    if cfg.out_dir and os.path.exists(os.path.join(folder, "ckpt.pt")):
+        return folder
+    return fit(cfg, flags, seed, out_dir=name, init_from="auto")["out_dir"]
+
+
+def judge_folder(cfg):
+    """Return the folder of a model that others' texts are judged by: another shape, another
+    seed."""
+    return kept(cfg, "judge", JUDGE, seed=2)
+
+
+def split_ids(cfg, split, dataset=None):
+    """Return the ids of a split of a dataset (default: cfg's)."""
+    path = os.path.join(cfg.data_dir, dataset or cfg.dataset, f"{split}.bin")
+    return np.asarray(prepare.open_bin(path)[0]).astype(np.int64)
+
+
+def held_out(cfg, ckpt, length, at_least=100):
+    """Return rows (n, length) of the validation split in a random order."""
+    scfg = sample.SampleConfig(data_dir=cfg.data_dir, sequences=at_least)
+    return sample.held_out(ckpt, scfg, length)
+
+
+def start_decoding(model, prompts, n, flags="", other=None, compile=False, leave=None, eot=None):
+    """Start to write n tokens behind each prompt with flags of sample.py; `other` is the model
+    that they name as amateur or draft. Return the iterator of decoding steps, and the Speculation
+    or None."""
+    cfg = sample.SampleConfig(max_new_tokens=n,
+                              **config.parse(shlex.split(flags), sample.SampleConfig)[0])
+    decoder = lambda m, **more: sample.Decoder(m, prompts, eot, compile, **more)
+    kind, _, place = cfg.amateur.partition(":")
+    if cfg.exit:
+        leave = sample.exit_rule(model, cfg.exit, cfg.exit_threshold)
+    expert = decoder(model, at_exit=int(place) if kind == "exit" else 0, leave=leave)
+    g = torch.Generator().manual_seed(1)
+    if cfg.speculate:
+        s = sample.Speculation(expert, cfg, g, decoder(other) if cfg.draft else None)
+        return s.generate(), s
+    amateur = decoder(model, context=int(place)) if kind == "context" else \
+        decoder(other) if kind == "model" else None
+    return sample.generate(expert, cfg, amateur, g), None
+
+
+def write(model, prompts, n, *flags, **more):
+    """Return the rows of GeneratedToken that start_decoding gives."""
+    return sample.gather(start_decoding(model, prompts, n, *flags, **more)[0], len(prompts))
+
+
+class Critic:
+    """Figures of texts: their words beside those of the training text, and the loss of another
+    model."""
+
+    def __init__(self, cfg):
+        self.model, ckpt = sample.load(judge_folder(cfg))
+        self.tok = prepare.Tokenizer(ckpt["tokenizer"])
+        self.known = set(self.tok.decode(split_ids(cfg, "train").tolist()).lower().split())
+
+    @torch.inference_mode()
+    def nats(self, texts, skip=1):
+        """Return the nats a token of each text (lists of ids of one length), from the skip-th
+        on."""
+        nats = []
+        for part in torch.tensor(texts).split(64):
+            logp = self.model(part[:, :-1]).logits.log_softmax(-1)
+            nats += (-logp.gather(2, part[:, 1:, None])[:, skip - 1:, 0]).mean(1).tolist()
+        return nats
+
+    def windows(self, ids):
+        """Return the nats a token of a text longer than the model's window, window by window."""
+        T = self.model.cfg.block_size
+        return mean(self.nats(torch.tensor(ids).unfold(0, T + 1, T).tolist()))
+
+    def words(self, ids, cut=False):
+        """Return figures of the words of a text: 4-grams that occurred before, distinct words and
+        pairs of words, and words that the training text has; cut: not those at the ends."""
+        words = self.tok.decode(ids).lower().split()
+        words = (words[1:-1] if cut else words) or [""]
+        distinct = {}
+        for k in (1, 2, 4):
+            grams = [tuple(words[i:i + k]) for i in range(max(1, len(words) - k + 1))]
+            distinct[k] = len(set(grams)) / len(grams)
+        return {"repeated 4-grams": 1 - distinct[4], "distinct words": distinct[1],
+                "distinct pairs": distinct[2], "known words": mean(w in self.known for w in words)}
+
+
+def means(rows):
+    """Return {figure: mean} of dicts of numbers."""
+    return {k: mean(row[k] for row in rows) for k in rows[0]}
+
+
+def coherence(cfg, total=20_000):
+    """a stream of 20,000 characters under each collapse policy, beside human text: repetition,
+    words, a judge"""
+    writer = fit(cfg, JUDGE + " --soft_rate=0.3 --history=256 --aggregate=1 --n_segment=2 "
+                              "--n_span=16 --span=4")
+    model, ckpt = sample.load(writer["out_dir"])
+    critic, val = Critic(cfg), split_ids(cfg, "val")[:total].tolist()
+    figures = lambda ids: {**critic.words(ids), "judge": critic.windows(ids)}
+    rows = [{"text": "human (validation split)", **figures(val)}]
+    for flags in (f"--soft --collapse={c}" for c in ("always", "entropy", "distance", "never")):
+        written = write(model, [val[:1]] * cfg.seeds, total, flags, eot=critic.tok.eot)
+        rows.append({"text": flags, **means([
+            {**figures([t.token for t in row]), "share soft": mean(t.soft for t in row)}
+            for row in written])})
+    yield Table(f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds}", rows)
+
+
+def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
+    """Return rows of tokens/s of one text of n tokens by {name: flags of sample.py}, in turns, for
+    each (dtype, compiled): in those of the first arm, with the blocks run and the share of drafts
+    accepted."""
     rows = []
-    for name, g in {"teacher": {"val_loss": first["val_loss"], "step": first["step"], "runs": [{"path": teacher}]}, **got}.items():
-        model = GPT(GPTConfig(**prepare.load_checkpoint(g["runs"][0]["path"])["model_config"]))
-        dense = sum(m.weight.numel() for b in model.blocks for m in b.mlp.modules() if isinstance(m, Linear))
-        rows.append({"model": name, "val loss": g["val_loss"], "spread": g.get("spread", 0.0), "above the teacher": g["val_loss"] - first["val_loss"],
-                     "dense feed-forward M": dense / 1e6, "params M": model.num_params() / 1e6, "steps": int(g["step"])})
-    return show(cfg, f"a teacher and what learned from it on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, mean of {cfg.seeds} seeds", rows)
+    for dtype, compile in types or itertools.product(("float32", "bfloat16"), (False, True)):
+        model, draft = (sample.load(path, dtype=dtype)[0] for path in (folder, other or folder))
+
+        def start(flags, n):
+            return start_decoding(model, prompts, n, flags, draft, compile)
+
+        def pace(flags, _):
+            """Return the seconds a token of at least n tokens."""
+            steps, count, t0 = start(flags, NEVER)[0], 0, time.perf_counter()
+            while count < n:
+                count += len(next(steps)[0])
+            return (time.perf_counter() - t0) / count
+
+        times = turns(arms, cfg.rounds, pace, 0.0)
+        for name, flags in arms.items():
+            steps, speculation = start(flags, n)
+            depth = [t.depth or model.cfg.n_layer for t in sample.gather(steps, 1)[0]]
+            row = {"decoding": name, "type": dtype + ", compiled" * compile, "blocks": mean(depth),
+                   "tokens/s": 1 / median(times[name]),
+                   "x": compare(times[next(iter(arms))], times[name])}
+            if speculation:
+                row["accepted"] = speculation.accepted / speculation.proposed
+            rows.append(row)
+    return rows
 
 
-def variants(cfg):
-    """each flag of the plain model switched, one at a time: loss and time of a step at nanoGPT's CPU shape, 500 steps"""
-    shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=500, eval_interval=10 ** 9,
-                 log_interval=500)
-    arms = {"defaults": {}, "norm = layer": dict(norm="layer"), "norm = scale": dict(norm="scale"), "mlp = gelu": dict(mlp="gelu"),
-            "mlp = swiglu": dict(mlp="swiglu"), "pos = learned": dict(pos="learned"), "pos = none": dict(pos="none"),
-            "tie = True": dict(tie=True), "qk_norm = False": dict(qk_norm=False),
-            "n_kv_head = 1": dict(n_kv_head=1), "n_kv_head = 4,2,2,1": dict(n_kv_head=(4, 2, 2, 1)),
-            "n_mlp = -1,-1,-1,2048 (one wide FFN)": dict(n_mlp=(-1, -1, -1, 2048)), "n_value_embed = 4": dict(n_value_embed=4), "dropout = 0.1": dict(dropout=0.1), "optimizer = adamw":
-            dict(optimizer="adamw"), "slots (64 tokens as 16 spans)": dict(history=64, aggregate=1, n_segment=2, n_span=16, span=4)}
-    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**shape, **a) for k, a in arms.items()})
-    got = over_seeds(cfg, {k: {**shape, **a} for k, a in arms.items()})
-    rows = [{"flag": k, "val loss": g["val_loss"], "against defaults": g["val_loss"] - got["defaults"]["val_loss"],
-             "spread": g["spread"], "params M": g["params"] / 1e6, "step time": compare(times[k], times["defaults"])}
-            for k, g in got.items()]
-    return show(cfg, f"flags on {cfg.dataset}, 4 layers, 128 wide, 12 x 64, 500 steps, mean of {cfg.seeds} seeds", rows)
+# early exit
 
 
-def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_000):
-    """random facts, each read once and asked far outside the window, by how many are stored: right answers, seconds"""
-    have(cfg, "facts")
-    model, ckpt = sample.load(kept(cfg, "facts", "facts", dataset="facts"))
-    tok, rows = prepare.Tokenizer(ckpt["tokenizer"]), []
-    for size in sizes:
-        known = prepare.random_facts(np.random.default_rng(size), size)
-        asked = [known[i] for i in np.random.default_rng(0).permutation(size)[:n if size <= indexed else n // 4]]  # (seconds each)
-        found = []
-        read = seconds(lambda: found.append(sample.absorb(model, tok.encode("\n" + "".join(f"!{k} {v}\n" for k, v in known)))))
-        entries = max(len(keys) for heads in found[0].values() for keys, *_ in heads)
-        for how in ("exact", "index", "cleared") if size <= indexed else ("exact", "cleared"):  # an index takes as much room again, and more
-            d = memory = None  # the one before goes first
-            made = 0.0
-            if how != "cleared":
-                box = []
-                made = seconds(lambda: box.append(sample.remembered(model, found[0], index=how == "index")))
-                memory = box.pop()
-            d = sample.Decoder(model, [tok.encode("\n?")], memory=memory)
-            rows.append({"facts": size, "memory": how, "entries": entries if memory else 0, "GB": sum(
-                t.numel() * t.element_size() for m in (memory or {}).values() for t in (m.keys, m.values)) / 1e9,
-                "questions": len(asked), "right": answers(model, tok, asked, memory, rows=max(1, min(64, 2 ** 22 // entries))),
-                "read s": read, "made s": made, "ms a token": 1e3 * median(seconds(lambda: d.push([4])) for _ in range(20))})
-            print(rows[-1], file=sys.stderr)  # (the largest takes a quarter of an hour, and 18 GB)
-    return show(cfg, "facts told once, questions for whole values, greedy, eager, fp32; ms a token: one row", rows)
+def random_exits(model, depth):
+    """Return a rule that leaves at random, at each exit with the chance that makes the mean of
+    blocks run `depth`."""
+    p = torch.linspace(0, 1, 10_001)  # the chance
+    blocks = model.cfg.n_layer * (1 - p) ** len(model.exits)
+    for i, place in enumerate(model.exits.values()):
+        blocks += place * p * (1 - p) ** i
+    chance, g = p[(blocks - depth).abs().argmin()], torch.Generator().manual_seed(0)
+    return lambda h, before: torch.rand(h.shape[:2], generator=g) < chance
 
 
-PLAYS = dict(n_embd=128, n_head=4, block_size=64, mem_chunk=16, mem_head=2, mem_top=16, batch_size=16, stream=256, max_iters=1000,
-             eval_interval=10 ** 9, log_interval=250)
+def broken_promises(risks, repetitions):
+    """Return how often a threshold that was calibrated on 500 random sequences for a risk of 2%
+    exceeds it on the others."""
+    g, broken = torch.Generator().manual_seed(0), 0
+    for _ in range(repetitions):
+        order = torch.randperm(len(risks), generator=g)
+        i = sample.laxest(risks[order[:500]], 0.02, 0.95)
+        broken += i >= 0 and risks[order[500:], i].mean().item() > 0.02
+    return broken
 
 
-def plays(cfg):
-    """held-out plays at a window of 64: validation loss by what an associative memory keeps"""
-    arms = {"AAAA, no memory": dict(PLAYS, layers="AAAA")}
-    arms.update({f"AAMA, {n:,}": dict(PLAYS, layers="AAMA", mem_size=n) for n in (0, 512, 2048, 8192)})
-    arms["AAMA, 2,048, keys returned"] = dict(PLAYS, layers="AAMA", mem_size=2048, mem_straight=True)
-    arms["RR(RM)R, words, 0"] = dict(PLAYS, layers="RR(RM)R", chunk="space", mem_chunk=4, mem_size=0)
-    arms["RR(RM)R, words, 2,048"] = dict(arms["RR(RM)R, words, 0"], mem_size=2048)
-    arms["AAAA, a window of 256"] = dict(PLAYS, layers="AAAA", block_size=256, batch_size=4, stream=64)
-    times = step_times(dataclasses.replace(cfg, rounds=3), {k: read_arm(**a) for k, a in arms.items()}, env=one_of_many(cfg))
-    arms["AAAA, seconds of AAMA, 8,192"] = dict(PLAYS, layers="AAAA", max_iters=round(
-        PLAYS["max_iters"] * compare(times["AAMA, 8,192"], times["AAAA, no memory"])))
-    got = over_seeds(cfg, arms)
-    rows = [{"arm": k, "val loss": g["val_loss"], "against 0": g["val_loss"] - got["RR(RM)R, words, 0" if "words" in k else "AAMA, 0"]["val_loss"],
-             "spread": g["spread"], "params M": g["params"] / 1e6, "steps": int(g["step"]),
-             "step time": compare(times.get(k, times["AAAA, no memory"]), times["AAAA, no memory"])} for k, g in got.items()]
-    return show(cfg, f"{cfg.dataset}, windows of 64 in turn, mean of {cfg.seeds} seeds", rows)
+@torch.inference_mode()
+def exits(cfg, repetitions=100, n=200):
+    """early exit: blocks, disagreement and a judge's loss over thresholds, beside random exits;
+    calibration"""
+    model, ckpt = sample.load(kept(cfg, "exits", EXITS), dtype="bfloat16")
+    critic, rows = Critic(cfg), held_out(cfg, ckpt, 64, 1000)[:3000]
+    prompts, table, promises = rows[-32:, :32].tolist(), [], []
+
+    def add(name, blocks, differ, rule):
+        written = write(model, prompts, n, leave=rule)
+        texts = [p + [t.token for t in row] for p, row in zip(prompts, written)]
+        depth = mean(t.depth or model.cfg.n_layer for row in written for t in row)
+        table.append({"rule": name, "blocks": blocks, "differ": differ,
+                      "judge": mean(critic.nats(texts, 32)), "blocks when writing": depth})
+
+    add("every block", float(model.cfg.n_layer), 0.0, None)
+    for kind in sample.CONFIDENCE:
+        risks, depth = sample.exit_risks(model, rows if kind == "softmax" else rows[:1000], kind)
+        half = len(risks) // 2
+        fresh_risk, fresh_depth = risks[half:].mean(0).tolist(), depth[half:].mean(0).tolist()
+        loosest = sample.laxest(risks[:half], 0.02, 0.95)
+        row = {"confidence by": kind, "calibrated on": half, "threshold at 2%": "none"}
+        if loosest >= 0:
+            row.update({"threshold at 2%": sample.THRESHOLDS[loosest],
+                        "blocks": fresh_depth[loosest],
+                        "observed on fresh text": fresh_risk[loosest]})
+        row["repetitions under 2%"] = repetitions - broken_promises(risks, repetitions)
+        promises.append(row)
+        for i in sorted({max(loosest, 0), *((3, 5, 9, 15) if kind == "softmax" else (9,))}):
+            name = f"{kind} > {sample.THRESHOLDS[i]:.3g}" + " (2% risk)" * (i == loosest)
+            rule = sample.exit_rule(model, kind, sample.THRESHOLDS[i])
+            add(name, fresh_depth[i], fresh_risk[i], rule)
+            if kind == "softmax":
+                rule = random_exits(model, fresh_depth[i])
+                logits, deep = model.forward_with_exits(rows[-500:], rule)
+                differ = logits.argmax(-1) != model(rows[-500:]).logits.argmax(-1)
+                add(f"random, as deep as {name}", deep.float().mean().item(),
+                    differ.float().mean().item(), rule)
+    human = mean(critic.nats(held_out(cfg, ckpt, 32 + n)[:500].tolist(), 32))
+    yield Table(f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, "
+                f"and {repetitions} repetitions with 500", promises)
+    yield Table(f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {n}; human "
+                f"text {human:.3f})", table)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# memory
+def exit_speed(cfg, n=200):
+    """early exit by softmax, one row: tokens/s over thresholds, in fp32, in bf16 and compiled"""
+    arms = {f"softmax > {t}": f"--exit=softmax --exit_threshold={t}" for t in (0.8, 0.7, 0.6, 0.5)}
+    yield Table(f"early exit, 6 layers, 512 wide, one row, {n} tokens", decoding_speed(
+        cfg, kept(cfg, "exits", EXITS), [split_ids(cfg, "val")[:32].tolist()],
+        {"every block": "", **arms}, n))
 
+
+def speculate(cfg, n=1000, rows=10):
+    """self-speculation at 12 layers, 512 wide: the same greedy text, acceptance, speed; and a
+    small draft model"""
+    folder = kept(cfg, "deep", "--layers=AA.AAAAAAAAAA --exit_distill=0.5 --n_embd=512 --n_head=8 "
+                               "--batch_size=8 --max_iters=400" + ONCE)
+    small = kept(cfg, "small", "--n_layer=2 --n_head=4 --n_embd=128 --max_iters=600" + ONCE, seed=3)
+    prompts = split_ids(cfg, "val")[:5000 * rows].reshape(rows, -1)[:, :100].tolist()
+    drafts = {f"{k} ahead, {name}": f"--speculate={k} {flag}" for k in (3, 5)
+              for name, flag in (("exit 2", "--draft_exit=2"), ("small model", "--draft=small"))}
+    model, draft = (sample.load(path)[0] for path in (folder, small))
+    texts = {name: [[t.token for t in row]
+                    for row in write(model, prompts, n, f"{flags} --temperature=0", other=draft)]
+             for name, flags in [("plain", ""), *list(drafts.items())[:2]]}
+    yield same_text(model, prompts, texts)
+    table = []
+    for t in (0.0, 0.8):
+        arms = {f"{name}, temperature {t}": f"{flags} --temperature={t}"
+                for name, flags in {"plain": "", **drafts}.items()}
+        table += decoding_speed(cfg, folder, prompts[:1], arms, 300, small,
+                                (("float32", False), ("bfloat16", True)))
+    yield Table("speculation, 12 layers, 512 wide, one row", table)
+
+
+@torch.inference_mode()
+def same_text(model, prompts, texts):
+    """Return the table of whether greedy texts are those of plain decoding, and where not, how
+    near the two likeliest tokens were."""
+    plain, rows = texts.pop("plain"), []
+    for name, others in texts.items():
+        gaps = []
+        for prompt, a, b in zip(prompts, plain, others):
+            if a != b:
+                same = os.path.commonprefix([a, b])
+                first, second = sample.Decoder(model, [prompt + same]).logits[0].topk(2).values
+                gaps.append((first - second).item())
+        rows.append({"draft": name, "texts": len(plain), "tokens each": len(plain[0]),
+                     "differing texts": len(gaps),
+                     "widest gap where they first differ": max(gaps, default=0.0)})
+    return Table("greedy text beside that of plain decoding, fp32, across folds", rows)
+
+
+# contrastive decoding
+
+
+def contrast(cfg, n=200, length=192, skip=64):
+    """contrastive decoding with each kind of amateur beside greedy and nucleus: repetition, words,
+    a judge"""
+    model, ckpt = sample.load(kept(cfg, "exits", EXITS))
+    flags = "--n_layer=2 --n_head=2 --n_embd=64 --max_iters=300" + ONCE
+    weak = sample.load(kept(cfg, "weak", flags, 3))
+    critic, rows = Critic(cfg), held_out(cfg, ckpt, skip + length, n)[:n].tolist()
+    prompts = [row[:skip] for row in rows]
+    arms = {"greedy": "--temperature=0", "nucleus 0.95": "--top_p=0.95",
+            "alpha 0.1 alone": "--amateur=model --beta=0",
+            "contrast, model (2 layers, 64 wide)": "--amateur=model",
+            "contrast, exit after 2": "--amateur=exit:2",
+            "contrast, exit after 4": "--amateur=exit:4",
+            "contrast, last 8 tokens": "--amateur=context:8",
+            **{f"sweep: exit after 2, {k} {v}": f"--amateur=exit:2 --{k}={v}"
+               for k, v in (("beta", 0.25), ("beta", 1.0), ("alpha", 0.3))}}
+    texts = {"human": [row[skip:] for row in rows]}
+    for name, flags in arms.items():
+        written = write(model, prompts, length, f"--temperature=1 {flags}", other=weak[0])
+        texts[name] = [[t.token for t in row] for row in written]
+    figures = {name: [{**critic.words(text, cut=True), "judge": nats} for text, nats in zip(
+        each, critic.nats([p + text for p, text in zip(prompts, each)], skip))]
+        for name, each in texts.items()}
+    paired = []
+    for name, each in figures.items():
+        row = {"decoding": name}
+        for k in each[0]:
+            d = np.array([a[k] - b[k] for a, b in zip(each, figures["nucleus 0.95"])])
+            row[k] = f"{d.mean():+.3f} +- {1.96 * d.std(ddof=1) / len(d) ** 0.5:.3f}"
+        paired.append(row)
+    yield Table("the same, less nucleus 0.95 after the same prompt: mean and 95% interval", paired)
+    yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5",
+                [{"decoding": name, **means(each)} for name, each in figures.items()])
+
+
+CLAIMS.update(coherence=coherence, exits=exits, exit_speed=exit_speed, speculate=speculate,
+              contrast=contrast)
+
+
+# -------------------------------------------------------------------------------------------------
+# search, stores and memories
+
+
+@torch.inference_mode()
+def text_keys(cfg, n_query, n_key):
+    """Return {kind: (queries of held-out text, keys of training text)}, 64 wide, of a small model:
+    what its head reads, through a random projection, and the queries and keys of an attention
+    head, before they are turned by their place."""
+    flags = "--n_layer=4 --n_head=2 --n_embd=128 --max_iters=400" + ONCE
+    model, g = sample.load(kept(cfg, "keys", flags))[0], torch.Generator().manual_seed(0)
+    hidden, qkv, kinds = [], [], {"hidden": [], "attention": []}
+    model.lm_head.register_forward_pre_hook(lambda _, x: hidden.append(x[0]))
+    model.blocks[2].attn.c_attn.register_forward_hook(lambda _, x, y: qkv.append(y))
+    shrink = torch.linalg.qr(torch.randn(128, 64, generator=g))[0]
+    for split, n, head in (("val", n_query, 0), ("train", n_key, 2)):  # (2 of q, 2 of k)
+        windows = torch.from_numpy(split_ids(cfg, split)).unfold(0, 256, 256)
+        for part in windows[torch.randperm(len(windows), generator=g)][:n // 256].split(32):
+            model(part)
+        kinds["hidden"].append(rms_norm(torch.cat(hidden).view(-1, 128) @ shrink))
+        kinds["attention"].append(rms_norm(torch.cat(qkv).view(-1, 6, 64)[:, head].contiguous()))
+        hidden.clear()
+        qkv.clear()
+    return kinds
+
+
+def recall(q, keys, places):
+    """Return the share of the places (Q, k) found for queries q whose keys score as high as the
+    k-th best does, up to rounding."""
+    longest, good = keys.norm(dim=-1).max(), []
+    for x, found in zip(q.split(256), places.split(256)):
+        scores = x @ keys.t()
+        rounding = 1e-6 * x.norm(dim=-1, keepdim=True) * longest
+        least = scores.topk(found.size(1))[0][:, -1:] - rounding
+        good.append((scores.gather(1, found) >= least).float().mean().item())
+    return mean(good)
+
+
+def product_keys(N, k, Q, g):
+    """Return the search of a FeaturalMemory of N random slots for its own queries, and those
+    queries (Q, 64) and all the keys (N, 64) that it stands for."""
+    memory = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=64, n_head=1, layers="F", n_mem=N,
+                                      mem_head=1, mem_top=k), 0)
+    memory.c_q.weight.copy_(torch.eye(64))
+    memory.keys.normal_(generator=g)
+    first, second = rms_norm(memory.keys[0]) * 32 ** -0.5
+    pairs = first.repeat_interleave(memory.side, 0), second.repeat(memory.side, 1)
+    keys = torch.cat(pairs, dim=-1)
+    q = rms_norm(torch.randn(Q, 2, 32, generator=g)).flatten(1)
+    return lambda q: memory.find(q[None])[0][0, :, 0], q, keys
+
+
+def searches(keys, k):
+    """Return {name: function(queries) -> places of their k keys} of exact and approximate
+    searches, and the seconds that the index takes to build."""
+    index = Clusters(64)
+    build = seconds(lambda: index.add(keys))
+    ways = {"exact": lambda q: search(q, keys, k)[1],
+            "product and topk":
+                lambda q: torch.cat([(x @ keys.t()).topk(k)[1] for x in q.split(512)]),
+            **{f"clusters, {n} pages": lambda q, n=n: index.search(q, k, n)[1]
+               for n in (6, 16, 32)}}
+    if importlib.util.find_spec("faiss"):  # pip install faiss-cpu
+        import faiss
+        flat = faiss.IndexFlatIP(64)
+        flat.add(keys.numpy())
+        ways["faiss, flat"] = lambda q: torch.from_numpy(flat.search(q.numpy(), k)[1])
+    return ways, {"build, s": build, "index, MB": index.keys.nbytes / 2 ** 20}
+
+
+@torch.inference_mode()
+def retrieval(cfg, Q=4096, N=65536, k=32):
+    """32 of 4K to 256K keys for 1, 64 and 4,096 queries: exact, faiss, product keys, clusters:
+    recall, time, memory"""
+    g, rows = torch.Generator().manual_seed(0), []
+    find, q, keys = product_keys(N, k, Q, g)
+    kinds = {"grid": (q, keys), "Gaussian": [torch.randn(n, 64, generator=g) for n in (Q, N)]}
+    for kind, (q, keys) in text_keys(cfg, Q, 4 * N).items():
+        for n in (N // 16, N // 4, N, 4 * N) if kind == "attention" else (N,):
+            kinds[f"{kind}, {n:,}"] = q, keys[:n].clone()
+    for kind, (q, keys) in kinds.items():
+        ways, index = searches(keys, k)
+        if kind == "grid":
+            compiled = torch.compile(find, fullgraph=True, dynamic=False)
+            ways.update({"product keys": find, "product keys, compiled": compiled})
+        times = {n: turns(ways, cfg.rounds, lambda way, i: seconds(lambda: way(q[:n]), i), 0.2)
+                 for n in (1, 64, Q)}
+        for name, way in ways.items():
+            row = {"keys": kind, "search": name, "recall": recall(q[:256], keys, way(q[:256]))}
+            for n, t in times.items():
+                row[f"{n:,} queries, ms"] = 1000 * median(t[name])
+                row[f"x exact, {n:,}"] = compare(t["exact"], t[name])
+            row.update(index if "clusters" in name else {}, MB=keys.nbytes / 2 ** 20)
+            rows.append(row)
+    yield Table(f"{k} nearest keys, fp32, {torch.get_num_threads()} threads", rows)
+
+
+# a store whose writers are killed
 
 STORED = dict(model="nobody", kind="memory", key=(64, "float32"), value=(64, "float32"))
 
 
-def batch_of(b, n=200):
-    """The b-th batch of a store that is written to be killed: keys, values, texts."""
-    keys, values = np.random.default_rng(b).standard_normal((2, n, 64), dtype=np.float32)
-    return keys, values, [f"entry {i} of batch {b}" for i in range(n)]
+def batches(first, last, n=200):
+    """Return entries of the batches from first on of a store that is written to be killed: keys,
+    values, texts."""
+    keys, values = np.concatenate([
+        np.random.default_rng(b).standard_normal((2, n, 64), np.float32)
+        for b in range(first, last)], 1)
+    return keys, values, [f"entry {i} of batch {b}" for b in range(first, last) for i in range(n)]
 
 
 def write_on(path):
-    """The child of kill_writers: batch after batch into a store, the uses of the batch before along with it, told before and after, until
-    it is killed."""
+    """Be the child of kill_writers: write batch after batch into a store, the uses of the batch
+    before along with it, and say so before and after, until killed."""
     with sample.Store(path, **STORED, write=True) as store:
-        n = len(batch_of(0)[2])
-        for b in itertools.count(store.stats()["entries"] // n):
-            batch = batch_of(b)
+        for b in itertools.count(store.stats()["entries"] // 200):
+            keys, values, texts = batches(b, b + 1)
             print("begin", b, flush=True)
             with store.batch():
-                ids = store.add(0, [0] * n, *batch)
+                ids = store.add(0, [0] * len(texts), keys, values, texts)
                 if b:
-                    store.touch(ids - n)
+                    store.touch(ids - len(texts))
             print("done", b, flush=True)
 
 
+def found_in(path):
+    """Return how many entries a store holds, and whether it is sound and they are what was
+    written."""
+    with sample.Store(path, STORED["model"]) as store:
+        arrays, texts = store.arrays(0), [e[5] for part in store.entries() for e in part]
+        sound = store.db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+    if not texts:
+        return 0, sound
+    keys, values, wanted = batches(0, -(-len(texts) // 200))
+    uses = np.arange(len(wanted)) < len(wanted) - 200  # (those of the last batch are not used yet)
+    return len(texts), sound and texts == wanted and all(map(
+        np.array_equal, (arrays["keys"], arrays["values"], arrays["uses"]), (keys, values, uses)))
+
+
 def kill_writers(path, kills, seed=0):
-    """A store that is written by one process after another, each killed (SIGKILL) after a random part of a quarter of a second; what this
-    process then finds in it -> figures."""
-    g, out = np.random.default_rng(seed), dict.fromkeys(("kills", "in the middle of a batch", "batches told committed", "of them lost",
-                                                         "damaged or half written", "same answers"), 0)
-    q, batches = torch.from_numpy(g.standard_normal((8, 64), dtype=np.float32)), []
+    """Let one process after another write a store, each killed (SIGKILL) after a random part of a
+    quarter of a second. Return figures of what this process then finds in it."""
+    g, total = np.random.default_rng(seed), dict.fromkeys(
+        ("kills", "in the middle of a batch", "batches told committed", "of them lost",
+         "damaged or half written"), 0)
     for _ in range(kills):
-        p = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_writer", path], stdout=subprocess.PIPE, text=True)
-        said = [p.stdout.readline()]
+        writer = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_writer", path],
+                                  stdout=subprocess.PIPE, text=True)
+        lines = [writer.stdout.readline()]
         time.sleep(g.uniform(0, 0.25))
-        p.kill()
-        said = [line.split() for line in said + p.stdout.readlines() if line.endswith("\n")]
-        p.wait()
-        told = 1 + max((int(b) for what, b in said if what == "done"), default=int(said[0][1]) - 1)  # batches
-        with sample.Store(path, STORED["model"]) as store:
-            a, texts = store.arrays(0), [e[5] for some in store.entries() for e in some]
-            sound = store.db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
-        n = len(batch_of(0)[2])
-        batches += [batch_of(b) for b in range(len(batches), -(-len(texts) // n))]
-        keys, values = (np.concatenate([np.empty((0, 64), np.float32), *(b[i] for b in batches)]) for i in (0, 1))
-        uses = np.repeat(([1] * len(batches) + [0])[1:], n)
-        whole = sound and texts == [t for b in batches for t in b[2]] and all(
-            np.array_equal(a[k], v) for k, v in (("keys", keys), ("values", values), ("uses", uses)))
-        answers = [search(q, torch.from_numpy(k), 32) for k in (a["keys"], keys)] if whole and batches else []
-        out["kills"] += 1
-        out["in the middle of a batch"] += said[-1][0] == "begin"
-        out["batches told committed"] = told
-        out["of them lost"] += max(told - len(batches), 0)
-        out["damaged or half written"] += not whole
-        out["same answers"] += whole and all(torch.equal(x, y) for x, y in zip(*answers))
-    return out
+        writer.kill()
+        lines += [line for line in writer.stdout if line.endswith("\n")]
+        writer.wait()
+        what, b = lines[-1].split()
+        committed = int(b) + (what == "done")
+        n_found, whole = found_in(path)
+        total["kills"] += 1
+        total["in the middle of a batch"] += what == "begin"
+        total["batches told committed"] = committed
+        total["of them lost"] += max(committed - n_found // 200, 0)
+        total["damaged or half written"] += not whole
+    return total
 
 
 def crash(cfg, kills=50):
-    """a store whose writer is killed 50 times in the middle of writing: nothing committed is lost, nothing is half written"""
+    """a store whose writer is killed 50 times in the middle of writing: nothing committed is lost,
+    nothing is half written"""
     path = os.path.join(scratch(), "store.db")
     figures = kill_writers(path, kills)
-    return show(cfg, "SIGKILL while writing, then read by another process", [{**figures, "MB": os.path.getsize(path) / 2 ** 20}])
+    yield Table("SIGKILL while writing, then read by another process",
+                [{**figures, "MB": os.path.getsize(path) / 2 ** 20}])
 
 
-LAMBDAS, TEMPS, KS = np.linspace(0, 0.8, 21), 2.0 ** np.arange(-7, 2), (16, 64, 256)  # temperatures: times the channels
+# facts
 
 
-def tuned(logp, far, hits, C, fits):
-    """The weight, temperature and k of a kNN-LM that are best where fits (n,) says, and the nats (n,) of each place with them. logp (n,): of
-    the right token by the model; far, hits (n, K): distances of the entries found, and whether the right token stood behind each."""
-    best = (math.inf,)
-    for k, temp in itertools.product(KS, C * TEMPS):
-        p = ((-far[:, :k] / temp).softmax(1) * hits[:, :k]).sum(1)
-        for lam in LAMBDAS:
-            nats = -(logp.exp() * (1 - lam) + lam * p).log()
-            here = nats[fits].mean().item()
-            if here < best[0] - 1e-7:
-                best = here, lam, temp, k, nats
-    return best[1:]
+def as_text_of(facts, mark="!"):
+    """Return facts [(what of, value)] as the text that states them."""
+    return "".join(f"{mark}{key} {value}\n" for key, value in facts)
+
+
+@torch.inference_mode()
+def answers(model, tok, facts, memory, rows=64):
+    """Return the share of facts whose whole value is the likeliest text behind the question, which
+    follows 6 unrelated facts: each token of it the likeliest behind those before, as greedy
+    decoding has it."""
+    right, others = 0, prepare.random_facts(np.random.default_rng(0), 6)
+    decoder = sample.Decoder(model, [tok.encode("\n" + as_text_of(others))], memory=memory)
+    for i in range(0, len(facts), rows):
+        texts = [torch.tensor(tok.encode(as_text_of([fact], "?"))) for fact in facts[i:i + rows]]
+        state = decoder.state.select(torch.zeros(len(texts), dtype=torch.long))
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        guesses = model(ids, state=state).logits.argmax(-1)
+        for text, guess, (_, value) in zip(texts, guesses, facts[i:]):
+            n = len(text) - len(value) - 1
+            right += torch.equal(guess[n - 1:len(text) - 1], text[n:])
+    return right / len(facts)
+
+
+def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_000):
+    """random facts, each read once and asked far outside the window, by how many are stored: right
+    answers, seconds"""
+    make_task(cfg, "facts")
+    model, ckpt = sample.load(kept(cfg, "facts", "config/facts.py --dataset=facts"))
+    tok, rows = prepare.Tokenizer(ckpt["tokenizer"]), []
+    for size in sizes:
+        known, large = prepare.random_facts(np.random.default_rng(size), size), size > indexed
+        order = np.random.default_rng(0).permutation(size)
+        asked = [known[i] for i in order[:n // 4 if large else n]]  # (seconds each)
+        found, read = timed(lambda: sample.absorb(model, tok.encode("\n" + as_text_of(known))))
+        n_entries = max(len(keys) for heads in found.values() for keys, *_ in heads)
+        # an index takes as much room again, and more
+        for how in ("exact", "cleared") if large else ("exact", "index", "cleared"):
+            decoder = memory = None  # the one before goes first
+            memory, made = timed(lambda: {} if how == "cleared" else sample.remembered(
+                model, found, index=how == "index"))
+            decoder = sample.Decoder(model, [tok.encode("\n?")], memory=memory)
+            rows.append({
+                "facts": size, "memory": how, "entries": n_entries if memory else 0,
+                "GB": sum(t.nbytes for m in memory.values() for t in (m.keys, m.values)) / 1e9,
+                "questions": len(asked),
+                "right": answers(model, tok, asked, memory, max(1, min(64, 2 ** 22 // n_entries))),
+                "read s": read, "made s": made,
+                "ms a token": 1000 * median(seconds(lambda: decoder.push([4])) for _ in range(20))})
+            print(rows[-1], file=sys.stderr)  # (the largest takes a quarter of an hour, and 18 GB)
+    yield Table("facts told once, questions for whole values, greedy, eager, fp32; ms a token: one "
+                "row", rows)
+
+
+# kNN-LM
+
+LAMBDAS = torch.linspace(0, 0.8, 21)
+TEMPERATURES = [2.0 ** i for i in range(-7, 2)]  # times the channels
+NEIGHBOURS = (16, 64, 256)
+
+
+def tuned(logp, distances, hits, C, fits):
+    """Return the weight, temperature and k of a kNN-LM that are best where fits (n,) says, and the
+    nats (n,) of each place with them. logp (n,): of the right token by the model; distances, hits
+    (n, K): of the entries found, and whether the right token stood behind each."""
+    found = []
+    for k, temperature in itertools.product(NEIGHBOURS, TEMPERATURES):
+        p = ((-distances[:, :k] / (C * temperature)).softmax(1) * hits[:, :k]).sum(1)
+        nats = -torch.lerp(logp.exp(), p, LAMBDAS[:, None]).log()  # (weights, n)
+        loss, i = nats[:, fits].mean(1).min(0)
+        found.append((round(loss.item(), 7), LAMBDAS[i].item(), temperature, k, nats[i]))
+    return min(found, key=lambda f: f[0])[1:]
 
 
 def behind(h, places, k, size=64):
-    """Squared distances and rows (n, k) of the entries of a text h (N, C) nearest to each of its places, of those before the place alone."""
-    out = []
+    """Return squared distances and rows (n, k) of the entries of a text h (N, C) nearest to each
+    of its places, of those before the place alone."""
+    found = []
     for p in places.split(size):
         keys = h[:p[-1]].float()
-        far = torch.cdist(h[p].float(), keys).square().masked_fill(torch.arange(len(keys)) >= p[:, None], math.inf)
-        out.append(far.topk(k, largest=False))
-    return [torch.cat(t) for t in zip(*out)]
+        later = torch.arange(len(keys)) >= p[:, None]
+        distances = torch.cdist(h[p].float(), keys).square().masked_fill(later, math.inf)
+        found.append(distances.topk(k, largest=False))
+    return [torch.cat(t) for t in zip(*found)]
 
 
 @torch.inference_mode()
 def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
-    """kNN-LM: validation loss with the training text, or with what stands before in the text itself; tuned and scored on different halves"""
-    folder = kept(cfg, "judge", **JUDGE)
+    """kNN-LM: validation loss with the training text, or with the text itself; tuned and scored on
+    different halves"""
+    folder = judge_folder(cfg)
     model, ckpt = sample.load(folder)
-    tok, C, K = prepare.Tokenizer(ckpt["tokenizer"]), model.cfg.n_embd, max(KS)
-    train_ids, val_ids = (np.asarray(prepare.open_bin(os.path.join(cfg.data_dir, cfg.dataset, f"{s}.bin"))[0]).tolist()
-                          for s in ("train", "val"))
-    right, h, logp = torch.tensor(val_ids[1:]), [], []
-    for vectors, logits in sample.outputs(model, val_ids):
-        logp.append(logits.log_softmax(-1).gather(1, right[sum(map(len, h)):][:len(logits), None])[:, 0])
-        h.append(vectors.half())
-    h, logp = torch.cat(h), torch.cat(logp)
-    at = torch.linspace(K, len(right) - 1, 2 * n).long()  # what is scored: places evenly over the split, of which the first half tunes
-    fits = torch.arange(2 * n) < n
-    rows = [{"datastore": "none", "val loss": -logp[at][~fits].mean().item()}]
+    tok, C, K = prepare.Tokenizer(ckpt["tokenizer"]), model.cfg.n_embd, max(NEIGHBOURS)
+    train_ids, val_ids = (split_ids(cfg, split).tolist() for split in ("train", "val"))
+    target = torch.tensor(val_ids[1:])
+    # what is scored: places evenly over the split, of which the first half tunes
+    places = torch.linspace(K, len(target) - 1, 2 * n).long()
+    fits, right = torch.arange(2 * n) < n, target[places, None]
+    h, logits = map(torch.cat, zip(*sample.outputs(model, val_ids)))
+    h = h.half()
+    logp = logits[places].log_softmax(-1).gather(1, right)[:, 0]
+    rows = [{"datastore": "none", "val loss": -logp[~fits].mean().item()}]
 
-    def row(name, entries, far, tokens, **more):
-        lam, temp, k, nats = tuned(logp[at], far, tokens == right[at, None], C, fits)
-        gain = (-logp[at] - nats)[~fits]
-        rows.append({"datastore": name, "entries": entries, "lambda": lam, "temp": temp / C, "k": k, "val loss": nats[~fits].mean().item(),
-                     "gain": gain.mean().item(), "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more})
+    def add(name, entries, distances, tokens, **more):
+        weight, temperature, k, nats = tuned(logp, distances, tokens == right, C, fits)
+        gain = (-logp - nats)[~fits]
+        rows.append({"datastore": name, "entries": entries, "lambda": weight, "temp": temperature,
+                     "k": k, "val loss": nats[~fits].mean().item(), "gain": gain.mean().item(),
+                     "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more})
 
-    def look(near, own=False):
-        return [torch.cat(t) for t in zip(*(near.find(h[p], p if own else None) for p in at.split(256)))]
+    def find(near, own=False):
+        found = [near.find(h[p], p if own else None) for p in places.split(256)]
+        return [torch.cat(t) for t in zip(*found)]
 
-    places = itertools.cycle(at.split(1))
-    path = os.path.join(scratch(), "knn.db")
-    with sample.Store(path, prepare.checkpoint_id(prepare.checkpoint_path(folder)), "knn", (C, "float16"), (1, "int32"), True) as store:
+    one_by_one, path = itertools.cycle(places.split(1)), os.path.join(scratch(), "knn.db")
+    model_id = prepare.checkpoint_id(prepare.checkpoint_path(folder))
+    with sample.Store(path, model_id, "knn", (C, "float16"), (1, "int32"), True) as store:
         for before, size in itertools.pairwise((0, *sizes)):
             sample.learn_knn(store, model, tok, train_ids[before:size + 1])
-            t0 = time.perf_counter()
-            near = sample.Neighbours.open(store, K, 0.25, 10.0)
-            read = time.perf_counter() - t0
-            far, found = look(near)
-            one = turns({"find": lambda: near.find(h[next(places)])}, cfg.rounds, seconds, 0.5)["find"]
-            row("training text", size, far, near.tokens[found], **{
-                "ms a token": 1000 * median(one), "MB": store.stats()["bytes"] / 2 ** 20, "read, s": read})
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    row("training text, its tokens shuffled", size, far, near.tokens[order][found])
-    recent, back = behind(h, at, K)
-    row("this text, before the place", len(h), recent, right[back])
-    both, order = torch.cat((far, recent), 1).sort(1)
-    row("both", size + len(h), both[:, :K], torch.cat((near.tokens[found], right[back]), 1).gather(1, order)[:, :K])
-    far, found = look(sample.Neighbours(h, right, K, 0.25, 10.0), own=True)
-    row("this text but for the place: its future too", len(h), far, right[found])
-    return show(cfg, f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of the validation split, scored on "
-                     f"{n:,} of the other", rows)
+            near, read = timed(lambda: sample.Neighbours.open(store, K, 0.25, 10.0))
+            distances, found = find(near)
+            times = turns({"find": lambda: near.find(h[next(one_by_one)])}, cfg.rounds, least=0.5)
+            add("training text", size, distances, near.tokens[found],
+                **{"ms a token": 1000 * median(times["find"]),
+                   "MB": store.stats()["bytes"] / 2 ** 20, "read, s": read})
+    shuffled = near.tokens[torch.randperm(size, generator=torch.Generator().manual_seed(0))]
+    add("training text, its tokens shuffled", size, distances, shuffled[found])
+    recent, earlier = behind(h, places, K)
+    add("this text, before the place", len(h), recent, target[earlier])
+    both, order = torch.cat((distances, recent), 1).sort(1)
+    tokens = torch.cat((near.tokens[found], target[earlier]), 1).gather(1, order)
+    add("both", size + len(h), both[:, :K], tokens[:, :K])
+    distances, found = find(sample.Neighbours(h, target, K, 0.25, 10.0), own=True)
+    add("this text but for the place: its future too", len(h), distances, target[found])
+    yield Table(f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of "
+                f"the validation split, scored on {n:,} of the other", rows)
 
 
-CLAIMS = {"speed": speed, "parts": parts, "decode": decode, "main": main_job, "cpu": time_to_loss, "a100": a100, "best": best, "slots": slots,
-          "variants": variants, "spans": spans, "cipher": cipher, "stream": stream, "soft": soft,
-          "semantic": semantic, "chain": chain, "coherence": coherence, "formal": formal, "formal_more": formal_more, "levels": levels, "concepts": concepts,
-          "blocks": blocks, "exits": exits, "exit_speed": exit_speed, "speculate": speculate, "contrast": contrast, "retrieval": retrieval,
-          "crash": crash, "knn": knn, "facts": facts, "plays": plays, "featural": featural, "distill": distill}
+CLAIMS.update(retrieval=retrieval, crash=crash, facts=facts, knn=knn)
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def question(name):
+    """Return what a claim asks, in a sentence."""
+    claim = CLAIMS.get(name, mine)
+    return " ".join((claim.question if isinstance(claim, Trial) else claim.__doc__).split())
 
 
 def main(argv):
-    if argv[:1] == ["_arm"]:
-        return serve()
     if argv[:1] == ["_writer"]:
         return write_on(argv[1])
     if argv[:1] == ["render"]:
         return render(argv[1:])
-    doc = __doc__.replace("CLAIMS", "\n".join(f"{'' if i == 0 else ' ' * 38}{k:14} {f.__doc__}"
-                                              for i, (k, f) in enumerate(CLAIMS.items())))
-    values, claims = config.parse(argv, BenchConfig, doc=doc, words=list(CLAIMS))
+    lines = [f"{name:14} {question(name)}" for name in CLAIMS]
+    doc = __doc__.replace("CLAIMS", ("\n" + " " * 38).join(lines))
+    own_idea = "mine" in argv
+    presets = [a for a in argv if own_idea and a.endswith(".py")]
+    words = [a for a in argv if a not in presets]
+    values, *idea, claims = config.parse(words, BenchConfig, *[GPTConfig, TrainConfig] * own_idea,
+                                         doc=doc, words=[*CLAIMS, "mine"])
     cfg = config.build(BenchConfig, **values)
     for preset in cfg.presets:
-        read_arm(preset)
-    if cfg.profile:
-        profile_presets(cfg)
-    for name in claims:
-        CLAIMS[name](cfg)
-    if not claims and not cfg.profile:
-        all_presets(cfg)
+        read_arm(f"config/{preset}.py")
+    if own_idea and claims != ["mine"]:
+        raise UserError("mine compares one idea with the plain model; name no other claim too")
+    for name in claims or ["profile" if cfg.profile else "presets"]:
+        run = {**CLAIMS, "profile": profile_presets}.get(name)
+        if own_idea:
+            run = mine(cfg, presets, {**idea[0], **idea[1]})
+        else:
+            run = run_trial(cfg, run) if isinstance(run, Trial) else run(cfg)
+        start, tables = time.perf_counter(), []
+        for table in run:
+            show(cfg, table)
+            tables.append(table)
+        if cfg.save:
+            flags = [a for a in words if a not in (*claims, "--save")]
+            save(cfg, name, tables, [*presets, *flags], time.perf_counter() - start)
     return 0
 
 
