@@ -308,7 +308,7 @@ def log_probability(logits, tokens):
 
 def top_two(model, h):
     """Return the probabilities of the two likeliest tokens, (B, T) each."""
-    return model.to_logits(h)[0].softmax(-1).topk(2, dim=-1).values.unbind(-1)
+    return model.to_logits(h).softmax(-1).topk(2, dim=-1).values.unbind(-1)
 
 
 # of output vectors h (B, T, C) at an exit, and of those at the exit before it: (B, T) in [0, 1]
@@ -581,8 +581,10 @@ class Decoder:
         or (B, 1): how many tokens were made before the first of these."""
         idx, ids = inputs
         if self.leave is None:
-            out = model(idx, history=history, state=state, at_exit=self.at_exit, ids=ids)
-            return out.logits, out.early, None, out.h
+            out, early = model(idx, history=history, state=state, ids=ids), None
+            if self.at_exit:
+                early = model.to_logits(out.exits[list(model.exits.values()).index(self.at_exit)])
+            return out.logits, early, None, out.h
         self.leave.t = self.made + 1 - idx.size(1) if t is None else t
         logits, depth = model.forward_with_exits(idx, self.leave, history, state)
         return logits, None, depth, None
@@ -711,7 +713,7 @@ def compiled(model):
     # a graph for each piece between exits
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     fast = copy.copy(model)
-    for name in ("run", "remember", "forward_early", "forward_remainder", "forward"):
+    for name in ("run", "update_caches", "forward_early", "forward_remainder", "forward"):
         setattr(fast, name, torch.compile(getattr(model, name), dynamic=False))
     return fast
 
@@ -732,14 +734,11 @@ class Int8(torch.nn.Module):
         self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
         self.bias = linear.bias
 
-    def rows(self, x, first=0, last=None):
+    def forward(self, x, first=0, last=None):
         x = F.pad(x, self.pad).contiguous()
         q, scale = self.q[first:last], self.scale[first:last]
         y = torch._weight_int8pack_mm(x.view(-1, x.size(-1)), q, scale).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[first:last].to(y.dtype)
-
-    def forward(self, x):
-        return self.rows(x)
 
 
 def to_int8(model):

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import prepare
 from config import UserError, summary, visible
-from model import FeaturalMemory, GPT, GPTConfig, MLP, settings
+from model import FeaturalMemory, GPT, GPTConfig, GROUPS, MLP, divergence, settings
 
 CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine", "triangle"),
            "dtype": ("auto", "float32", "bfloat16")}
@@ -488,32 +488,26 @@ class Muon(torch.optim.Optimizer):
 
 
 def param_groups(model, tcfg):
-    """Return {"muon": [...], "adamw": [...], "values": [...], "plain": [...]}: linear layers inside
-    blocks, levels and slots; everything else with two dimensions, heads among it; values of
-    memories, at a rate of their own; gains and biases, which never decay. With optimizer = adamw
-    the first is part of the second."""
-    groups = {"muon": [], "adamw": [], "values": [], "plain": []}
-    for name, p in model.named_parameters():
-        inside = name.startswith(("blocks.", "levels.", "slots.proj"))
-        matrix = inside and p.dim() == 2 and not name.endswith("embed.weight") \
-            and ".head." not in name
-        group = ("values" if name.endswith("values.weight") else "plain" if p.dim() < 2 else
-                 "muon" if matrix and tcfg.optimizer == "muon" else "adamw")
-        groups[group].append(p)
+    """Return {optimizer group: parameters}, by what each parameter states; with optimizer = adamw
+    matrices are among the tables."""
+    groups = {name: [] for name in GROUPS}
+    for p in model.parameters():
+        matrix = p.group == "matrix" and tcfg.optimizer != "muon"
+        groups["table" if matrix else p.group].append(p)
     return groups
 
 
 def make_optimizers(model, tcfg):
     """Return AdamW, and Muon where it has something to do; each group has its peak_lr."""
     groups = param_groups(model, tcfg)
-    adam = [dict(params=groups["adamw"], weight_decay=tcfg.weight_decay),
-            dict(params=groups["plain"], weight_decay=0.0),
+    adam = [dict(params=groups["table"], weight_decay=tcfg.weight_decay),
+            dict(params=groups["gain"], weight_decay=0.0),
             dict(params=groups["values"], weight_decay=0.0, lr=tcfg.learning_rate * tcfg.value_lr)]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     optimizers = [torch.optim.AdamW([g for g in adam if g["params"]], lr=tcfg.learning_rate,
                                     betas=(tcfg.beta1, tcfg.beta2), fused=fused)]
-    if groups["muon"]:
-        optimizers.append(Muon(groups["muon"], tcfg.muon_lr, tcfg.momentum, tcfg.weight_decay,
+    if groups["matrix"]:
+        optimizers.append(Muon(groups["matrix"], tcfg.muon_lr, tcfg.momentum, tcfg.weight_decay,
                                tcfg.ns_steps, model.dtype))
     for o in optimizers:
         for g in o.param_groups:
@@ -797,21 +791,19 @@ class Distillation(torch.nn.Module):
         what the teacher's gave in its place (squares of lengths: 0 is a copy, 1 as good as
         nothing). taught: (the teacher's logits (B, T, V), {block: its output (B, S + T, C)})."""
         logits, wanted = taught
-        cfg, tcfg, scored, given = self.student.cfg, self.tcfg, targets >= 0, {}
+        tcfg, scored = self.tcfg, targets >= 0
         denom = scored.sum().clamp(min=1) if denom is None else denom
-        out = self.student(idx, targets, history, denom=denom, fed=given, **more)
+        out = self.student(idx, targets, history, denom=denom, **more)
 
         def mean(each):  # (B, T or S + T): slots are not scored
             return each[:, -scored.size(1):].masked_fill(~scored, 0.0).sum() / denom
 
-        p = logits.log_softmax(-1)
-        losses = {"teacher": mean((p.exp() * (p - out.logits.log_softmax(-1))).sum(-1))}
+        losses = {"teacher": mean(divergence(logits, out.logits))}
         # the text counts distill_ce times what it does without a teacher
-        ce_weight = cfg.ce_weight or float(cfg.head == "nearest")
-        loss = out.loss - (1 - tcfg.distill_ce) * ce_weight * out.losses["ce"]
+        loss = out.loss - (1 - tcfg.distill_ce) * self.student.ce_weight * out.losses["ce"]
         loss = loss + tcfg.distill * losses["teacher"]
         if tcfg.distill_match and wanted:
-            pairs = [(given[i].float(), t.float()) for i, t in wanted.items()]
+            pairs = [(out.ff_outputs[i].float(), t.float()) for i, t in wanted.items()]
             far = sum((y - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-8)
                       for y, t in pairs)
             losses["match"] = mean(far) / len(pairs)
@@ -907,17 +899,19 @@ class Runner:
         teacher.dtype = self.place.dtype
         teacher.eval().requires_grad_(False).to(self.place.device)
         self.teacher = self.maybe_compile(teacher)
+        for model in (self.model, teacher):
+            model.record_ff_outputs = bool(self.replaced)
         self.distillation = Distillation(self.model, self.tcfg)
         return like
 
     def taught(self, x, h):
         """Return what the teacher says of inputs x (B, T) after histories h (B, H), as Distillation
         takes it."""
-        outputs, H = {}, self.teacher.cfg.history
+        H = self.teacher.cfg.history
         with torch.no_grad():
             history = h[:, h.size(1) - H:] if H else None
-            logits = self.teacher(x, history=history, fed=outputs).logits
-        return logits, {i: outputs[t] for t, i in self.replaced.items()}
+            out = self.teacher(x, history=history)
+        return out.logits, {i: out.ff_outputs[t] for t, i in self.replaced.items()}
 
     def draw(self, step):
         """Return what the model draws for a whole step, on the device; None where it draws
