@@ -136,7 +136,7 @@ def two_threads(monkeypatch):
     monkeypatch.setattr(train, "matmul_peak", lambda place: 1e9)
 
 
-def close(a, b, atol=2e-5):
+def agree(a, b, atol=2e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
@@ -223,7 +223,7 @@ def leaks_nothing(m):
         for ids in (x, changed):
             torch.manual_seed(1)
             out.append(m(ids, history=h, memory=memory).logits)
-        close(out[0][:, :t], out[1][:, :t], atol)
+        agree(out[0][:, :t], out[1][:, :t], atol)
         assert not torch.equal(out[0][:, t:], out[1][:, t:])
 
 
@@ -269,7 +269,7 @@ def test_a_prefix_gives_the_same(name):
     memory = filled(m)
     full = m(x, history=h, memory=memory).logits
     for n in range(1, m.cfg.block_size + 1):
-        close(m(x[:, :n], history=h, memory=memory).logits, full[:, :n], 1e-4 if memory else 2e-5)
+        agree(m(x[:, :n], history=h, memory=memory).logits, full[:, :n], 1e-4 if memory else 2e-5)
 
 
 @invariant
@@ -283,7 +283,7 @@ def test_rows_are_apart(name):
         for ids in (x, other):
             torch.manual_seed(1)
             out.append(m.train(training)(ids, history=h, memory=filled(m, ids=ids)).logits[0])
-        close(*out)
+        agree(*out)
 
 
 @invariant
@@ -311,7 +311,7 @@ def test_documents_are_apart(name):
 
     for at in (6, 14):
         for a, b in zip(behind(at, 0), behind(at, 1)):
-            close(a, b)
+            agree(a, b)
     outer = m.cfg.layers if m.cfg.plan == "add" else re.sub(r"\(.*\)", "", m.cfg.layers)
     if set("RGM(") & set(outer) and name != "random":  # and without an end, they go on
         assert not torch.allclose(behind(6, 0, 7)[0], behind(6, 1, 7)[0], atol=1e-3)
@@ -324,7 +324,7 @@ def test_missing_tokens_are_as_if_they_were_not_there(name):
     short, long = (make(name, **slots, history=n).eval() for n in (12, 16))
     x, h = inputs(short)
     missing = F.pad(h, (4, 0), value=-1)
-    close(long(x, history=missing).logits, short(x, history=h).logits, 5e-5)
+    agree(long(x, history=missing).logits, short(x, history=h).logits, 5e-5)
 
 
 @invariant
@@ -342,13 +342,13 @@ def test_cached_decoding_is_the_full_forward(name):
         first = m(prompt, history=h, state=state).logits
         state.rollback(width - pos)
         for b, n in enumerate(pos):
-            close(first[b, :n], full[b, :n], atol)
+            agree(first[b, :n], full[b, :n], atol)
         order = torch.arange(B).flip(0)
         for forget, take in ((0, 1), (0, 1), (0, 3), (2, 1), (order % 2, 2), (0, 2)):
             state.rollback(forget)
             pos = pos - forget
             place = pos[:, None] + torch.arange(take)
-            close(m(x[rows[:, None], place], state=state).logits, full[rows[:, None], place], atol)
+            agree(m(x[rows[:, None], place], state=state).logits, full[rows[:, None], place], atol)
             pos = pos + take
             state, rows, pos = state.select(order), rows[order], pos[order]
 
@@ -387,11 +387,11 @@ def test_off_is_absent():
     x, _ = inputs(wake(m))
     logits, loss = m(x, x.flip(1))
     want = plain_logits(p, x)
-    close(logits, want)
+    agree(logits, want)
     want = F.cross_entropy(want.flatten(0, 1), x.flip(1).flatten())
-    close(loss, want, 1e-6)
+    agree(loss, want, 1e-6)
     for got, grad in zip(*(torch.autograd.grad(t, list(p.values())) for t in (loss, want))):
-        close(got, grad, 1e-5)
+        agree(got, grad, 1e-5)
 
 
 @invariant
@@ -457,7 +457,7 @@ def test_one_graph(name):
             torch.manual_seed(1)
             step_draw = m.draw_step(0, 0) if training else None
             out.append(g(x, x, history=h, step_draw=step_draw).loss)
-        close(*out)
+        agree(*out)
 
 
 @pytest.mark.parametrize("name", ["nanogpt_bias", "hierarchy"])
@@ -467,9 +467,9 @@ def test_inductor(name):
     m = make(name)
     x, h = inputs(m)
     losses = [f(x, x, history=h).loss for f in (m, torch.compile(m, dynamic=False, fullgraph=True))]
-    close(*losses)
+    agree(*losses)
     for a, b in zip(*(torch.autograd.grad(loss, list(m.parameters())) for loss in losses)):
-        close(a, b, 1e-4)
+        agree(a, b, 1e-4)
 
 
 OPTIONS = dict(  # what random settings choose from
@@ -532,10 +532,10 @@ def test_a_distribution_is_its_expected_embedding():
     m = make("value_embed").eval()
     x, _ = inputs(m)
     hard = F.one_hot(x, 24).float()
-    close(m(hard).logits, m(x).logits)
+    agree(m(hard).logits, m(x).logits)
     half = 0.5 * hard + 0.5 * hard.flip(0)
     for table in (m.wte, m.get_submodule("blocks.1.attn.value_embed")):
-        close(table(half), (table(x) + table(x.flip(0))) / 2)
+        agree(table(half), (table(x) + table(x.flip(0))) / 2)
 
 
 @pytest.mark.parametrize("kind", ["mse", "cos", "soft_ce"])
@@ -547,15 +547,15 @@ def test_nearest_logits_and_semantic_losses_are_their_formulas(kind):
     logits, h, e = m(x).logits, m(x).h, norm(m.wte.weight)
     z, out, want = h @ m.get_parameter("point.proj.weight").T, m(x, y), []
     distance = -8 * m.get_parameter("point.scale") * (z[:, :, None] - e).square().sum(-1) / 32
-    close(logits.log_softmax(-1), distance.log_softmax(-1), 1e-4)
+    agree(logits.log_softmax(-1), distance.log_softmax(-1), 1e-4)
     for b, t in (y >= 0).nonzero().tolist():
         target = e[y[b, t]]
         spread = (F.cosine_similarity(target[None], e) / 0.2).softmax(0)
         want.append({"mse": (z[b, t] - target).square().mean(),
                      "cos": 1 - F.cosine_similarity(z[b, t], target, dim=0),
                      "soft_ce": -spread @ logits[b, t].log_softmax(-1)}[kind])
-    close(out.losses["semantic"], torch.stack(want).mean(), 1e-4)
-    close(out.loss, out.losses["ce"] + 0.5 * out.losses["semantic"])
+    agree(out.losses["semantic"], torch.stack(want).mean(), 1e-4)
+    agree(out.loss, out.losses["ce"] + 0.5 * out.losses["semantic"])
 
 
 def test_regression_alone_teaches_the_trunk_nothing_of_cross_entropy():
@@ -576,7 +576,7 @@ def test_soft_inputs_in_training(more):
     logits[..., 5] = float("-inf")
     soft = torch.cat((hard[:, :1], logits.softmax(-1)[:, :-1]), 1)
     want = m(torch.where((x == 5)[..., None], hard, soft), ids=x).logits
-    close(m.train()(x).logits, want)
+    agree(m.train()(x).logits, want)
     few = make("soft_rate", soft_rate=0.25, **more)
     changed = (few.train()(x).logits - few.eval()(x).logits)[:, 1].abs().amax(-1) > 1e-6
     assert changed.sum() / (x[:, 1] != 5).sum() == pytest.approx(0.25, abs=0.06)
@@ -593,20 +593,20 @@ def test_thinking_is_feeding_back_step_by_step():
     for t in (2, 3, 5, 7):  # the others are beyond n_think
         p = plain(fed[:, :t], ids=x[:, :t]).logits[:, -1].softmax(-1)
         fed = torch.cat((fed[:, :t], p[:, None], fed[:, t + 1:]), 1)
-    close(full, plain(fed, ids=x).logits)
+    agree(full, plain(fed, ids=x).logits)
     state = m.init_state(1)
     steps = [m(piece, state=state).logits for piece in x.split((1, 2, 1, 5, 2), 1)]
-    close(torch.cat(steps, 1), full)
+    agree(torch.cat(steps, 1), full)
     got, want, cut = (torch.autograd.grad(logits[0, 3].sum(), model.wte.weight)[0]
                       for model, logits in ((m, full), (plain, plain(fed, ids=x).logits),
                                             (plain, plain(fed.detach(), ids=x).logits)))
-    close(got, want)
+    agree(got, want)
     assert not torch.allclose(got, cut, atol=1e-4)
 
 
 def test_enriched_slots_hold_outputs():
     m, h = make("slots_enrich").eval(), random_ids(2, 16)
-    close(m.vectors(h), m(h).h)
+    agree(m.vectors(h), m(h).h)
     assert not m.vectors(h).requires_grad
 
 
@@ -620,6 +620,19 @@ def bound(vectors):
     return norm(torch.cat((total.real, total.imag)))
 
 
+def test_slots_are_their_formulas():
+    """A decayed mean of the history, means of its parts, and spans in order; missing ones are 0."""
+    m, h = make("slots"), random_ids(1, 16)
+    h[0, :5] = -1
+    vectors = m.wte(h.clamp(min=0))
+    e = vectors[0] * (h[0] >= 0)[:, None]
+    pooled = [norm(torch.exp(torch.arange(-15, 1) / 4) @ e), *(norm(t.sum(0)) for t in e.chunk(2)),
+              *(bound(t) for t in e[4:].chunk(3))]
+    for ids, want in ((h, torch.stack(pooled)), (h * 0 - 1, m.slots.empty.expand(6, -1))):
+        want = want @ m.slots.proj.weight.T + m.slots.slot_embed
+        agree(m.slots(ids, vectors)[0], want)
+
+
 @pytest.mark.parametrize("more, text, ends", [
     ({}, [9, 8, 7, 6, 10, 11, 5, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, -6, 10, 14]),
     (WORDS, [7, 8, 1, 9, 2, 7, 7, 7, 1, 8, 8, 8, 8, 8, 1, 3], [3, 5, 9, 15]),
@@ -630,7 +643,7 @@ def test_concepts_are_bound_sums(more, text, ends):
     x, e = torch.tensor([text]), norm(m.wte.weight).detach()
     chunks = [(max(0, a, -a), b) for a, b in itertools.pairwise((0, *ends)) if b > 0]
     made, want = m.concepts(x)[-1], torch.stack([bound(e[x[0, a:b]]) for a, b in chunks])
-    close(made.concepts[0, :len(chunks)], want, 1e-4)
+    agree(made.concepts[0, :len(chunks)], want, 1e-4)
     assert made.exists[0].tolist() == [i < len(chunks) for i in range(4)]
     assert made.end[0, :len(chunks)].tolist() == [b - 1 for _, b in chunks]
     if not more:
@@ -654,8 +667,8 @@ def test_the_concept_loss_is_its_formula(horizon):
         if i <= j < i + horizon and max(i - 1, 0) // 4 == j // 4:
             far = (ahead[i, j - i] - made.concepts[0, j]).square().mean()
             total = total + far * counts[j] / horizon
-    close(out.losses["concept_1"], total / 14)
-    close(out.loss, out.losses["ce"] + 0.3 * out.losses["concept_1"])
+    agree(out.losses["concept_1"], total / 14)
+    agree(out.loss, out.losses["ce"] + 0.3 * out.losses["concept_1"])
 
 
 @pytest.mark.parametrize("more", [dict(chunk="space", space=(1,)), dict(chunk=1), dict(chunk=200),
@@ -666,7 +679,7 @@ def test_long_windows(more):
     m = make("level", block_size=200, **more).eval()
     x, state = random_ids(2, 200), m.init_state(2)
     steps = [m(t, state=state).logits for t in (x[:, :9], *x[:, 9:].split(1, 1))]
-    close(torch.cat(steps, 1), m(x).logits, 5e-5)
+    agree(torch.cat(steps, 1), m(x).logits, 5e-5)
 
 
 def test_the_leak_test_finds_a_leak():
@@ -737,7 +750,7 @@ def test_search_is_exact():
     for room, span, n in ((2 ** 25, 2 ** 16, 1000), (5000, 300, 1000), (1, 7, 1000), (99, 9, 5)):
         values, places = search(q, keys[:n].half(), 9, room, span)
         want = (q @ keys[:n].half().float().t()).topk(min(9, n))
-        close(values, want.values)
+        agree(values, want.values)
         assert torch.equal(places, want.indices)
 
 
@@ -752,10 +765,10 @@ def test_an_index_finds_almost_all(parts):
     for part in keys.split(parts):
         index.add(part)
     values, places = search(q, keys, 10)
-    close(index.search(q, 10, probes=10 ** 6)[0], values)
+    agree(index.search(q, 10, probes=10 ** 6)[0], values)
     one = [torch.cat(t) for t in zip(*(index.search(x, 10, probes=8) for x in q.split(1)))]
     for found, ids in (index.search(q, 10, probes=8), one):
-        close(found, (q[:, None] * keys[ids]).sum(-1))
+        agree(found, (q[:, None] * keys[ids]).sum(-1))
         assert (places[:, :, None] == ids[:, None]).any(-1).float().mean() > 0.95
     equal = Clusters(4)
     for part in (torch.ones(5000, 4), torch.zeros(5000, 4), torch.ones(1, 4)):
@@ -773,7 +786,7 @@ def test_product_keys_find_what_flat_search_finds(n_mem, k):
     for h, (a, b) in enumerate(norm(memory.keys)):
         pairs = torch.cat((a.repeat_interleave(side, 0), b.repeat(side, 1)), dim=-1) * 8 ** -0.5
         want = (q[:, h] @ pairs.T).topk(k)
-        close(score[:, h], want.values)
+        agree(score[:, h], want.values)
         assert torch.equal(slots[:, h].sort(-1)[0], want.indices.sort(-1)[0])
 
 
@@ -807,7 +820,7 @@ def test_what_is_stored_is_found():
     found, none = m(x, memory=memory).logits, m(x, memory=m.init_memory(2)).logits
     assert torch.equal(none, m(x).logits) and not torch.allclose(found, none, atol=1e-4)
     second = {i: t.select(slice(1, 2)) for i, t in memory.items()}
-    close(m(x[1:], memory=second).logits, found[1:])
+    agree(m(x[1:], memory=second).logits, found[1:])
 
 
 def test_a_memory_chunk_searches_before_it_is_written():
@@ -833,12 +846,12 @@ def test_what_is_found_is_dropped_or_blurred_in_training(flag, little, most):
     want = plain(x, memory=memory).logits
     slight, much = (memory_model(**{flag: share}) for share in (little, most))
     assert torch.equal(much(x, memory=memory).logits, want)
-    close(slight.train()(x, memory=memory).logits, want, 1e-3)
+    agree(slight.train()(x, memory=memory).logits, want, 1e-3)
     out = much.train()(x, memory=memory).logits
     assert not torch.allclose(out, want, atol=1e-3)
     if flag == "mem_drop":
         plain.get_parameter("blocks.1.mlp.c_proj.weight").data.zero_()
-        close(out, plain(x, memory=memory).logits)
+        agree(out, plain(x, memory=memory).logits)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
@@ -854,8 +867,8 @@ def test_an_entry_pairs_a_key_with_what_came_later(shift):
     there = memory.usage[0, 0] > 0
     places = (made["c_v"][:, None] - memory.values[0, 0, there]).square().sum(-1).argmin(0)
     assert places.sort()[0].tolist() == list(range(7 + shift, 16))
-    close(memory.values[0, 0, there], made["c_v"][places])
-    close(memory.keys[0, 0, there], F.normalize(made["c_k"][places - shift], dim=-1))
+    agree(memory.values[0, 0, there], made["c_v"][places])
+    agree(memory.keys[0, 0, there], F.normalize(made["c_k"][places - shift], dim=-1))
 
 
 def test_what_is_near_is_replaced_and_the_least_used_goes():
@@ -867,9 +880,9 @@ def test_what_is_near_is_replaced_and_the_least_used_goes():
     counts = whole.usage[0, 0]
     assert (counts > 0).sum() == 10 and (seven.usage[0, 0] > 0).sum() == 1
     assert counts.max() > 2 * counts[counts > 0].min()
-    close(whole.keys[0, 0, counts.argmax()], seven.keys[0, 0, seven.usage[0, 0].argmax()])
+    agree(whole.keys[0, 0, counts.argmax()], seven.keys[0, 0, seven.usage[0, 0].argmax()])
     few = filled(m, ids=x, size=4)[1]
-    close(few.usage[0, 0].sort().values, counts.topk(4).values.flip(0))
+    agree(few.usage[0, 0].sort().values, counts.topk(4).values.flip(0))
 
 
 @pytest.mark.parametrize("end", [None, 3, 10, 20, 30, 47])
@@ -880,7 +893,7 @@ def test_windows_that_fold_find_what_one_long_window_finds(end):
         ids[end] = 5
     want, d = silent_memory(64)(torch.tensor([ids])).logits[0], decoded(silent_memory(), ids[:1])
     for t, place in zip(ids[1:], want[1:]):
-        close(d.push([t])[0], place, 2e-4)
+        agree(d.push([t])[0], place, 2e-4)
 
 
 def test_memory_outlasts_the_window():
@@ -888,12 +901,12 @@ def test_memory_outlasts_the_window():
     m, ids = memory_model(mem_novelty=2.0, mem_size=64), random_ids(45, seed=2).tolist()
     whole = sample.Decoder(m, [ids], 5, memory=m.init_memory(1))
     d = decoded(m, ids)
-    close(d.logits, whole.logits, 2e-4)
+    agree(d.logits, whole.logits, 2e-4)
     entries = [(t.memory[1].usage > 0).sum().item() for t in (d, whole)]
     assert entries == [2 * (45 - len(whole.rows[0][1]) - 1)] * 2  # two heads; no pair for the first
     assert not torch.allclose(decoded(m, ids, memory=False).logits, d.logits, atol=1e-3)
     m = silent_memory(mem_shift=0)  # one without room takes nothing from the window
-    close(decoded(m, ids, size=0).logits, decoded(m, ids, memory=False).logits)
+    agree(decoded(m, ids, size=0).logits, decoded(m, ids, memory=False).logits)
 
 
 def test_usage_is_counted_and_fades():
@@ -935,7 +948,7 @@ def test_what_was_stored_stays():
     d, other, none = (sample.Decoder(m, [ids[:20]], 5, memory=t)
                       for t in (memory, indexed, m.init_memory(1)))
     for t in [*ids[20:], 5, *ids] * 2:  # what is as near as can be comes, and documents end
-        close(d.push([t]), other.push([t]))
+        agree(d.push([t]), other.push([t]))
         assert not torch.allclose(d.logits, none.push([t]), atol=1e-4)
     assert torch.equal(d.memory[1].store.usage, before)
 
@@ -966,11 +979,11 @@ def test_soft_decoding_is_the_full_forward(name, by):
             kinds.add(bool(d.soft[b]))
             h = torch.tensor([[-1] * (d.H - len(ring)) + ring]) if d.H else None
             if not d.memory:
-                close(d.logits[b], m(x, history=h, ids=ids).logits[0, -1], 5e-5)
+                agree(d.logits[b], m(x, history=h, ids=ids).logits[0, -1], 5e-5)
             out[b] += ready[b]
         cached = d.logits.clone()
         d.fill()
-        close(cached, d.logits, 5e-5)
+        agree(cached, d.logits, 5e-5)
     assert kinds == {True, False} and {t.soft for t in out[0]} == {True, False}
     for row, (_, window) in zip(out, d.rows):
         assert len(row) == 30 and window[-10:] == [t.token for t in row][-10:]
@@ -988,11 +1001,11 @@ def test_collapse_policies(collapse, threshold, step, want):
 
 def test_soft_tokens():
     q = torch.tensor([[0.5, 0.3, 0.2, 0.0]])
-    close(sample.soft_token(q, soft_config(), None), q)
+    agree(sample.soft_token(q, soft_config(), None), q)
     two = sample.soft_token(q, soft_config(soft_top_k=2), None)
-    close(two, torch.tensor([[0.625, 0.375, 0, 0]]))
+    agree(two, torch.tensor([[0.625, 0.375, 0, 0]]))
     many = sample.soft_token(q.expand(20000, 4), soft_config(gumbel=0.05), seeded())
-    close(many.argmax(-1).bincount(minlength=4) / 20000, q[0], 0.015)  # Gumbel-max draws from q
+    agree(many.argmax(-1).bincount(minlength=4) / 20000, q[0], 0.015)  # Gumbel-max draws from q
 
 
 @variants
@@ -1340,7 +1353,7 @@ def test_a_resumed_run_has_its_settings(data_dir, tmp_path, monkeypatch):
     assert b["step"] == 5 and b["train_config"] == {**a["train_config"], **changed}
     assert b["model_config"] == a["model_config"]
     for k, v in a["model"].items():
-        close(b["model"][k], v, 1e-9)
+        agree(b["model"][k], v, 1e-9)
     for more, words in (("--n_layer=3", ["layers: 'AR' -> 'AAA'", "leave these settings out"]),
                         ("--optimizer=adamw", ["optimizer: 'muon' -> 'adamw'"]),
                         ("--dataset=chain", ["train.bin", "make the dataset again"])):
@@ -1402,7 +1415,7 @@ def test_accumulation_is_one_batch(data_dir, tmp_path, dataset):
     (_, a), (_, b) = (run(data_dir, tmp_path / str(n), dataset=dataset, batch_size=8 // n,
                           gradient_accumulation_steps=n, max_iters=4) for n in (1, 4))
     for x, y in zip(a["model"].values(), b["model"].values()):
-        close(x, y)
+        agree(x, y)
 
 
 def test_a_damaged_checkpoint_is_passed_over(data_dir, tmp_path):
@@ -1532,7 +1545,7 @@ def test_history_ends_at_a_document(data_dir):
     old, window = decoder.rows[0]
     kept = old[len(old) - old[::-1].index(d.eot):]
     h = torch.tensor([[-1] * (16 - len(kept)) + kept])
-    close(decoder.logits[0], m(torch.tensor([window]), history=h).logits[0, -1])
+    agree(decoder.logits[0], m(torch.tensor([window]), history=h).logits[0, -1])
 
 
 def test_score_last_and_grad_clip(data_dir, tmp_path):
@@ -1656,15 +1669,15 @@ def test_what_a_teacher_adds_is_its_formula(layers, more, pairs, teacher, data_d
                 lambda _, args, out, key=(model, block.i): gave.update({key: out[:, -16:-5]}))
     theirs, ours = (m(x, history=h).logits[:, :-5].log_softmax(-1) for m in (r.teacher, r.model))
     loss, losses = lesson(r, x, y, h)
-    close(losses["teacher"], (theirs.exp() * (theirs - ours)).sum(-1).mean(), 1e-4)
+    agree(losses["teacher"], (theirs.exp() * (theirs - ours)).sum(-1).mean(), 1e-4)
     want, length = 0.5 * losses["teacher"] + 0.25 * losses["ce"], lambda t: t.square().sum(-1)
     if pairs:
         shares = [length(gave[m, s] - gave[t, i]) / length(gave[t, i]) for t, i, m, s in pair]
-        close(losses["match"], torch.stack(shares).mean(), 1e-4)
+        agree(losses["match"], torch.stack(shares).mean(), 1e-4)
         want = want + 3 * losses["match"]
     want = want + sum(v * (0.01 if k.startswith("concept") else 1) for k, v in losses.items()
                       if k.startswith(("concept", "exit")))
-    close(loss, want, 1e-4)
+    agree(loss, want, 1e-4)
     assert r.replaced == pairs and ("match" in losses) == bool(pairs)
     loss.backward()
     assert all(r.model.blocks[i].mlp.c_proj.weight.grad.any() for i in pairs)
