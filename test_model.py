@@ -216,15 +216,16 @@ def leaks_nothing(m):
     memory, atol = filled(m), 0.0
     if "G" in m.cfg.layers:  # documents that end elsewhere go through the kernel in other batches
         atol = 2e-5 if m.dtype == torch.float32 else 0.1
+
+    def logits(ids):
+        torch.manual_seed(1)
+        return m(ids, history=h, memory=memory).logits.detach()
+
+    want = logits(x)
     for t in (1, 5, m.cfg.block_size - 1):
-        changed = x.clone()
-        changed[:, t:] = (x[:, t:] + 1) % m.cfg.vocab_size
-        out = []
-        for ids in (x, changed):
-            torch.manual_seed(1)
-            out.append(m(ids, history=h, memory=memory).logits)
-        agree(out[0][:, :t], out[1][:, :t], atol)
-        assert not torch.equal(out[0][:, t:], out[1][:, t:])
+        got = logits(torch.cat((x[:, :t], (x[:, t:] + 1) % m.cfg.vocab_size), 1))
+        agree(got[:, :t], want[:, :t], atol)
+        assert not torch.equal(got[:, t:], want[:, t:])
 
 
 @invariant
@@ -302,8 +303,7 @@ def test_documents_are_apart(name):
         ids[:, at] = end
         memory = filled(m, seed=seed)
         state, full = m.init_state(3, memory=memory), m(ids, history=h, memory=memory)
-        steps = [m(ids[:, :4], history=h, state=state).logits]
-        steps += [m(t, state=state).logits for t in ids[:, 4:].split(1, 1)]
+        steps = [m(t, history=h, state=state).logits for t in ids.split((4, 1, 1, 1, 1, 8), 1)]
         for i, written in (full.memory_writes or {}).items():
             memory[i].write(written)
         following = m(x, history=h, memory=memory).logits
@@ -445,12 +445,13 @@ def test_every_parameter_trains(name):
 
 @variants
 def test_one_graph(name):
-    """Each variant compiles as one graph, in training and in evaluation, and computes the same."""
+    """Each variant compiles as one graph, in training, and in evaluation where it is another, and
+    computes the same."""
     torch._dynamo.reset()
     m = make(name)
     f = torch.compile(m, dynamic=False, fullgraph="G" not in m.cfg.layers, backend="eager")
     x, h = inputs(m)
-    for training in (True, False):
+    for training in (True, False) if m.random() else (True,):
         m.train(training)
         out = []
         for g in (m, f):
