@@ -6,6 +6,8 @@
     python bench.py CLAIM --save      and write docs/results/CLAIM.json
     python bench.py render            write docs/RESULTS.md, docs/LOG.md and README's table
     python bench.py mine --layers=RA  is an idea better? its flags beside the plain model
+    python bench.py calibrate --exit=softmax --risk=0.02
+                                      store the loosest threshold of early exit that keeps a risk
     python bench.py --profile         where the time of a step goes, by operator
 
 Speeds are medians of A B A B turns within one run, each training arm in a process of its own.
@@ -40,11 +42,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import memory
 import prepare
 import sample
 import train
 from config import UserError
-from model import Clusters, FeaturalMemory, GPT, GPTConfig, Level, Linear, rms_norm, search
+from model import FeaturalMemory, GPT, GPTConfig, Level, Linear, rms_norm
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -128,8 +131,8 @@ def machine():
     with contextlib.suppress(OSError, StopIteration):
         with open("/proc/cpuinfo") as f:
             cpu = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
-    return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GB"
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+    return f"{cpu}, {os.cpu_count()} cores, {room:.0f} GB"
 
 
 def git(*argv):
@@ -151,7 +154,8 @@ def save(cfg, claim, tables, words, took):
         for arm, metrics in table.figures.items():
             figures.setdefault(arm, {}).update(metrics)
     new = {"claim": claim, "order": old.get("order", 10 * len(CLAIMS)),
-           "title": old.get("title") or tables[0].title, "question": old.get("question") or question(claim),
+           "title": old.get("title") or tables[0].title,
+           "question": old.get("question") or question(claim),
            "command": f"python bench.py {claim} {shlex.join(words)}".strip(),
            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain")),
            "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
@@ -479,7 +483,7 @@ def run_trial(cfg, trial):
 
 def outputs(run, data, size=64):
     """Yield (inputs, targets, logits) of a split in batches."""
-    for x, y, h, _ in data.whole(run.place, size):
+    for x, y, h, _ in data.eval_batches(run.place, size):
         yield x, y, run.model.eval()(x, history=h if run.mcfg.n_slot else None).logits
 
 
@@ -597,20 +601,12 @@ def measure(t, names):
 def altered_plans(alter):
     """Alter what levels hand down to the stack below, (B, M + 1, ..) by how many chunks are closed:
     alter(returned)."""
-    step = Level.step
-
-    def altered(self, x, ctx, *rest):
-        step(self, x, ctx, *rest)
-        if ctx.told is not None:
-            ctx.told = alter(ctx.told)
-        if ctx.plan.concepts is not None:
-            ctx.plan.concepts = alter(ctx.plan.concepts)
-
-    Level.step = altered
+    plain = Level.returned
+    Level.returned = lambda level, u: alter(plain(level, u))
     try:
         yield
     finally:
-        Level.step = step
+        Level.returned = plain
 
 
 ALTERED = {"shuffled": lambda returned: returned.roll(1, 0), "zeroed": torch.zeros_like,
@@ -633,7 +629,7 @@ def explained(run, data):
     concepts, and over copying the last one. (cos regresses a direction: all its predictions take
     the one length that fits best.)"""
     triples = []
-    for x, y, h, _ in data.whole(run.place, 64):
+    for x, y, h, _ in data.eval_batches(run.place, 64):
         level = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
         c = level.concepts
         good = level.exists[:, 1:] & (y >= 0).any(1, keepdim=True)  # not the rows that pad a batch
@@ -728,7 +724,7 @@ def decode_arms(m, more=False):
 
         def run(n):
             decoder.rows = [([], list(prompt))]
-            decoder.fill()
+            decoder.prefill()
             return seconds(lambda: decoder.push([1]), min(n, n_room))
         return run
 
@@ -908,7 +904,7 @@ def stream(cfg, total=100_000, block=20_000):
     for name, flags in (("AA with slots, history 256", "config/softar_shakespeare.py --layers=AA"),
                         ("AA", "--layers=AA"), ("RR", "--layers=RR")):
         m, _ = read_arm(f"--block_size=256 --n_embd=128 --n_head=4 {flags}")
-        steps, done = start_decoding(GPT(stand_in(m)).eval(), [[1]], total)[0], 0
+        steps, done = start_decoding(GPT(stand_in(m)).eval(), [[1]], total).generate(), 0
         for i in (1000, *range(block, total + 1, block)):
             a_token = seconds(lambda: next(steps), i - done)
             rows.append({"model": name, "tokens": i, "memory MB": resident_mb(),
@@ -1197,7 +1193,7 @@ def learn_pairs(kind, n, scale, steps=1000, batch=512, seed=1):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=256, n_head=1, **kind), seed)
     layer, optimizers = model.blocks[0].mlp, train.make_optimizers(model, TrainConfig())
-    to_logits = lambda x: model.lm_head(model.ln_f(x + layer(x, None)))[:, 0]
+    to_logits = lambda x: model.lm_head(model.ln_f(x + layer(x, None, None)))[:, 0]
     x = F.normalize(torch.randn(n, 1, model.cfg.n_embd), dim=-1) * model.cfg.n_embd ** 0.5
     y = torch.randint(256, (n,))
     for step in range(steps):
@@ -1333,35 +1329,45 @@ def split_ids(cfg, split, dataset=None):
     return np.asarray(prepare.open_bin(path)[0]).astype(np.int64)
 
 
-def held_out(cfg, ckpt, length, at_least=100):
-    """Return rows (n, length) of the validation split in a random order."""
-    scfg = sample.SampleConfig(data_dir=cfg.data_dir, sequences=at_least)
-    return sample.held_out(ckpt, scfg, length)
+def held_out(ckpt, data_dir, sequences, length, seed=1337):
+    """Return rows (n, length) of the validation split of the dataset that a checkpoint was trained
+    on, apart from each other, in an order drawn once; UserError where the dataset is another one
+    now, or has fewer than `sequences`."""
+    name = ckpt["dataset"]
+    config.build(prepare.check_name, name=name)
+    tokens, _, n_vocab, _, sha = prepare.open_bin(os.path.join(data_dir, name, "val.bin"))
+    if sha[:16] != ckpt["data"]["val.bin"] or n_vocab != ckpt["model_config"]["vocab_size"]:
+        raise UserError(f"{data_dir}/{name} is not the dataset that the checkpoint was trained "
+                        f"on; make that again with prepare.py")
+    n = len(tokens) // length
+    if n < sequences:
+        raise UserError(f"the validation split of {name} holds {n} stretches of {length} tokens, "
+                        f"fewer than sequences = {sequences}; give a smaller length or fewer "
+                        f"sequences")
+    rows = torch.from_numpy(np.asarray(tokens[:n * length]).astype(np.int64)).view(n, length)
+    return rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
 
 
 def start_decoding(model, prompts, n, flags="", other=None, compile=False, leave=None, eot=None):
-    """Start to write n tokens behind each prompt with flags of sample.py; `other` is the model
-    that they name as amateur or draft. Return the iterator of decoding steps, and the Speculation
-    or None."""
+    """Return the way of sample.py that its flags ask for, to write n tokens behind each prompt;
+    `other` is the model that they name as amateur or draft."""
     cfg = sample.SampleConfig(max_new_tokens=n,
                               **config.parse(shlex.split(flags), sample.SampleConfig)[0])
     decoder = lambda m, **more: sample.Decoder(m, prompts, eot, compile, **more)
-    kind, _, place = cfg.amateur.partition(":")
+    kind, _, number = cfg.amateur.partition(":")
+    amateur = {"context": lambda: decoder(model, context=int(number)),
+               "model": lambda: decoder(other)}.get(kind, lambda: None)()
     if cfg.exit:
         leave = sample.exit_rule(model, cfg.exit, cfg.exit_threshold)
-    expert = decoder(model, at_exit=int(place) if kind == "exit" else 0, leave=leave)
-    g = torch.Generator().manual_seed(1)
-    if cfg.speculate:
-        s = sample.Speculation(expert, cfg, g, decoder(other) if cfg.draft else None)
-        return s.generate(), s
-    amateur = decoder(model, context=int(place)) if kind == "context" else \
-        decoder(other) if kind == "model" else None
-    return sample.generate(expert, cfg, amateur, g), None
+    expert = decoder(model, at_exit=int(number) if kind == "exit" else 0, leave=leave,
+                     amateur=amateur, draft=decoder(other) if cfg.draft else None)
+    return sample.way_of(cfg)(expert, cfg, torch.Generator().manual_seed(1))
 
 
 def write(model, prompts, n, *flags, **more):
     """Return the rows of GeneratedToken that start_decoding gives."""
-    return sample.gather(start_decoding(model, prompts, n, *flags, **more)[0], len(prompts))
+    way = start_decoding(model, prompts, n, *flags, **more)
+    return sample.gather(way.generate(), len(prompts))
 
 
 class Critic:
@@ -1435,26 +1441,130 @@ def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
             return start_decoding(model, prompts, n, flags, draft, compile)
 
         def pace(flags, _):
-            """Return the seconds a token of at least n tokens."""
-            steps, count, t0 = start(flags, NEVER)[0], 0, time.perf_counter()
+            """Return the seconds a token of at least n tokens behind the first, which the prompt
+            gives."""
+            steps, count = start(flags, NEVER).generate(), 0
+            next(steps)
+            t0 = time.perf_counter()
             while count < n:
                 count += len(next(steps)[0])
             return (time.perf_counter() - t0) / count
 
         times = turns(arms, cfg.rounds, pace, 0.0)
         for name, flags in arms.items():
-            steps, speculation = start(flags, n)
-            depth = [t.depth or model.cfg.n_layer for t in sample.gather(steps, 1)[0]]
+            way = start(flags, n)
+            depth = [t.depth or model.cfg.n_layer for t in sample.gather(way.generate(), 1)[0]]
             row = {"decoding": name, "type": dtype + ", compiled" * compile, "blocks": mean(depth),
                    "tokens/s": 1 / median(times[name]),
                    "x": compare(times[next(iter(arms))], times[name])}
-            if speculation:
-                row["accepted"] = speculation.accepted / speculation.proposed
+            if isinstance(way, sample.Speculation):
+                row["accepted"] = way.accepted / way.proposed
             rows.append(row)
     return rows
 
 
-# early exit
+# -------------------------------------------------------------------------------------------------
+# early exit: the loosest threshold that keeps a risk (Learn then Test, Angelopoulos et al. 2021,
+# arXiv:2110.01052, as CALM does), which sample.py reads, and what it costs and saves
+
+
+@dataclass
+class CalibrateConfig:
+    out_dir: str = ""  # a checkpoint file or its folder; default: the newest under out/
+    exit: str = "softmax"  # softmax | margin | cosine | classifier
+    risk: float = 0.02  # share of tokens that may differ from the last layer's first choice
+    confidence: float = 0.95  # chance that the risk is kept
+    sequences: int = 1000  # how many stretches of held-out text
+    length: int = 64  # tokens in each
+    data_dir: str = "data"  # where datasets are kept
+    seed: int = 1337  # of the choice of stretches
+    device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | mps
+    dtype: str = "float32"  # float32 | bfloat16
+    int8: bool = False  # blocks' matrices as 8-bit integers, with dtype = bfloat16 on a CPU
+
+    def __post_init__(self):
+        config.within(self, 1e-6, 1 - 1e-6, "risk", "confidence")
+        config.within(self, 1, 2 ** 31, "sequences", "length")
+        # the rest is checked as decoding checks it
+        self.decoding = sample.SampleConfig(**{k: getattr(self, k) for k in (
+            "out_dir", "exit", "seed", "device", "dtype", "int8")})
+
+
+# from strict to loose
+THRESHOLDS = [0.99, 0.97, 0.95, 0.9, 0.85, 0.8, 0.775, 0.75, 0.725, 0.7, 0.675, 0.65, 0.625, 0.6,
+              0.55, 0.5]
+
+
+@torch.inference_mode()
+def exit_risks(model, rows, kind, size=64):
+    """Return for rows of text (n, T) and each of THRESHOLDS the share of places whose first choice
+    differs from the last layer's, and the mean of blocks run: (n, thresholds) each. Places see
+    those before them as they left, so it is as if each row had been decoded token by token."""
+    parts = []
+    for x in rows.split(size):
+        full, figures = model(x).logits.argmax(-1), []
+        for threshold in THRESHOLDS:
+            rule = sample.exit_rule(model, kind, threshold)
+            logits, depth = model.forward_with_exits(x, rule)
+            differs = (logits.argmax(-1) != full).float().mean(1)
+            figures.append(torch.stack((differs, depth.float().mean(1))))
+        parts.append(torch.stack(figures, -1))
+    return torch.cat(parts, 1).unbind(0)
+
+
+def p_value(loss, n, risk):
+    """Return that of the hypothesis that n independent losses in [0, 1] with this mean have an
+    expectation above risk: the smaller of the bounds of Hoeffding and of Bentkus."""
+    if loss >= risk:
+        return 1.0
+    kl = loss * math.log(loss / risk) if loss else 0.0
+    kl += (1 - loss) * math.log((1 - loss) / (1 - risk))
+
+    def log_pmf(k):
+        ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+        return ways + k * math.log(risk) + (n - k) * math.log(1 - risk)
+
+    below = sum(math.exp(log_pmf(k)) for k in range(math.ceil(n * loss - 1e-9) + 1))
+    return min(math.exp(-n * kl), math.e * below, 1.0)
+
+
+def loosest_safe(risks, risk, confidence):
+    """Return of risks (n, thresholds) of n sequences, from strict to loose, the index of the last
+    threshold before the first that is not shown to keep the risk; -1 where none is."""
+    for i, loss in enumerate(risks.double().mean(0).tolist()):
+        if p_value(loss, len(risks), risk) > 1 - confidence:
+            return i - 1
+    return risks.size(1) - 1
+
+
+def calibrate(argv):
+    """find and store the loosest exit_threshold that keeps a risk on held-out text"""
+    cfg = config.build(CalibrateConfig, **config.parse(argv, CalibrateConfig,
+                                                       doc=calibrate.__doc__)[0])
+    model, ckpt, path = sample.open_model(cfg.decoding)
+    sample.check_exits(model, cfg.exit)
+    stored = sample.stored_thresholds(path)
+    if cfg.length > model.cfg.block_size:
+        raise UserError(f"length ({cfg.length}) is larger than the model's block_size "
+                        f"({model.cfg.block_size}); give less")
+    rows = held_out(ckpt, cfg.data_dir, cfg.sequences, cfg.length, cfg.seed)[:cfg.sequences]
+    risks, depth = exit_risks(model, rows.to(cfg.decoding.device), cfg.exit)
+    chosen = loosest_safe(risks, cfg.risk, cfg.confidence)
+    observed, blocks = risks.mean(0).tolist(), depth.mean(0).tolist()
+    for i, threshold in enumerate(THRESHOLDS):
+        print(f"threshold {threshold:.4f}: {blocks[i]:.2f} of {model.cfg.n_layer} blocks, "
+              f"{observed[i]:.2%} differ{'   <- kept' * (i == chosen)}")
+    if chosen < 0:
+        raise UserError(f"no threshold keeps a risk of {cfg.risk} with confidence {cfg.confidence} "
+                        f"on {len(rows)} sequences; ask for more risk, or give more sequences")
+    found = {"threshold": THRESHOLDS[chosen], "risk": cfg.risk, "confidence": cfg.confidence,
+             "sequences": len(rows), "length": cfg.length, "observed": observed[chosen],
+             "blocks": blocks[chosen], "of": sample.model_id(cfg, path)}
+    target = sample.thresholds_path(path)
+    with prepare.replacing(target) as f:
+        f.write(prepare.seal({**stored, cfg.exit: found}))
+    print(config.visible(f"{target}: {cfg.exit} {THRESHOLDS[chosen]:.4f}"))
+    return 0
 
 
 def random_exits(model, depth):
@@ -1474,7 +1584,7 @@ def broken_promises(risks, repetitions):
     g, broken = torch.Generator().manual_seed(0), 0
     for _ in range(repetitions):
         order = torch.randperm(len(risks), generator=g)
-        i = sample.laxest(risks[order[:500]], 0.02, 0.95)
+        i = loosest_safe(risks[order[:500]], 0.02, 0.95)
         broken += i >= 0 and risks[order[500:], i].mean().item() > 0.02
     return broken
 
@@ -1484,7 +1594,7 @@ def exits(cfg, repetitions=100, n=200):
     """early exit: blocks, disagreement and a judge's loss over thresholds, beside random exits;
     calibration"""
     model, ckpt = sample.load(kept(cfg, "exits", EXITS), dtype="bfloat16")
-    critic, rows = Critic(cfg), held_out(cfg, ckpt, 64, 1000)[:3000]
+    critic, rows = Critic(cfg), held_out(ckpt, cfg.data_dir, 1000, 64)[:3000]
     prompts, table, promises = rows[-32:, :32].tolist(), [], []
 
     def add(name, blocks, differ, rule):
@@ -1496,20 +1606,20 @@ def exits(cfg, repetitions=100, n=200):
 
     add("every block", float(model.cfg.n_layer), 0.0, None)
     for kind in sample.CONFIDENCE:
-        risks, depth = sample.exit_risks(model, rows if kind == "softmax" else rows[:1000], kind)
+        risks, depth = exit_risks(model, rows if kind == "softmax" else rows[:1000], kind)
         half = len(risks) // 2
         fresh_risk, fresh_depth = risks[half:].mean(0).tolist(), depth[half:].mean(0).tolist()
-        loosest = sample.laxest(risks[:half], 0.02, 0.95)
+        loosest = loosest_safe(risks[:half], 0.02, 0.95)
         row = {"confidence by": kind, "calibrated on": half, "threshold at 2%": "none"}
         if loosest >= 0:
-            row.update({"threshold at 2%": sample.THRESHOLDS[loosest],
+            row.update({"threshold at 2%": THRESHOLDS[loosest],
                         "blocks": fresh_depth[loosest],
                         "observed on fresh text": fresh_risk[loosest]})
         row["repetitions under 2%"] = repetitions - broken_promises(risks, repetitions)
         promises.append(row)
         for i in sorted({max(loosest, 0), *((3, 5, 9, 15) if kind == "softmax" else (9,))}):
-            name = f"{kind} > {sample.THRESHOLDS[i]:.3g}" + " (2% risk)" * (i == loosest)
-            rule = sample.exit_rule(model, kind, sample.THRESHOLDS[i])
+            name = f"{kind} > {THRESHOLDS[i]:.3g}" + " (2% risk)" * (i == loosest)
+            rule = sample.exit_rule(model, kind, THRESHOLDS[i])
             add(name, fresh_depth[i], fresh_risk[i], rule)
             if kind == "softmax":
                 rule = random_exits(model, fresh_depth[i])
@@ -1517,7 +1627,7 @@ def exits(cfg, repetitions=100, n=200):
                 differ = logits.argmax(-1) != model(rows[-500:]).logits.argmax(-1)
                 add(f"random, as deep as {name}", deep.float().mean().item(),
                     differ.float().mean().item(), rule)
-    human = mean(critic.nats(held_out(cfg, ckpt, 32 + n)[:500].tolist(), 32))
+    human = mean(critic.nats(held_out(ckpt, cfg.data_dir, 100, 32 + n)[:500].tolist(), 32))
     yield Table(f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, "
                 f"and {repetitions} repetitions with 500", promises)
     yield Table(f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {n}; human "
@@ -1582,7 +1692,7 @@ def contrast(cfg, n=200, length=192, skip=64):
     model, ckpt = sample.load(kept(cfg, "exits", EXITS))
     flags = "--n_layer=2 --n_head=2 --n_embd=64 --max_iters=300" + ONCE
     weak = sample.load(kept(cfg, "weak", flags, 3))
-    critic, rows = Critic(cfg), held_out(cfg, ckpt, skip + length, n)[:n].tolist()
+    critic, rows = Critic(cfg), held_out(ckpt, cfg.data_dir, n, skip + length)[:n].tolist()
     prompts = [row[:skip] for row in rows]
     arms = {"greedy": "--temperature=0", "nucleus 0.95": "--top_p=0.95",
             "alpha 0.1 alone": "--amateur=model --beta=0",
@@ -1656,27 +1766,26 @@ def recall(q, keys, places):
 def product_keys(N, k, Q, g):
     """Return the search of a FeaturalMemory of N random slots for its own queries, and those
     queries (Q, 64) and all the keys (N, 64) that it stands for."""
-    memory = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=64, n_head=1, layers="F", n_mem=N,
-                                      mem_head=1, mem_top=k), 0)
-    memory.c_q.weight.copy_(torch.eye(64))
-    memory.keys.normal_(generator=g)
-    first, second = rms_norm(memory.keys[0]) * 32 ** -0.5
-    pairs = first.repeat_interleave(memory.side, 0), second.repeat(memory.side, 1)
+    layer = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=64, n_head=1, layers="F", n_mem=N,
+                                     mem_head=1, mem_top=k), 0)
+    layer.c_q.weight.copy_(torch.eye(64))
+    layer.keys.normal_(generator=g)
+    first, second = rms_norm(layer.keys[0]) * 32 ** -0.5
+    pairs = first.repeat_interleave(layer.side, 0), second.repeat(layer.side, 1)
     keys = torch.cat(pairs, dim=-1)
     q = rms_norm(torch.randn(Q, 2, 32, generator=g)).flatten(1)
-    return lambda q: memory.find(q[None])[0][0, :, 0], q, keys
+    return lambda q: layer.find(q[None])[0][0, :, 0], q, keys
 
 
 def searches(keys, k):
     """Return {name: function(queries) -> places of their k keys} of exact and approximate
     searches, and the seconds that the index takes to build."""
-    index = Clusters(64)
-    build = seconds(lambda: index.add(keys))
-    ways = {"exact": lambda q: search(q, keys, k)[1],
+    index, build = timed(lambda: memory.Clusters(keys))
+    ways = {"exact": lambda q: memory.search(q, keys, k)[1],
             "product and topk":
                 lambda q: torch.cat([(x @ keys.t()).topk(k)[1] for x in q.split(512)]),
-            **{f"clusters, {n} pages": lambda q, n=n: index.search(q, k, n)[1]
-               for n in (6, 16, 32)}}
+            **{f"clusters, {n} lists": lambda q, n=n: index.search(q, k, n)[1]
+               for n in (16, 32, 64)}}
     if importlib.util.find_spec("faiss"):  # pip install faiss-cpu
         import faiss
         flat = faiss.IndexFlatIP(64)
@@ -1729,7 +1838,7 @@ def batches(first, last, n=200):
 def write_on(path):
     """Be the child of kill_writers: write batch after batch into a store, the uses of the batch
     before along with it, and say so before and after, until killed."""
-    with sample.Store(path, **STORED, write=True) as store:
+    with memory.Store(path, **STORED, write=True) as store:
         for b in itertools.count(store.stats()["entries"] // 200):
             keys, values, texts = batches(b, b + 1)
             print("begin", b, flush=True)
@@ -1743,8 +1852,8 @@ def write_on(path):
 def found_in(path):
     """Return how many entries a store holds, and whether it is sound and they are what was
     written."""
-    with sample.Store(path, STORED["model"]) as store:
-        arrays, texts = store.arrays(0), [e[5] for part in store.entries() for e in part]
+    with memory.Store(path, STORED["model"]) as store:
+        arrays, texts = store.arrays(0), [e.text for part in store.entries() for e in part]
         sound = store.db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
     if not texts:
         return 0, sound
@@ -1797,12 +1906,12 @@ def as_text_of(facts, mark="!"):
 
 
 @torch.inference_mode()
-def answers(model, tok, facts, memory, rows=64):
+def answers(model, tok, facts, stored, rows=64):
     """Return the share of facts whose whole value is the likeliest text behind the question, which
     follows 6 unrelated facts: each token of it the likeliest behind those before, as greedy
     decoding has it."""
     right, others = 0, prepare.random_facts(np.random.default_rng(0), 6)
-    decoder = sample.Decoder(model, [tok.encode("\n" + as_text_of(others))], memory=memory)
+    decoder = sample.Decoder(model, [tok.encode("\n" + as_text_of(others))], memory=stored)
     for i in range(0, len(facts), rows):
         texts = [torch.tensor(tok.encode(as_text_of([fact], "?"))) for fact in facts[i:i + rows]]
         state = decoder.state.select(torch.zeros(len(texts), dtype=torch.long))
@@ -1824,19 +1933,22 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
         known, large = prepare.random_facts(np.random.default_rng(size), size), size > indexed
         order = np.random.default_rng(0).permutation(size)
         asked = [known[i] for i in order[:n // 4 if large else n]]  # (seconds each)
-        found, read = timed(lambda: sample.absorb(model, tok.encode("\n" + as_text_of(known))))
+        found, read = timed(lambda: memory.absorb(model, tok.encode("\n" + as_text_of(known))))
         n_entries = max(len(keys) for heads in found.values() for keys, *_ in heads)
         # an index takes as much room again, and more
         for how in ("exact", "cleared") if large else ("exact", "index", "cleared"):
-            decoder = memory = None  # the one before goes first
-            memory, made = timed(lambda: {} if how == "cleared" else sample.remembered(
-                model, found, index=how == "index"))
-            decoder = sample.Decoder(model, [tok.encode("\n?")], memory=memory)
+            decoder = stored = None  # the one before goes first
+            stored, made = timed(lambda: {} if how == "cleared" else memory.build_memory(
+                model, found, indexes=None if how == "exact" else {
+                    i: [memory.Clusters(keys) for keys, *_ in heads]
+                    for i, heads in found.items()}))
+            decoder = sample.Decoder(model, [tok.encode("\n?")], memory=stored)
             rows.append({
-                "facts": size, "memory": how, "entries": n_entries if memory else 0,
-                "GB": sum(t.nbytes for m in memory.values() for t in (m.keys, m.values)) / 1e9,
+                "facts": size, "memory": how, "entries": n_entries if stored else 0,
+                "GB": sum(t.nbytes for m in stored.values()
+                          for t in (m.store.keys, m.store.values)) / 1e9,
                 "questions": len(asked),
-                "right": answers(model, tok, asked, memory, max(1, min(64, 2 ** 22 // n_entries))),
+                "right": answers(model, tok, asked, stored, max(1, min(64, 2 ** 22 // n_entries))),
                 "read s": read, "made s": made,
                 "ms a token": 1000 * median(seconds(lambda: decoder.push([4])) for _ in range(20))})
             print(rows[-1], file=sys.stderr)  # (the largest takes a quarter of an hour, and 18 GB)
@@ -1888,7 +2000,7 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     # what is scored: places evenly over the split, of which the first half tunes
     places = torch.linspace(K, len(target) - 1, 2 * n).long()
     fits, right = torch.arange(2 * n) < n, target[places, None]
-    h, logits = map(torch.cat, zip(*sample.outputs(model, val_ids)))
+    h, logits = map(torch.cat, zip(*memory.outputs(model, val_ids)))
     h = h.half()
     logp = logits[places].log_softmax(-1).gather(1, right)[:, 0]
     rows = [{"datastore": "none", "val loss": -logp[~fits].mean().item()}]
@@ -1906,10 +2018,10 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
 
     one_by_one, path = itertools.cycle(places.split(1)), os.path.join(scratch(), "knn.db")
     model_id = prepare.checkpoint_id(prepare.checkpoint_path(folder))
-    with sample.Store(path, model_id, "knn", (C, "float16"), (1, "int32"), True) as store:
+    with memory.Store(path, model_id, "knn", (C, "float16"), (1, "int32"), True) as store:
         for before, size in itertools.pairwise((0, *sizes)):
-            sample.learn_knn(store, model, tok, train_ids[before:size + 1])
-            near, read = timed(lambda: sample.Neighbours.open(store, K, 0.25, 10.0))
+            memory.learn(store, model, tok, train_ids[before:size + 1])
+            near, read = timed(lambda: memory.Neighbours.open(store, K, 0.25, 10.0))
             distances, found = find(near)
             times = turns({"find": lambda: near.find(h[next(one_by_one)])}, cfg.rounds, least=0.5)
             add("training text", size, distances, near.tokens[found],
@@ -1922,7 +2034,7 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     both, order = torch.cat((distances, recent), 1).sort(1)
     tokens = torch.cat((near.tokens[found], target[earlier]), 1).gather(1, order)
     add("both", size + len(h), both[:, :K], tokens[:, :K])
-    distances, found = find(sample.Neighbours(h, target, K, 0.25, 10.0), own=True)
+    distances, found = find(memory.Neighbours(h, target, K, 0.25, 10.0), own=True)
     add("this text but for the place: its future too", len(h), distances, target[found])
     yield Table(f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of "
                 f"the validation split, scored on {n:,} of the other", rows)
@@ -1945,6 +2057,8 @@ def main(argv):
         return write_on(argv[1])
     if argv[:1] == ["render"]:
         return render(argv[1:])
+    if argv[:1] == ["calibrate"]:
+        return calibrate(argv[1:])
     lines = [f"{name:14} {question(name)}" for name in CLAIMS]
     doc = __doc__.replace("CLAIMS", ("\n" + " " * 38).join(lines))
     own_idea = "mine" in argv
