@@ -101,9 +101,10 @@ def is_number(value):
 
 
 def as_text(value):
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    """Return a value as the text of a cell."""
+    if is_number(value):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "" if value is None else str(value)
 
 
 def show(cfg, table):
@@ -112,7 +113,7 @@ def show(cfg, table):
         for row in table.rows:
             print(json.dumps({"table": table.title, **row}))
         return
-    cells = [[as_text(row.get(k, "")) for k in table.columns] for row in table.rows]
+    cells = [[as_text(row.get(k)) for k in table.columns] for row in table.rows]
     width = [max(map(len, column)) for column in zip(table.columns, *cells)]
     print(f"\n{table.title}")
     for line in [table.columns, ["-" * w for w in width], *cells]:
@@ -155,7 +156,7 @@ def save(cfg, claim, tables, words, took):
             figures.setdefault(arm, {}).update(metrics)
     new = {"claim": claim, "order": old.get("order", 10 * len(CLAIMS)),
            "title": old.get("title") or tables[0].title,
-           "question": old.get("question") or question(claim),
+           "question": old.get("question") or question(CLAIMS.get(claim, mine)),
            "command": f"python bench.py {claim} {shlex.join(words)}".strip(),
            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain")),
            "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
@@ -188,16 +189,21 @@ class ArmConfig:
     against: str = ""  # the arm that this one is compared with, in place of the trial's baseline
 
 
+def as_flags(settings):
+    """Return settings as they are written on a command line."""
+    as_word = lambda v: ",".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v)
+    return shlex.join(f"--{k}={as_word(v)}" for k, v in settings.items())
+
+
 def parse_arm(flags="", **more):
     """Return ({model settings}, {training settings}, {ArmConfig settings}) of an arm: what one
     would write behind `python train.py`, and settings over that."""
-    argv = [os.path.join(HERE, a) if a.endswith(".py") else a for a in shlex.split(flags)]
+    argv = [os.path.join(HERE, a) if a.endswith(".py") else a
+            for a in shlex.split(f"{flags} {as_flags(more)}")]
     m, t, own, _ = config.parse(argv, GPTConfig, TrainConfig, ArmConfig)
     if "layers" in m:  # (arms may share flags that have n_layer)
         m.pop("n_layer", None)
-    fields = {f.name for f in dataclasses.fields(GPTConfig)}
-    t.update({k: v for k, v in more.items() if k not in fields})
-    return config.over(m, {k: v for k, v in more.items() if k in fields}), t, own
+    return m, t, own
 
 
 def read_arm(flags="", **more):
@@ -320,14 +326,14 @@ def compare(a, b):
 
 def step_times(arms, rounds, least=1.0, threads=0):
     """Return {name: [seconds a step per round]} of arms given as (model settings, training
-    settings), in turns."""
+    settings), in turns, and {name: what start_run and end_run say of it}."""
     live = {k: Arm(threads) for k in arms}
-    for k, arm in live.items():
-        arm.ask(start_run, *arms[k])
+    about = {k: arm.ask(start_run, *arms[k]) for k, arm in live.items()}
     times = turns(live, rounds, lambda arm, n: arm.ask(run_steps, n), least)
-    for arm in live.values():
+    for k, arm in live.items():
+        about[k].update(arm.ask(end_run, median(times[k])))
         arm.close()
-    return times
+    return times, about
 
 
 def scratch():
@@ -365,8 +371,39 @@ class Trial:
     seeds: int = 0  # default: those of the command line
 
     def __post_init__(self):
+        self.__doc__ = self.question
         if not isinstance(self.arms, dict):
             self.arms = {flags or "defaults": flags for flags in self.arms}
+
+    def __call__(self, cfg):
+        """Yield the table of a self."""
+        cfg = dataclasses.replace(cfg, seeds=self.seeds or cfg.seeds,
+                                  jobs=1 if self.alone else cfg.jobs)
+        arms = {name: f"{self.base} {flags}" for name, flags in self.arms.items()}
+        for flags in arms.values():
+            make_task(cfg, read_arm(flags)[1].get("dataset", cfg.dataset))
+        times = time_arms(cfg, self, arms) if self.timing else {}
+        figures = over_seeds(cfg, arms, 0 if self.alone else share_of_cores(cfg), self.cold)
+        baseline = self.baseline or next(iter(arms))
+        for name, f in figures.items():
+            f["spread"] = [max(f["val loss"]) - min(f["val loss"])]
+            if times:
+                f["ms a step"] = [1000 * median(times[name])]
+                f["step time"] = [compare(times[name], times[baseline])]
+            other = figures.get(parse_arm(arms[name])[2].get("against", baseline))
+            if other:
+                f["difference"] = [a - b for a, b in zip(f["val loss"], other["val loss"])]
+                f["sd of it"] = [stdev(f["difference"])] if len(f["difference"]) > 1 else []
+        for k, compute in self.derived.items():
+            for f in figures.values():
+                value = compute(f, figures)
+                f[k] = value if isinstance(value, list) else [value]
+        columns = [*self.columns, *self.derived]
+        middle = lambda values: mean(values) if is_number(values[0]) else values[0]
+        rows = [{"arm": name, **{k: middle(f[k]) for k in columns if f.get(k)}}
+                for name, f in figures.items()]
+        yield Table(f"{self.title} ({cfg.dataset}, {cfg.seeds} seeds, baseline: {baseline})", rows,
+                    figures)
 
 
 def gap(none, all_):
@@ -435,8 +472,8 @@ def time_arms(cfg, trial, arms):
     their steps."""
     parsed = {name: parse_arm(flags) for name, flags in arms.items()}
     own = {name: (m, t) for name, (m, t, more) in parsed.items() if "time_of" not in more}
-    times = step_times(own, min(cfg.rounds, 3), 4.0 if trial.alone else 1.0,
-                       share_of_cores(cfg) if trial.timing == "share" else 0)
+    times, _ = step_times(own, min(cfg.rounds, 3), 4.0 if trial.alone else 1.0,
+                          share_of_cores(cfg) if trial.timing == "share" else 0)
     for name, (_, t, more) in parsed.items():
         times[name] = times[more.get("time_of", name)]
     for name, (_, t, more) in parsed.items():
@@ -444,37 +481,6 @@ def time_arms(cfg, trial, arms):
             ratio = compare(times[more["seconds_of"]], times[name])
             arms[name] += f" --max_iters={round(t.get('max_iters', TrainConfig.max_iters) * ratio)}"
     return times
-
-
-def run_trial(cfg, trial):
-    """Yield the table of a trial."""
-    cfg = dataclasses.replace(cfg, seeds=trial.seeds or cfg.seeds,
-                              jobs=1 if trial.alone else cfg.jobs)
-    arms = {name: f"{trial.base} {flags}" for name, flags in trial.arms.items()}
-    for flags in arms.values():
-        make_task(cfg, read_arm(flags)[1].get("dataset", cfg.dataset))
-    times = time_arms(cfg, trial, arms) if trial.timing else {}
-    figures = over_seeds(cfg, arms, 0 if trial.alone else share_of_cores(cfg), trial.cold)
-    baseline = trial.baseline or next(iter(arms))
-    for name, f in figures.items():
-        f["spread"] = [max(f["val loss"]) - min(f["val loss"])]
-        if times:
-            f["ms a step"] = [1000 * median(times[name])]
-            f["step time"] = [compare(times[name], times[baseline])]
-        other = figures.get(parse_arm(arms[name])[2].get("against", baseline))
-        if other:
-            f["difference"] = [a - b for a, b in zip(f["val loss"], other["val loss"])]
-            f["sd of it"] = [stdev(f["difference"])] if len(f["difference"]) > 1 else []
-    for k, compute in trial.derived.items():
-        for f in figures.values():
-            value = compute(f, figures)
-            f[k] = value if isinstance(value, list) else [value]
-    columns = [*trial.columns, *trial.derived]
-    middle = lambda values: mean(values) if is_number(values[0]) else values[0]
-    rows = [{"arm": name, **{k: middle(f[k]) for k in columns if f.get(k)}}
-            for name, f in figures.items()]
-    yield Table(f"{trial.title} ({cfg.dataset}, {cfg.seeds} seeds, baseline: {baseline})", rows,
-                figures)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -675,16 +681,13 @@ MEASURES = {"history_shuffled": ablated(shuffle_history),
 
 def train_speed(m, t, rounds):
     """Return the row of one arm, in turn with nanoGPT at its shape."""
-    arms = [Arm(), Arm()]
-    ours, _ = (arm.ask(start_run, *a) for arm, a in zip(arms, ((m, t), like_nanogpt(m, t))))
-    times, theirs = turns(dict(enumerate(arms)), rounds, lambda a, n: a.ask(run_steps, n)).values()
-    ends = [arm.ask(end_run, median(t)) for arm, t in zip(arms, (times, theirs))]
-    for arm in arms:
-        arm.close()
-    return {"params M": ours["params"] / 1e6, "ms a step": 1000 * median(times),
-            "tokens/s": ours["tokens"] / median(times), **ends[0], "compile s": ours["compile"],
-            "nanoGPT ms": 1000 * median(theirs), "nanoGPT MB": ends[1]["peak MB"],
-            "nanoGPT / ours": compare(theirs, times)}
+    times, about = step_times({"ours": (m, t), "nanoGPT": like_nanogpt(m, t)}, rounds)
+    a_step, ours = median(times["ours"]), about["ours"]
+    return {"params M": ours["params"] / 1e6, "ms a step": 1000 * a_step,
+            "tokens/s": ours["tokens"] / a_step, "peak MB": ours["peak MB"], "MFU": ours["MFU"],
+            "compile s": ours["compile"], "nanoGPT ms": 1000 * median(times["nanoGPT"]),
+            "nanoGPT MB": about["nanoGPT"]["peak MB"],
+            "nanoGPT / ours": compare(times["nanoGPT"], times["ours"])}
 
 
 def transformers_gpt2(cfg, prompt, n_room):
@@ -885,7 +888,7 @@ def blocks(cfg):
     for layers in ("AA", "RR", "GG"):  # a few processes at a time
         arms = {T: read_arm(f"--n_embd=128 --n_head=4 --layers={layers} --block_size={T} "
                             f"--batch_size={4096 // T}") for T in windows}
-        ms = {T: 1000 * median(t) for T, t in step_times(arms, min(cfg.rounds, 3)).items()}
+        ms = {T: 1000 * median(t) for T, t in step_times(arms, min(cfg.rounds, 3))[0].items()}
         rows.append({"layers": layers, **{f"ms at {T:,}": ms[T] for T in windows},
                      "4,096 / 256": ms[4096] / ms[256]})
     yield Table("time of a training step by window, 128 wide, 4,096 tokens a step", rows)
@@ -1099,7 +1102,7 @@ CONCEPTS = Trial(
 def concepts(cfg):
     """how well the next concept is predicted, what a plan is worth, and whether two futures stay
     two"""
-    yield from run_trial(cfg, CONCEPTS)
+    yield from CONCEPTS(cfg)
     make_task(cfg, "fork")
     rows, samples = [], {}
     for kind in ("mse", "energy", "flow"):
@@ -1166,14 +1169,14 @@ def distill(cfg):
     learns = f"--teacher={shlex.quote(os.path.abspath(path))} --distill_match="
     memories = "--layers=AFFF --mem_head=2 --mem_dim=32 --mem_top=8 --n_mem=1024 "
     narrow = "--n_embd=64 --n_head=2 "
-    yield from run_trial(cfg, Trial(
+    yield from Trial(
         "", "a teacher and what learned from it, 4 layers, 128 wide, 12 x 64, 600 steps",
         {"teacher": "--max_iters=750", "three memories, from scratch": memories,
          "three memories, distilled": memories + learns + "0",
          "three memories, layers matched too": memories + learns + "1",
          "half as wide, from scratch": narrow, "half as wide, distilled": narrow + learns + "0"},
         MEMORY_MODEL + " --max_iters=600 --after=dense_M", columns=(*COMPARED[:-1], "dense_M"),
-        timing=""))
+        timing="")(cfg)
 
 
 CLAIMS["distill"] = distill
@@ -1183,7 +1186,7 @@ def featural(cfg):
     """featural memory beside the MLP: random pairs at equal FLOPs; loss at equal steps,
     parameters, seconds"""
     yield random_pairs()
-    yield from run_trial(cfg, FEATURAL)
+    yield from FEATURAL(cfg)
 
 
 def learn_pairs(kind, n, scale, steps=1000, batch=512, seed=1):
@@ -1246,7 +1249,7 @@ CLAIMS["featural"] = featural
 
 MINE = SMALL + " --max_iters=500 --compile=False"  # (a compile takes longer than these steps)
 OF_BOTH = {"n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps",
-           "max_iters", "dataset", "data_dir", "device", "dtype", "compile"}
+           "max_iters", "dataset", "data_dir", "out_dir", "device", "dtype", "compile"}
 
 
 def verdict(differences):
@@ -1256,14 +1259,8 @@ def verdict(differences):
     return "better" if mean(differences) < 0 else "worse"
 
 
-def as_flags(settings):
-    """Return settings as they are written on a command line."""
-    as_word = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
-    return shlex.join(f"--{k}={as_word(v)}" for k, v in settings.items())
-
-
 def mine(cfg, presets, settings):
-    """Is an idea better than the plain model, at equal steps and at equal seconds of steps?"""
+    """is an idea better than the plain model, at equal steps and at equal seconds of steps?"""
     idea = {k: v for k, v in settings.items() if k not in OF_BOTH}
     if not idea:
         raise UserError("mine compares an idea with the plain model, and the settings given are "
@@ -1275,9 +1272,7 @@ def mine(cfg, presets, settings):
     yours = f"{plain} {as_flags(idea)}"
     m, t = read_arm(yours)
     mcfg, tcfg = config.build(stand_in, m=m), config.build(TrainConfig, **t)
-    for name, needs in (*mcfg.idle(), *tcfg.idle(mcfg)):
-        if name in idea:
-            raise UserError(f"{name} has nothing to work on; it needs {needs}")
+    config.refuse_idle(idea, *mcfg.idle(), *tcfg.idle(mcfg))
     if "layers" in idea:
         plain += f" --layers={'A' * mcfg.n_layer}"
     paired = lambda f, arms: [a - b for a, b in zip(arms["yours"]["val loss"], f["val loss"])]
@@ -1290,7 +1285,7 @@ def mine(cfg, presets, settings):
          "yours": yours}, columns=("val loss", "spread", "steps", "params M", "step time"),
         derived={"yours less this": paired, "sd": lambda f, arms: stdev(paired(f, arms)),
                  "yours is": lambda f, arms: verdict(paired(f, arms))})
-    for table in run_trial(cfg, trial):
+    for table in trial(cfg):
         steps, seconds = (f"{row['yours is']} ({row['yours less this']:+.4f}, sd {row['sd']:.4f})"
                           for row in table.rows[:2])
         table.rows[2]["yours is"] = ""
@@ -1870,7 +1865,8 @@ def kill_writers(path, kills, seed=0):
         ("kills", "in the middle of a batch", "batches told committed", "of them lost",
          "damaged or half written"), 0)
     for _ in range(kills):
-        writer = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_writer", path],
+        child = "import bench, sys; bench.write_on(sys.argv[1])"
+        writer = subprocess.Popen([sys.executable, "-c", child, path], cwd=HERE,
                                   stdout=subprocess.PIPE, text=True)
         lines = [writer.stdout.readline()]
         time.sleep(g.uniform(0, 0.25))
@@ -2044,50 +2040,6 @@ CLAIMS.update(retrieval=retrieval, crash=crash, facts=facts, knn=knn)
 
 
 # -------------------------------------------------------------------------------------------------
-
-
-def question(name):
-    """Return what a claim asks, in a sentence."""
-    claim = CLAIMS.get(name, mine)
-    return " ".join((claim.question if isinstance(claim, Trial) else claim.__doc__).split())
-
-
-def main(argv):
-    if argv[:1] == ["_writer"]:
-        return write_on(argv[1])
-    if argv[:1] == ["render"]:
-        return render(argv[1:])
-    if argv[:1] == ["calibrate"]:
-        return calibrate(argv[1:])
-    lines = [f"{name:14} {question(name)}" for name in CLAIMS]
-    doc = __doc__.replace("CLAIMS", ("\n" + " " * 38).join(lines))
-    own_idea = "mine" in argv
-    presets = [a for a in argv if own_idea and a.endswith(".py")]
-    words = [a for a in argv if a not in presets]
-    values, *idea, claims = config.parse(words, BenchConfig, *[GPTConfig, TrainConfig] * own_idea,
-                                         doc=doc, words=[*CLAIMS, "mine"])
-    cfg = config.build(BenchConfig, **values)
-    for preset in cfg.presets:
-        read_arm(f"config/{preset}.py")
-    if own_idea and claims != ["mine"]:
-        raise UserError("mine compares one idea with the plain model; name no other claim too")
-    for name in claims or ["profile" if cfg.profile else "presets"]:
-        run = {**CLAIMS, "profile": profile_presets}.get(name)
-        if own_idea:
-            run = mine(cfg, presets, {**idea[0], **idea[1]})
-        else:
-            run = run_trial(cfg, run) if isinstance(run, Trial) else run(cfg)
-        start, tables = time.perf_counter(), []
-        for table in run:
-            show(cfg, table)
-            tables.append(table)
-        if cfg.save:
-            flags = [a for a in words if a not in (*claims, "--save")]
-            save(cfg, name, tables, [*presets, *flags], time.perf_counter() - start)
-    return 0
-
-
-# -------------------------------------------------------------------------------------------------
 # rendering: records in docs/results -> docs/RESULTS.md, docs/LOG.md, a table of README.md
 
 RESULTS_HEAD = """# Results
@@ -2112,16 +2064,10 @@ RECORD_FIELDS = {"claim", "order", "title", "question", "command", "commit", "da
                  "torch", "seeds", "seconds", "note", "tables"}
 
 
-def to_cell(value):
-    """Return a value as the text of a cell of a Markdown table."""
-    if type(value) in (int, float):
-        value = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return "" if value is None else str(value).replace("|", "\\|")
-
-
 def to_table(columns, rows):
     """Return a Markdown table."""
-    head, *body = (f"| {' | '.join(map(to_cell, line))} |\n" for line in (columns, *rows))
+    lines = ([as_text(v).replace("|", "\\|") for v in line] for line in (columns, *rows))
+    head, *body = (f"| {' | '.join(cells)} |\n" for cells in lines)
     return "".join([head, "|---" * len(columns), "|\n", *body])
 
 
@@ -2209,6 +2155,57 @@ def render(argv, root=HERE):
     for name in stale:
         print(f"{name}: {verb}")
     return int(bool(argv and stale))
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def question(claim):
+    """Return what a claim asks, in a sentence."""
+    return " ".join(claim.__doc__.split())
+
+
+def run_claim(cfg, name, run, words):
+    """Print the tables that run gives, and save them where that is asked for. words: the command
+    line behind the name."""
+    start, tables = time.perf_counter(), []
+    for table in run:
+        show(cfg, table)
+        tables.append(table)
+    if cfg.save:
+        words = [a for a in words if a not in (name, "--save")]
+        save(cfg, name, tables, words, time.perf_counter() - start)
+
+
+def main_mine(argv):
+    """Compare an idea of the reader's own with the plain model."""
+    presets = [a for a in argv if a.endswith(".py")]
+    values, m, t, _ = config.parse([a for a in argv if a not in presets], BenchConfig, GPTConfig,
+                                   TrainConfig, doc=mine.__doc__)
+    cfg = config.build(BenchConfig, **values)
+    run_claim(cfg, "mine", mine(cfg, presets, {**m, **t}), argv)
+    return 0
+
+
+COMMANDS = {"calibrate": calibrate, "mine": main_mine, "render": render}
+
+
+def main(argv):
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
+    questions = [f"{name:14} {question(claim)}" for name, claim in CLAIMS.items()]
+    doc = __doc__.replace("CLAIMS", ("\n" + " " * 38).join(questions))
+    values, claims = config.parse(argv, BenchConfig, doc=doc, words=[*CLAIMS, *COMMANDS])
+    for name in claims:
+        if name in COMMANDS:
+            raise UserError(f"{name} stands alone, as the first word")
+    cfg = config.build(BenchConfig, **values)
+    for preset in cfg.presets:
+        read_arm(f"config/{preset}.py")
+    for name in claims or ["profile" if cfg.profile else "presets"]:
+        run = {**CLAIMS, "profile": profile_presets}[name](cfg)
+        run_claim(cfg, name, run, [a for a in argv if a not in claims])
+    return 0
 
 
 if __name__ == "__main__":
