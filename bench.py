@@ -219,9 +219,9 @@ def stand_in(m):
 
 def like_nanogpt(m, t):
     """Return nanoGPT's settings at the shape of another arm, without dropout."""
-    shape = {k: getattr(GPTConfig(**m), k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
-    rows = {k: t[k] for k in ("batch_size", "gradient_accumulation_steps") if k in t}
-    rows.setdefault("batch_size", TrainConfig.batch_size)
+    mcfg, tcfg = GPTConfig(**m), TrainConfig(**t)
+    shape = {k: getattr(mcfg, k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    rows = {k: getattr(tcfg, k) for k in ("batch_size", "gradient_accumulation_steps")}
     return read_arm("config/nanogpt.py", **shape, **rows, dropout=0.0)
 
 
@@ -254,7 +254,7 @@ def begin_child(threads, env):
 
 def train_arm(m, t, after=(), leak=""):
     """Train an arm in this process. Return what train.train returns, and MEASURES."""
-    say = lambda text: print(text, file=sys.stderr, flush=True)
+    say = lambda text: train.say(text, sys.stderr)
     with altered_plans(ALTERED[leak]) if leak else contextlib.nullcontext():
         result = train.train(config.build(GPTConfig, **m), config.build(TrainConfig, **t), say)
     return {**result, **measure(t, after)}
@@ -633,7 +633,9 @@ def without_plan(alteration):
 def explained(run, data):
     """Return how much of the next concept the fastest level predicts: R^2 over the mean of all
     concepts, and over copying the last one. (cos regresses a direction: all its predictions take
-    the one length that fits best.)"""
+    the one length that fits best.) {} where it predicts none."""
+    if run.model.levels[0].head is None:
+        return {}
     triples = []
     for x, y, h, _ in data.eval_batches(run.place, 64):
         level = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
@@ -710,16 +712,22 @@ def transformers_gpt2(cfg, prompt, n_room):
     return run
 
 
+CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of blocks, of the head
+    "cache": (torch.float32, False, False, 4, 4),
+    "cache, compiled": (torch.float32, True, False, 4, 4),
+    "cache, compiled, bf16": (torch.bfloat16, True, False, 2, 2),
+    "cache, compiled, int8": (torch.bfloat16, True, True, 1, 2)}
+
+
 def decode_arms(m, more=False):
     """Return {name: function(n) -> seconds a token} for one shape with random weights, one row,
-    positions half way into the window: with the cache and recomputing the window, in fp32; with
-    `more` also the compiled step in fp32, bf16 and with 8-bit weights, and transformers' GPT-2
-    where that package is installed."""
+    positions half way into the window: recomputing the window in fp32, and the first of CACHED;
+    with `more` all of these, and transformers' GPT-2 where that package is installed."""
     cfg = stand_in(m)
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
     n_room = cfg.block_size - len(prompt) - 1
 
-    def cached(dtype=torch.float32, compile=False, int8=False):
+    def cached(dtype, compile, int8, *_):
         model = GPT(cfg).eval().to(dtype)
         model.dtype = dtype
         model = sample.to_int8(model) if int8 else model
@@ -733,11 +741,8 @@ def decode_arms(m, more=False):
 
     model, window = GPT(cfg).eval(), torch.randint(cfg.vocab_size, (1, cfg.block_size))
     recompute = torch.inference_mode()(lambda: model(window))
-    arms = {"cache": cached(), "recomputing": lambda n: seconds(recompute, n)}
-    if more:
-        arms["cache, compiled"] = cached(compile=True)
-        arms["cache, compiled, bf16"] = cached(torch.bfloat16, True)
-        arms["cache, compiled, int8"] = cached(torch.bfloat16, True, True)
+    arms = {"recomputing": lambda n: seconds(recompute, n),
+            **{name: cached(*how) for name, how in CACHED.items() if more or name == "cache"}}
     if more and importlib.util.find_spec("transformers"):
         arms["transformers GPT-2"] = transformers_gpt2(cfg, prompt, n_room)
     return arms
@@ -807,9 +812,9 @@ def decode(cfg):
                    "/ recomputing": compare(times["recomputing"], t)}
             if "transformers GPT-2" in times:
                 row["/ transformers"] = compare(times["transformers GPT-2"], t)
-            if "cache" in name:
-                width = (1, 2) if "int8" in name else (2, 2) if "bf16" in name else (4, 4)
-                limit = bytes_a_second / (width[0] * inside + width[1] * head)  # bytes a weight
+            if name in CACHED:
+                of_block, of_head = CACHED[name][3:]
+                limit = bytes_a_second / (of_block * inside + of_head * head)
                 row.update({"GB/s": bytes_a_second / 1e9, "limit": limit,
                             "of it": row["tokens/s"] / limit})
             rows.append(row)
