@@ -1483,8 +1483,9 @@ class CalibrateConfig:
     int8: bool = False  # blocks' matrices as 8-bit integers, with dtype = bfloat16 on a CPU
 
     def __post_init__(self):
-        config.within(self, 1e-6, 1 - 1e-6, "risk", "confidence")
-        config.within(self, 1, 2 ** 31, "sequences", "length")
+        share, count = (1e-6, 1 - 1e-6), (1, 2 ** 31)
+        config.check(self, {"exit": sample.CONFIDENCE}, {
+            "risk": share, "confidence": share, "sequences": count, "length": count})
         # the rest is checked as decoding checks it
         self.decoding = sample.SampleConfig(**{k: getattr(self, k) for k in (
             "out_dir", "exit", "seed", "device", "dtype", "int8")})
