@@ -44,7 +44,8 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import Clusters, FeaturalMemory, GPT, GPTConfig, Level, Linear, rms_norm, search
+from memory import Clusters, search
+from model import FeaturalMemory, GPT, GPTConfig, Level, Linear, rms_norm
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -38,12 +38,13 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import bench
+import memory
 import prepare
 import sample
 import train
 from config import UserError
-from model import Clusters, Exits, GPT, GPTConfig, search
-from model import top as topk
+from memory import Clusters, search
+from model import Aux, GPT, GPTConfig, topk
 from train import Data, TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -607,8 +608,8 @@ def test_thinking_is_feeding_back_step_by_step():
 
 def test_enriched_slots_hold_outputs():
     m, h = make("slots_enrich").eval(), random_ids(2, 16)
-    agree(m.vectors(h), m(h).h)
-    assert not m.vectors(h).requires_grad
+    agree(m.history_vectors(h), m(h).h)
+    assert not m.history_vectors(h).requires_grad
 
 
 def bound(vectors):
@@ -915,7 +916,7 @@ def test_usage_is_counted_and_fades():
     totals = []
     for cosine in (1e3, -1e3):  # of "nothing": then nothing is found, or all the weight finds
         m = silent_memory()
-        m.get_parameter("blocks.0.mlp.none").data.fill_(cosine)
+        m.get_parameter("blocks.0.mlp.null_logit").data.fill_(cosine)
         d = decoded(m, random_ids(200, seed=1).tolist())
         counts, n = d.memory[0].usage[0, 0], 200 - len(d.rows[0][1])
         totals.append(counts.sum())
@@ -933,7 +934,7 @@ def test_reading_into_memory():
         m = memory_model(layers=layers, mem_novelty=2.0)
         read = []
         for piece in (16, 10 ** 4):
-            keys, values, places = sample.absorb(m, ids, piece=piece, rows=3)[2][0]
+            keys, values, places = memory.absorb(m, ids, piece=piece, rows=3)[2][0]
             assert sorted(places.tolist()) == list(range(1, 150))
             read.append((keys[places.argsort()], values[places.argsort()]))
         assert all(torch.allclose(a, b, atol=1e-5) == same for a, b in zip(*read))
@@ -943,11 +944,12 @@ def test_what_was_stored_stays():
     """Every document finds it next to its own entries, and nothing is written there; an index that
     is read whole finds the same."""
     m, ids = memory_model(mem_novelty=0.98, mem_size=4), random_ids(50, seed=1).tolist()
-    read = sample.absorb(m, ids)
-    memory, indexed = (sample.remembered(m, read, room=4, index=i) for i in (False, True))
-    before = memory[1].store.usage.clone()
+    read = memory.absorb(m, ids)
+    indexes = {i: [Clusters(keys) for keys, *_ in heads] for i, heads in read.items()}
+    entries, indexed = (memory.build_memory(m, read, room=4, indexes=i) for i in (None, indexes))
+    before = entries[1].store.usage.clone()
     d, other, none = (sample.Decoder(m, [ids[:20]], 5, memory=t)
-                      for t in (memory, indexed, m.init_memory(1)))
+                      for t in (entries, indexed, m.init_memory(1)))
     for t in [*ids[20:], 5, *ids] * 2:  # what is as near as can be comes, and documents end
         agree(d.push([t]), other.push([t]))
         assert not torch.allclose(d.logits, none.push([t]), atol=1e-4)
@@ -983,7 +985,7 @@ def test_soft_decoding_is_the_full_forward(name, by):
                 agree(d.logits[b], m(x, history=h, ids=ids).logits[0, -1], 5e-5)
             out[b] += ready[b]
         cached = d.logits.clone()
-        d.fill()
+        d.prefill()
         agree(cached, d.logits, 5e-5)
     assert kinds == {True, False} and {t.soft for t in out[0]} == {True, False}
     for row, (_, window) in zip(out, d.rows):
@@ -1155,7 +1157,7 @@ def test_answers_need_their_whole_document(tmp_path):
         assert text.count(one) % 2 == y[row, place]
         asked += 1
     long = parity("val", dict(block_size=512))
-    assert asked > 16 and sum(int((y >= 0).sum()) for _, y, *_ in long.whole(CPU, 4)) == 5
+    assert asked > 16 and sum(int((y >= 0).sum()) for _, y, *_ in long.eval_batches(CPU, 4)) == 5
     model = make("plain", vocab_size=4, block_size=512)
     right = bench.by_length(argparse.Namespace(model=model), long)
     assert set(right) <= {"41 to 500", "41 to 100", "401 to 500"} and len(right) > 1
@@ -1279,7 +1281,7 @@ def test_a_run_stopped_anywhere_ends_as_the_one_that_was_not(data_dir, tmp_path,
     assert (whole["step"], whole["val_loss"]) == (
         (6, r["val_loss"]) if always else (3, best["val_loss"]))
     stops = [(train.Runner, "step", n, do) for n in range(1, 7) for do in (send, kill)]
-    stops += [(train.Data, "whole", n, do) for n in (1, 2) for do in (send, kill)]
+    stops += [(train.Data, "eval_batches", n, do) for n in (1, 2) for do in (send, kill)]
     stops += [(prepare, "save_checkpoint", n, kill) for n in ((2, 3, 4) if always else (1,))]
     for i, (where, name, n, do) in enumerate(stops if always else stops[6::3]):
         out = tmp_path / str(i)
@@ -1495,7 +1497,7 @@ def test_whole_split_scored_once(T, last, H, stream, n, data_dir):
     d = split(data_dir, "val", model, score_last=last, stream=stream)
     for world in (1, 3):
         places = [dataclasses.replace(CPU, rank=rank, world=world) for rank in range(world)]
-        got = torch.cat([y[y >= 0] for place in places for _, y, *_ in d.whole(place, 5, 30, n)])
+        got = torch.cat([y[y >= 0] for place in places for _, y, *_ in d.eval_batches(place, 5, 30, n)])
         assert sorted(got.tolist()) == sorted(d.tokens[1:n + 1 if n else None].tolist())
 
 
@@ -1509,13 +1511,13 @@ def places_of(d, rows):
 def test_a_stream_reads_what_scores_nothing(data_dir):
     """Windows of a row follow one another, in training and validation, however rows are dealt."""
     d = split(data_dir, "val", dataset="chain", stream=3)
-    batches = list(d.whole(CPU, 2))
+    batches = list(d.eval_batches(CPU, 2))
     rows = torch.cat([x for x, *_ in batches], 1)
     assert [b.tolist() for *_, b in batches] == [[i == 0] * 2 for i in range(len(batches))]
     assert rows[0].tolist() == d.tokens[:rows.size(1)].tolist()
     assert sum(int((y >= 0).sum()) for _, y, *_ in batches) == d.mask[1:].sum()
     for rank, row in enumerate(rows):
-        mine = d.whole(dataclasses.replace(CPU, rank=rank, world=2), 1, 2)
+        mine = d.eval_batches(dataclasses.replace(CPU, rank=rank, world=2), 1, 2)
         assert torch.equal(torch.cat([x for x, *_ in mine], 1)[0], row)
     for step in range(1, 7):
         pairs = torch.cat([d.batch(s, slice(None), 4)[0] for s in (step - 1, step)], 1)
@@ -1640,7 +1642,7 @@ def learner(teacher, data_dir, model=None, **t):
 
 def lesson(r, x, y, h):
     """Return (loss, losses by name) of a batch, with those that the teacher adds."""
-    out = r.model(x, y, h, taught=r.taught(x, h))
+    out = r.distillation(x, y, h, r.taught(x, h))
     return out.loss, out.losses
 
 
@@ -2048,7 +2050,8 @@ def forward_kept(m, ring, window, forward=None):
 def all_of(d, weak=None, **settings):
     """Return the GeneratedTokens of a Decoder, against that of an amateur, a list per row."""
     cfg = sample.SampleConfig(**settings)
-    steps = sample.generate(d, cfg, weak, torch.Generator().manual_seed(0))
+    d.amateur = weak
+    steps = sample.generate(d, cfg, torch.Generator().manual_seed(0))
     return sample.gather(steps, len(d.rows))
 
 
@@ -2282,8 +2285,8 @@ def test_decoding_takes_no_more_memory_as_it_goes_on(more, trained, monkeypatch)
             if i in (1000, 19_990):
                 used.append(tracemalloc.get_traced_memory()[0])
             yield [[sample.GeneratedToken(1, bool(more), 1.5, [-1], -2.0)]]
-    monkeypatch.setattr(sample, "generate", steps)
-    monkeypatch.setattr(sample.Speculation, "generate", steps)
+    for way in (sample.Plain, sample.Soft, sample.Speculation):
+        monkeypatch.setattr(way, "generate", steps)
     monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
     tracemalloc.start()
     sample.main([f"--out_dir={trained}/ending", "--prompt=a", *more])
@@ -2309,12 +2312,12 @@ EXITS = ["exits", "exits_keys", "exits_distilled", "exits_rotate+layer_drop", "e
 
 def at_exits(m, x, h=None):
     """Return the output vectors (B, T, C) behind each exit, and behind the last block."""
-    last = m.hidden(x, h, exits=(e := Exits()))
-    return [*e.h, last]
+    out = m(x, history=h)
+    return [*out.exits, out.h]
 
 
 def logits_at_exits(m, x, h=None):
-    return [m.to_logits(v)[0] for v in at_exits(m, x, h)]
+    return [m.to_logits(v) for v in at_exits(m, x, h)]
 
 
 def median_rule(m, kind, x, h=None):
@@ -2411,13 +2414,14 @@ def test_the_classifier_learns_from_whole_rows():
     m.lm_head.weight.data.mul_(30)
     x, _ = inputs(m)
     torch.manual_seed(0)
-    m.train().hidden(x, exits=(e := Exits()))
-    whole = e.whole[:, 0]
+    vectors, seq = m.train().embed(x)
+    exited = m.trunk(vectors, seq, Aux(), None, m.exit_trial(seq, len(x)))[2]
+    whole = ~exited.any(1)
     torch.manual_seed(0)
     lost, want = m(x, x).losses["sure"], torch.zeros(())
     if whole.any():
         early, last = at_exits(m.eval(), x[whole])
-        right = m.to_logits(early)[0].argmax(-1) == m.to_logits(last)[0].argmax(-1)
+        right = m.to_logits(early).argmax(-1) == m.to_logits(last).argmax(-1)
         want = F.binary_cross_entropy_with_logits(m.sure(early), right.float(), reduction="sum")
     assert not whole.all()
     torch.testing.assert_close(lost, want / x.numel())
@@ -2472,15 +2476,15 @@ def test_exit_thresholds(monkeypatch):
 def test_calibration_keeps_its_promise():
     """p-values against figures known otherwise, and, over 300 repetitions with known risks, a
     promise kept 95 times in 100."""
-    assert sample.p_value(0.03, 500, 0.02) == 1.0
-    assert sample.p_value(0.0, 500, 0.02) == pytest.approx(0.98 ** 500)
+    assert bench.p_value(0.03, 500, 0.02) == 1.0
+    assert bench.p_value(0.0, 500, 0.02) == pytest.approx(0.98 ** 500)
     # Hoeffding at 0.1 against 0.2: exp(-100 kl(0.1, 0.2)); Bentkus: e times P(at most 10 of 100)
     binomial = sum(math.comb(100, k) * 0.2 ** k * 0.8 ** (100 - k) for k in range(11))
     kl = 0.1 * math.log(0.5) + 0.9 * math.log(0.9 / 0.8)
-    assert sample.p_value(0.1, 100, 0.2) == pytest.approx(min(math.exp(-100 * kl),
+    assert bench.p_value(0.1, 100, 0.2) == pytest.approx(min(math.exp(-100 * kl),
                                                               math.e * binomial))
     g, truth, chosen = torch.Generator().manual_seed(0), torch.linspace(0.0021, 0.0401, 20), []
-    loosest = lambda risks: sample.laxest(risks, 0.02, 0.95)
+    loosest = lambda risks: bench.loosest_safe(risks, 0.02, 0.95)
     for _ in range(300):  # all or nothing: as far from the mean as losses can be
         chosen.append(loosest((torch.rand(2000, 1, generator=g) < truth).float()))
     broken = sum(at >= 0 and truth[at].item() > 0.02 for at in chosen)
@@ -2492,11 +2496,11 @@ def test_calibrating_from_the_shell(trained, data_dir, tmp_path, capsys):
     """What is stored holds for those weights in that type, and is refused where it is damaged."""
     shutil.copytree(trained / "exits", tmp_path / "o")
     where, stored = f"--out_dir={tmp_path}/o", tmp_path / "o" / "exits.json"
-    calibrating = ["calibrate", f"--data_dir={data_dir}", "--sequences=30", "--length=16",
+    calibrating = [f"--data_dir={data_dir}", "--sequences=30", "--length=16",
                    "--risk=0.3", "--confidence=0.8"]
     shown = refused(sample.main, [where, "--exit=margin"], "no exit_threshold is stored")
-    advised = shown.split("python sample.py ")[1].split(", or")[0].split()
-    sample.main([*advised, *calibrating[1:]])  # what it says can be done
+    advised = shown.split("python bench.py ")[1].split(", or")[0].split()
+    bench.main([*advised, *calibrating])  # what it says can be done
     assert "<- kept" in capsys.readouterr().out
     whole = stored.read_bytes()
     found = prepare.unseal(whole)
@@ -2509,8 +2513,9 @@ def test_calibrating_from_the_shell(trained, data_dir, tmp_path, capsys):
                 *map(prepare.seal, ({"margin": {"of": "x"}}, {"margin": 3}, {"luck": entry},
                                     {"margin": {**entry, "threshold": 1.5}}))):
         stored.write_bytes(raw)
-        for argv in ([where, "--exit=margin"], [where, *calibrating]):
-            refused(sample.main, argv, "exits.json", "delete", "calibrate")
+        for main, argv in ((sample.main, [where, "--exit=margin"]),
+                           (bench.main, ["calibrate", where, *calibrating])):
+            refused(main, argv, "exits.json", "delete", "calibrate")
 
 
 def speculation(d, draft, **settings):
@@ -2518,7 +2523,8 @@ def speculation(d, draft, **settings):
     drafted."""
     way = dict(speculate=2, **(dict(draft="x") if draft else dict(draft_exit=1)))
     g = torch.Generator().manual_seed(settings.pop("seed", 0))
-    s = sample.Speculation(d, sample.SampleConfig(**way, **settings), g, draft)
+    d.draft = draft
+    s = sample.Speculation(d, sample.SampleConfig(**way, **settings), g)
     return sample.gather(s.generate(), len(d.rows)), s.accepted / max(s.proposed, 1)
 
 
@@ -2569,7 +2575,9 @@ def test_beams():
     def beams(chars="abcd", prompt=(1,), **settings):
         tok = prepare.Tokenizer({"kind": "char", "chars": chars, "eot": len(chars) < 4})
         cfg = sample.SampleConfig(**settings)
-        made, = sample.beam_search(sample.Decoder(m, [list(prompt)]), cfg, tok)
+        cfg = dataclasses.replace(cfg, n=cfg.beams)
+        text = lambda: sample.new_text(cfg, tok, m.cfg)
+        made = next(sample.generate(sample.Decoder(m, [list(prompt)]), cfg, new_text=text))
         return {tuple(t.token for t in text): sum(t.logp for t in text) for text in made}
     found, scores = beams(prompt=[1, 2], beams=64, max_new_tokens=3), {}
     for text in itertools.product(range(4), repeat=3):
@@ -2611,7 +2619,7 @@ def test_int8_of_any_shape():
         for p in layer.parameters():
             torch.nn.init.normal_(p)
         x = torch.randn(*rows, inner) if i % 4 < 2 else torch.randn(inner, *rows).movedim(0, -1)
-        want, got = (f.rows(x.bfloat16(), first, last).float() for f in (layer, sample.Int8(layer)))
+        want, got = (f(x.bfloat16(), first, last).float() for f in (layer, sample.Int8(layer)))
         assert got.shape == want.shape and (got - want).abs().max() < 0.1 * (1 + want.abs().max())
 
 
@@ -2677,7 +2685,6 @@ def test_settings_that_do_nothing_are_refused(line):
 # stores on disk, and what they are for at the output
 
 
-memory = sample  # until there is a memory.py: then `import memory` above in its place
 FACTS = dict(model="m1", kind="memory", key=(8, "float32"), value=(4, "float32"))
 
 
@@ -2919,7 +2926,6 @@ def test_killed_writers_lose_nothing(tmp_path):
     figures = bench.kill_writers(str(tmp_path / "s.db"), 3)
     assert figures["kills"] == 3 and figures["batches told committed"] > 0
     assert not figures["of them lost"] and not figures["damaged or half written"]
-    assert figures["same answers"] == 3
 
 
 def test_knn_mixture_is_the_formula():
@@ -3162,17 +3168,17 @@ prepare --data_dir={S} --name=new
 bench
   --rounds=0 ; --presets=nothing => nothing.py
 sample
-  --num_samples=3 => did you mean n? ; ROMEO: => --prompt=ROMEO: ; lern => lern | learn
+  ROMEO: => --prompt=ROMEO: ; lern => lern | learn
   {S}/t.txt => --prompt=FILE:{S}/t.txt ; --collapse=every:0 => every:N ; --collapse_by=magic
   --soft --temperature=0 => soft | temperature ; --top_p=2 ; --exit=luck => luck | softmax
   --int8 => bfloat16 ; --exit=softmax --exit_threshold=1.5 => exit_threshold | 1.5
   --exit=softmax --speculate=2 --draft_exit=1 => exit and speculate ; --speculate=2 => draft
   --beams=2 --n=3 => beams | n = 3 ; --out_dir={S}/gone => cannot be read
-  --out_dir={S}/x => cannot be read ; calibrate learn => calibrate | learn
+  --out_dir={S}/x => cannot be read
 sample --out_dir={O}/strong
   --n_think=2 => not trained to think ; --prompt='día 7' => 'í' | '7' ; --prompt= => empty
   --prompt=FILE:{S}/no => cannot be read ; --speculate=2 --draft_exit=1 => draft_exit | layers
-  calibrate => no exits | layers ; --exit=softmax --exit_threshold=0.5 => no exits
+  --exit=softmax --exit_threshold=0.5 => no exits
   --memory_index => memory_index is for a memory ; --stop={NOT_UTF8} => stop | UTF-8
   --prompt={NOT_UTF8} => prompt | UTF-8 ; --think_after={NOT_UTF8} => think_after | UTF-8
 sample --out_dir={O}/exits
@@ -3184,14 +3190,14 @@ sample --out_dir={O}/exits
   --exit=softmax => exit_threshold | calibrate ; --trace_html={S}/mine.html => mine.html | already
   --trace_html={S} => already ; --trace_html={S}/no/t.html => t.html | folder
   --trace_html=/dev/null => already ; --device=cuda:7 => cuda:7 | --device=cpu
-  --device=tpu9 => tpu9 | --device=cpu ; --risk=0.1 => risk | calibrate
-  --length=9 => length | calibrate ; --data_dir=x => data_dir | calibrate
+  --device=tpu9 => tpu9 | --device=cpu
   --limit=3 => limit | memory ; learn --knn=x --compile y => compile | learn
-sample --out_dir={O}/exits calibrate --data_dir={D} --length=16
+bench calibrate --out_dir={O}/strong
+  --data_dir={D} => no exits | layers
+bench calibrate --out_dir={O}/exits --data_dir={D} --length=16
   --risk=0 ; --data_dir={S} => text ; --length=999 => length | block_size
   --sequences=100000 ; --sequences=20 --risk=0.0001 => no threshold
-  --json => json | calibrate ; --beams=2 => calibrate | beams
-  --temperature=0.5 => temperature | calibrate ; --exit=softmax --exit_threshold=0.5
+  --beams=2 ; --exit=softmax --exit_threshold=0.5
 sample --out_dir={O}/strong learn
   {S}/t.txt => learn | --knn ; --knn={S}/new.db => texts
   --knn={S}/a.db --memory={S}/b.db {S}/t.txt => where to: --memory=PATH | one at a time
@@ -3208,7 +3214,7 @@ sample --out_dir={O}/strong
   --knn={S}/m.db => m.db | memory | knn ; --knn={S}/gone.db => gone.db | does not exist | learn
   --knn={S}/t.txt => not a store ; --knn={S}/empty.db => no entries ; --knn_lambda=0.5 => --knn=
   --knn={S}/k.db --knn_lambda=1.5 => knn_lambda | 1.5 ; --knn={S}/k.db --knn_k=0
-  --knn={S}/k.db --knn_temp=0 ; --knn={S}/k.db calibrate => calibrate | knn
+  --knn={S}/k.db --knn_temp=0
 sample memory
   frob => frob ; {S} stats => folder ; {S}/none.db list => none.db | does not exist
   {S}/none.db forget 1 => none.db | does not exist ; {S}/{NOT_UTF8}.db list => does not exist
@@ -3607,8 +3613,10 @@ def test_what_a_killed_program_left_is_swept(tmp_path):
 
 def test_an_out_dir_belongs_to_one_run(data_dir, tmp_path):
     start = lambda out: run(data_dir, str(out), max_iters=1)
-    with train.lock(str(tmp_path / "o")):
-        refused(start, tmp_path / "o", "another run")
+    files = train.RunFiles(str(tmp_path / "o"))
+    files.lock()
+    refused(start, tmp_path / "o", "another run")
+    files.unlock()
     start(tmp_path / "o")
     if os.getuid():  # root may write anywhere
         os.chmod(tmp_path / "o", 0o500)
