@@ -2068,16 +2068,16 @@ LOGITS, WEAK = [2, 1, 0, -1], [1, 2, 0, 0.5]
     (dict(amateur="x", alpha=0), "2.5 0.5 0 -1.75"), (dict(amateur="x", beta=0), "2 1 0 -inf"),
     (dict(amateur="x", alpha=0.3), "2.5 0.5 -inf -inf")])
 def test_each_setting_does_its_formula_to_the_logits(settings, logits):
-    """Shares of 20,000 draws, and the entropy: temperature, filters, CTRL's penalty and contrastive
+    """Shares of 5,000 draws, and the entropy: temperature, filters, CTRL's penalty and contrastive
     decoding (O'Brien and Lewis 2023)."""
     m = make("plain", vocab_size=4).eval()
-    expert, weak = (sample.Decoder(m, [[0, 3]]).select([0] * 20_000) for _ in range(2))
-    expert.logits, weak.logits = (torch.tensor([x]).expand(20_000, -1) for x in (LOGITS, WEAK))
+    expert, weak = (sample.Decoder(m, [[0, 3]]).select([0] * 5000) for _ in range(2))
+    expert.logits, weak.logits = (torch.tensor([x]).expand(5000, -1) for x in (LOGITS, WEAK))
     made = all_of(expert, weak if "amateur" in settings else None,
                   **{"temperature": 1, "max_new_tokens": 1, **settings})
     p = torch.tensor([*map(float, logits.split())]).softmax(-1)
-    got = torch.tensor([t.token for (t,) in made]).bincount(minlength=4) / 20_000
-    assert (got - p).abs().max() < 0.015 and torch.equal(got > 0, p > 0)
+    got = torch.tensor([t.token for (t,) in made]).bincount(minlength=4) / 5000
+    assert (got - p).abs().max() < 0.03 and torch.equal(got > 0, p > 0)
     entropy, first = torch.special.entr(p).sum().item(), made[0][0]
     assert first.entropy == pytest.approx(entropy, abs=1e-5)
     assert first.logp == pytest.approx(torch.tensor(LOGITS).float().log_softmax(-1)[first.token])
@@ -2752,12 +2752,12 @@ def test_forgetting_and_pruning(tmp_path):
     """By number and by text; the best used stay, where a use counts half a half-life later."""
     with memory.Store(tmp_path / "s.db", **FACTS, write=True) as s:
         ids, ages = s.add(0, *entries(10), now=0.0), 3 * memory.HALF_LIFE
-        s.touch(ids[:3], [8, 2, 1], now=0.0)  # worth 9, 3 and 2 then, and others 1
-        s.touch(ids[3:4], 1, now=ages)  # 1 + 1/8, when 8 + 1 are 9/8
+        s.touch(ids[:3], [9, 2, 1], now=0.0)  # worth 10, 3 and 2 then, and others 1
+        s.touch(ids[3:4], 1, now=ages)  # 1 + 1/8, when 10 are 10/8
         got = s.arrays(0)
-        assert got["uses"].tolist() == [8, 2, 1, 1] + [0] * 6
+        assert got["uses"].tolist() == [9, 2, 1, 1] + [0] * 6
         assert got["last"].tolist() == [0, 0, 0, ages] + [0] * 6
-        for n, left in ((12, range(10)), (4, (0, 1, 2, 3)), (3, (0, 1, 3)), (2, (0, 3)), (1, (3,))):
+        for n, left in ((12, range(10)), (4, (0, 1, 2, 3)), (3, (0, 1, 3)), (2, (0, 3)), (1, (0,))):
             s.prune(n)
             assert s.arrays(0)["ids"].tolist() == [ids[i] for i in left]
             assert s.stats()["entries"] == s.count() == len(left)
@@ -3075,7 +3075,7 @@ def refused(function, argument, *words):
 
 @pytest.fixture(scope="session")
 def stage(data_dir, trained, tmp_path_factory):
-    """Return {name: text} of what stands in braces in REFUSALS."""
+    """Return {name: text} of what stands in braces in REFUSED_COMMANDS."""
     s = tmp_path_factory.mktemp("stage")
     for name, body in (("t.txt", TEXT[:700].encode()), ("snow.txt", "It was \u2603".encode()),
                        ("one.txt", b"I"), ("empty.txt", b""), ("abc.txt", b"x" * 12),
@@ -3099,7 +3099,7 @@ def stage(data_dir, trained, tmp_path_factory):
 
 # Commands that are refused, by what they begin with, and words of the refusal (or the last
 # setting's name). S: odd files, D: datasets, O: checkpoints, ON: a run on D, NINES: 10,001 of 9.
-REFUSALS = r"""
+REFUSED_COMMANDS = r"""
 train
   --n_layr=2 => n_layr | n_layer ; --n_layer=two => n_layer | int | 'two' ; --=3 => --=3
   --compile=3 => compile | bool ; --learning_rate=fast => learning_rate | float
@@ -3227,8 +3227,8 @@ sample memory {S}/k.db
 
 
 def refusals():
-    """Yield (a command, words of its refusal) of each that REFUSALS names."""
-    for line in REFUSALS.strip().splitlines():
+    """Yield (a command, words of its refusal) of each that REFUSED_COMMANDS names."""
+    for line in REFUSED_COMMANDS.strip().splitlines():
         if not line.startswith(" "):
             begin = line
             continue
