@@ -233,7 +233,7 @@ def presets():
 
 
 def letters(cls):
-    """Return [(letter, meaning)] of what may stand in `layers`, from the docstring of cls's module."""
+    """Return [(letter, meaning)] of what may stand in `layers`, by the docstring of cls's file."""
     doc = sys.modules[cls.__module__].__doc__ or ""
     return re.findall(r"^    (\( \)|\S) +(\S.*)$", doc, re.M)
 
