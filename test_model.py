@@ -756,27 +756,58 @@ def test_search_is_exact():
         assert torch.equal(places, want.indices)
 
 
-@pytest.mark.parametrize("parts", [[6000], [*[1] * 50, 2950, 3000]])
-def test_an_index_finds_almost_all(parts):
-    """Grown in parts or at once; exactly, where all of it is read; of equal keys, and of none."""
-    g, index = seeded(), Clusters(16)
+def test_an_index_finds_almost_all():
+    """Made at once, grown, or made again from what was kept; exactly, where all of it is read."""
+    g = seeded()
     centres = torch.randn(60, 16, generator=g)
     keys, q = (centres[torch.randint(60, (n,), generator=g)]
                + 0.4 * torch.randn(n, 16, generator=g) for n in (6000, 200))
-    assert index.search(q, 3)[0].isinf().all(), "there is nothing to find yet"
-    for part in keys.split(parts):
-        index.add(part)
+    made = Clusters(keys)
+    grown, again = Clusters(keys, Clusters(keys[:4000]).centroids), Clusters(
+        keys, made.centroids, made.lists)
+    assert len(grown.centroids) == len(Clusters(keys[:4000]).centroids)
+    assert len(Clusters(keys, Clusters(keys[:2000]).centroids).centroids) == len(made.centroids)
     values, places = search(q, keys, 10)
-    agree(index.search(q, 10, probes=10 ** 6)[0], values)
-    one = [torch.cat(t) for t in zip(*(index.search(x, 10, probes=8) for x in q.split(1)))]
-    for found, ids in (index.search(q, 10, probes=8), one):
+    for index in (made, grown, again):
+        agree(index.search(q, 10, probes=10 ** 6)[0], values)
+        found, ids = index.search(q, 10, probes=16)
         agree(found, (q[:, None] * keys[ids]).sum(-1))
         assert (places[:, :, None] == ids[:, None]).any(-1).float().mean() > 0.95
-    equal = Clusters(4)
-    for part in (torch.ones(5000, 4), torch.zeros(5000, 4), torch.ones(1, 4)):
-        equal.add(part)
-    scores, ids = equal.search(torch.ones(1, 4), 6000, probes=10 ** 6)
-    assert scores.eq(4).sum() == 5001 and len(ids.unique()) == 6000
+    assert torch.equal(made.search(q, 10)[1], again.search(q, 10)[1])
+
+
+def test_an_index_of_few_and_of_equal_keys():
+    scores, _ = Clusters(torch.zeros(0, 4)).search(torch.ones(2, 4), 3)
+    assert scores.isinf().all() and scores.shape == (2, 3), "there is nothing to find"
+    index = Clusters(torch.cat((torch.ones(100, 4), torch.zeros(1, 4))))
+    scores, ids = index.search(torch.ones(1, 4), 100, probes=10 ** 6)
+    assert sorted(ids[0].tolist()) == list(range(100)) and (scores == 4).all()
+    assert index.search(torch.ones(1, 4), 200, probes=10 ** 6)[0][0, 101:].isinf().all()
+
+
+def test_an_index_is_kept_beside_its_store(tmp_path):
+    """It is read where it fits, made anew where it is damaged or its keys have changed."""
+    m, ids = memory_model(mem_novelty=2.0), random_ids(300, seed=2).tolist()
+    tok = prepare.Tokenizer({"kind": "char", "chars": [chr(97 + i) for i in range(24)],
+                             "eot": False})
+    path, kept = str(tmp_path / "s.db"), tmp_path / "s.db.index"
+    key = m.cfg.mem_dim, "float16"
+    with memory.Store(path, "m1", "memory", key, key, write=True) as store:
+        reopened = lambda index=True: memory.open_memory(store, m, 8, index)
+        memory.learn(store, m, tok, ids)
+        reopened(False)
+        assert not kept.exists()
+        reopened()
+        raw = kept.read_bytes()
+        reopened()
+        assert kept.read_bytes() == raw
+        for damage in (b"", b"x", raw[:len(raw) // 2], raw[:700] + b"xxxx" + raw[704:]):
+            kept.write_bytes(damage)
+            reopened()
+            assert len(kept.read_bytes()) == len(raw)
+        memory.learn(store, m, tok, ids[:50])
+        reopened()
+        assert kept.read_bytes() != raw
 
 
 @pytest.mark.parametrize("n_mem, k", [(25, 9), (256, 2), (256, 256), (4096, 16)])
@@ -820,7 +851,8 @@ def test_what_is_stored_is_found():
     m, x = memory_model(), random_ids(2, 16, seed=9)
     memory = filled(m, 2)
     found, none = m(x, memory=memory).logits, m(x, memory=m.init_memory(2)).logits
-    assert torch.equal(none, m(x).logits) and not torch.allclose(found, none, atol=1e-4)
+    agree(none, m(x).logits)
+    assert not torch.allclose(found, none, atol=1e-4)
     second = {i: t.select(slice(1, 2)) for i, t in memory.items()}
     agree(m(x[1:], memory=second).logits, found[1:])
 
