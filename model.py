@@ -73,6 +73,7 @@ RANGES = {
 
 @dataclass
 class GPTConfig:
+    # model
     block_size: int = 256  # tokens in the window (context slots come on top)
     vocab_size: int = 0  # number of tokens; 0: that of the dataset
     layers: str = ""  # one character a block; "" means "A" * n_layer
@@ -90,6 +91,7 @@ class GPTConfig:
     tie: bool = False  # output head shares the token embedding
     qk_norm: bool = True  # RMSNorm on queries and keys
     embed_norm: bool = True  # RMSNorm on the embeddings
+    # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
     plan: str = "add"  # a level hands down: add (its state) | cross (concepts to attend to)
@@ -99,6 +101,7 @@ class GPTConfig:
     share_levels: bool = False  # levels run the blocks of the token level: one set of weights
     eot: int = -1  # id that ends a document, where memory of the past ends; -1: the dataset's
     space: tuple[int, ...] = ()  # ids that end a word, for chunk = space; (): the dataset's
+    # memories
     n_mem: int = 4096  # slots of a featural memory (F), a square number
     mem_head: int = 4  # queries that each position puts to a memory
     mem_top: int = 16  # slots or entries that a query reads
@@ -110,9 +113,11 @@ class GPTConfig:
     mem_drop: float = 0.0  # share of what is found that is dropped in training
     mem_noise: float = 0.0  # deviation of noise on queries in training: finds must be nearer
     mem_straight: bool = False  # return keys too; their gradient counts as the query's
+    # model
     n_value_embed: int = 0  # the last n token-level blocks A add a token embedding to their values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
     channel_drop: float = 0.0  # dropout of whole channels of a row on residual branches: cheap
+    # soft tokens
     head: str = "softmax"  # softmax | nearest (logits fall with the distance to each embedding)
     ce_weight: float = 1.0  # weight of cross-entropy in training; 0: the semantic loss alone
     semantic: str = "cos"  # cos | mse (regress the target's embedding) | soft_ce (soft targets)
@@ -121,6 +126,7 @@ class GPTConfig:
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
+    # slots
     history: int = 0  # tokens before the window that are compressed into context slots
     aggregate: int = 0  # 1: a slot with the decayed mean of the whole history
     n_segment: int = 0  # slots with the means of as many equal parts of the history
@@ -128,6 +134,7 @@ class GPTConfig:
     span: int = 0  # tokens in a span
     span_binding: bool = True  # turn each token of a span by its place (False: a bag of tokens)
     enrich: bool = False  # make slots of the model's outputs over the history, not of embeddings
+    # exits
     exit_weight: float = 1.0  # weight of the exits' losses together; 0: they are not trained
     exit_loss: str = "depth"  # depth (all exits, deeper ones more: CALM) | rotate (one a step)
     exit_distill: float = 0.0  # share of an exit's loss that is its divergence from the last layer
@@ -909,7 +916,8 @@ class GRU(Layer):
         row, place = begins.nonzero(as_tuple=True)
         h0 = None
         if before is not None:
-            h0 = torch.where(starts[row, place][:, None] | (place > 0)[:, None], 0.0, before[row])[None]
+            new = starts[row, place] | (place > 0)
+            h0 = torch.where(new[:, None], 0.0, before[row])[None]
         if len(row) == len(v):  # one each
             return self.rnn(v, h0)[0]
         ends = begins.flatten().nonzero()[1:, 0].tolist()

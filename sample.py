@@ -51,6 +51,7 @@ from model import GPT, Level, Linear, rms_norm
 
 @dataclass
 class SampleConfig:
+    # sampling
     out_dir: str = ""  # a checkpoint file or its folder; default: the newest under out/
     prompt: str = "\n"  # text to go on from; FILE:path, or - for standard input; empty: a new text
     n: int = 1  # samples
@@ -62,9 +63,11 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # divide the odds of tokens in the window (CTRL); 1: off
     stop: str = ""  # end a sample before this text; <|endoftext|>: as stop_at_end
     stop_at_end: bool = False  # end a sample where the model ends the text
+    # contrastive decoding
     amateur: str = ""  # contrastive decoding: against a checkpoint | exit:K | context:N
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the first
     beta: float = 0.5  # contrastive: strength
+    # soft tokens
     soft: bool = False  # the next input is an expected embedding until it collapses to a symbol
     soft_top_k: int = 0  # soft: over the k most likely tokens; 0: over those that the filters keep
     gumbel: float = 0.0  # soft: temperature of a Gumbel-softmax on each soft token; 0: no noise
@@ -74,14 +77,17 @@ class SampleConfig:
     collapse_back: int = -1  # collapse only the last n earlier soft tokens; -1: all, 0: none
     n_think: int = 0  # think tokens after the prompt, for a model trained with n_think
     think_after: str = ""  # and after each occurrence of this text; max_new_tokens counts them
+    # exits
     exit: str = ""  # leave at the first exit sure by softmax | margin | cosine | classifier
     exit_threshold: float = -1.0  # from 0 (leave at once) to 1; -1: what bench.py calibrate stored
     exit_decay: float = 0.0  # 0.9 threshold + 0.1 e^(-exit_decay t / max_new_tokens); 0: threshold
+    # speculation and search
     speculate: int = 0  # draft so many tokens at a time and verify them in one pass; 0: off
     draft_exit: int = 0  # speculate: draft with the first K blocks, which an exit follows
     draft: str = ""  # speculate: draft with this checkpoint; its window should not be shorter
     beams: int = 0  # beam search over so many texts, of which the n likeliest are shown; 0: off
     best_of: int = 0  # make so many samples and show the n likeliest; 0: off
+    # memories
     memory: str = ""  # what blocks M find besides: a store of learn --memory, with this model
     memory_index: bool = False  # memory: by an index, kept beside it; for 100,000 entries and more
     knn: str = ""  # what came next at places like this: a store of learn --knn, with this model
@@ -89,10 +95,12 @@ class SampleConfig:
     knn_k: int = 256  # knn: how many places
     knn_temp: float = 0.0625  # knn: a place at distance d counts exp(-d^2 / (knn_temp n_embd))
     limit: int = 20  # memory list: entries to show; 0: all
+    # output
     interactive: bool = False  # go on from what is typed, turn by turn, with all turns in view
     trace: bool = False  # colour tokens by exit, draft, contrastive shift, or entropy
     trace_html: str = ""  # write that as a page for a browser
     json: bool = False  # a JSON line a token: entropy, soft or not, which before it were
+    # run
     seed: int = 1337  # of the choices
     device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | mps
     dtype: str = "float32"  # float32 | bfloat16

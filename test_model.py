@@ -1529,7 +1529,8 @@ def test_whole_split_scored_once(T, last, H, stream, n, data_dir):
     d = split(data_dir, "val", model, score_last=last, stream=stream)
     for world in (1, 3):
         places = [dataclasses.replace(CPU, rank=rank, world=world) for rank in range(world)]
-        got = torch.cat([y[y >= 0] for place in places for _, y, *_ in d.eval_batches(place, 5, 30, n)])
+        batches = [b for place in places for b in d.eval_batches(place, 5, 30, n)]
+        got = torch.cat([y[y >= 0] for _, y, *_ in batches])
         assert sorted(got.tolist()) == sorted(d.tokens[1:n + 1 if n else None].tolist())
 
 
