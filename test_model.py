@@ -44,7 +44,7 @@ import sample
 import train
 from config import UserError
 from memory import Clusters, search
-from model import Aux, GPT, GPTConfig, topk
+from model import BLOCKS, Aux, GPT, GPTConfig, Layer, mlp, topk
 from train import Data, TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -119,7 +119,11 @@ VARIANTS = {  # name: what differs from BASE
     "exits+think": dict(layers="A.A", n_think=2, think_token=3),
     "nearest+think+nanogpt": dict({**NANOGPT, "tie": False}, head="nearest", n_think=2,
                                   think_token=3),
+    "your_own_idea": dict(layers="TA"),
 }
+with open(os.path.join(HERE, "docs", "YOUR_IDEA.md"), encoding="utf-8") as page:
+    for code in re.findall(r"```python\n(.*?)```", page.read(), re.S):
+        exec(code, vars(sys.modules["model"]))  # what the page says is in model.py, and must pass all this
 INVARIANTS = []  # tests that random settings have to pass too
 variants = pytest.mark.parametrize("name", VARIANTS)
 
@@ -408,6 +412,18 @@ def test_a_variant_changes_no_other_parameter(name):
         if n in mine and mine[n].shape == p.shape:
             assert torch.equal(mine[n], p), n
     assert any(n.startswith("slots.") for n in mine) == bool(m.cfg.n_slot)
+
+
+def test_a_parameter_that_states_no_law_is_refused(monkeypatch):
+    """Else its initial values and its optimizer would go by its name and its shape."""
+    class Mixer(Layer):
+        def __init__(self, cfg, i):
+            super().__init__()
+            self.gain = nn.Parameter(torch.zeros(3, cfg.n_embd))
+
+    monkeypatch.setitem(BLOCKS, "X", (Mixer, mlp))
+    with pytest.raises(ValueError, match="blocks.0.attn.gain states no initial values"):
+        GPT(GPTConfig(**{**BASE, "layers": "XA"}))
 
 
 @invariant
@@ -2955,6 +2971,14 @@ def test_a_full_disk_loses_no_entry(store):
         assert np.array_equal(s.arrays(0)["keys"], entries(50)[1])
 
 
+def test_docs_are_rendered_from_records(tmp_path, capsys):
+    """No figure is typed by hand; a record that lacks a field is named."""
+    assert bench.main(["render", "--check"]) == 0, capsys.readouterr().out
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results" / "a.json").write_text("{}")
+    refused(lambda root: bench.render([], root), str(tmp_path), "has no claim")
+
+
 def test_killed_writers_lose_nothing(tmp_path):
     figures = bench.kill_writers(str(tmp_path / "s.db"), 3)
     assert figures["kills"] == 3 and figures["batches told committed"] > 0
@@ -3270,7 +3294,7 @@ def refusals():
             yield f"{begin} {args}", words or args.split("--")[-1].split("=")[0]
 
 
-@pytest.mark.parametrize("command, words", refusals())
+@pytest.mark.parametrize("command, words", list(refusals()))
 def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(command, words, stage):
     import shlex
     for name, text in stage.items():
