@@ -678,6 +678,7 @@ class Layer(nn.Module):
 
     A layer that carries nothing from position to position has init_cache give None.
     """
+    ends_with_document = True  # what it carries: a dataset tells it then where documents begin
 
     @staticmethod
     def check(cfg):
@@ -713,6 +714,7 @@ class Attention(Layer):
     arXiv:2010.04245.) The last n_value_embed token-level blocks A add a token embedding of their
     own to the values. (B, L, C) -> (B, L, C).
     """
+    ends_with_document = False  # it sees the whole window
 
     def __init__(self, cfg, i):
         super().__init__()
@@ -959,6 +961,7 @@ class FeaturalMemory(Layer):
     arXiv:1907.05242). Queries and half keys have one length, so their product is their distance.
     Slots are chosen without a gradient, and weighted with one. (B, L, C) -> (B, L, C).
     """
+    ends_with_document = False
 
     def __init__(self, cfg, i):
         super().__init__()
@@ -1306,6 +1309,11 @@ def mlp(cfg, i):
 BLOCKS = {  # character: (mixer, feed-forward layer)
     "A": (Attention, mlp), "R": (Recurrence, mlp), "G": (GRU, mlp),
     "F": (Attention, FeaturalMemory), "M": (Attention, AssociativeMemory)}
+
+
+def ends_with_document(c):
+    """Return whether what stands at character c of layers carries something that documents end."""
+    return c == "(" or any(getattr(part, "ends_with_document", False) for part in BLOCKS.get(c, ()))
 
 
 class Block(nn.Module):
@@ -2109,7 +2117,7 @@ class EarlyExit:
     def check(cfg):
         behind = cfg.layers[cfg.layers.find("."):] if cfg.exit_keys else ""
         for c in behind:
-            if c in "RGM(":
+            if ends_with_document(c):
                 raise ValueError(f"exit_keys promises that a token which leaves changes nothing "
                                  f"for others, and behind the first exit in layers = {cfg.layers} "
                                  f"{'a level' if c == '(' else c} carries on what a token left "

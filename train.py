@@ -34,7 +34,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import prepare
 from config import UserError, summary, visible
-from model import FeaturalMemory, GPT, GPTConfig, GROUPS, MLP, divergence, settings
+from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, divergence, ends_with_document,
+                   settings)
 
 CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine", "triangle"),
            "dtype": ("auto", "float32", "bfloat16")}
@@ -324,7 +325,7 @@ class Data:
             raise UserError(f"n_think needs a dataset with a think token, such as python "
                             f"prepare.py chain makes, or one of the dataset's {self.n_vocab} ids "
                             f"as --think_token, not {think}")
-        begins_again = set("RGM(") & set(mcfg.layers)  # with a document
+        begins_again = any(map(ends_with_document, mcfg.layers))  # with a document
         if eot < 0 and begins_again and self.eot is not None:
             eot = self.eot
         if "(" in mcfg.layers and mcfg.chunk.startswith("space"):
@@ -654,7 +655,7 @@ class Log:
 
 class RunFiles:
     """The files of a run in out_dir: the last checkpoint, the one before it, the best, the log, the
-    thresholds of exits that sample.py calibrates; and the lock of the process that writes them."""
+    thresholds of exits that bench.py calibrates; and the lock of the process that writes them."""
     NAMES = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.csv", "exits.json"
 
     def __init__(self, out_dir):
