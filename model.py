@@ -16,7 +16,7 @@ character a block:
 Glossary (B rows, T tokens, L = S + T positions, C = n_embd, H heads, D = head_dim, V tokens):
 
     mixer           what moves information between positions: attention or a recurrence
-    slot            one of S context vectors before the window, made of the history behind it
+    slot            one of S context vectors in front of the window, made of what stood before it
     segment, span   an equal part of the history as its mean; a few tokens as a sum bound by place
     chunk           positions that make one position of the level above
     concept         what a level reads: the normed, bound sum of a chunk (B, M, C)
@@ -108,7 +108,7 @@ class GPTConfig:
     mem_dim: int = 64  # channels of a query and of a key
     mem_size: int = 2048  # entries that an associative memory (M) keeps beyond its window, per head
     mem_chunk: int = 16  # positions that search before any of them is written
-    mem_shift: int = 1  # an entry's value stands so many places behind its key: what came next
+    mem_shift: int = 1  # an entry's value stands so many places after its key: what came next
     mem_novelty: float = 0.98  # a key this near (cosine) to an older one replaces it; above 1: none
     mem_drop: float = 0.0  # share of what is found that is dropped in training
     mem_noise: float = 0.0  # deviation of noise on queries in training: finds must be nearer
@@ -139,7 +139,7 @@ class GPTConfig:
     exit_loss: str = "depth"  # depth (all exits, deeper ones more: CALM) | rotate (one a step)
     exit_distill: float = 0.0  # share of an exit's loss that is its divergence from the last layer
     exit_rate: float = 0.0  # share of training rows whose tokens stop at exits, as in decoding
-    exit_keys: bool = False  # attention behind the first exit takes keys and values from there
+    exit_keys: bool = False  # attention after the first exit takes keys and values from there
     exit_classifier: bool = False  # train a classifier: would the last layer choose the same?
     layer_drop: float = 0.0  # chance that a step leaves out the last block; earlier ones less
 
@@ -635,7 +635,6 @@ class Sequence:
     front: int  # positions of the whole stack that come first and are no tokens: slots, or a start
     n_prefix: int  # how many of these inputs are such: front at the start, later 0
     begins: bool  # nothing stands before these inputs
-    capacity: int  # positions that caches have room for
     pos: torch.Tensor | None  # (B, L) places in the caches; None: there are none
     mask: torch.Tensor | None  # (B, 1, L, capacity) True where a query may look; None: causal
     rope: tuple | None  # cos and sin, (L, D/2) or (B, 1, L, D/2)
@@ -645,7 +644,7 @@ class Sequence:
     word_end: torch.Tensor | None = None  # (B, T) True where a word ends
     is_token: torch.Tensor | None = None  # (B, L) False for padding, which follows all else
     scored: torch.Tensor | None = None  # (B, L) scored targets there; None: there is no loss
-    doc_ended: torch.Tensor | None = None  # (B,) True: another document begins behind
+    doc_ended: torch.Tensor | None = None  # (B,) True: another document begins after these
     kv_input: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: x
     layer_mask: torch.Tensor | None = None  # (n_layer,) 0 for a block that is left out; None: none
     memory: dict | None = None  # {block: Memory} that blocks M read
@@ -661,7 +660,7 @@ class Sequence:
         if rope_table is not None:
             cos, sin = rope_table
             rope = cos[index].to(x.dtype), sin[index].to(x.dtype)
-        return cls(front, front * begins, begins, capacity, pos, mask, rope, rope_table, **more)
+        return cls(front, front * begins, begins, pos, mask, rope, rope_table, **more)
 
 
 @dataclass
@@ -669,7 +668,7 @@ class Aux:
     """What layers leave behind. They only add to it, and only GPT reads it."""
     ff_outputs: dict | None = None  # block: (B, L, C); None: they are not kept
     losses: list = field(default_factory=list)  # (name, weight, sum over scored tokens)
-    concepts: list = field(default_factory=list)  # LevelOutputs, the slowest level first
+    concepts: list = field(default_factory=list)  # LevelOutputs, in the order in which levels run
     memory_writes: dict = field(default_factory=dict)  # block: MemoryWrites
 
 
@@ -939,6 +938,7 @@ ACTIVATIONS = {  # relu2: So et al. 2021, arXiv:2109.08668; swiglu: Shazeer 2020
 
 class MLP(Layer):
     """Two matrices with an activation between them. (B, L, C) -> (B, L, C)."""
+    ends_with_document = False
 
     def __init__(self, cfg, i):
         super().__init__()
@@ -972,7 +972,7 @@ class FeaturalMemory(Layer):
         self.keys = parameter(H, 2, self.side, D // 2, init=unit, group="table")
         self.values = Embedding(cfg.n_mem, cfg.n_embd, init=unit, group="values")
         self.c_proj = Linear(cfg.n_embd, cfg.n_embd, cfg.bias, init=RESIDUAL)
-        # the i-th best half with the j-th best is behind all i * j pairs of such as are no worse
+        # the i-th best half with the j-th best loses to i * j - 1 pairs of halves no worse
         ranks = range(1, min(self.top, self.side) + 1)
         pairs = [(i - 1, j - 1) for i in ranks for j in ranks if i * j <= self.top]
         self.register_buffer("pairs", torch.tensor(pairs).t().contiguous(), persistent=False)
@@ -1072,7 +1072,8 @@ class Memory:
         """
         N, H = self.usage.size(-1), self.usage.size(1)
         exists = new.exists[:, None].expand(-1, H, -1)  # (B, H, L)
-        old = self.usage * (self.DECAY ** new.chunks * new.keep_old)[:, None, None]
+        old = self.usage * (self.DECAY ** new.chunks)[:, None, None]
+        old = old.clamp(min=1e-30) * (self.usage > 0) * new.keep_old[:, None, None]  # 0 is none
         usage = torch.cat((old, exists.float()), -1)  # (B, H, N + L)
         alive, found = usage > 0, new.found.transpose(1, 2).flatten(2)
         used = new.weight.transpose(1, 2).flatten(2) * (found < usage.size(-1))
@@ -1159,7 +1160,7 @@ class AssociativeMemory(Layer):
                 what = f"{places} chunks of a level" if depth else f"block_size = {places} tokens"
                 raise ValueError(f"a block M has {what}, and with mem_chunk = {cfg.mem_chunk} and "
                                  f"mem_shift = {cfg.mem_shift} finds nothing before the "
-                                 f"{first + 1}th; give a smaller mem_chunk or mem_shift"
+                                 f"{first + 1}. of them; give a smaller mem_chunk or mem_shift"
                                  + ", or a smaller chunk" * bool(depth))
             for item in filter(is_level, items):
                 check_stack(item, depth + 1)
@@ -1275,9 +1276,9 @@ class AssociativeMemory(Layer):
 
     @torch.no_grad()
     def writes(self, window, front, n, doc_ended=None):
-        """Return the MemoryWrites of the first n (B,) tokens behind `front` of a window, a Cache.
+        """Return the MemoryWrites of the first n (B,) tokens after `front` of a window, a Cache.
 
-        doc_ended (B,): a document has begun behind them, so what they leave is of no use.
+        doc_ended (B,): a document begins after them, so what they leave is of no use.
         """
         place, docs = torch.arange(window["docs"].size(1), device=n.device), window["docs"]
         doc = docs.gather(1, (front + n - 1).clamp(min=0)[:, None]) * (n > 0)[:, None]
@@ -1362,7 +1363,7 @@ class Block(nn.Module):
     def update_cache(self, x, seq, aux, cache, plan):
         """Update the cache by x (B, L, C) without the output. Return the plan."""
         own, seen, entries = cache.inside
-        if entries is not None:  # what it enters hangs on what it attends to
+        if entries is not None:  # what it enters depends on what it attends to
             return self(x, seq, aux, cache, plan)[1]
         if seq.kv_input is not None:
             seq = self.normed_kv(seq)
@@ -1424,9 +1425,9 @@ class Stack(nn.Module):
             plan = layer.update_cache(x, seq, aux, cache, plan)
 
     def memory_writes(self, caches, front, n, ended):
-        """Yield (block, MemoryWrites) of the first n (B,) positions behind `front`, by the caches.
+        """Yield (block, MemoryWrites) of the first n (B,) positions after `front`, by the caches.
 
-        ended (B,): a document has begun behind the last of them.
+        ended (B,): a document begins after the last of them.
         """
         for layer, cache in zip(self.order, caches):
             yield from layer.cached_writes(cache, front, n, ended)
@@ -1441,7 +1442,7 @@ class Stack(nn.Module):
 
 @dataclass
 class Plan:
-    """What a level hands to the blocks behind it with plan = cross."""
+    """What a level hands to the blocks after it with plan = cross."""
     concepts: torch.Tensor | None  # (B, M, horizon, C) predicted by M states; None: no new ones
     first: torch.Tensor | None  # (B,) which states they are: first, first + 1, ...
     count: torch.Tensor  # (B, L) a position may read the states 0..count
@@ -1578,7 +1579,7 @@ class FlowHead(EnergyHead):
         super().__init__(cfg, cfg.horizon * cfg.n_embd + self.TIMES)
 
     def denoise(self, u, y, t):
-        """Return the mean of targets behind y (.., H, C) at time t (.., 1, 1)."""
+        """Return the mean of the targets that y (.., H, C) at time t (.., 1, 1) may come from."""
         t = torch.cos(math.pi * t.flatten(-2) * torch.arange(self.TIMES, device=t.device))
         return self.inside(u, torch.cat((y.flatten(-2), t), dim=-1).to(u.dtype))
 
@@ -1616,7 +1617,7 @@ class LevelOutput:
 class Chunks:
     """Where chunks end among T positions; M chunks, from the first that is open on."""
     place: torch.Tensor  # (B, T) place in its chunk
-    next_place: torch.Tensor  # (B, T) that of the position behind
+    next_place: torch.Tensor  # (B, T) that of the next position
     closes: torch.Tensor  # (B, T) True where a chunk ends
     ends: torch.Tensor  # (B, M, T) True where position t ends chunk m
     count: torch.Tensor  # (B, T) chunks closed so far
@@ -1646,7 +1647,8 @@ class Level(Stack):
     c_i = norm(sum_j turn(x_j, place j)); the layers inside run over (bos, c_0, .., c_{n-1}) and
     give u_0 .. u_n; position t outside reads u_i with i = the number of chunks closed up to and
     including t, so nothing sees its future. u_i also predicts c_i, the concept that is not
-    complete yet. x (B, L, C) -> (B, L, C).
+    complete yet. A document without a closed chunk reads u_0 (with plan = add).
+    x (B, L, C) -> (B, L, C).
 
     Example, chunk = 2: tokens a b c d e, chunks (a b) (c d); a reads u_0, b and c read u_1 (made of
     bos and c_0), d and e read u_2; u_1 regresses c_1 = the bound sum of (c d).
@@ -1824,6 +1826,7 @@ class Level(Stack):
             place = torch.arange(concepts.size(1), device=concepts.device)
             pos = (chunks.n_before[:, None] + 1 - n + place).clamp(max=self.room - 1)
             caches = cache.inside[1:]
+        aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
         inner = Sequence.of(concepts, seq.rope_table, 1, pos, self.room, seq.begins,
                             doc_start=doc_start, is_token=F.pad(exists, (n, 0), value=True),
                             scored=scored, doc_ended=ended, layer_mask=seq.layer_mask,
@@ -1839,7 +1842,7 @@ class Level(Stack):
         """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, C).
 
         A chunk counts as many times as it has scored tokens, so that the weight beside
-        cross-entropy does not hang on the chunk, and not at all across documents.
+        cross-entropy does not depend on the chunk, and not at all across documents.
         """
         M, H = concepts.size(1), self.horizon
 
@@ -2157,8 +2160,8 @@ class EarlyExit:
         """Return should_exit(x) for training, so that layers learn to see tokens that stopped.
 
         In a share exit_rate of the B rows they stop where the likeliest token has more than a
-        probability that is drawn per row. (Their own exits are then their last layer: they teach
-        neither exit_distill nor the classifier.)
+        probability that is drawn per row. Their own exit is then their last layer: there is nothing
+        to distil at it, and they teach the classifier nothing.
         """
         rate, S = self.cfg.exit_rate, seq.n_prefix
         limit = torch.rand(2, B, 1, device=self.wte.weight.device)
@@ -2182,7 +2185,7 @@ class EarlyExit:
         if step_draw is not None and weights:
             weights = step_draw[cfg.n_layer:].unbind()
         names, outputs = [f"exit_{k}" for k in self.exits.values()], exits
-        if self.exits_rotate and step_draw is not None:  # one exit counts: read it alone
+        if self.exits_rotate and step_draw is not None and weights:  # read the one that counts
             outputs = [sum(w.to(h.dtype) * h for w, h in zip(weights, exits))]
             names, weights = ["exit"], [1.0]
         for name, h, weight in zip(names, outputs, weights):
@@ -2395,7 +2398,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         return any(getattr(self.cfg, n) for n in names)
 
     def flops_per_token(self):
-        """Return floating-point operations of forward and backward per scored token.
+        """Return floating-point operations of forward and backward per token of the window.
 
         Slots count as positions, a pass of thinking whole, one without gradient a third.
         """
@@ -2413,7 +2416,8 @@ class GPT(Stack, SoftTokens, EarlyExit):
     def init_state(self, B, dtype=None, memory=None, carried=None, known=None):
         """Return an empty State for B rows, with room for every slot and the whole window.
 
-        memory {block: Memory}: what blocks M can find besides what they read. carried: the entries
+        memory {block: Memory}: what blocks M can find besides what they read, of one row, or of B
+        for leave_window to write to. carried: the entries
         of the first known (B,) tokens, as leave_window gave them.
         """
         device, S, V = self.wte.weight.device, self.cfg.n_slot, self.cfg.vocab_size
@@ -2433,7 +2437,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         """Write into the memories of a state what leaves its window with the first n (B,) tokens.
 
         Return {block: what Memory.write gave}, and for token-level blocks {block: [(B, L, ...)]},
-        the entries of the tokens behind those, which were made with more before them than will
+        the entries of the tokens after those, which were made with more before them than will
         stand in a window that begins there. Levels make theirs anew.
         """
         S, carried = self.cfg.n_slot, {}
@@ -2474,7 +2478,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         """Return what slots are made of, a vector for each id of history (B, H): (B, H, C).
 
         Embeddings, or with `enrich` the output of one pass without gradient over the history.
-        What is missing goes behind all that is there, where nothing sees it.
+        What is missing goes after all that is there, where nothing sees it.
         """
         ids = history.clamp(min=0)
         if not self.cfg.enrich:
@@ -2488,8 +2492,8 @@ class GPT(Stack, SoftTokens, EarlyExit):
               memory=None):
         """Return x (B, S + T, C) and its Sequence, of ids (B, T) or distributions (B, T, V).
 
-        history (B, cfg.history): ids behind the tokens. Slots come first, once: with a state that
-        already holds positions there are none to add. The state moves on. ids (B, T): which
+        history (B, cfg.history): the ids before the tokens. Slots come first, once: with a state
+        that already holds positions there are none to add. The state moves on. ids (B, T): which
         symbols soft tokens stand for; None: the likeliest.
         """
         cfg, x, begins = self.cfg, self.wte(tokens), state is None or not state.begun
@@ -2557,7 +2561,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         return self.ln_f(self.trunk(x, seq, Aux(), state)[0][:, seq.n_prefix:])
 
     def concepts(self, tokens, history=None):
-        """Return what each level makes of tokens (B, T): LevelOutputs, the slowest first."""
+        """Return what each level makes of tokens (B, T): LevelOutputs, as they run."""
         aux, (x, seq) = Aux(), self.embed(tokens, history)
         self.trunk(x, seq, aux)
         return aux.concepts

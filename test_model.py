@@ -20,6 +20,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -3164,7 +3165,7 @@ train
   --n_layr=2 => n_layr | n_layer ; --n_layer=two => n_layer | int | 'two' ; --=3 => --=3
   --compile=3 => compile | bool ; --learning_rate=fast => learning_rate | float
   --n_layer => n_layer | value ; config/none.py => none.py | cannot be read ; book.txt => preset
-  shakespeare => shakespeare | preset ; --lr=1 => did you mean learning_rate? ; --bs=1 => batch_size
+  shakespeare => shakespeare | preset ; --bs=1 => batch_size
   --max_iters={NINES} => max_iters | int ; --max_iters=99999999999999999999 => max_iters | 64 bits
   --out_dir={NINES} => out_dir | 10,000 ; --learning_rate=1e999 => learning_rate | 64 bits
   --learning_rate=0 ; --learning_rate=-1 ; --learning_rate=nan ; --learning_rate=-inf ; --beta1=1
@@ -3299,7 +3300,6 @@ def refusals():
 
 @pytest.mark.parametrize("command, words", list(refusals()))
 def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(command, words, stage):
-    import shlex
     for name, text in stage.items():
         command, words = (t.replace(f"{{{name}}}", str(text)) for t in (command, words))
     program, *argv = shlex.split(command)

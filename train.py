@@ -853,7 +853,9 @@ class Runner:
     @functools.cached_property
     def forward(self):
         """What a training step calls, made at the first: whether there is a teacher is known."""
-        module = self.maybe_compile(self.distillation) if self.teacher else self.inner
+        module = self.inner
+        if self.teacher is not None:
+            module = self.maybe_compile(self.distillation)
         return DDP(module, forward_sync_buffers=False) if self.place.world > 1 else module
 
     def grow(self, weights, exactly):
@@ -870,7 +872,7 @@ class Runner:
         """Return the share of the matmul peak that a step of so many seconds reaches; a teacher's
         forward is a third of a step."""
         flops = self.model.flops_per_token()
-        if self.teacher:
+        if self.teacher is not None:
             flops += self.teacher.flops_per_token() / 3
         return flops * self.tokens / seconds / self.peak / self.place.world
 
@@ -944,7 +946,7 @@ class Runner:
             rows = slice(i, i + self.micro)
             torch.manual_seed(hash((tcfg.seed, step, i // self.micro, place.rank)))  # dropout
             mx, my, mh = (t[rows].to(place.device, non_blocking=True) for t in (x, y, h))
-            more = {"taught": self.taught(mx, mh)} if self.teacher else {}
+            more = {"taught": self.taught(mx, mh)} if self.teacher is not None else {}
             memory = {k: m.select(rows) for k, m in self.memory.items()}
             last = rows.stop == self.my_rows
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
@@ -977,7 +979,7 @@ class Runner:
         memory = self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a
         # cold start is 10 s shorter
-        reuse = self.compiled and not self.teacher and not self.model.random()
+        reuse = self.compiled and self.teacher is None and not self.model.random()
         step_draw = self.draw(0) if reuse else None
         batches = data.eval_batches(place, self.micro, self.n_rows, limit)
         self.model.train(reuse)
