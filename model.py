@@ -1159,8 +1159,8 @@ class AssociativeMemory(Layer):
             if has_memory and places <= first:
                 what = f"{places} chunks of a level" if depth else f"block_size = {places} tokens"
                 raise ValueError(f"a block M has {what}, and with mem_chunk = {cfg.mem_chunk} and "
-                                 f"mem_shift = {cfg.mem_shift} finds nothing before the "
-                                 f"{first + 1}. of them; give a smaller mem_chunk or mem_shift"
+                                 f"mem_shift = {cfg.mem_shift} finds nothing before "
+                                 f"place {first + 1}; give a smaller mem_chunk or mem_shift"
                                  + ", or a smaller chunk" * bool(depth))
             for item in filter(is_level, items):
                 check_stack(item, depth + 1)

@@ -3200,7 +3200,7 @@ train
   --layers=(A.A)A => layers | inside a level ; --layers=AF --mem_top=1 => mem_top | at least 2
   --layers=AF --mem_dim=2 => mem_dim | at least 4 ; --layers={NINES} => layers
   --layers=(A)(A) --history=16 --aggregate=1 => slots | outside of levels
-  --layers=A(M)A --chunk=16 => block M | 16 chunks | 17th ; --layers=M --mem_shift=200
+  --layers=A(M)A --chunk=16 => block M | 16 chunks | place 17 ; --layers=M --mem_shift=200
   --layers=AM --mem_chunk=24 => multiple ; --layers=((((((((((A => 8 levels
 train {ON}
   --layers=RR --eot=999 => eot | 999 ; --vocab_size=500 => 500 | text ; --device=tpu9 => tpu9 | cpu
