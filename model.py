@@ -2127,12 +2127,15 @@ class EarlyExit:
                                  f"with; put A or F there")
 
     def add_exits(self, cfg):
-        """Make exits, {layers before it: blocks before it, those inside levels too}."""
+        """Make exits, {layers before it: blocks before it, also in levels}, and the segments."""
         self.exits = {}
         for i in (i for i, c in enumerate(cfg.layers) if c == "."):
             layers = sum(item != "." for item in parse_layers(cfg.layers[:i]))
             self.exits[layers] = sum(c in BLOCKS for c in cfg.layers[:i])
         self.sure = ExitClassifier(cfg) if cfg.exit_classifier else None
+        self.segments = list(itertools.pairwise((0, *self.exits, len(self.order))))
+        self.exits_rotate = cfg.exit_loss == "rotate" and len(self.exits) > 1
+        self.exits_train = bool(self.exits) and (cfg.exit_weight > 0 or cfg.exit_classifier)
 
     def exit_weights(self):
         """Return what each exit's loss counts, by its depth; [] where they are not trained."""
@@ -2317,9 +2320,6 @@ class GPT(Stack, SoftTokens, EarlyExit):
         regresses = nearest or (cfg.semantic_weight and cfg.semantic != "soft_ce")
         self.point = EmbeddingHead(cfg) if regresses else None
         self.add_exits(cfg)
-        self.segments = list(itertools.pairwise((0, *self.exits, len(self.order))))
-        self.exits_rotate = cfg.exit_loss == "rotate" and len(self.exits) > 1
-        self.exits_train = bool(self.exits) and (cfg.exit_weight > 0 or cfg.exit_classifier)
         self.ce_weight = cfg.ce_weight or float(nearest)  # of a nearest head it sets the scale
         self.semantic = SEMANTIC[cfg.semantic]
         if cfg.tie:
