@@ -124,7 +124,7 @@ VARIANTS = {  # name: what differs from BASE
 }
 with open(os.path.join(HERE, "docs", "YOUR_IDEA.md"), encoding="utf-8") as page:
     for code in re.findall(r"```python\n(.*?)```", page.read(), re.S):
-        exec(code, vars(sys.modules["model"]))  # what the page says is in model.py, and must pass all this
+        exec(code, vars(sys.modules["model"]))  # it must pass all tests
 INVARIANTS = []  # tests that random settings have to pass too
 variants = pytest.mark.parametrize("name", VARIANTS)
 
