@@ -1655,6 +1655,7 @@ class Level(Stack):
     """
 
     i = None  # a block has a number
+    CARRIED = "next_place", "count", "docs", "closed_docs"  # of Chunks, by a cache
 
     def __init__(self, cfg, tree, depth, shared):
         super().__init__()
@@ -1728,7 +1729,7 @@ class Level(Stack):
         check_stack(tree)
 
     def init_cache(self, B, L, like):
-        numbers = dict.fromkeys(("next_place", "count", "docs", "closed_docs"), (torch.long,))
+        numbers = dict.fromkeys(self.CARRIED, (torch.long,))
         C = self.bos.numel()
         cache = Cache.empty(like, B, L, open_sum=(C, torch.float32), **numbers)
         states = Cache.empty(like, B, self.room, returned=(C,))
@@ -1756,8 +1757,8 @@ class Level(Stack):
         """Return the Chunks of x (B, S + T, C); in a cache, note where they stand."""
         (B, L, _), S, device = x.shape, seq.n_prefix, x.device
         T, pos = L - S, None if cache is None else seq.pos[:, S:]
-        last = dict.fromkeys(("next_place", "count", "docs", "closed_docs"),
-                             torch.zeros(B, dtype=torch.long, device=device))
+        zero = torch.zeros(B, dtype=torch.long, device=device)
+        last = dict.fromkeys(self.CARRIED, zero)
         if cache is not None:
             last = {name: cache.before(name, pos) for name in last}
         at = torch.arange(T, device=device)

@@ -266,11 +266,13 @@ def contrast(expert, amateur, alpha, beta):
     return logits.masked_fill(keep_min_p(expert, alpha) == -math.inf, -math.inf)
 
 
-# name: (logits (B, V), the settings, the Decoder) -> logits, in their order. A new one is a row,
-# and a setting that switches it off.
+# name: (logits (B, V), the settings, the Decoder) -> logits, in their order (knn as soon as the
+# model has read, in Decoder.record). A new one is a row, a setting that switches it off, and its
+# name in DRAWS where it shapes draws.
 PROCESSORS = {
     "knn": lambda x, c, d: d.mix(x) if d.neighbours else x,
-    "contrast": lambda x, c, d: x if d.weak is None else contrast(x, d.weak, c.alpha, c.beta),
+    "contrast": lambda x, c, d: x if d.amateur_logits is None else
+    contrast(x, d.amateur_logits, c.alpha, c.beta),
     "repetition": lambda x, c, d: x if c.repetition_penalty == 1 else
     penalize(x, d.seen(), c.repetition_penalty),
     "temperature": lambda x, c, d: scale(x, c.temperature),
@@ -480,7 +482,7 @@ class Decoder:
         self.prefill()
 
     @property
-    def weak(self):
+    def amateur_logits(self):
         """The logits (B, V) of an amateur, None where there is none."""
         weak = self.amateur.logits if self.amateur else self.early
         return None if weak is None else weak.float()
@@ -814,7 +816,7 @@ class Plain:
         """Return the GeneratedToken of each row, chosen from p (B, V), not soft where hard."""
         d, B = self.decoder, len(tokens)
         logp, shift = log_probability(d.logits, tokens), [None] * B
-        if d.weak is not None:
+        if d.amateur_logits is not None:
             shift = [a - b for a, b in zip(log_probability(self.scores(), tokens), logp)]
         entropy = entropies(p)
         behind = [sorted(at - len(w) for at in soft) for soft, (_, w) in zip(d.soft, d.rows)]
