@@ -32,6 +32,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -272,19 +273,23 @@ def start_run(m, t, profiled=False):
     h = torch.randint(mcfg.vocab_size, (run.n_rows, mcfg.history), generator=g)
     if tcfg.score_last:
         y[:, :-tcfg.score_last] = -1
-    n_scored = int((y >= 0).sum())
     tcfg.max_iters = NEVER  # constant learning rate
-    CHILD.update(run=run, step=lambda: run.step(0, x, y, h, n_scored))
-    return {"params": run.model.num_params(), "compile": seconds(CHILD["step"]),
+    rows = [t.pin_memory() if run.place.device.type == "cuda" else t for t in (x, y, h)]
+    CHILD.update(run=run, step=lambda: run.step(0, *rows)[1])
+    return {"params": run.model.num_params(), "compile": seconds(lambda: CHILD["step"]().tolist()),
             "tokens": run.tokens}
 
 
 def run_steps(n):
-    return median(seconds(CHILD["step"]) for _ in range(n))
+    """Return the seconds of a step: the median of n, or on a GPU, which works behind, their mean."""
+    if CHILD["run"].place.device.type != "cuda":
+        return median(seconds(CHILD["step"]) for _ in range(n))
+    return seconds(lambda: [CHILD["step"]() for _ in range(n)][-1].tolist()) / n
 
 
 def end_run(a_step):
-    return {"peak MB": peak_mb(), "MFU": CHILD["run"].mfu(a_step)}
+    run = CHILD["run"]
+    return {"peak MB": peak_mb(), "MFU": run.mfu(a_step), "peak": run.peak}
 
 
 def peak_mb():
@@ -328,7 +333,8 @@ def step_times(arms, rounds, least=1.0, threads=0):
     """Return {name: [seconds a step per round]} of arms given as (model settings, training
     settings), in turns, and {name: what start_run and end_run say of it}."""
     live = {k: Arm(threads) for k in arms}
-    about = {k: arm.ask(start_run, *arms[k]) for k, arm in live.items()}
+    with ThreadPoolExecutor(len(arms) if torch.cuda.is_available() else 1) as pool:
+        about = dict(zip(arms, pool.map(lambda k: live[k].ask(start_run, *arms[k]), arms)))
     times = turns(live, rounds, lambda arm, n: arm.ask(run_steps, n), least)
     for k, arm in live.items():
         about[k].update(arm.ask(end_run, median(times[k])))
@@ -692,28 +698,37 @@ def train_speed(m, t, rounds):
             "nanoGPT / ours": compare(times["nanoGPT"], times["ours"])}
 
 
+def the_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def transformers_gpt2(cfg, prompt, n_room):
     """Return function(n) -> seconds a token of transformers' GPT-2 with its KV cache at our
-    shape."""
+    shape, in bf16 on a GPU."""
     from transformers import GPT2Config, GPT2LMHeadModel
+    device = the_device()
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
         n_layer=cfg.n_layer, n_head=cfg.heads(0)[0], bos_token_id=0, eos_token_id=0)).eval()
+    model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
 
     @torch.inference_mode()
     def run(n):
-        cache = model(torch.tensor([prompt]), use_cache=True).past_key_values
+        ids = torch.tensor([prompt], device=device)
+        cache = model(ids, use_cache=True).past_key_values
 
         def push():
             nonlocal cache
-            out = model(torch.tensor([prompt[:1]]), past_key_values=cache, use_cache=True)
+            out = model(ids[:, :1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
+            out.logits.argmax(-1).item()
         return seconds(push, min(n, n_room))
     return run
 
 
 CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of blocks, of the head
     "cache": (torch.float32, False, False, 4, 4),
+    "cache, bf16": (torch.bfloat16, False, False, 2, 2),
     "cache, compiled": (torch.float32, True, False, 4, 4),
     "cache, compiled, bf16": (torch.bfloat16, True, False, 2, 2),
     "cache, compiled, int8": (torch.bfloat16, True, True, 1, 2)}
@@ -723,12 +738,12 @@ def decode_arms(m, more=False):
     """Return {name: function(n) -> seconds a token} for one shape with random weights, one row,
     positions half way into the window: recomputing the window in fp32, and the first of CACHED;
     with `more` all of these, and transformers' GPT-2 where that package is installed."""
-    cfg = stand_in(m)
+    cfg, device = stand_in(m), the_device()
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
     n_room = cfg.block_size - len(prompt) - 1
 
     def cached(dtype, compile, int8, *_):
-        model = GPT(cfg).eval().to(dtype)
+        model = GPT(cfg).eval().to(device, dtype)
         model.dtype = dtype
         model = sample.to_int8(model) if int8 else model
         decoder = sample.Decoder(model, [prompt], compile=compile)
@@ -736,13 +751,16 @@ def decode_arms(m, more=False):
         def run(n):
             decoder.rows = [([], list(prompt))]
             decoder.prefill()
-            return seconds(lambda: decoder.push([1]), min(n, n_room))
+            return seconds(lambda: decoder.push([1]).argmax().item(), min(n, n_room))
         return run
 
-    model, window = GPT(cfg).eval(), torch.randint(cfg.vocab_size, (1, cfg.block_size))
-    recompute = torch.inference_mode()(lambda: model(window))
-    arms = {"recomputing": lambda n: seconds(recompute, n),
-            **{name: cached(*how) for name, how in CACHED.items() if more or name == "cache"}}
+    model = GPT(cfg).eval().to(device)
+    window = torch.randint(cfg.vocab_size, (1, cfg.block_size), device=device)
+    recompute = torch.inference_mode()(lambda: model(window).logits[0, -1].argmax().item())
+    arms = {"recomputing": lambda n: seconds(recompute, n)}
+    for name, how in CACHED.items():
+        if name == "cache" or (more and not (how[2] and device == "cuda")):  # (int8 is of CPUs)
+            arms[name] = cached(*how)
     if more and importlib.util.find_spec("transformers"):
         arms["transformers GPT-2"] = transformers_gpt2(cfg, prompt, n_room)
     return arms
@@ -922,10 +940,209 @@ def stream(cfg, total=100_000, block=20_000):
 
 
 # -------------------------------------------------------------------------------------------------
+# one GPU: what only it can show (a machine without one rehearses this, at a small size)
+
+
+def apart(a, b):
+    """Return the largest difference of two tensors on any devices."""
+    return (a.detach().float().cpu() - b.detach().float().cpu()).abs().max().item()
+
+
+def on_both(name, device):
+    """Return how far a row of VARIANTS differs between the CPU and a device, in fp32: logits of a
+    window, cross-entropy, gradients as a share of their largest, logits of cached decoding."""
+    import test_model as tests
+    ours = tests.make(name)
+    theirs = tests.make(name).to(device)
+    x, history = tests.inputs(ours)
+    memory = tests.filled(ours)
+    found = []
+    for model in (ours, theirs):
+        at = model.wte.weight.device
+        to = lambda t: None if t is None else t.to(at)
+        given = {i: dataclasses.replace(m, keys=to(m.keys), values=to(m.values), usage=to(m.usage))
+                 for i, m in (memory or {}).items()}
+        ids, past, draw = to(x), to(history), to(model.draw_step(0, 0))
+        drawn = model.random() or model.cfg.concept in ("energy", "flow") and model.levels
+        out = model.train(not drawn)(ids, ids, history=past, step_draw=draw, memory=given or None)
+        out.losses["ce"].backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        state, steps = model.eval().init_state(len(ids), memory=given), []
+        with torch.inference_mode():
+            for i, part in enumerate(ids.split((4, *[1] * (ids.size(1) - 4)), 1)):
+                steps.append(model(part, history=past if i == 0 else None, state=state).logits)
+        found.append((out.logits, out.losses["ce"], grads, torch.cat(steps, 1)))
+    (logits, ce, grads, steps), (logits2, ce2, grads2, steps2) = found
+    largest = max(g.abs().max().item() for g in grads)
+    return {"logits": apart(logits, logits2), "loss": apart(ce, ce2),
+            "gradients": max(map(apart, grads, grads2)) / largest, "decoding": apart(steps, steps2)}
+
+
+def gpu_equals_cpu(cfg, device):
+    """Compare every row of VARIANTS with the CPU."""
+    import test_model as tests
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    rows = [{"row": name, **on_both(name, device)} for name in tests.VARIANTS]
+    worst = {k: max(rows, key=lambda row: row[k]) for k in ("logits", "loss", "gradients",
+                                                            "decoding")}
+    yield Table(f"{len(rows)} rows of VARIANTS, {device} against CPU, fp32: the largest differences",
+                [{"of": k, "row": row["row"], "difference": row[k]} for k, row in worst.items()])
+
+
+def compiled_difference(name, device):
+    """Return how far one graph of a row of VARIANTS is from the same uncompiled."""
+    import test_model as tests
+    torch.set_float32_matmul_precision("highest")
+    model = tests.make(name).to(device)
+    x, history = (None if t is None else t.to(device) for t in tests.inputs(model))
+    losses = []
+    for forward in (model, torch.compile(model, fullgraph=True, dynamic=False)):
+        model.zero_grad()
+        loss = forward(x, x, history=history).loss
+        loss.backward()
+        losses.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()
+                                        if p.grad is not None])))
+    (a, grads), (b, grads2) = losses
+    return {"row": name, "loss": apart(a, b), "gradients": apart(grads, grads2)}
+
+
+COMPILED = ("nanogpt", "slots", "hierarchy", "level_inside", "featural", "associative", "exits",
+            "recurrent_complex")
+
+
+def gpu_compiled(cfg, device):
+    """Compare compiled rows with uncompiled ones."""
+    names = COMPILED if device == "cuda" else COMPILED[:1]
+    arms = [Arm(TORCHINDUCTOR_COMPILE_THREADS="2") for _ in names]
+    with ThreadPoolExecutor(len(arms)) as pool:
+        rows = list(pool.map(lambda arm, name: arm.ask(compiled_difference, name, device), arms,
+                             names))
+    for arm in arms:
+        arm.close()
+    yield Table(f"one compiled graph against the same uncompiled, {device}, fp32", rows)
+
+
+def gpu_checkpoints(cfg, device):
+    """Carry a run from the device to the CPU and back."""
+    flags = ("--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8 "
+             "--lr_decay_iters=8 --eval_tokens=8192 --compile=False --dtype=float32")
+    whole = fit(cfg, flags, device="cpu", max_iters=8, out_dir=scratch())
+    rows = []
+    for first, then in ((device, "cpu"), ("cpu", device)):
+        folder = scratch()
+        fit(cfg, flags, device=first, max_iters=4, out_dir=folder)
+        resumed = fit(cfg, flags, device=then, max_iters=8, out_dir=folder, init_from="resume")
+        rows.append({"run": f"4 steps on {first}, 4 on {then}", "val loss": resumed["val_loss"],
+                     "8 on cpu": whole["val_loss"]})
+    yield Table("a checkpoint goes from device to device (8 steps, fp32)", rows)
+
+
+LARGE = "--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --vocab_size=50257 --batch_size="
+
+
+def gpu_training(cfg, device):
+    """Time a step at 124M parameters beside nanoGPT's model, in turns."""
+    shape = SIZES["4 layers, 128 wide, 12 x 64"]
+    if device == "cuda":
+        shape = LARGE + "32 --gradient_accumulation_steps=4"
+    ours = read_arm(shape)
+    theirs = read_arm(f"config/nanogpt.py {shape} --dropout=0 --compile=True --dtype=auto")
+    arms = {"ours, Muon": ours, "ours, AdamW": read_arm(f"{shape} --optimizer=adamw"),
+            "nanoGPT's model, AdamW": theirs}
+    times, about = step_times(arms, cfg.rounds, 2.0)
+    rows = []
+    for name, t in times.items():
+        a = about[name]
+        rows.append({"arm": name, "params M": a["params"] / 1e6, "ms a step": 1000 * median(t),
+                     "tokens/s": a["tokens"] / median(t), "MFU": a["MFU"],
+                     "peak TFLOP/s": a["peak"] / 1e12, "peak MB": a["peak MB"],
+                     "first step s": a["compile"],
+                     "nanoGPT / it": compare(times["nanoGPT's model, AdamW"], t)})
+    yield Table(f"a training step, {shape.split(' --vocab')[0]}: compiled, bf16, random tokens", rows)
+
+
+MIXERS = {"A": "--layers=AAAAAA", "R": "--layers=RRRRRR", "R and A": "--layers=RRARRA",
+          "level of 4": "--layers=RR(AAAA)R", "level by words": "--layers=(AA)AAAA --chunk=space",
+          "F": "--layers=AAFAAF", "M": "--layers=AAMAAM", "exits": "--layers=AA.AA.AA",
+          "slots": "--layers=AAAAAA --history=1024 --aggregate=1 --n_segment=2 --n_span=16 --span=4"}
+
+
+def gpu_mixers(cfg, device):
+    """Time a step of each mechanism at 6 layers, 384 wide."""
+    shape = "--n_head=6 --n_embd=384 " + ("--block_size=1024 --batch_size=32" if device == "cuda"
+                                          else "--block_size=64 --batch_size=2")
+    names = MIXERS if device == "cuda" else ["A"]
+    arms = {k: read_arm(f"{shape} {MIXERS[k]}") for k in names}
+    times, about = step_times(arms, cfg.rounds)
+    yield Table(f"a training step of each mechanism, {shape}",
+                [{"arm": f"{k}: {MIXERS[k]}", "ms a step": 1000 * median(t),
+                  "tokens/s": about[k]["tokens"] / median(t), "MFU": about[k]["MFU"],
+                  "of A's time": compare(t, times["A"]), "peak MB": about[k]["peak MB"],
+                  "first step s": about[k]["compile"]} for k, t in times.items()])
+
+
+def gpu_decoding(cfg, device):
+    """Time one row at 124M parameters."""
+    shape = LARGE + "1" if device == "cuda" else SIZES["4 layers, 128 wide, 12 x 64"]
+    times = decode_times(read_arm(shape)[0], cfg.rounds, more=True)
+    yield Table(f"decoding one row greedily, {shape.split(' --vocab')[0]}, behind half a window",
+                [{"way": k, "tokens/s": 1 / median(t),
+                  "/ recomputing": compare(times["recomputing"], t)} for k, t in times.items()])
+
+
+def gpu_jobs(cfg, device):
+    """Train the main job, and 200 steps of it on both devices."""
+    short = "--max_iters=200 --lr_decay_iters=200 --dtype=float32"
+    if device == "cpu":
+        short = f"{short} --max_iters=2 --lr_decay_iters=2 --eval_tokens=512 --compile=False"
+    job = "config/softar_shakespeare.py "
+    with ThreadPoolExecutor(2) as pool:
+        runs = {f"200 steps, fp32, {where}": pool.submit(fit, cfg, job + short, device=where)
+                for where in dict.fromkeys((device, "cpu"))}
+        runs = {name: run.result() for name, run in runs.items()}
+    if device == "cuda":
+        runs["the whole job"] = fit(cfg, job, device=device)
+    yield Table("config/softar_shakespeare.py",
+                [{"run": name, **{k: run[v] for k, v in METRICS.items()}}
+                 for name, run in runs.items()])
+
+
+GPU_PARTS = (gpu_equals_cpu, gpu_training, gpu_decoding, gpu_mixers, gpu_jobs, gpu_checkpoints,
+             gpu_compiled)
+
+
+def gpu(cfg):
+    """one GPU: CUDA equals CPU, 124M parameters in training and decoding, every mechanism's step,
+    the main job; --out_dir keeps parts that are done"""
+    device = the_device()
+    for part in GPU_PARTS:
+        path = cfg.out_dir and os.path.join(cfg.out_dir, f"{part.__name__}.json")
+        if path and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                yield from (Table(**t) for t in json.load(f))
+            continue
+        print(f"{part.__name__} ...", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            tables = list(part(cfg, device))
+        except Exception as e:  # the other parts are worth having
+            traceback.print_exc()
+            yield Table(f"{part.__name__} failed", [{"error": f"{type(e).__name__}: {e}"[:200]}])
+            continue
+        print(f"{part.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        if path:
+            prepare.make_dir(cfg.out_dir)
+            with open(path, "w", encoding="utf-8") as f:
+                json.dump([{"title": t.title, "rows": t.rows} for t in tables], f)
+        yield from tables
+
+
+# -------------------------------------------------------------------------------------------------
 # claims that train, as data
 
 CLAIMS = {"presets": all_presets, "speed": speed, "parts": parts, "decode": decode,
-          "blocks": blocks, "stream": stream}
+          "blocks": blocks, "stream": stream, "gpu": gpu}
 
 ONCE = f" --eval_interval={NEVER} --log_interval=500"  # validate at the end alone
 SMALL = "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12" + ONCE

@@ -1741,7 +1741,9 @@ class Level(Stack):
         chunks = self.find_chunks(x, seq, cache)
         sums, inside = self.compose(x[:, seq.n_prefix:], chunks, seq, cache)
         u = None
-        always = cache is None or seq.begins or torch.compiler.is_compiling()
+        # asking a GPU whether any chunk closes would wait for it
+        always = cache is None or seq.begins or x.device.type != "cpu"
+        always = always or torch.compiler.is_compiling()
         if always or bool(chunks.closes.any()):
             concepts = rms_norm(sums)
             u = self.run_inner(concepts, inside, chunks, seq, aux, cache)
@@ -2026,7 +2028,7 @@ class EmbeddingHead(nn.Module):
 def soft_cross_entropy(z, logits, e, y, temp):
     """Return cross-entropy against targets spread over tokens by their similarity: (B, T)."""
     near = (e[y] @ e.T / e.size(-1) / temp).softmax(-1)  # (B, T, V)
-    return -(near * logits.log_softmax(-1)).sum(-1)
+    return -(near * logits.float().log_softmax(-1)).sum(-1)
 
 
 SEMANTIC = {  # losses that know how far off a wrong token is: (z, logits, e, y, temp) -> (B, T)
@@ -2270,20 +2272,20 @@ class EarlyExit:
 
 def cross_entropy(logits, targets):
     """Return the summed cross-entropy of logits (B, T, V) over targets (B, T) that are not -1."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
                            reduction="sum")
 
 
 def divergence(logits, others):
     """Return the Kullback-Leibler divergence of others (B, T, V) from logits, nats: (B, T)."""
-    p = logits.log_softmax(-1)
-    return (p.exp() * (p - others.log_softmax(-1))).sum(-1)
+    p = logits.float().log_softmax(-1)
+    return (p.exp() * (p - others.float().log_softmax(-1))).sum(-1)
 
 
 @dataclass
 class Output:
     """What GPT.forward returns, whatever the variant. Unpacks as `logits, loss = model(...)`."""
-    logits: torch.Tensor  # (B, T, V)
+    logits: torch.Tensor  # (B, T, V); with targets of the type that they were computed in
     loss: torch.Tensor | None  # scalar: the weighted sum of `losses`, None without targets
     losses: dict  # name: scalar; "ce" is the plain cross-entropy, nats a scored token
     h: torch.Tensor | None = None  # (B, T, C) normalised vectors that the head reads
@@ -2317,7 +2319,9 @@ class GPT(Stack, SoftTokens, EarlyExit):
         self.embed_norm = RMSNorm(cfg) if cfg.embed_norm else nn.Identity()
         self.add_layers(cfg, [item for item in parse_layers(cfg.layers) if item != "."])
         self.ln_f = norm(cfg)
-        self.lm_head = None if nearest else Linear(C, V, init=HEAD, group="table")
+        # a large table is padded, by rows that nobody reads: GPUs want multiples of 64
+        padded = V if V < 1024 or cfg.tie else -(-V // 64) * 64
+        self.lm_head = None if nearest else Linear(C, padded, init=HEAD, group="table")
         regresses = nearest or (cfg.semantic_weight and cfg.semantic != "soft_ce")
         self.point = EmbeddingHead(cfg) if regresses else None
         self.add_exits(cfg)
@@ -2573,8 +2577,12 @@ class GPT(Stack, SoftTokens, EarlyExit):
 
     def to_logits(self, h):
         """Return logits (B, T, V) of output vectors (B, T, C)."""
+        return self.raw_logits(h).float()
+
+    def raw_logits(self, h):
+        """Return logits in the type that they are computed in: half the room of a large table's."""
         if self.lm_head is not None:
-            return self.lm_head(h).float()
+            return self.lm_head(h)[..., :self.cfg.vocab_size]
         z, e = self.point(h), self.embeddings()
         if not self.cfg.ce_weight:  # cross-entropy then sets the scale and nothing else
             z, e = z.detach(), e.detach()
@@ -2621,11 +2629,11 @@ class GPT(Stack, SoftTokens, EarlyExit):
 
         # logits
         h, *exits = (self.ln_f(v[:, seq.n_prefix:]) for v in (x, *at_exits))
-        logits = self.to_logits(h)
+        logits = self.raw_logits(h)
         if count is not None and state is not None:
-            self.note_thoughts(state, logits, count)
+            self.note_thoughts(state, logits.float(), count)
         if targets is None:
-            return Output(logits, None, {}, h, exits, aux.memory_writes, aux.ff_outputs)
+            return Output(logits.float(), None, {}, h, exits, aux.memory_writes, aux.ff_outputs)
 
         # losses: sums over scored tokens, weighted here
         terms = [("ce", self.ce_weight, cross_entropy(logits, targets))]

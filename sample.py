@@ -725,7 +725,44 @@ def compiled(model):
     fast = copy.copy(model)
     for name in ("run", "update_caches", "forward_early", "forward_remainder", "forward"):
         setattr(fast, name, torch.compile(getattr(model, name), dynamic=False))
-    return fast
+    return CudaGraph(fast) if model.wte.weight.device.type == "cuda" else fast
+
+
+class CudaGraph:
+    """A model whose step over one token a row is recorded once for each state and then launched as
+    a whole, since a GPU waits for the launches of many small kernels. What it returns is
+    overwritten by the next step."""
+
+    def __init__(self, model):
+        self.model, self.state = model, None
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, idx, state, **more):
+        if idx.is_floating_point() or idx.size(1) > 1:
+            return self.model(idx, state=state, **more)
+        if self.state is not state:
+            self.record(idx, state)
+        self.idx.copy_(idx)
+        self.pos.copy_(state.pos)
+        self.graph.replay()
+        state.pos = self.behind
+        return self.out
+
+    def record(self, idx, state):
+        self.state, self.idx, self.pos = state, idx.clone(), state.pos.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compile, and let libraries take their memory
+            for _ in range(2):
+                state.pos = self.pos.clone()
+                self.model(self.idx, state=state)
+        torch.cuda.current_stream().wait_stream(stream)
+        state.pos, self.graph = self.pos, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = self.model(self.idx, state=state)
+        self.behind, state.pos = state.pos, self.pos.clone()
 
 
 class Int8(torch.nn.Module):

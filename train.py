@@ -14,6 +14,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import math
@@ -24,6 +25,7 @@ import signal
 import sys
 import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import config  # before torch: it sets the allocator's switches
@@ -153,6 +155,12 @@ class Place:
         t = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(t)
         return t.tolist()
+
+    def all_sum(self, t):
+        """Return a tensor summed over all processes."""
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
 
     def all_gather_rows(self, t):
         """Return the rows (n, ...) of all processes, in the order of their ranks."""
@@ -856,7 +864,12 @@ class Runner:
         module = self.inner
         if self.teacher is not None:
             module = self.maybe_compile(self.distillation)
-        return DDP(module, forward_sync_buffers=False) if self.place.world > 1 else module
+        if self.place.world == 1:
+            return module
+        # buffers are tables that every process makes alike (the first name is that of torch 2.13)
+        names = inspect.signature(DDP).parameters
+        name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in names)
+        return DDP(module, **{name: False})
 
     def grow(self, weights, exactly):
         """Take the weights of a checkpoint, which need not have levels, attention to their plans or
@@ -935,13 +948,14 @@ class Runner:
             m.write(out.memory_writes[i])
         return out
 
-    def step(self, step, x, y, h, n_scored, begins=None):
-        """Take one optimizer step on this process's rows. Return ({name: loss}, gradient norm);
-        where one of these is not finite, on any process, nothing was updated. n_scored: scored
-        tokens of the step over all processes; begins (rows,): whose memory ends."""
+    def step(self, step, x, y, h, begins=None):
+        """Take one optimizer step on this process's rows. begins (rows,): whose memory ends.
+
+        Return (names of the losses, a tensor of these and the gradient's norm). Where one is not
+        finite, on any process, nothing is updated; a GPU is not waited for to see that.
+        """
         place, tcfg, step_draw, losses = self.place, self.tcfg, self.draw(step), []
-        # DDP takes the mean over processes
-        denom = torch.tensor(n_scored / place.world, dtype=torch.float32, device=place.device)
+        denom = place.all_sum((y >= 0).sum().to(place.device)) / place.world  # DDP takes the mean
         for i in range(0, self.my_rows, self.micro):
             rows = slice(i, i + self.micro)
             torch.manual_seed(hash((tcfg.seed, step, i // self.micro, place.rank)))  # dropout
@@ -957,24 +971,22 @@ class Runner:
             losses.append(torch.stack([v.detach() for v in out.losses.values()]))
         parameters = self.model.parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, tcfg.grad_clip or math.inf)
-        *values, norm = torch.cat([torch.stack(losses).sum(0) / place.world, norm[None]]).tolist()
-        values = place.sum(*values)
-        finite = all(map(math.isfinite, (*values, norm)))
+        values = place.all_sum(torch.stack(losses).sum(0) / place.world)
+        values = torch.cat((values, norm[None]))
+        finite = place.device.type == "cuda" or bool(values.isfinite().all())
         for o in self.optimizers:
             for g in o.param_groups:
                 g["lr"] = g["peak_lr"] * lr_factor(step, tcfg)
             if finite:
                 o.step()
             o.zero_grad(set_to_none=True)
-        if place.device.type == "cuda":
-            torch.cuda.synchronize()
-        return dict(zip(out.losses, values)), norm
+        return list(out.losses), values
 
     def evaluate(self, data, alter=None, stop=lambda: 0, limit=0):
         """Return (nats a scored token, bits a byte) over a whole split, or its first `limit`
         tokens: plain cross-entropy, the same for every variant; None where stop(), asked once a
         batch, said so on any process. For ablations, alter(history) stands in for each history."""
-        place, total, count, stopped = self.place, 0.0, 0, 0
+        place, losses, count, stopped = self.place, [], 0, 0
         one = torch.ones((), device=place.device)
         memory = self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a
@@ -992,9 +1004,10 @@ class Runner:
                 h = (alter(h) if alter else h) if self.mcfg.n_slot else None
                 out = self.with_memory(self.inner, memory, begins, x, y, h, denom=one,
                                        step_draw=step_draw)
-                total += out.losses["ce"].item()
+                losses.append(out.losses["ce"].detach())
                 count += int((y >= 0).sum())
         self.model.train()
+        total = sum(torch.stack(losses).tolist()) if losses else 0.0  # a GPU is waited for here
         total, count, stopped = place.sum(total, count, stopped)
         if stopped:
             return None
@@ -1241,6 +1254,9 @@ class Training:
         self.first_step = self.progress.step
         self.curve, self.compile_seconds = [], 0.0
         self.interval_seconds, self.interval_steps = 0.0, 0  # of steps since the last log line
+        self.on_gpu, self.pending = self.place.device.type == "cuda", []  # steps not read yet
+        self.maker, self.coming = ThreadPoolExecutor(1), {}  # of batches
+        held.callback(self.maker.shutdown)
 
     def on_disk(self, do):
         """Return what do() returns on rank 0 if this run writes, else None."""
@@ -1364,6 +1380,8 @@ class Training:
         while True:
             done, stopped = p.step >= tcfg.max_iters or tcfg.eval_only, self.stopped()
             due = p.step > 0 and p.step % tcfg.eval_interval == 0 and p.step != p.validated
+            if done or due or stopped:
+                self.settle()
             if (done or due) and not stopped:
                 stopped = 0 if self.validate(done) else self.stopped()
             if stopped:
@@ -1376,19 +1394,25 @@ class Training:
                 self.log_losses()
         return self.result(stopped)
 
+    def batch(self, step):
+        """Return the rows of a step as Data.batch does; those of the next are made meanwhile."""
+        def make(step):
+            rows = self.train_data.batch(step, self.run.slice, self.run.n_rows)
+            return [t.pin_memory() for t in rows] if self.on_gpu else rows
+
+        made = self.coming.pop(step, None)
+        self.coming = {step + 1: self.maker.submit(make, step + 1)}
+        return make(step) if made is None else made.result()
+
     def train_step(self):
         p, run, start = self.progress, self.run, time.perf_counter()
-        x, y, h = self.train_data.batch(p.step, run.slice, run.n_rows)
         begins = self.train_data.begins(p.step, run.slice, run.n_rows) if run.memory else None
-        n_scored = self.place.sum(int((y >= 0).sum()))[0]
-        losses, norm = run.step(p.step, x, y, h, n_scored, begins)
-        if not all(map(math.isfinite, (*losses.values(), norm))):
-            self.stop_for(f"loss {losses['ce']}, gradient norm {norm}: training stopped before the "
-                          f"update")
+        self.pending.append((p.step, *run.step(p.step, *self.batch(p.step), begins)))
         p.step += 1
-        p.interval_losses.append(losses)
+        first = p.step == self.first_step + 1
+        self.settle(leave=int(self.on_gpu and not first))
         seconds = time.perf_counter() - start
-        if p.step == self.first_step + 1:
+        if first:
             self.compile_seconds = seconds
             self.say(f"first step {seconds:.1f} s{' with compiling' if run.compiled else ''}")
         else:
@@ -1396,10 +1420,23 @@ class Training:
             self.interval_seconds += seconds
             self.interval_steps += 1
 
+    def settle(self, leave=0):
+        """Read what steps gave, all but the last `leave`, which a GPU may still compute."""
+        while len(self.pending) > leave:
+            step, names, values = self.pending.pop(0)
+            *values, norm = values.tolist()
+            losses = dict(zip(names, values))
+            if not all(map(math.isfinite, (*values, norm))):
+                self.progress.step = step
+                self.stop_for(f"loss {losses['ce']}, gradient norm {norm}: training stopped before "
+                              f"the update")
+            self.progress.interval_losses.append(losses)
+
     def log_losses(self):
         """Log the means of all losses since the last time; print cross-entropy, and of the others
         what fits into a line."""
         p, run = self.progress, self.run
+        self.settle()
         each = self.interval_seconds / self.interval_steps if self.interval_steps else \
             self.compile_seconds
         means = {}
