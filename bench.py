@@ -329,11 +329,12 @@ def compare(a, b):
     return median(x / y for x, y in zip(a, b))
 
 
-def step_times(arms, rounds, least=1.0, threads=0):
+def step_times(arms, rounds, least=1.0, threads=0, together=False):
     """Return {name: [seconds a step per round]} of arms given as (model settings, training
-    settings), in turns, and {name: what start_run and end_run say of it}."""
+    settings), in turns, and {name: what start_run and end_run say of it}. together: they compile
+    side by side."""
     live = {k: Arm(threads) for k in arms}
-    with ThreadPoolExecutor(len(arms) if torch.cuda.is_available() else 1) as pool:
+    with ThreadPoolExecutor(len(arms) if together else 1) as pool:
         about = dict(zip(arms, pool.map(lambda k: live[k].ask(start_run, *arms[k]), arms)))
     times = turns(live, rounds, lambda arm, n: arm.ask(run_steps, n), least)
     for k, arm in live.items():
@@ -479,7 +480,8 @@ def time_arms(cfg, trial, arms):
     parsed = {name: parse_arm(flags) for name, flags in arms.items()}
     own = {name: (m, t) for name, (m, t, more) in parsed.items() if "time_of" not in more}
     times, _ = step_times(own, min(cfg.rounds, 3), 4.0 if trial.alone else 1.0,
-                          share_of_cores(cfg) if trial.timing == "share" else 0)
+                          share_of_cores(cfg) if trial.timing == "share" else 0,
+                          torch.cuda.is_available())
     for name, (_, t, more) in parsed.items():
         times[name] = times[more.get("time_of", name)]
     for name, (_, t, more) in parsed.items():
@@ -1007,7 +1009,7 @@ def compiled_difference(name, device):
     return {"row": name, "loss": apart(a, b), "gradients": apart(grads, grads2)}
 
 
-COMPILED = ("nanogpt", "slots", "hierarchy", "level_inside", "featural", "associative", "exits",
+COMPILED = ("nanogpt", "slots", "hierarchy", "level+slots+nanogpt", "featural", "associative", "exits",
             "recurrent_complex")
 
 
@@ -1074,7 +1076,7 @@ def gpu_mixers(cfg, device):
                                           else "--block_size=64 --batch_size=2")
     names = MIXERS if device == "cuda" else ["A"]
     arms = {k: read_arm(f"{shape} {MIXERS[k]}") for k in names}
-    times, about = step_times(arms, cfg.rounds)
+    times, about = step_times(arms, cfg.rounds, together=device == "cuda")
     yield Table(f"a training step of each mechanism, {shape}",
                 [{"arm": f"{k}: {MIXERS[k]}", "ms a step": 1000 * median(t),
                   "tokens/s": about[k]["tokens"] / median(t), "MFU": about[k]["MFU"],
@@ -1175,6 +1177,19 @@ CLAIMS["a100"] = Trial(
 CLAIMS["best"] = Trial(
     "the lowest loss within 15 minutes: config/shakespeare_best.py", "the lowest loss",
     ("config/shakespeare_best.py",), columns=OF_SEEDS, timing="", alone=True)
+
+EQUAL = " --seconds_of=AAAAAA"
+CLAIMS["think"] = Trial(
+    "does a level above the tokens pay: 6 layers, 256 wide, a window of 1,024 characters, each arm "
+    "for the seconds of the flat model's steps", "thinking above the token, at equal seconds",
+    {"AAAAAA": "--layers=AAAAAA", "AAAA, fewer layers, more steps": "--layers=AAAA" + EQUAL,
+     "(AA)AAAA by words": "--layers=(AA)AAAA --chunk=space" + EQUAL,
+     "(AA)AAAA by 4": "--layers=(AA)AAAA --chunk=4" + EQUAL,
+     "RR(AAAA)R by words": "--layers=RR(AAAA)R --chunk=space" + EQUAL,
+     "RRARRA": "--layers=RRARRA" + EQUAL},
+    "--n_head=4 --n_embd=256 --block_size=1024 --batch_size=16 --max_iters=600" + ONCE,
+    columns=("val loss", "difference", "sd of it", "spread", "steps", "params M", "step time",
+             "ms a step"))
 
 SLOT_MODEL = ("--n_layer=4 --n_head=4 --n_embd=128 --block_size=16 --batch_size=64 "
               "--max_iters=1500 --history_drop=0" + ONCE)

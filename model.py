@@ -2577,12 +2577,19 @@ class GPT(Stack, SoftTokens, EarlyExit):
 
     def to_logits(self, h):
         """Return logits (B, T, V) of output vectors (B, T, C)."""
-        return self.raw_logits(h).float()
+        return self.raw_logits(h)[..., :self.cfg.vocab_size].float()
 
     def raw_logits(self, h):
-        """Return logits in the type that they are computed in: half the room of a large table's."""
+        """Return logits (B, T, V or more) as they are computed: of a padded table, in its type.
+
+        Those beyond V are so low that they have no share in a softmax.
+        """
         if self.lm_head is not None:
-            return self.lm_head(h)[..., :self.cfg.vocab_size]
+            logits = self.lm_head(h)
+            if logits.size(-1) == self.cfg.vocab_size:
+                return logits
+            beyond = torch.arange(logits.size(-1), device=h.device) >= self.cfg.vocab_size
+            return logits.masked_fill(beyond, torch.finfo(logits.dtype).min)
         z, e = self.point(h), self.embeddings()
         if not self.cfg.ce_weight:  # cross-entropy then sets the scale and nothing else
             z, e = z.detach(), e.detach()
@@ -2629,14 +2636,15 @@ class GPT(Stack, SoftTokens, EarlyExit):
 
         # logits
         h, *exits = (self.ln_f(v[:, seq.n_prefix:]) for v in (x, *at_exits))
-        logits = self.raw_logits(h)
+        raw = self.raw_logits(h)
+        logits = raw[..., :cfg.vocab_size]
         if count is not None and state is not None:
             self.note_thoughts(state, logits.float(), count)
         if targets is None:
             return Output(logits.float(), None, {}, h, exits, aux.memory_writes, aux.ff_outputs)
 
         # losses: sums over scored tokens, weighted here
-        terms = [("ce", self.ce_weight, cross_entropy(logits, targets))]
+        terms = [("ce", self.ce_weight, cross_entropy(raw, targets))]
         if cfg.semantic_weight:
             terms.append(("semantic", cfg.semantic_weight, self.semantic_loss(h, logits, targets)))
         terms += aux.losses
