@@ -6,6 +6,9 @@
                                                      documents
     python prepare.py --separator='<|endoftext|>' --input=gpt2.txt   documents end there in a text
     python prepare.py --tokenizer=gpt2               any tiktoken encoding instead of characters
+    python prepare.py --tokenizer=gpt2 --input=fineweb_val_000000.bin --input=...
+                                                     public token files, of modded-nanogpt or of
+                                                     nanoGPT; those with val in their name validate
     python prepare.py cipher                         a synthetic task; others: chain, plan, fork,
                                                      parity, even_pairs, cycle_navigation,
                                                      modular_arithmetic, reverse_string, facts
@@ -916,6 +919,51 @@ def prepare_text(paths, cfg, folder, source):
     return meta
 
 
+SHARD_MAGIC, SHARD_HEAD = 20240520, 1024  # of llm.c's and modded-nanogpt's token files
+
+
+def shard(path):
+    """Return the tokens of a public token file, which is not read here: 16-bit numbers, behind a
+    header (256 of 32 bits: SHARD_MAGIC, version 1, how many), or alone, as nanoGPT writes them."""
+    try:
+        head = np.fromfile(path, "<i4", 256)
+        size = os.path.getsize(path)
+        has_head = len(head) > 2 and head[0] == SHARD_MAGIC
+        if size % 2 or size < 2 or (has_head and (len(head) < 256 or head[1] != 1 or
+                                                  head[2] != (size - SHARD_HEAD) // 2)):
+            raise UserError(f"{path} is no whole file of 16-bit tokens; fetch it again")
+        return np.memmap(path, "<u2", "r", offset=SHARD_HEAD * has_head)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e})") from None
+
+
+def prepare_shards(paths, cfg, folder):
+    """Write a dataset of public token files, in the order in which they are named."""
+    split_of = {p: "val" if "val" in os.path.basename(p) else "train" for p in paths}
+    if {*split_of.values()} != {"train", "val"}:
+        raise UserError("token files need one with val in its name, to validate with, and one "
+                        "without; name both with --input")
+    tok = Tokenizer(tokenizer_spec(cfg.tokenizer))
+    sizes = np.array([len(tok.token_bytes(i)) for i in range(tok.n_vocab)])
+    made_from = origin_hash(folder, cfg, shards=[os.path.abspath(p) for p in paths],
+                            tokenizer=cfg.tokenizer)
+    n_bytes = dict.fromkeys(("train", "val"), 0)
+    with dataset_writer(folder, tok, made_from) as (write, meta):
+        for path, split in split_of.items():
+            tokens, step = shard(path), 2 ** 20
+            for i in bar(range(0, len(tokens), step), desc=os.path.basename(path)):
+                part = np.asarray(tokens[i:i + step])
+                if part.max() >= tok.n_vocab:
+                    raise UserError(f"{path} has token {part.max()}, and {cfg.tokenizer} has "
+                                    f"{tok.n_vocab:,}; name its own with --tokenizer")
+                write[split].add(part)
+                n_bytes[split] += int(sizes[part].sum())
+        if min(w.n for w in write.values()) < MIN_TOKENS:
+            raise UserError(f"a split needs {MIN_TOKENS} tokens; name longer files")
+        meta.update(source="token files", files=[visible(p) for p in paths], bytes=n_bytes)
+    return meta
+
+
 @contextlib.contextmanager
 def dataset_writer(folder, tok, made_from, masked=False):
     """Yield ({split: BinWriter}, meta); when the block ends well, both .bin files and then
@@ -1176,6 +1224,8 @@ def main(argv):
     folder = os.path.join(cfg.data_dir, name)
     if what in TASKS:
         meta = prepare_task(what, cfg, folder)
+    elif cfg.input and all(p.endswith(".bin") for p in cfg.input):
+        meta = prepare_shards(cfg.input, cfg, folder)
     else:
         paths, source = (list(cfg.input), "files") if cfg.input else fetch_shakespeare(cfg)
         meta = prepare_text(paths, cfg, folder, source)
