@@ -48,27 +48,21 @@ from torch.nn import functional as F
 # settings
 
 
-CHOICES = {
-    "mlp": ("relu2", "gelu", "swiglu"), "norm": ("rms", "layer", "scale"),
-    "pos": ("rope", "learned", "none"), "init": ("fan_in", "gpt2"),
-    "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
-    "concept": ("cos", "mse", "energy", "flow"), "head": ("softmax", "nearest"),
-    "semantic": ("cos", "mse", "soft_ce"), "exit_loss": ("depth", "rotate")}
-RANGES = {
-    "block_size": (1, 2 ** 20), "vocab_size": (0, 2 ** 24), "n_layer": (0, 1000),
-    "n_embd": (1, 2 ** 16), "n_head": (1, 2 ** 12), "n_kv_head": (0, 2 ** 12),
-    "head_dim": (0, 2 ** 12), "n_mlp": (-1, 2 ** 20), "n_value_embed": (0, 1000),
-    "dropout": (0, 1 - 1e-9), "channel_drop": (0, 1 - 1e-9), "eot": (-1, 2 ** 24),
-    "space": (0, 2 ** 24), "concept_weight": (0, 1e6), "horizon": (1, 2 ** 12),
-    "n_mem": (1, 2 ** 24), "mem_head": (1, 2 ** 10), "mem_top": (1, 2 ** 12),
-    "mem_dim": (1, 2 ** 12), "mem_size": (0, 2 ** 24), "mem_chunk": (1, 2 ** 16),
-    "mem_shift": (0, 2 ** 16), "mem_novelty": (1e-6, 1e6), "mem_drop": (0, 1 - 1e-9),
-    "mem_noise": (0, 1e6), "ce_weight": (0, 1e6), "semantic_weight": (0, 1e6),
-    "semantic_temp": (1e-6, 1e6), "soft_rate": (0, 1), "n_think": (0, 1000),
-    "think_token": (-1, 2 ** 24), "history": (0, 2 ** 20), "aggregate": (0, 1),
-    "n_segment": (0, 2 ** 12), "n_span": (0, 2 ** 16), "span": (0, 2 ** 16),
-    "exit_weight": (0, 1e6), "exit_distill": (0, 1), "exit_rate": (0, 1),
-    "layer_drop": (0, 1 - 1e-9)}
+LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
+    (0, 1, "aggregate soft_rate exit_distill exit_rate"),
+    (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
+    (0, 1e6, "concept_weight mem_noise ce_weight semantic_weight exit_weight"),
+    (1e-6, 1e6, "mem_novelty semantic_temp"),
+    (0, 1000, "n_layer n_value_embed n_think"),
+    (0, 2 ** 12, "n_kv_head head_dim n_segment"),
+    (1, 2 ** 12, "n_head horizon mem_head mem_top mem_dim"),
+    (0, 2 ** 16, "mem_shift n_span span"),
+    (1, 2 ** 16, "n_embd mem_chunk"),
+    (-1, 2 ** 20, "n_mlp"),
+    (0, 2 ** 20, "history"),
+    (1, 2 ** 20, "block_size n_mem"),
+    (0, 2 ** 24, "vocab_size space mem_size"),
+    (-1, 2 ** 24, "eot think_token"))
 
 
 @dataclass
@@ -148,20 +142,23 @@ class GPTConfig:
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not "
                                  f"{getattr(self, name)!r}")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            each = value if isinstance(value, tuple) else (value,)
-            inside = all(type(v) in (int, float) and low <= v <= high for v in each)  # NaN is not
-            if not inside or not (each or name == "space"):
-                raise ValueError(f"{name} must lie between {low} and {high:,}, not {value}")
+        for low, high, names in LIMITS:
+            for name in names.split():
+                value, whole = getattr(self, name), type(getattr(GPTConfig, name)) is not float
+                each = value if isinstance(value, tuple) else (value,)
+                kinds = (int,) if whole else (int, float)
+                inside = all(type(v) in kinds and low <= v <= high for v in each)  # NaN is not
+                if not inside or not (each or name == "space"):
+                    raise ValueError(f"{name} must be a {'whole ' * whole}number between {low} and "
+                                     f"{high:,}, not {value!r}")
+        if self.n_embd % 2:
+            raise ValueError(f"n_embd ({self.n_embd}) must be even: channels turn in pairs")
         self.layers = self.layers or "A" * (self.n_layer or 6)
         parse_layers(self.layers)
         if self.n_layer not in (0, len(self.letters)):
             raise ValueError(f"n_layer says {self.n_layer} blocks, and layers = {self.layers} has "
                              f"{len(self.letters)}; leave one of them out")
         self.n_layer = len(self.letters)
-        for name, needs in self.idle(shapes=False):
-            raise ValueError(f"{name} has nothing to work on; it needs {needs}")
         for mechanism in CHECKED:
             mechanism.check(self)
         if self.tie and self.init == "fan_in" and not self.embed_norm:
@@ -171,40 +168,37 @@ class GPTConfig:
             raise ValueError("layer_drop spares the first block, and there is no other; leave it "
                              "out")
 
-    def idle(self, shapes=True):
+    def idle(self):
         """Yield (name, what it needs) of each setting that was changed and has nothing to work on.
 
-        shapes: also those that only say how large or of which kind a mechanism is, which settings
-        shared by several models may well have.
+        Settings that several models share may well have; one that a command line names may not.
         """
         has = lambda letters: bool(set(letters) & set(self.layers))
-        attends = has("AFM") or self.plan == "cross"
-        for useful, needs, names, shape in (
-                (has("R"), "a block R in layers", "", "gate"),
-                (attends, "a block that attends (A, F or M) in layers", "",
+        for useful, needs, names in (
+                (has("R"), "a block R in layers", "gate"),
+                (self.attending(), "a block that attends (A, F or M) in layers",
                  "n_kv_head head_dim qk_norm"),
-                (has("ARG"), "a block with an MLP (A, R or G) in layers", "", "mlp n_mlp"),
-                (has("("), "a level, ( ), in layers", "share_levels",
-                 "chunk plan concept concept_weight horizon"),
-                (has("FM"), "a memory (F or M) in layers", "", "mem_head mem_top mem_dim"),
-                (has("F"), "a block F in layers", "", "n_mem"),
-                (has("M"), "a block M in layers", "mem_drop mem_noise mem_straight",
-                 "mem_size mem_chunk mem_shift mem_novelty"),
+                (has("ARG"), "a block with an MLP (A, R or G) in layers", "mlp n_mlp"),
+                (has("("), "a level, ( ), in layers",
+                 "share_levels chunk plan concept concept_weight horizon"),
+                (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
+                (has("F"), "a block F in layers", "n_mem"),
+                (has("M"), "a block M in layers",
+                 "mem_size mem_chunk mem_shift mem_novelty mem_drop mem_noise mem_straight"),
                 (has("."), "an exit, . , in layers",
-                 "exit_distill exit_rate exit_keys exit_classifier", "exit_weight exit_loss"),
-                (has(".") and self.exit_weight, "an exit with an exit_weight", "",
-                 "exit_distill exit_loss"),
+                 "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
+                (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
                 (self.plan == "cross" or self.concept_weight, "plan = cross or a concept_weight",
-                 "", "concept horizon"),
+                 "concept horizon"),
                 (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span",
-                 "enrich", ""),
-                (self.n_span, "spans: history, n_span and span", "", "span_binding"),
-                (self.semantic_weight, "a semantic_weight above 0", "", "semantic"),
+                 "enrich"),
+                (self.n_span, "spans: history, n_span and span", "span_binding"),
+                (self.semantic_weight, "a semantic_weight above 0", "semantic"),
                 (self.semantic_weight and self.semantic == "soft_ce",
-                 "semantic = soft_ce and its weight", "", "semantic_temp"),
-                (self.n_think, "n_think above 0", "", "think_token")):
-            for name in (names + (" " + shape) * shapes).split():
-                if not useful and getattr(self, name) != getattr(GPTConfig, name):
+                 "semantic = soft_ce and its weight", "semantic_temp"),
+                (self.n_think, "n_think above 0", "think_token")):
+            for name in () if useful else names.split():
+                if getattr(self, name) != getattr(GPTConfig, name):
                     yield name, needs
 
     @property
@@ -282,9 +276,8 @@ def parse_layers(layers):
                              f"and . an exit")
     if len(open_lists) > 1:
         raise ValueError(f"layers = {layers!r}: a level is not closed; add )")
-    n, most = next(number), RANGES["n_layer"][1]
-    if n > most:
-        raise ValueError(f"layers has {n:,} blocks; a model has at most {most:,}")
+    if next(number) > 1000:
+        raise ValueError("layers has more than 1,000 blocks, the most that a model has")
     return open_lists[0]
 
 
@@ -452,6 +445,18 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+def angles(table, place, dtype):
+    """Return cos and sin of a table, None or two tensors (places, n/2), at these places."""
+    return None if table is None else tuple(t[place].to(dtype) for t in table)
+
+
+def split_heads(x, head_dim, norm=False, rope=None):
+    """Split x (B, L, heads * D) into (B, heads, L, D), normed and turned where that is asked."""
+    x = x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    x = rms_norm(x) if norm else x
+    return x if rope is None else rotate(x, *rope)
+
+
 def binding(places, C):
     """Return cos and sin (places, C/2) of a rotary binding: a vector is turned by its place.
 
@@ -588,10 +593,14 @@ class Cache:
         for name, new in tensors.items():
             self.tensors[name][rows, pos] = new.to(self.tensors[name].dtype)
 
+    def read(self, name, pos):
+        """Return what stands at positions pos (B, T): (B, T, ...)."""
+        return self.tensors[name][torch.arange(len(pos), device=pos.device)[:, None], pos]
+
     def before(self, name, pos):
         """Return what stood before positions pos (B, T): (B, ...), 0 at the start."""
-        first, rows = pos[:, 0], torch.arange(len(pos), device=pos.device)
-        last = self.tensors[name][rows, (first - 1).clamp(min=0)]
+        first = pos[:, 0]
+        last = self.read(name, (first - 1).clamp(min=0)[:, None])[:, 0]
         return torch.where((first > 0).view(-1, *[1] * (last.dim() - 1)), last, 0)
 
     def select(self, rows):
@@ -656,10 +665,7 @@ class Sequence:
         if pos is not None:
             mask = (torch.arange(capacity, device=x.device) <= pos[..., None])[:, None]
             index = pos[:, None]
-        rope = None
-        if rope_table is not None:
-            cos, sin = rope_table
-            rope = cos[index].to(x.dtype), sin[index].to(x.dtype)
+        rope = angles(rope_table, index, x.dtype)
         return cls(front, front * begins, begins, pos, mask, rope, rope_table, **more)
 
 
@@ -755,14 +761,11 @@ class Attention(Layer):
 
     def heads(self, qk, v, seq):
         """Split queries and keys, and values, (B, L, heads * D) into (B, heads, L, D)."""
-        B, L, _ = v.shape
         if self.value_embed is not None and seq.tokens is not None:
             ve = self.value_embed(seq.tokens).to(v.dtype)
-            v = v + F.pad(ve, (0, 0, L - ve.size(1), 0))  # slots have no token
-        qk, v = (t.view(B, L, -1, self.head_dim).transpose(1, 2) for t in (qk, v))
-        if self.qk_norm:
-            qk = rms_norm(qk)
-        return (qk if seq.rope is None else rotate(qk, *seq.rope)), v
+            v = v + F.pad(ve, (0, 0, v.size(1) - ve.size(1), 0))  # slots have no token
+        return (split_heads(qk, self.head_dim, self.qk_norm, seq.rope),
+                split_heads(v, self.head_dim))
 
     def update_cache(self, x, seq, aux, cache):
         kv = self.c_attn(x if seq.kv_input is None else seq.kv_input, self.q_dim)
@@ -833,11 +836,6 @@ class Recurrence(Layer):
         self.c_proj = Linear(C, C, cfg.bias, init=RESIDUAL)
         stops = 2.0 + torch.arange(C // 2) % 8 if self.turns else None
         self.register_buffer("stops", stops, persistent=False)
-
-    @staticmethod
-    def check(cfg):
-        if cfg.gate == "complex" and "R" in cfg.layers and cfg.n_embd % 2:
-            raise ValueError(f"n_embd ({cfg.n_embd}) must be even for gate = complex")
 
     def init_cache(self, B, L, like):
         return Cache.empty(like, B, L, h=(self.c_proj.in_features, torch.float32))
@@ -1229,7 +1227,7 @@ class AssociativeMemory(Layer):
         """
         cfg = self.cfg
         keys, values = (window[n].transpose(1, 2) for n in ("keys", "values"))
-        L, docs = keys.size(2), window["docs"].gather(1, pos)
+        L, docs = keys.size(2), window.read("docs", pos)
         chunk = lambda place: (place - front).div(cfg.mem_chunk, rounding_mode="floor")
         visible = window["exists"][:, None] & (window["docs"][:, None] == docs[..., None])
         visible &= chunk(torch.arange(L, device=q.device)) < chunk(pos)[..., None]  # (B, T, L)
@@ -1468,24 +1466,20 @@ class Cross(nn.Module):
         size = self.n_kv_head, self.head_dim
         return Cache.empty(like, B, self.n_states * self.horizon, k=size, v=size)
 
-    def heads(self, x, chunk, table):
-        """Split x (B, L, heads * D), turned by the chunk of each place (B, L): (B, heads, L, D)."""
-        x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-        x = rms_norm(x) if self.qk_norm else x
-        if table is None:
-            return x
-        chunk = chunk.clamp(max=table[0].size(0) - 1)[:, None]
-        return rotate(x, *(t[chunk].to(x.dtype) for t in table))
-
     def forward(self, x, seq, cache, plan):
         ahead, table = torch.arange(self.horizon, device=x.device), seq.rope_table
-        q = self.heads(self.c_q(x), plan.count, table)
+
+        def split(x, chunk):  # turned by the chunk of each place (B, L)
+            chunk = None if table is None else chunk.clamp(max=table[0].size(0) - 1)[:, None]
+            return split_heads(x, self.head_dim, self.qk_norm, angles(table, chunk, x.dtype))
+
+        q = split(self.c_q(x), plan.count)
         if plan.concepts is not None:
             M = plan.concepts.size(1)
             state = plan.first[:, None] + torch.arange(M, device=x.device)  # (B, M)
             k, v = self.c_kv(plan.concepts.flatten(1, 2).to(x.dtype)).chunk(2, dim=-1)
-            k = self.heads(k, (state[..., None] + ahead).flatten(1), table)
-            v = v.view(*v.shape[:2], -1, self.head_dim).transpose(1, 2)
+            k = split(k, (state[..., None] + ahead).flatten(1))
+            v = split_heads(v, self.head_dim)
         if cache is not None:
             M = self.n_states
             if plan.concepts is not None:
@@ -1699,11 +1693,6 @@ class Level(Stack):
         if not cfg.most_chunks(depth, block_size):
             raise ValueError(f"chunk = {cfg.chunk} closes no chunk of the slowest level in a "
                              f"window of {block_size}; give a smaller one")
-        if cfg.horizon > block_size:
-            raise ValueError(f"horizon ({cfg.horizon}) must lie between 1 and block_size "
-                             f"({block_size})")
-        if cfg.n_embd % 2:
-            raise ValueError(f"n_embd ({cfg.n_embd}) must be even for levels")
         if cfg.share_levels and cfg.plan == "cross" and depth > 1:
             raise ValueError("share_levels with plan = cross takes one depth of levels: nobody "
                              "would read the slower plans")
@@ -1876,8 +1865,7 @@ class Level(Stack):
         if new is not None:
             place = first[:, None] + torch.arange(new.size(1), device=x.device)
             states.write(place.clamp(max=self.room - 1), returned=new)
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        return x + states["returned"][rows, count].to(x.dtype), None
+        return x + states.read("returned", count).to(x.dtype), None
 
     def unbind(self, concepts):
         """Turn concepts (.., C) that are sums back by each place: (.., chunk, C).
@@ -1889,10 +1877,9 @@ class Level(Stack):
 
     def cached_writes(self, cache, front, n, ended):
         """Yield (block, MemoryWrites) of blocks M inside, by the first n (B,) positions below."""
-        rows, last = torch.arange(len(n), device=n.device), (front + n - 1).clamp(min=0)
-        at_last = {k: cache[k][rows, last] * (n > 0) for k in ("count", "docs", "closed_docs")}
-        ended = ended | (at_last["docs"] > at_last["closed_docs"])
-        yield from self.memory_writes(cache.inside[1:], 1, at_last["count"], ended)
+        count, docs, closed_docs = (cache.before(name, (front + n)[:, None]) * (n > 0)
+                                    for name in ("count", "docs", "closed_docs"))
+        yield from self.memory_writes(cache.inside[1:], 1, count, ended | (docs > closed_docs))
 
     def flops(self, L):
         inside = min(L, self.capacity) + 1
@@ -1946,8 +1933,6 @@ class Slots(nn.Module):
         if cfg.n_segment and history % cfg.n_segment:
             raise ValueError(f"history ({history}) is not a multiple of n_segment "
                              f"({cfg.n_segment})")
-        if n_span and cfg.n_embd % 2:
-            raise ValueError(f"n_embd ({cfg.n_embd}) must be even for the rotary binding of spans")
         if cfg.n_slot and all(map(is_level, parse_layers(cfg.layers))):
             raise ValueError(f"context slots are read by blocks outside of levels, and layers = "
                              f"{cfg.layers} has none; add one")
@@ -2133,7 +2118,7 @@ class EarlyExit:
         for i in (i for i, c in enumerate(cfg.layers) if c == "."):
             layers = sum(item != "." for item in parse_layers(cfg.layers[:i]))
             self.exits[layers] = sum(c in BLOCKS for c in cfg.layers[:i])
-        self.sure = ExitClassifier(cfg) if cfg.exit_classifier else None
+        self.sure = ExitClassifier(cfg) if self.exits and cfg.exit_classifier else None
         self.segments = list(itertools.pairwise((0, *self.exits, len(self.order))))
         self.exits_rotate = cfg.exit_loss == "rotate" and len(self.exits) > 1
         self.exits_train = bool(self.exits) and (cfg.exit_weight > 0 or cfg.exit_classifier)
@@ -2445,11 +2430,10 @@ class GPT(Stack, SoftTokens, EarlyExit):
         nobody = torch.zeros_like(n, dtype=torch.bool)
         writes = self.memory_writes(state.caches, S, n, nobody)
         written = {i: state.memory[i].write(new) for i, new in writes}
-        rows = torch.arange(len(n), device=n.device)[:, None]
         for i, window in self.windows(state.caches):
             last = window["exists"].size(1) - 1
             place = (S + n[:, None] + torch.arange(last + 1 - S, device=n.device)).clamp(max=last)
-            carried[i] = [window[name][rows, place] for name in ENTRY]
+            carried[i] = [window.read(name, place) for name in ENTRY]
         return written, carried
 
     def recalled(self, state):
@@ -2457,10 +2441,10 @@ class GPT(Stack, SoftTokens, EarlyExit):
 
         That is (block, places (B, H, k) there, negative for something else, weights (B, H, k)).
         """
-        rows, last = torch.arange(len(state.pos), device=state.pos.device), state.pos - 1
         for i, window in self.windows(state.caches):
             N = state.memory[i].usage.size(-1) + window["exists"].size(1)
-            yield i, window["found"][rows, last] - N, window["weight"][rows, last]
+            found, weight = (window.before(n, state.pos[:, None]) for n in ("found", "weight"))
+            yield i, found - N, weight
 
     def windows(self, caches):
         """Yield (block, the Cache of its window) of token-level blocks M."""
@@ -2642,7 +2626,12 @@ class GPT(Stack, SoftTokens, EarlyExit):
         return Output(logits, loss, losses, None, None, aux.memory_writes, aux.ff_outputs)
 
 
-CHECKED = (Level, Recurrence, FeaturalMemory, AssociativeMemory, Attention, Slots, EmbeddingHead,
+CHOICES = {
+    "mlp": ACTIVATIONS, "norm": NORMS, "pos": ("rope", "learned", "none"),
+    "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
+    "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": SEMANTIC,
+    "exit_loss": ("depth", "rotate")}
+CHECKED = (Level, FeaturalMemory, AssociativeMemory, Attention, Slots, EmbeddingHead,
            EarlyExit)
 
 
