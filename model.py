@@ -372,14 +372,9 @@ class Embedding(nn.Embedding):
         """Do nothing, as in Linear."""
 
     def forward(self, tokens):
-        V = self.num_embeddings
-        if not tokens.is_floating_point():
-            small = V <= 256 and tokens.device.type == "cpu"
-            if not (small and self.training and torch.compiler.is_compiling()):
-                return F.embedding(tokens, self.weight)
-            # the gradient of a lookup is added up row by row, that of a product is not
-            tokens = tokens[..., None] == torch.arange(V, device=tokens.device)
-        return tokens.to(self.weight.dtype) @ self.weight
+        if tokens.is_floating_point():
+            return tokens.to(self.weight.dtype) @ self.weight
+        return F.embedding(tokens, self.weight)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1188,36 +1183,54 @@ class AssociativeMemory(Layer):
             noise = torch.randn(q.shape, device=q.device)
             q = F.normalize(q.float(), dim=-1) + cfg.mem_noise * noise
         q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
-        window = self.init_cache(B, L, x) if cache is None else cache
-        self.enter(window, k, v, pos, seq)
+        window = self.enter(k, v, pos, seq, cache)
         y, found, weight = self.search(q.transpose(1, 2), pos, window, memory, seq.front)
-        if cache is not None or memory is not None:
-            window.write(pos, found=found.transpose(1, 2), weight=weight.transpose(1, 2))
-        if cache is None and memory is not None:
+        found = {"found": found.transpose(1, 2), "weight": weight.transpose(1, 2)}
+        if cache is not None:
+            cache.write(pos, **found)
+        elif memory is not None:
+            window.tensors.update({name: self.padded(t) for name, t in found.items()})
             n = window["is_token"].sum(1)
             aux.memory_writes[self.i] = self.writes(window, seq.front, n, seq.doc_ended)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
-    def enter(self, window, k, v, pos, seq):
-        """Enter keys and values (B, T, H, D) of positions pos (B, T) into a window, a Cache.
+    def padded(self, t, first=0):
+        """Return t (B, L, ...) as it lies in a cache from place `first` on."""
+        B, L, *size = t.shape
+        whole = t.new_zeros(B, L + self.cfg.mem_shift + 1, *size)
+        whole[:, first:first + L] = t
+        return whole
 
-        The value of a position stands with the key of the one mem_shift before it, where both are
-        tokens of one document. What is `fixed` stays as it is.
+    def enter(self, k, v, pos, seq, cache):
+        """Return the window with keys and values (B, T, H, D) of positions pos (B, T): a Cache.
+
+        That is the one given, written to, or one for now. The value of a position stands with the
+        key of the one mem_shift before it, where both are tokens of one document. What is `fixed`
+        stays as it is.
         """
-        shift, last = self.cfg.mem_shift, window["fixed"].size(1) - 1
-        docs = window.before("docs", pos)[:, None].expand_as(pos)
-        is_token = pos >= seq.front
+        shift, is_token = self.cfg.mem_shift, pos >= seq.front
+        docs = torch.zeros_like(pos)
         if seq.doc_start is not None:
-            docs = docs + seq.doc_start.cumsum(1)
+            docs = seq.doc_start.cumsum(1)
         if seq.is_token is not None:
             is_token = is_token & seq.is_token
-        window.write(pos, docs=docs, is_token=is_token)
+        window = Cache({"docs": docs, "is_token": is_token})
+        if cache is not None:
+            docs = docs + cache.before("docs", pos)[:, None]
+            cache.write(pos, docs=docs, is_token=is_token)
+            window = cache
         key_pos = (pos - shift).clamp(min=0)
         exists = is_token & (pos >= shift) & window["is_token"].gather(1, key_pos)
         exists = exists & (window["docs"].gather(1, key_pos) == docs)
-        open_place = lambda place: torch.where(window["fixed"].gather(1, place), last, place)
-        window.write(open_place(pos), values=v, exists=exists)
-        window.write(open_place(pos + shift), keys=k)
+        if cache is None:
+            values = {"docs": docs, "is_token": is_token, "exists": exists, "values": v}
+            values = {name: self.padded(t) for name, t in values.items()}
+            return Cache({**values, "keys": self.padded(k, shift)})
+        last = cache["fixed"].size(1) - 1
+        open_place = lambda place: torch.where(cache["fixed"].gather(1, place), last, place)
+        cache.write(open_place(pos), values=v, exists=exists)
+        cache.write(open_place(pos + shift), keys=k)
+        return cache
 
     def search(self, q, pos, window, memory, front):
         """Return what queries q (B, H, T, D) at positions pos (B, T) read: (B, H, T, D).
@@ -1491,15 +1504,20 @@ class Cross(nn.Module):
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
+DISTANCES = {  # of points (.., C): 1 - cosine, of directions; squared distance / C
+    "cos": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1),
+    "mse": lambda x, y: (x - y).square().mean(-1)}
+
+
 class PointHead(nn.Module):
-    """Predicts the next `horizon` concepts (.., H, C) from a level's states u (.., C): one point.
+    """Regresses the next `horizon` concepts (.., H, C) from a level's states u (.., C): one point.
 
     That is the mean of what may come.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.horizon = cfg.horizon
+        self.horizon, self.distance = cfg.horizon, DISTANCES[cfg.concept]
         self.out = Linear(cfg.n_embd, cfg.horizon * cfg.n_embd, cfg.bias, group="table")
 
     def forward(self, u):
@@ -1509,20 +1527,9 @@ class PointHead(nn.Module):
         """Return a draw of the concepts ahead (.., H, C): there is but one."""
         return self(u)
 
-
-class CosHead(PointHead):
-    """Regresses the direction: 1 - cosine."""
-
     def loss(self, u, target):
         """States (B, M, C), targets (B, M, H, C) of norm sqrt(C) -> (B, M, H)."""
-        return 1 - F.cosine_similarity(self(u), target, dim=-1)
-
-
-class MSEHead(PointHead):
-    """Regresses the point: squared distance / C."""
-
-    def loss(self, u, target):
-        return (self(u) - target).square().mean(-1)
+        return self.distance(self(u), target)
 
 
 class EnergyHead(nn.Module):
@@ -1594,7 +1601,7 @@ class FlowHead(EnergyHead):
         return (self.denoise(u, (1 - t) * noise + t * target, t) - target).square().mean(-1)
 
 
-CONCEPT_HEADS = {"cos": CosHead, "mse": MSEHead, "energy": EnergyHead, "flow": FlowHead}
+CONCEPT_HEADS = {"cos": PointHead, "mse": PointHead, "energy": EnergyHead, "flow": FlowHead}
 
 
 @dataclass
@@ -2008,18 +2015,6 @@ class EmbeddingHead(nn.Module):
         return 16 * self.scale * (z @ e.T) / e.size(-1)
 
 
-def soft_cross_entropy(z, logits, e, y, temp):
-    """Return cross-entropy against targets spread over tokens by their similarity: (B, T)."""
-    near = (e[y] @ e.T / e.size(-1) / temp).softmax(-1)  # (B, T, V)
-    return -(near * logits.log_softmax(-1)).sum(-1)
-
-
-SEMANTIC = {  # losses that know how far off a wrong token is: (z, logits, e, y, temp) -> (B, T)
-    "cos": lambda z, logits, e, y, temp: 1 - F.cosine_similarity(z, e[y], dim=-1),
-    "mse": lambda z, logits, e, y, temp: (z - e[y]).square().mean(-1),
-    "soft_ce": soft_cross_entropy}
-
-
 class SoftTokens:
     """What a GPT does with soft tokens, distributions (B, T, V) in the place of ids."""
 
@@ -2307,7 +2302,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         self.point = EmbeddingHead(cfg) if regresses else None
         self.add_exits(cfg)
         self.ce_weight = cfg.ce_weight or float(nearest)  # of a nearest head it sets the scale
-        self.semantic = SEMANTIC[cfg.semantic]
+        self.distance = DISTANCES.get(cfg.semantic)
         if cfg.tie:
             self.lm_head.weight = self.wte.weight
         self.add_tables(cfg)
@@ -2569,9 +2564,12 @@ class GPT(Stack, SoftTokens, EarlyExit):
 
         The embeddings it is measured by carry no gradient.
         """
-        z = None if self.point is None else self.point(h)
         e, y = self.embeddings().detach(), targets.clamp(min=0)
-        loss = self.semantic(z, logits, e, y, self.cfg.semantic_temp)
+        if self.distance is None:  # soft_ce: cross-entropy with targets as likely as they are alike
+            near = (e[y] @ e.T / e.size(-1) / self.cfg.semantic_temp).softmax(-1)  # (B, T, V)
+            loss = -(near * logits.log_softmax(-1)).sum(-1)
+        else:
+            loss = self.distance(self.point(h), e[y])
         return loss.masked_fill(targets < 0, 0.0).sum()
 
     def forward(self, idx, targets=None, history=None, state=None, ids=None, denom=None,
@@ -2629,7 +2627,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
 CHOICES = {
     "mlp": ACTIVATIONS, "norm": NORMS, "pos": ("rope", "learned", "none"),
     "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
-    "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": SEMANTIC,
+    "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
     "exit_loss": ("depth", "rotate")}
 CHECKED = (Level, FeaturalMemory, AssociativeMemory, Attention, Slots, EmbeddingHead,
            EarlyExit)
