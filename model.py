@@ -1625,20 +1625,11 @@ class Chunks:
     docs: torch.Tensor  # (B, T) documents begun so far
     closed_docs: torch.Tensor  # (B, T) documents begun when the last chunk closed
     n_before: torch.Tensor  # (B,) chunks closed before these positions
-    doc_before: torch.Tensor  # (B,) documents begun when the last of them closed
+    exists: torch.Tensor  # (B, M) which chunks end here
+    end: torch.Tensor  # (B, M) where
+    doc: torch.Tensor  # (B, M) documents begun at the end of each
+    doc_before: torch.Tensor  # (B, M) documents begun at the end of the one before
 
-    def at_end(self, values):
-        """Return of values (B, T) those at the end of each chunk (B, M), 0 where there is none."""
-        return (self.ends * values[:, None]).sum(-1)
-
-    @property
-    def exists(self):
-        return self.ends.any(-1)
-
-    @property
-    def end(self):
-        return self.at_end(torch.arange(self.place.size(1), device=self.place.device).expand_as(
-            self.place))
 
 
 class Level(Stack):
@@ -1779,9 +1770,11 @@ class Level(Stack):
         m = torch.arange(min(M, self.capacity), device=device)[:, None]
         closed_docs = torch.where(closes, docs, -1).cummax(1).values
         closed_docs = torch.where(closed_docs < 0, last["closed_docs"][:, None], closed_docs)
-        chunks = Chunks(place, torch.where(closes, 0, place + 1), closes,
-                        (chunk[:, None] == m) & closes[:, None], count, docs, closed_docs,
-                        last["count"], last["closed_docs"])
+        ends = (chunk[:, None] == m) & closes[:, None]
+        doc = (ends * docs[:, None]).sum(-1)
+        chunks = Chunks(place, torch.where(closes, 0, place + 1), closes, ends, count, docs,
+                        closed_docs, last["count"], ends.any(-1), (ends * at).sum(-1), doc,
+                        torch.cat((last["closed_docs"][:, None], doc[:, :-1]), 1))
         if cache is not None:
             cache.write(pos, **{name: getattr(chunks, name) for name in last})
         return chunks
@@ -1796,7 +1789,8 @@ class Level(Stack):
         turned = rotate(x, *(F.embedding(turn, t).to(x.dtype) for t in (self.cos, self.sin)))
         first = at - chunks.place
         if cache is None:
-            inside = (at >= chunks.at_end(first)[..., None]) & (at <= chunks.end[..., None])
+            first = (chunks.ends * first[:, None]).sum(-1)
+            inside = (at >= first[..., None]) & (at <= chunks.end[..., None])
             inside = inside & chunks.exists[..., None]
             return inside.to(x.dtype) @ turned, inside
         pos = seq.pos[:, seq.n_prefix:]
@@ -1813,7 +1807,7 @@ class Level(Stack):
             bos = self.bos.to(concepts.dtype).expand(len(concepts), 1, -1)
             concepts = torch.cat((bos, concepts), dim=1)
         if seq.doc_start is not None:
-            doc_start = F.pad(chunks.at_end(chunks.docs) != self.docs_before(chunks), (n, 0))
+            doc_start = F.pad(chunks.doc != chunks.doc_before, (n, 0))
         if seq.scored is not None:
             scored = F.pad((inside * seq.scored[:, None, seq.n_prefix:]).sum(-1), (n, 0))
         ended = (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
@@ -1830,11 +1824,6 @@ class Level(Stack):
                             memory=seq.memory)
         return self.ln(self.run(concepts, inner, aux, caches)[0])
 
-    def docs_before(self, chunks):
-        """Return the documents begun at the end of the chunk before each (B, M)."""
-        docs = chunks.at_end(chunks.docs)
-        return torch.cat((chunks.doc_before[:, None], docs[:, :-1]), 1)
-
     def regress(self, u, concepts, inside, chunks, seq, aux):
         """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, C).
 
@@ -1848,7 +1837,7 @@ class Level(Stack):
             return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(H)], 2)
 
         scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1) * chunks.exists
-        same = ahead(chunks.at_end(chunks.docs)) == self.docs_before(chunks)[..., None]
+        same = ahead(chunks.doc) == chunks.doc_before[..., None]
         loss = self.head.loss(u[:, :M], ahead(concepts.detach().float()))
         aux.losses.append((self.name, self.weight, (loss * ahead(scored) * same).sum() / H))
 
