@@ -207,6 +207,11 @@ class GPTConfig:
         return [c for c in self.layers if c in BLOCKS]
 
     @property
+    def tree(self):
+        """Blocks and levels as parse_layers gives them, without exits."""
+        return [item for item in parse_layers(self.layers) if item != "."]
+
+    @property
     def n_slot(self):
         return self.aggregate + self.n_segment + self.n_span
 
@@ -495,39 +500,8 @@ def attend(q, k, v, mask, dropout):
     return (F.dropout(p, dropout).view(B, groups, -1, p.size(-1)) @ v).view(B, H, T, D)
 
 
-@torch.library.custom_op("nanoconcept::sorted_topk", mutates_args=(), device_types="cpu")
-def sorted_topk(scores: torch.Tensor, k: int, ordered: bool) -> torch.Tensor:
-    """topk_indices of many short rows in fp32: 64-bit numbers, a score's bits above its place.
-
-    NumPy partitions and sorts them vectorised, as many rows at a time as stay in the cache.
-    """
-    N, found = scores.size(-1), []
-    for part in scores.reshape(-1, N).split(max(1, 2 ** 18 // N)):
-        bits = part.contiguous().view(torch.int32)
-        keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32)
-        keys = keys.bitwise_or_(torch.arange(N)).numpy()
-        if 2 * k < N:
-            keys.partition(N - k, -1)
-            keys = keys[:, N - k:]
-        if ordered or keys.shape[1] > k:
-            keys.sort(-1)
-        found.append(torch.from_numpy(keys[:, -k:]).flip(-1).bitwise_and_(0xFFFFFFFF))
-    return torch.cat(found).view(*scores.shape[:-1], k)
-
-
-@sorted_topk.register_fake
-def _(scores, k, ordered):
-    return scores.new_empty((*scores.shape[:-1], k), dtype=torch.long)
-
-
 def topk_indices(scores, k, ordered=True):
-    """Return where the k largest of scores (..., N) stand, largest first if ordered: (..., k).
-
-    On a CPU many rows of up to 1,024 take a fourth to a fifteenth of torch.topk's time.
-    """
-    short = scores.size(-1) <= 1024 and scores.numel() >= 64 * scores.size(-1)
-    if short and scores.dtype == torch.float32 and scores.device.type == "cpu":
-        return sorted_topk(scores.detach(), k, ordered)
+    """Return where the k largest of scores (..., N) stand, largest first if ordered: (..., k)."""
     return scores.topk(k, sorted=ordered)[1]
 
 
@@ -540,7 +514,7 @@ def topk(scores, k, group=8, ordered=True):
     """
     N = scores.size(-1)
     n = N // group
-    if N < max(1024, 16 * k) or scores.numel() < 2 ** 17 or scores.device.type != "cpu":
+    if N < 32 * k or scores.numel() < 2 ** 17 or scores.device.type != "cpu":
         places = topk_indices(scores, k, ordered)
     else:
         groups = scores.detach()[..., :n * group].unflatten(-1, (group, n))  # j, j + n, j + 2n, ..
@@ -723,7 +697,7 @@ class Attention(Layer):
         self.q_dim, self.kv_dim = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.c_attn = Linear(cfg.n_embd, (self.q_dim, self.kv_dim, self.kv_dim), cfg.bias)
         self.c_proj = Linear(self.q_dim, cfg.n_embd, cfg.bias, init=RESIDUAL)
-        plain = [item[1] for item in parse_layers(cfg.layers) if item[0] == "A"]
+        plain = [item[1] for item in cfg.tree if item[0] == "A"]
         embeds = i in plain[len(plain) - cfg.n_value_embed:]
         self.value_embed = Embedding(cfg.vocab_size, self.kv_dim, init=HEAD) if embeds else None
 
@@ -746,7 +720,7 @@ class Attention(Layer):
                 raise ValueError(f"head_dim must be positive, and for pos = rope even and the same "
                                  f"in all layers, not {d}; with a different n_head per layer set "
                                  f"head_dim")
-        if cfg.n_value_embed > sum(item[0] == "A" for item in parse_layers(cfg.layers)):
+        if cfg.n_value_embed > sum(item[0] == "A" for item in cfg.tree):
             raise ValueError(f"n_value_embed ({cfg.n_value_embed}) must lie between 0 and the "
                              f"number of token-level blocks A")
 
@@ -1160,7 +1134,7 @@ class AssociativeMemory(Layer):
 
         if "M" not in cfg.layers:
             return
-        check_stack(parse_layers(cfg.layers), 0)
+        check_stack(cfg.tree, 0)
         if cfg.block_size % cfg.mem_chunk:
             raise ValueError(f"block_size ({cfg.block_size}) is not a multiple of mem_chunk "
                              f"({cfg.mem_chunk})")
@@ -1697,8 +1671,7 @@ class Level(Stack):
         if cfg.share_levels and "M" in cfg.layers:
             raise ValueError("share_levels gives one block to several levels, and a memory M "
                              "belongs to one; leave one of them out")
-        tree = [item for item in parse_layers(cfg.layers) if item != "."]
-        outer = [item[0] for item in tree if not is_level(item)]
+        outer = [item[0] for item in cfg.tree if not is_level(item)]
 
         def check_stack(items):
             for i, item in enumerate(items):
@@ -1713,7 +1686,7 @@ class Level(Stack):
                                      f"({''.join(outer)}) in every level, but one of them asks for "
                                      f"{''.join(letters)}")
                 check_stack(item)
-        check_stack(tree)
+        check_stack(cfg.tree)
 
     def init_cache(self, B, L, like):
         numbers = dict.fromkeys(self.CARRIED, (torch.long,))
@@ -1731,10 +1704,13 @@ class Level(Stack):
         always = cache is None or seq.begins or torch.compiler.is_compiling()
         if always or bool(chunks.closes.any()):
             concepts = rms_norm(sums)
-            u = self.run_inner(concepts, inside, chunks, seq, aux, cache)
+            scored = None
+            if seq.scored is not None:
+                scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1)  # (B, M)
+            u = self.run_inner(concepts, scored, chunks, seq, aux, cache)
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
-            if seq.scored is not None and self.weight > 0 and cache is None:
-                self.regress(u, concepts, inside, chunks, seq, aux)
+            if scored is not None and self.weight > 0 and cache is None:
+                self.regress(u, concepts, scored, chunks, aux)
         return self.hand_down(x, u, chunks, seq, cache)
 
     def update_cache(self, x, seq, aux, cache, plan):
@@ -1800,16 +1776,19 @@ class Level(Stack):
         cache.write(pos, open_sum=opened)
         return chunks.ends.to(x.dtype) @ opened, inside
 
-    def run_inner(self, concepts, inside, chunks, seq, aux, cache):
-        """Run the layers inside over bos, where all begins, and concepts (B, M, C): states u."""
-        n, exists, doc_start, scored = int(seq.begins), chunks.exists, None, None
+    def run_inner(self, concepts, scored, chunks, seq, aux, cache):
+        """Run the layers inside over bos, where all begins, and concepts (B, M, C): states u.
+
+        scored (B, M): how many scored tokens are in each chunk, or None.
+        """
+        n, exists, doc_start = int(seq.begins), chunks.exists, None
         if seq.begins:
             bos = self.bos.to(concepts.dtype).expand(len(concepts), 1, -1)
             concepts = torch.cat((bos, concepts), dim=1)
         if seq.doc_start is not None:
             doc_start = F.pad(chunks.doc != chunks.doc_before, (n, 0))
-        if seq.scored is not None:
-            scored = F.pad((inside * seq.scored[:, None, seq.n_prefix:]).sum(-1), (n, 0))
+        if scored is not None:
+            scored = F.pad(scored, (n, 0))
         ended = (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
         ended = ended if seq.doc_ended is None else ended | seq.doc_ended
         pos, caches = None, None
@@ -1824,7 +1803,7 @@ class Level(Stack):
                             memory=seq.memory)
         return self.ln(self.run(concepts, inner, aux, caches)[0])
 
-    def regress(self, u, concepts, inside, chunks, seq, aux):
+    def regress(self, u, concepts, scored, chunks, aux):
         """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, C).
 
         A chunk counts as many times as it has scored tokens, so that the weight beside
@@ -1836,7 +1815,6 @@ class Level(Stack):
             pad = (0, 0) * (t.dim() - 2)
             return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(H)], 2)
 
-        scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1) * chunks.exists
         same = ahead(chunks.doc) == chunks.doc_before[..., None]
         loss = self.head.loss(u[:, :M], ahead(concepts.detach().float()))
         aux.losses.append((self.name, self.weight, (loss * ahead(scored) * same).sum() / H))
@@ -1929,7 +1907,7 @@ class Slots(nn.Module):
         if cfg.n_segment and history % cfg.n_segment:
             raise ValueError(f"history ({history}) is not a multiple of n_segment "
                              f"({cfg.n_segment})")
-        if cfg.n_slot and all(map(is_level, parse_layers(cfg.layers))):
+        if cfg.n_slot and all(map(is_level, cfg.tree)):
             raise ValueError(f"context slots are read by blocks outside of levels, and layers = "
                              f"{cfg.layers} has none; add one")
 
@@ -1983,12 +1961,9 @@ class EmbeddingHead(nn.Module):
         if not cfg.ce_weight and not cfg.semantic_weight:
             raise ValueError("ce_weight = 0 and semantic_weight = 0 leave nothing to learn; set "
                              "one of them")
-        if not cfg.ce_weight and not nearest and not soft_ce:
-            raise ValueError("ce_weight = 0 leaves the softmax head untrained; add --head=nearest "
-                             "or --semantic=soft_ce")
-        if not cfg.ce_weight and nearest and soft_ce:
-            raise ValueError("ce_weight = 0 with head = nearest regresses a point; it needs "
-                             "semantic = mse or cos")
+        if not cfg.ce_weight and nearest == soft_ce:
+            raise ValueError("ce_weight = 0 goes with --head=nearest and semantic = mse or cos, "
+                             "or with head = softmax and --semantic=soft_ce")
         if nearest and cfg.tie:
             raise ValueError("head = nearest has no table to tie: it already reads the token "
                              "embedding; leave tie out")
@@ -2284,7 +2259,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         self.slots = Slots(cfg) if cfg.n_slot else None
         self.drop = nn.Dropout(cfg.dropout)
         self.embed_norm = RMSNorm(cfg) if cfg.embed_norm else nn.Identity()
-        self.add_layers(cfg, [item for item in parse_layers(cfg.layers) if item != "."])
+        self.add_layers(cfg, cfg.tree)
         self.ln_f = norm(cfg)
         self.lm_head = None if nearest else Linear(C, V, init=HEAD, group="table")
         regresses = nearest or (cfg.semantic_weight and cfg.semantic != "soft_ce")
