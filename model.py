@@ -251,8 +251,8 @@ def parse_layers(layers):
 
     Example: "A.(R)A" -> [("A", 0), ".", [("R", 1)], ("A", 2)]
     """
-    if len(layers) > 4000:
-        raise ValueError(f"layers has {len(layers):,} characters; give at most 4,000")
+    if len(layers) > 2000:
+        raise ValueError(f"layers has {len(layers):,} characters; give at most 2,000")
     open_lists, number = [[]], itertools.count()
     last_block = max(map(layers.rfind, BLOCKS))
     for i, c in enumerate(layers):
@@ -281,8 +281,6 @@ def parse_layers(layers):
                              f"and . an exit")
     if len(open_lists) > 1:
         raise ValueError(f"layers = {layers!r}: a level is not closed; add )")
-    if next(number) > 1000:
-        raise ValueError("layers has more than 1,000 blocks, the most that a model has")
     return open_lists[0]
 
 
@@ -1277,6 +1275,48 @@ class AssociativeMemory(Layer):
                             n / self.cfg.mem_chunk, self.cfg.mem_novelty, front)
 
 
+class Recall:
+    """What a GPT does with associative memories while decoding."""
+
+    def leave_window(self, state, n):
+        """Write into the memories of a state what leaves its window with the first n (B,) tokens.
+
+        Return {block: what Memory.write gave}, and for token-level blocks {block: [(B, L, ...)]},
+        the entries of the tokens after those, which were made with more before them than will
+        stand in a window that begins there. Levels make theirs anew.
+        """
+        S, carried = self.cfg.n_slot, {}
+        nobody = torch.zeros_like(n, dtype=torch.bool)
+        writes = self.memory_writes(state.caches, S, n, nobody)
+        written = {i: state.memory[i].write(new) for i, new in writes}
+        for i, window in self.windows(state.caches):
+            last = window["exists"].size(1) - 1
+            place = (S + n[:, None] + torch.arange(last + 1 - S, device=n.device)).clamp(max=last)
+            carried[i] = [window.read(name, place) for name in ENTRY]
+        return written, carried
+
+    def recalled(self, state):
+        """Yield of each token-level block M what the last position of each row found in a store.
+
+        That is (block, places (B, H, k) there, negative for something else, weights (B, H, k)).
+        """
+        for i, window in self.windows(state.caches):
+            N = state.memory[i].usage.size(-1) + window["exists"].size(1)
+            found, weight = (window.before(n, state.pos[:, None]) for n in ("found", "weight"))
+            yield i, found - N, weight
+
+    def windows(self, caches):
+        """Yield (block, the Cache of its window) of token-level blocks M."""
+        for layer, cache in zip(self.order, caches):
+            if layer.i is not None and cache.inside[2] is not None:
+                yield layer.i, cache.inside[2]
+
+    def init_memory(self, B, size=None):
+        """Return {block: an empty Memory}, B rows of `size` (mem_size) entries, of blocks M."""
+        return {m.i: Memory.empty(B, self.cfg, size, self.wte.weight.device, self.dtype)
+                for m in self.modules() if isinstance(m, AssociativeMemory)}
+
+
 def take(t, place):
     """Return the entries of t (B or 1, H, N, D) at places (B, H, T, n): (B, H, T, n, D)."""
     index = place.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1))
@@ -2239,7 +2279,7 @@ class Output:
         return iter((self.logits, self.loss))
 
 
-class GPT(Stack, SoftTokens, EarlyExit):
+class GPT(Stack, Recall, SoftTokens, EarlyExit):
     """A decoder-only transformer and its variants.
 
     All weights are drawn from (seed, parameter name); with seed None they have no values yet.
@@ -2338,9 +2378,8 @@ class GPT(Stack, SoftTokens, EarlyExit):
 
     def random(self):
         """Return whether training computes something else than evaluation does."""
-        names = ("dropout", "channel_drop", "soft_rate", "layer_drop", "exit_rate", "mem_drop",
-                 "mem_noise")
-        return any(getattr(self.cfg, n) for n in names)
+        names = "dropout channel_drop soft_rate layer_drop exit_rate mem_drop mem_noise"
+        return any(getattr(self.cfg, name) for name in names.split())
 
     def flops_per_token(self):
         """Return floating-point operations of forward and backward per token of the window.
@@ -2356,7 +2395,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         trunk = self.flops(cfg.n_slot + cfg.block_size) * passes + history
         return head * reads + trunk / cfg.block_size
 
-    # -- decoding: states and memories
+    # -- decoding
 
     def init_state(self, B, dtype=None, memory=None, carried=None, known=None):
         """Return an empty State for B rows, with room for every slot and the whole window.
@@ -2377,44 +2416,6 @@ class GPT(Stack, SoftTokens, EarlyExit):
             like = torch.empty(0, device=device)
             caches.append(Cache.empty(like, B, L, p=(V,), count=(torch.long,)))
         return State(torch.zeros(B, dtype=torch.long, device=device), caches, L, memory=memory)
-
-    def leave_window(self, state, n):
-        """Write into the memories of a state what leaves its window with the first n (B,) tokens.
-
-        Return {block: what Memory.write gave}, and for token-level blocks {block: [(B, L, ...)]},
-        the entries of the tokens after those, which were made with more before them than will
-        stand in a window that begins there. Levels make theirs anew.
-        """
-        S, carried = self.cfg.n_slot, {}
-        nobody = torch.zeros_like(n, dtype=torch.bool)
-        writes = self.memory_writes(state.caches, S, n, nobody)
-        written = {i: state.memory[i].write(new) for i, new in writes}
-        for i, window in self.windows(state.caches):
-            last = window["exists"].size(1) - 1
-            place = (S + n[:, None] + torch.arange(last + 1 - S, device=n.device)).clamp(max=last)
-            carried[i] = [window.read(name, place) for name in ENTRY]
-        return written, carried
-
-    def recalled(self, state):
-        """Yield of each token-level block M what the last position of each row found in a store.
-
-        That is (block, places (B, H, k) there, negative for something else, weights (B, H, k)).
-        """
-        for i, window in self.windows(state.caches):
-            N = state.memory[i].usage.size(-1) + window["exists"].size(1)
-            found, weight = (window.before(n, state.pos[:, None]) for n in ("found", "weight"))
-            yield i, found - N, weight
-
-    def windows(self, caches):
-        """Yield (block, the Cache of its window) of token-level blocks M."""
-        for layer, cache in zip(self.order, caches):
-            if layer.i is not None and cache.inside[2] is not None:
-                yield layer.i, cache.inside[2]
-
-    def init_memory(self, B, size=None):
-        """Return {block: an empty Memory}, B rows of `size` (mem_size) entries, of blocks M."""
-        return {m.i: Memory.empty(B, self.cfg, size, self.wte.weight.device, self.dtype)
-                for m in self.modules() if isinstance(m, AssociativeMemory)}
 
     # -- the forward
 
