@@ -251,8 +251,8 @@ def parse_layers(layers):
 
     Example: "A.(R)A" -> [("A", 0), ".", [("R", 1)], ("A", 2)]
     """
-    if len(layers) > 2000:
-        raise ValueError(f"layers has {len(layers):,} characters; give at most 2,000")
+    if len(layers) > 1000:
+        raise ValueError(f"layers has {len(layers):,} characters; give at most 1,000")
     open_lists, number = [[]], itertools.count()
     last_block = max(map(layers.rfind, BLOCKS))
     for i, c in enumerate(layers):
