@@ -48,27 +48,21 @@ from torch.nn import functional as F
 # settings
 
 
-CHOICES = {
-    "mlp": ("relu2", "gelu", "swiglu"), "norm": ("rms", "layer", "scale"),
-    "pos": ("rope", "learned", "none"), "init": ("fan_in", "gpt2"),
-    "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
-    "concept": ("cos", "mse", "energy", "flow"), "head": ("softmax", "nearest"),
-    "semantic": ("cos", "mse", "soft_ce"), "exit_loss": ("depth", "rotate")}
-RANGES = {
-    "block_size": (1, 2 ** 20), "vocab_size": (0, 2 ** 24), "n_layer": (0, 1000),
-    "n_embd": (1, 2 ** 16), "n_head": (1, 2 ** 12), "n_kv_head": (0, 2 ** 12),
-    "head_dim": (0, 2 ** 12), "n_mlp": (-1, 2 ** 20), "n_value_embed": (0, 1000),
-    "dropout": (0, 1 - 1e-9), "channel_drop": (0, 1 - 1e-9), "eot": (-1, 2 ** 24),
-    "space": (0, 2 ** 24), "concept_weight": (0, 1e6), "horizon": (1, 2 ** 12),
-    "n_mem": (1, 2 ** 24), "mem_head": (1, 2 ** 10), "mem_top": (1, 2 ** 12),
-    "mem_dim": (1, 2 ** 12), "mem_size": (0, 2 ** 24), "mem_chunk": (1, 2 ** 16),
-    "mem_shift": (0, 2 ** 16), "mem_novelty": (1e-6, 1e6), "mem_drop": (0, 1 - 1e-9),
-    "mem_noise": (0, 1e6), "ce_weight": (0, 1e6), "semantic_weight": (0, 1e6),
-    "semantic_temp": (1e-6, 1e6), "soft_rate": (0, 1), "n_think": (0, 1000),
-    "think_token": (-1, 2 ** 24), "history": (0, 2 ** 20), "aggregate": (0, 1),
-    "n_segment": (0, 2 ** 12), "n_span": (0, 2 ** 16), "span": (0, 2 ** 16),
-    "exit_weight": (0, 1e6), "exit_distill": (0, 1), "exit_rate": (0, 1),
-    "layer_drop": (0, 1 - 1e-9)}
+LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
+    (0, 1, "aggregate soft_rate exit_distill exit_rate"),
+    (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
+    (0, 1e6, "concept_weight mem_noise ce_weight semantic_weight exit_weight"),
+    (1e-6, 1e6, "mem_novelty semantic_temp"),
+    (0, 1000, "n_layer n_value_embed n_think"),
+    (0, 2 ** 12, "n_kv_head head_dim n_segment"),
+    (1, 2 ** 12, "n_head horizon mem_head mem_top mem_dim"),
+    (0, 2 ** 16, "mem_shift n_span span"),
+    (1, 2 ** 16, "n_embd mem_chunk"),
+    (-1, 2 ** 20, "n_mlp"),
+    (0, 2 ** 20, "history"),
+    (1, 2 ** 20, "block_size n_mem"),
+    (0, 2 ** 24, "vocab_size space mem_size"),
+    (-1, 2 ** 24, "eot think_token"))
 
 
 @dataclass
@@ -148,20 +142,23 @@ class GPTConfig:
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not "
                                  f"{getattr(self, name)!r}")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            each = value if isinstance(value, tuple) else (value,)
-            inside = all(type(v) in (int, float) and low <= v <= high for v in each)  # NaN is not
-            if not inside or not (each or name == "space"):
-                raise ValueError(f"{name} must lie between {low} and {high:,}, not {value}")
+        for low, high, names in LIMITS:
+            for name in names.split():
+                value, whole = getattr(self, name), type(getattr(GPTConfig, name)) is not float
+                each = value if isinstance(value, tuple) else (value,)
+                kinds = (int,) if whole else (int, float)
+                inside = all(type(v) in kinds and low <= v <= high for v in each)  # NaN is not
+                if not inside or not (each or name == "space"):
+                    raise ValueError(f"{name} must be a {'whole ' * whole}number between {low} and "
+                                     f"{high:,}, not {value!r}")
+        if self.n_embd % 2:
+            raise ValueError(f"n_embd ({self.n_embd}) must be even: channels turn in pairs")
         self.layers = self.layers or "A" * (self.n_layer or 6)
         parse_layers(self.layers)
         if self.n_layer not in (0, len(self.letters)):
             raise ValueError(f"n_layer says {self.n_layer} blocks, and layers = {self.layers} has "
                              f"{len(self.letters)}; leave one of them out")
         self.n_layer = len(self.letters)
-        for name, needs in self.idle(shapes=False):
-            raise ValueError(f"{name} has nothing to work on; it needs {needs}")
         for mechanism in CHECKED:
             mechanism.check(self)
         if self.tie and self.init == "fan_in" and not self.embed_norm:
@@ -171,46 +168,48 @@ class GPTConfig:
             raise ValueError("layer_drop spares the first block, and there is no other; leave it "
                              "out")
 
-    def idle(self, shapes=True):
+    def idle(self):
         """Yield (name, what it needs) of each setting that was changed and has nothing to work on.
 
-        shapes: also those that only say how large or of which kind a mechanism is, which settings
-        shared by several models may well have.
+        Settings that several models share may well have; one that a command line names may not.
         """
         has = lambda letters: bool(set(letters) & set(self.layers))
-        attends = has("AFM") or self.plan == "cross"
-        for useful, needs, names, shape in (
-                (has("R"), "a block R in layers", "", "gate"),
-                (attends, "a block that attends (A, F or M) in layers", "",
+        for useful, needs, names in (
+                (has("R"), "a block R in layers", "gate"),
+                (self.attending(), "a block that attends (A, F or M) in layers",
                  "n_kv_head head_dim qk_norm"),
-                (has("ARG"), "a block with an MLP (A, R or G) in layers", "", "mlp n_mlp"),
-                (has("("), "a level, ( ), in layers", "share_levels",
-                 "chunk plan concept concept_weight horizon"),
-                (has("FM"), "a memory (F or M) in layers", "", "mem_head mem_top mem_dim"),
-                (has("F"), "a block F in layers", "", "n_mem"),
-                (has("M"), "a block M in layers", "mem_drop mem_noise mem_straight",
-                 "mem_size mem_chunk mem_shift mem_novelty"),
+                (has("ARG"), "a block with an MLP (A, R or G) in layers", "mlp n_mlp"),
+                (has("("), "a level, ( ), in layers",
+                 "share_levels chunk plan concept concept_weight horizon"),
+                (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
+                (has("F"), "a block F in layers", "n_mem"),
+                (has("M"), "a block M in layers",
+                 "mem_size mem_chunk mem_shift mem_novelty mem_drop mem_noise mem_straight"),
                 (has("."), "an exit, . , in layers",
-                 "exit_distill exit_rate exit_keys exit_classifier", "exit_weight exit_loss"),
-                (has(".") and self.exit_weight, "an exit with an exit_weight", "",
-                 "exit_distill exit_loss"),
+                 "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
+                (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
                 (self.plan == "cross" or self.concept_weight, "plan = cross or a concept_weight",
-                 "", "concept horizon"),
+                 "concept horizon"),
                 (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span",
-                 "enrich", ""),
-                (self.n_span, "spans: history, n_span and span", "", "span_binding"),
-                (self.semantic_weight, "a semantic_weight above 0", "", "semantic"),
+                 "enrich"),
+                (self.n_span, "spans: history, n_span and span", "span_binding"),
+                (self.semantic_weight, "a semantic_weight above 0", "semantic"),
                 (self.semantic_weight and self.semantic == "soft_ce",
-                 "semantic = soft_ce and its weight", "", "semantic_temp"),
-                (self.n_think, "n_think above 0", "", "think_token")):
-            for name in (names + (" " + shape) * shapes).split():
-                if not useful and getattr(self, name) != getattr(GPTConfig, name):
+                 "semantic = soft_ce and its weight", "semantic_temp"),
+                (self.n_think, "n_think above 0", "think_token")):
+            for name in () if useful else names.split():
+                if getattr(self, name) != getattr(GPTConfig, name):
                     yield name, needs
 
     @property
     def letters(self):
         """The blocks alone, in the order of the string: block i has character letters[i]."""
         return [c for c in self.layers if c in BLOCKS]
+
+    @property
+    def tree(self):
+        """Blocks and levels as parse_layers gives them, without exits."""
+        return [item for item in parse_layers(self.layers) if item != "."]
 
     @property
     def n_slot(self):
@@ -252,8 +251,8 @@ def parse_layers(layers):
 
     Example: "A.(R)A" -> [("A", 0), ".", [("R", 1)], ("A", 2)]
     """
-    if len(layers) > 4000:
-        raise ValueError(f"layers has {len(layers):,} characters; give at most 4,000")
+    if len(layers) > 1000:
+        raise ValueError(f"layers has {len(layers):,} characters; give at most 1,000")
     open_lists, number = [[]], itertools.count()
     last_block = max(map(layers.rfind, BLOCKS))
     for i, c in enumerate(layers):
@@ -282,9 +281,6 @@ def parse_layers(layers):
                              f"and . an exit")
     if len(open_lists) > 1:
         raise ValueError(f"layers = {layers!r}: a level is not closed; add )")
-    n, most = next(number), RANGES["n_layer"][1]
-    if n > most:
-        raise ValueError(f"layers has {n:,} blocks; a model has at most {most:,}")
     return open_lists[0]
 
 
@@ -379,14 +375,9 @@ class Embedding(nn.Embedding):
         """Do nothing, as in Linear."""
 
     def forward(self, tokens):
-        V = self.num_embeddings
-        if not tokens.is_floating_point():
-            small = V <= 256 and tokens.device.type == "cpu"
-            if not (small and self.training and torch.compiler.is_compiling()):
-                return F.embedding(tokens, self.weight)
-            # the gradient of a lookup is added up row by row, that of a product is not
-            tokens = tokens[..., None] == torch.arange(V, device=tokens.device)
-        return tokens.to(self.weight.dtype) @ self.weight
+        if tokens.is_floating_point():
+            return tokens.to(self.weight.dtype) @ self.weight
+        return F.embedding(tokens, self.weight)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -452,6 +443,18 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+def angles(table, place, dtype):
+    """Return cos and sin of a table, None or two tensors (places, n/2), at these places."""
+    return None if table is None else tuple(t[place].to(dtype) for t in table)
+
+
+def split_heads(x, head_dim, norm=False, rope=None):
+    """Split x (B, L, heads * D) into (B, heads, L, D), normed and turned where that is asked."""
+    x = x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    x = rms_norm(x) if norm else x
+    return x if rope is None else rotate(x, *rope)
+
+
 def binding(places, C):
     """Return cos and sin (places, C/2) of a rotary binding: a vector is turned by its place.
 
@@ -495,39 +498,8 @@ def attend(q, k, v, mask, dropout):
     return (F.dropout(p, dropout).view(B, groups, -1, p.size(-1)) @ v).view(B, H, T, D)
 
 
-@torch.library.custom_op("nanoconcept::sorted_topk", mutates_args=(), device_types="cpu")
-def sorted_topk(scores: torch.Tensor, k: int, ordered: bool) -> torch.Tensor:
-    """topk_indices of many short rows in fp32: 64-bit numbers, a score's bits above its place.
-
-    NumPy partitions and sorts them vectorised, as many rows at a time as stay in the cache.
-    """
-    N, found = scores.size(-1), []
-    for part in scores.reshape(-1, N).split(max(1, 2 ** 18 // N)):
-        bits = part.contiguous().view(torch.int32)
-        keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32)
-        keys = keys.bitwise_or_(torch.arange(N)).numpy()
-        if 2 * k < N:
-            keys.partition(N - k, -1)
-            keys = keys[:, N - k:]
-        if ordered or keys.shape[1] > k:
-            keys.sort(-1)
-        found.append(torch.from_numpy(keys[:, -k:]).flip(-1).bitwise_and_(0xFFFFFFFF))
-    return torch.cat(found).view(*scores.shape[:-1], k)
-
-
-@sorted_topk.register_fake
-def _(scores, k, ordered):
-    return scores.new_empty((*scores.shape[:-1], k), dtype=torch.long)
-
-
 def topk_indices(scores, k, ordered=True):
-    """Return where the k largest of scores (..., N) stand, largest first if ordered: (..., k).
-
-    On a CPU many rows of up to 1,024 take a fourth to a fifteenth of torch.topk's time.
-    """
-    short = scores.size(-1) <= 1024 and scores.numel() >= 64 * scores.size(-1)
-    if short and scores.dtype == torch.float32 and scores.device.type == "cpu":
-        return sorted_topk(scores.detach(), k, ordered)
+    """Return where the k largest of scores (..., N) stand, largest first if ordered: (..., k)."""
     return scores.topk(k, sorted=ordered)[1]
 
 
@@ -536,11 +508,11 @@ def topk(scores, k, group=8, ordered=True):
 
     They lie in the k groups of 8 with the largest maxima, which are found in the same way; where
     values are equal, either may be taken. Values have a gradient. On a CPU it takes a fifth to a
-    half of torch.topk's time for many rows and k = 32, a quarter for one row of a million.
+    half of torch.topk's time for rows of thousands to a million.
     """
     N = scores.size(-1)
     n = N // group
-    if N < 16 * k or scores.numel() < 2 ** 17 or scores.device.type != "cpu":
+    if N < 32 * k or scores.numel() < 2 ** 17 or scores.device.type != "cpu":
         places = topk_indices(scores, k, ordered)
     else:
         groups = scores.detach()[..., :n * group].unflatten(-1, (group, n))  # j, j + n, j + 2n, ..
@@ -588,10 +560,14 @@ class Cache:
         for name, new in tensors.items():
             self.tensors[name][rows, pos] = new.to(self.tensors[name].dtype)
 
+    def read(self, name, pos):
+        """Return what stands at positions pos (B, T): (B, T, ...)."""
+        return self.tensors[name][torch.arange(len(pos), device=pos.device)[:, None], pos]
+
     def before(self, name, pos):
         """Return what stood before positions pos (B, T): (B, ...), 0 at the start."""
-        first, rows = pos[:, 0], torch.arange(len(pos), device=pos.device)
-        last = self.tensors[name][rows, (first - 1).clamp(min=0)]
+        first = pos[:, 0]
+        last = self.read(name, (first - 1).clamp(min=0)[:, None])[:, 0]
         return torch.where((first > 0).view(-1, *[1] * (last.dim() - 1)), last, 0)
 
     def select(self, rows):
@@ -656,10 +632,7 @@ class Sequence:
         if pos is not None:
             mask = (torch.arange(capacity, device=x.device) <= pos[..., None])[:, None]
             index = pos[:, None]
-        rope = None
-        if rope_table is not None:
-            cos, sin = rope_table
-            rope = cos[index].to(x.dtype), sin[index].to(x.dtype)
+        rope = angles(rope_table, index, x.dtype)
         return cls(front, front * begins, begins, pos, mask, rope, rope_table, **more)
 
 
@@ -722,7 +695,7 @@ class Attention(Layer):
         self.q_dim, self.kv_dim = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.c_attn = Linear(cfg.n_embd, (self.q_dim, self.kv_dim, self.kv_dim), cfg.bias)
         self.c_proj = Linear(self.q_dim, cfg.n_embd, cfg.bias, init=RESIDUAL)
-        plain = [item[1] for item in parse_layers(cfg.layers) if item[0] == "A"]
+        plain = [item[1] for item in cfg.tree if item[0] == "A"]
         embeds = i in plain[len(plain) - cfg.n_value_embed:]
         self.value_embed = Embedding(cfg.vocab_size, self.kv_dim, init=HEAD) if embeds else None
 
@@ -745,7 +718,7 @@ class Attention(Layer):
                 raise ValueError(f"head_dim must be positive, and for pos = rope even and the same "
                                  f"in all layers, not {d}; with a different n_head per layer set "
                                  f"head_dim")
-        if cfg.n_value_embed > sum(item[0] == "A" for item in parse_layers(cfg.layers)):
+        if cfg.n_value_embed > sum(item[0] == "A" for item in cfg.tree):
             raise ValueError(f"n_value_embed ({cfg.n_value_embed}) must lie between 0 and the "
                              f"number of token-level blocks A")
 
@@ -755,14 +728,11 @@ class Attention(Layer):
 
     def heads(self, qk, v, seq):
         """Split queries and keys, and values, (B, L, heads * D) into (B, heads, L, D)."""
-        B, L, _ = v.shape
         if self.value_embed is not None and seq.tokens is not None:
             ve = self.value_embed(seq.tokens).to(v.dtype)
-            v = v + F.pad(ve, (0, 0, L - ve.size(1), 0))  # slots have no token
-        qk, v = (t.view(B, L, -1, self.head_dim).transpose(1, 2) for t in (qk, v))
-        if self.qk_norm:
-            qk = rms_norm(qk)
-        return (qk if seq.rope is None else rotate(qk, *seq.rope)), v
+            v = v + F.pad(ve, (0, 0, v.size(1) - ve.size(1), 0))  # slots have no token
+        return (split_heads(qk, self.head_dim, self.qk_norm, seq.rope),
+                split_heads(v, self.head_dim))
 
     def update_cache(self, x, seq, aux, cache):
         kv = self.c_attn(x if seq.kv_input is None else seq.kv_input, self.q_dim)
@@ -833,11 +803,6 @@ class Recurrence(Layer):
         self.c_proj = Linear(C, C, cfg.bias, init=RESIDUAL)
         stops = 2.0 + torch.arange(C // 2) % 8 if self.turns else None
         self.register_buffer("stops", stops, persistent=False)
-
-    @staticmethod
-    def check(cfg):
-        if cfg.gate == "complex" and "R" in cfg.layers and cfg.n_embd % 2:
-            raise ValueError(f"n_embd ({cfg.n_embd}) must be even for gate = complex")
 
     def init_cache(self, B, L, like):
         return Cache.empty(like, B, L, h=(self.c_proj.in_features, torch.float32))
@@ -1167,7 +1132,7 @@ class AssociativeMemory(Layer):
 
         if "M" not in cfg.layers:
             return
-        check_stack(parse_layers(cfg.layers), 0)
+        check_stack(cfg.tree, 0)
         if cfg.block_size % cfg.mem_chunk:
             raise ValueError(f"block_size ({cfg.block_size}) is not a multiple of mem_chunk "
                              f"({cfg.mem_chunk})")
@@ -1190,36 +1155,54 @@ class AssociativeMemory(Layer):
             noise = torch.randn(q.shape, device=q.device)
             q = F.normalize(q.float(), dim=-1) + cfg.mem_noise * noise
         q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
-        window = self.init_cache(B, L, x) if cache is None else cache
-        self.enter(window, k, v, pos, seq)
+        window = self.enter(k, v, pos, seq, cache)
         y, found, weight = self.search(q.transpose(1, 2), pos, window, memory, seq.front)
-        if cache is not None or memory is not None:
-            window.write(pos, found=found.transpose(1, 2), weight=weight.transpose(1, 2))
-        if cache is None and memory is not None:
+        found = {"found": found.transpose(1, 2), "weight": weight.transpose(1, 2)}
+        if cache is not None:
+            cache.write(pos, **found)
+        elif memory is not None:
+            window.tensors.update({name: self.padded(t) for name, t in found.items()})
             n = window["is_token"].sum(1)
             aux.memory_writes[self.i] = self.writes(window, seq.front, n, seq.doc_ended)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
-    def enter(self, window, k, v, pos, seq):
-        """Enter keys and values (B, T, H, D) of positions pos (B, T) into a window, a Cache.
+    def padded(self, t, first=0):
+        """Return t (B, L, ...) as it lies in a cache from place `first` on."""
+        B, L, *size = t.shape
+        whole = t.new_zeros(B, L + self.cfg.mem_shift + 1, *size)
+        whole[:, first:first + L] = t
+        return whole
 
-        The value of a position stands with the key of the one mem_shift before it, where both are
-        tokens of one document. What is `fixed` stays as it is.
+    def enter(self, k, v, pos, seq, cache):
+        """Return the window with keys and values (B, T, H, D) of positions pos (B, T): a Cache.
+
+        That is the one given, written to, or one for now. The value of a position stands with the
+        key of the one mem_shift before it, where both are tokens of one document. What is `fixed`
+        stays as it is.
         """
-        shift, last = self.cfg.mem_shift, window["fixed"].size(1) - 1
-        docs = window.before("docs", pos)[:, None].expand_as(pos)
-        is_token = pos >= seq.front
+        shift, is_token = self.cfg.mem_shift, pos >= seq.front
+        docs = torch.zeros_like(pos)
         if seq.doc_start is not None:
-            docs = docs + seq.doc_start.cumsum(1)
+            docs = seq.doc_start.cumsum(1)
         if seq.is_token is not None:
             is_token = is_token & seq.is_token
-        window.write(pos, docs=docs, is_token=is_token)
+        window = Cache({"docs": docs, "is_token": is_token})
+        if cache is not None:
+            docs = docs + cache.before("docs", pos)[:, None]
+            cache.write(pos, docs=docs, is_token=is_token)
+            window = cache
         key_pos = (pos - shift).clamp(min=0)
         exists = is_token & (pos >= shift) & window["is_token"].gather(1, key_pos)
         exists = exists & (window["docs"].gather(1, key_pos) == docs)
-        open_place = lambda place: torch.where(window["fixed"].gather(1, place), last, place)
-        window.write(open_place(pos), values=v, exists=exists)
-        window.write(open_place(pos + shift), keys=k)
+        if cache is None:
+            values = {"docs": docs, "is_token": is_token, "exists": exists, "values": v}
+            values = {name: self.padded(t) for name, t in values.items()}
+            return Cache({**values, "keys": self.padded(k, shift)})
+        last = cache["fixed"].size(1) - 1
+        open_place = lambda place: torch.where(cache["fixed"].gather(1, place), last, place)
+        cache.write(open_place(pos), values=v, exists=exists)
+        cache.write(open_place(pos + shift), keys=k)
+        return cache
 
     def search(self, q, pos, window, memory, front):
         """Return what queries q (B, H, T, D) at positions pos (B, T) read: (B, H, T, D).
@@ -1229,7 +1212,7 @@ class AssociativeMemory(Layer):
         """
         cfg = self.cfg
         keys, values = (window[n].transpose(1, 2) for n in ("keys", "values"))
-        L, docs = keys.size(2), window["docs"].gather(1, pos)
+        L, docs = keys.size(2), window.read("docs", pos)
         chunk = lambda place: (place - front).div(cfg.mem_chunk, rounding_mode="floor")
         visible = window["exists"][:, None] & (window["docs"][:, None] == docs[..., None])
         visible &= chunk(torch.arange(L, device=q.device)) < chunk(pos)[..., None]  # (B, T, L)
@@ -1290,6 +1273,48 @@ class AssociativeMemory(Layer):
                             window["exists"] & inside, window["found"],
                             window["weight"] * inside[..., None, None], keep_old,
                             n / self.cfg.mem_chunk, self.cfg.mem_novelty, front)
+
+
+class Recall:
+    """What a GPT does with associative memories while decoding."""
+
+    def leave_window(self, state, n):
+        """Write into the memories of a state what leaves its window with the first n (B,) tokens.
+
+        Return {block: what Memory.write gave}, and for token-level blocks {block: [(B, L, ...)]},
+        the entries of the tokens after those, which were made with more before them than will
+        stand in a window that begins there. Levels make theirs anew.
+        """
+        S, carried = self.cfg.n_slot, {}
+        nobody = torch.zeros_like(n, dtype=torch.bool)
+        writes = self.memory_writes(state.caches, S, n, nobody)
+        written = {i: state.memory[i].write(new) for i, new in writes}
+        for i, window in self.windows(state.caches):
+            last = window["exists"].size(1) - 1
+            place = (S + n[:, None] + torch.arange(last + 1 - S, device=n.device)).clamp(max=last)
+            carried[i] = [window.read(name, place) for name in ENTRY]
+        return written, carried
+
+    def recalled(self, state):
+        """Yield of each token-level block M what the last position of each row found in a store.
+
+        That is (block, places (B, H, k) there, negative for something else, weights (B, H, k)).
+        """
+        for i, window in self.windows(state.caches):
+            N = state.memory[i].usage.size(-1) + window["exists"].size(1)
+            found, weight = (window.before(n, state.pos[:, None]) for n in ("found", "weight"))
+            yield i, found - N, weight
+
+    def windows(self, caches):
+        """Yield (block, the Cache of its window) of token-level blocks M."""
+        for layer, cache in zip(self.order, caches):
+            if layer.i is not None and cache.inside[2] is not None:
+                yield layer.i, cache.inside[2]
+
+    def init_memory(self, B, size=None):
+        """Return {block: an empty Memory}, B rows of `size` (mem_size) entries, of blocks M."""
+        return {m.i: Memory.empty(B, self.cfg, size, self.wte.weight.device, self.dtype)
+                for m in self.modules() if isinstance(m, AssociativeMemory)}
 
 
 def take(t, place):
@@ -1468,24 +1493,20 @@ class Cross(nn.Module):
         size = self.n_kv_head, self.head_dim
         return Cache.empty(like, B, self.n_states * self.horizon, k=size, v=size)
 
-    def heads(self, x, chunk, table):
-        """Split x (B, L, heads * D), turned by the chunk of each place (B, L): (B, heads, L, D)."""
-        x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-        x = rms_norm(x) if self.qk_norm else x
-        if table is None:
-            return x
-        chunk = chunk.clamp(max=table[0].size(0) - 1)[:, None]
-        return rotate(x, *(t[chunk].to(x.dtype) for t in table))
-
     def forward(self, x, seq, cache, plan):
         ahead, table = torch.arange(self.horizon, device=x.device), seq.rope_table
-        q = self.heads(self.c_q(x), plan.count, table)
+
+        def split(x, chunk):  # turned by the chunk of each place (B, L)
+            chunk = None if table is None else chunk.clamp(max=table[0].size(0) - 1)[:, None]
+            return split_heads(x, self.head_dim, self.qk_norm, angles(table, chunk, x.dtype))
+
+        q = split(self.c_q(x), plan.count)
         if plan.concepts is not None:
             M = plan.concepts.size(1)
             state = plan.first[:, None] + torch.arange(M, device=x.device)  # (B, M)
             k, v = self.c_kv(plan.concepts.flatten(1, 2).to(x.dtype)).chunk(2, dim=-1)
-            k = self.heads(k, (state[..., None] + ahead).flatten(1), table)
-            v = v.view(*v.shape[:2], -1, self.head_dim).transpose(1, 2)
+            k = split(k, (state[..., None] + ahead).flatten(1))
+            v = split_heads(v, self.head_dim)
         if cache is not None:
             M = self.n_states
             if plan.concepts is not None:
@@ -1497,15 +1518,20 @@ class Cross(nn.Module):
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
+DISTANCES = {  # of points (.., C): 1 - cosine, of directions; squared distance / C
+    "cos": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1),
+    "mse": lambda x, y: (x - y).square().mean(-1)}
+
+
 class PointHead(nn.Module):
-    """Predicts the next `horizon` concepts (.., H, C) from a level's states u (.., C): one point.
+    """Regresses the next `horizon` concepts (.., H, C) from a level's states u (.., C): one point.
 
     That is the mean of what may come.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.horizon = cfg.horizon
+        self.horizon, self.distance = cfg.horizon, DISTANCES[cfg.concept]
         self.out = Linear(cfg.n_embd, cfg.horizon * cfg.n_embd, cfg.bias, group="table")
 
     def forward(self, u):
@@ -1515,20 +1541,9 @@ class PointHead(nn.Module):
         """Return a draw of the concepts ahead (.., H, C): there is but one."""
         return self(u)
 
-
-class CosHead(PointHead):
-    """Regresses the direction: 1 - cosine."""
-
     def loss(self, u, target):
         """States (B, M, C), targets (B, M, H, C) of norm sqrt(C) -> (B, M, H)."""
-        return 1 - F.cosine_similarity(self(u), target, dim=-1)
-
-
-class MSEHead(PointHead):
-    """Regresses the point: squared distance / C."""
-
-    def loss(self, u, target):
-        return (self(u) - target).square().mean(-1)
+        return self.distance(self(u), target)
 
 
 class EnergyHead(nn.Module):
@@ -1600,7 +1615,7 @@ class FlowHead(EnergyHead):
         return (self.denoise(u, (1 - t) * noise + t * target, t) - target).square().mean(-1)
 
 
-CONCEPT_HEADS = {"cos": CosHead, "mse": MSEHead, "energy": EnergyHead, "flow": FlowHead}
+CONCEPT_HEADS = {"cos": PointHead, "mse": PointHead, "energy": EnergyHead, "flow": FlowHead}
 
 
 @dataclass
@@ -1624,20 +1639,11 @@ class Chunks:
     docs: torch.Tensor  # (B, T) documents begun so far
     closed_docs: torch.Tensor  # (B, T) documents begun when the last chunk closed
     n_before: torch.Tensor  # (B,) chunks closed before these positions
-    doc_before: torch.Tensor  # (B,) documents begun when the last of them closed
+    exists: torch.Tensor  # (B, M) which chunks end here
+    end: torch.Tensor  # (B, M) where
+    doc: torch.Tensor  # (B, M) documents begun at the end of each
+    doc_before: torch.Tensor  # (B, M) documents begun at the end of the one before
 
-    def at_end(self, values):
-        """Return of values (B, T) those at the end of each chunk (B, M), 0 where there is none."""
-        return (self.ends * values[:, None]).sum(-1)
-
-    @property
-    def exists(self):
-        return self.ends.any(-1)
-
-    @property
-    def end(self):
-        return self.at_end(torch.arange(self.place.size(1), device=self.place.device).expand_as(
-            self.place))
 
 
 class Level(Stack):
@@ -1699,19 +1705,13 @@ class Level(Stack):
         if not cfg.most_chunks(depth, block_size):
             raise ValueError(f"chunk = {cfg.chunk} closes no chunk of the slowest level in a "
                              f"window of {block_size}; give a smaller one")
-        if cfg.horizon > block_size:
-            raise ValueError(f"horizon ({cfg.horizon}) must lie between 1 and block_size "
-                             f"({block_size})")
-        if cfg.n_embd % 2:
-            raise ValueError(f"n_embd ({cfg.n_embd}) must be even for levels")
         if cfg.share_levels and cfg.plan == "cross" and depth > 1:
             raise ValueError("share_levels with plan = cross takes one depth of levels: nobody "
                              "would read the slower plans")
         if cfg.share_levels and "M" in cfg.layers:
             raise ValueError("share_levels gives one block to several levels, and a memory M "
                              "belongs to one; leave one of them out")
-        tree = [item for item in parse_layers(cfg.layers) if item != "."]
-        outer = [item[0] for item in tree if not is_level(item)]
+        outer = [item[0] for item in cfg.tree if not is_level(item)]
 
         def check_stack(items):
             for i, item in enumerate(items):
@@ -1726,7 +1726,7 @@ class Level(Stack):
                                      f"({''.join(outer)}) in every level, but one of them asks for "
                                      f"{''.join(letters)}")
                 check_stack(item)
-        check_stack(tree)
+        check_stack(cfg.tree)
 
     def init_cache(self, B, L, like):
         numbers = dict.fromkeys(self.CARRIED, (torch.long,))
@@ -1746,10 +1746,13 @@ class Level(Stack):
         always = always or torch.compiler.is_compiling()
         if always or bool(chunks.closes.any()):
             concepts = rms_norm(sums)
-            u = self.run_inner(concepts, inside, chunks, seq, aux, cache)
+            scored = None
+            if seq.scored is not None:
+                scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1)  # (B, M)
+            u = self.run_inner(concepts, scored, chunks, seq, aux, cache)
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
-            if seq.scored is not None and self.weight > 0 and cache is None:
-                self.regress(u, concepts, inside, chunks, seq, aux)
+            if scored is not None and self.weight > 0 and cache is None:
+                self.regress(u, concepts, scored, chunks, aux)
         return self.hand_down(x, u, chunks, seq, cache)
 
     def update_cache(self, x, seq, aux, cache, plan):
@@ -1785,9 +1788,11 @@ class Level(Stack):
         m = torch.arange(min(M, self.capacity), device=device)[:, None]
         closed_docs = torch.where(closes, docs, -1).cummax(1).values
         closed_docs = torch.where(closed_docs < 0, last["closed_docs"][:, None], closed_docs)
-        chunks = Chunks(place, torch.where(closes, 0, place + 1), closes,
-                        (chunk[:, None] == m) & closes[:, None], count, docs, closed_docs,
-                        last["count"], last["closed_docs"])
+        ends = (chunk[:, None] == m) & closes[:, None]
+        doc = (ends * docs[:, None]).sum(-1)
+        chunks = Chunks(place, torch.where(closes, 0, place + 1), closes, ends, count, docs,
+                        closed_docs, last["count"], ends.any(-1), (ends * at).sum(-1), doc,
+                        torch.cat((last["closed_docs"][:, None], doc[:, :-1]), 1))
         if cache is not None:
             cache.write(pos, **{name: getattr(chunks, name) for name in last})
         return chunks
@@ -1802,7 +1807,8 @@ class Level(Stack):
         turned = rotate(x, *(F.embedding(turn, t).to(x.dtype) for t in (self.cos, self.sin)))
         first = at - chunks.place
         if cache is None:
-            inside = (at >= chunks.at_end(first)[..., None]) & (at <= chunks.end[..., None])
+            first = (chunks.ends * first[:, None]).sum(-1)
+            inside = (at >= first[..., None]) & (at <= chunks.end[..., None])
             inside = inside & chunks.exists[..., None]
             return inside.to(x.dtype) @ turned, inside
         pos = seq.pos[:, seq.n_prefix:]
@@ -1812,16 +1818,19 @@ class Level(Stack):
         cache.write(pos, open_sum=opened)
         return chunks.ends.to(x.dtype) @ opened, inside
 
-    def run_inner(self, concepts, inside, chunks, seq, aux, cache):
-        """Run the layers inside over bos, where all begins, and concepts (B, M, C): states u."""
-        n, exists, doc_start, scored = int(seq.begins), chunks.exists, None, None
+    def run_inner(self, concepts, scored, chunks, seq, aux, cache):
+        """Run the layers inside over bos, where all begins, and concepts (B, M, C): states u.
+
+        scored (B, M): how many scored tokens are in each chunk, or None.
+        """
+        n, exists, doc_start = int(seq.begins), chunks.exists, None
         if seq.begins:
             bos = self.bos.to(concepts.dtype).expand(len(concepts), 1, -1)
             concepts = torch.cat((bos, concepts), dim=1)
         if seq.doc_start is not None:
-            doc_start = F.pad(chunks.at_end(chunks.docs) != self.docs_before(chunks), (n, 0))
-        if seq.scored is not None:
-            scored = F.pad((inside * seq.scored[:, None, seq.n_prefix:]).sum(-1), (n, 0))
+            doc_start = F.pad(chunks.doc != chunks.doc_before, (n, 0))
+        if scored is not None:
+            scored = F.pad(scored, (n, 0))
         ended = (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
         ended = ended if seq.doc_ended is None else ended | seq.doc_ended
         pos, caches = None, None
@@ -1836,12 +1845,7 @@ class Level(Stack):
                             memory=seq.memory)
         return self.ln(self.run(concepts, inner, aux, caches)[0])
 
-    def docs_before(self, chunks):
-        """Return the documents begun at the end of the chunk before each (B, M)."""
-        docs = chunks.at_end(chunks.docs)
-        return torch.cat((chunks.doc_before[:, None], docs[:, :-1]), 1)
-
-    def regress(self, u, concepts, inside, chunks, seq, aux):
+    def regress(self, u, concepts, scored, chunks, aux):
         """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, C).
 
         A chunk counts as many times as it has scored tokens, so that the weight beside
@@ -1853,8 +1857,7 @@ class Level(Stack):
             pad = (0, 0) * (t.dim() - 2)
             return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(H)], 2)
 
-        scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1) * chunks.exists
-        same = ahead(chunks.at_end(chunks.docs)) == self.docs_before(chunks)[..., None]
+        same = ahead(chunks.doc) == chunks.doc_before[..., None]
         loss = self.head.loss(u[:, :M], ahead(concepts.detach().float()))
         aux.losses.append((self.name, self.weight, (loss * ahead(scored) * same).sum() / H))
 
@@ -1878,8 +1881,7 @@ class Level(Stack):
         if new is not None:
             place = first[:, None] + torch.arange(new.size(1), device=x.device)
             states.write(place.clamp(max=self.room - 1), returned=new)
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        return x + states["returned"][rows, count].to(x.dtype), None
+        return x + states.read("returned", count).to(x.dtype), None
 
     def unbind(self, concepts):
         """Turn concepts (.., C) that are sums back by each place: (.., chunk, C).
@@ -1891,10 +1893,9 @@ class Level(Stack):
 
     def cached_writes(self, cache, front, n, ended):
         """Yield (block, MemoryWrites) of blocks M inside, by the first n (B,) positions below."""
-        rows, last = torch.arange(len(n), device=n.device), (front + n - 1).clamp(min=0)
-        at_last = {k: cache[k][rows, last] * (n > 0) for k in ("count", "docs", "closed_docs")}
-        ended = ended | (at_last["docs"] > at_last["closed_docs"])
-        yield from self.memory_writes(cache.inside[1:], 1, at_last["count"], ended)
+        count, docs, closed_docs = (cache.before(name, (front + n)[:, None]) * (n > 0)
+                                    for name in ("count", "docs", "closed_docs"))
+        yield from self.memory_writes(cache.inside[1:], 1, count, ended | (docs > closed_docs))
 
     def flops(self, L):
         inside = min(L, self.capacity) + 1
@@ -1948,9 +1949,7 @@ class Slots(nn.Module):
         if cfg.n_segment and history % cfg.n_segment:
             raise ValueError(f"history ({history}) is not a multiple of n_segment "
                              f"({cfg.n_segment})")
-        if n_span and cfg.n_embd % 2:
-            raise ValueError(f"n_embd ({cfg.n_embd}) must be even for the rotary binding of spans")
-        if cfg.n_slot and all(map(is_level, parse_layers(cfg.layers))):
+        if cfg.n_slot and all(map(is_level, cfg.tree)):
             raise ValueError(f"context slots are read by blocks outside of levels, and layers = "
                              f"{cfg.layers} has none; add one")
 
@@ -2004,12 +2003,9 @@ class EmbeddingHead(nn.Module):
         if not cfg.ce_weight and not cfg.semantic_weight:
             raise ValueError("ce_weight = 0 and semantic_weight = 0 leave nothing to learn; set "
                              "one of them")
-        if not cfg.ce_weight and not nearest and not soft_ce:
-            raise ValueError("ce_weight = 0 leaves the softmax head untrained; add --head=nearest "
-                             "or --semantic=soft_ce")
-        if not cfg.ce_weight and nearest and soft_ce:
-            raise ValueError("ce_weight = 0 with head = nearest regresses a point; it needs "
-                             "semantic = mse or cos")
+        if not cfg.ce_weight and nearest == soft_ce:
+            raise ValueError("ce_weight = 0 goes with --head=nearest and semantic = mse or cos, "
+                             "or with head = softmax and --semantic=soft_ce")
         if nearest and cfg.tie:
             raise ValueError("head = nearest has no table to tie: it already reads the token "
                              "embedding; leave tie out")
@@ -2023,18 +2019,6 @@ class EmbeddingHead(nn.Module):
         They are negative squared distances, up to a constant of each row.
         """
         return 16 * self.scale * (z @ e.T) / e.size(-1)
-
-
-def soft_cross_entropy(z, logits, e, y, temp):
-    """Return cross-entropy against targets spread over tokens by their similarity: (B, T)."""
-    near = (e[y] @ e.T / e.size(-1) / temp).softmax(-1)  # (B, T, V)
-    return -(near * logits.float().log_softmax(-1)).sum(-1)
-
-
-SEMANTIC = {  # losses that know how far off a wrong token is: (z, logits, e, y, temp) -> (B, T)
-    "cos": lambda z, logits, e, y, temp: 1 - F.cosine_similarity(z, e[y], dim=-1),
-    "mse": lambda z, logits, e, y, temp: (z - e[y]).square().mean(-1),
-    "soft_ce": soft_cross_entropy}
 
 
 class SoftTokens:
@@ -2135,7 +2119,7 @@ class EarlyExit:
         for i in (i for i, c in enumerate(cfg.layers) if c == "."):
             layers = sum(item != "." for item in parse_layers(cfg.layers[:i]))
             self.exits[layers] = sum(c in BLOCKS for c in cfg.layers[:i])
-        self.sure = ExitClassifier(cfg) if cfg.exit_classifier else None
+        self.sure = ExitClassifier(cfg) if self.exits and cfg.exit_classifier else None
         self.segments = list(itertools.pairwise((0, *self.exits, len(self.order))))
         self.exits_rotate = cfg.exit_loss == "rotate" and len(self.exits) > 1
         self.exits_train = bool(self.exits) and (cfg.exit_weight > 0 or cfg.exit_classifier)
@@ -2297,7 +2281,7 @@ class Output:
         return iter((self.logits, self.loss))
 
 
-class GPT(Stack, SoftTokens, EarlyExit):
+class GPT(Stack, Recall, SoftTokens, EarlyExit):
     """A decoder-only transformer and its variants.
 
     All weights are drawn from (seed, parameter name); with seed None they have no values yet.
@@ -2317,7 +2301,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         self.slots = Slots(cfg) if cfg.n_slot else None
         self.drop = nn.Dropout(cfg.dropout)
         self.embed_norm = RMSNorm(cfg) if cfg.embed_norm else nn.Identity()
-        self.add_layers(cfg, [item for item in parse_layers(cfg.layers) if item != "."])
+        self.add_layers(cfg, cfg.tree)
         self.ln_f = norm(cfg)
         # a large table is padded, by rows that nobody reads: GPUs want multiples of 64
         padded = V if V < 1024 or cfg.tie else -(-V // 64) * 64
@@ -2326,7 +2310,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         self.point = EmbeddingHead(cfg) if regresses else None
         self.add_exits(cfg)
         self.ce_weight = cfg.ce_weight or float(nearest)  # of a nearest head it sets the scale
-        self.semantic = SEMANTIC[cfg.semantic]
+        self.distance = DISTANCES.get(cfg.semantic)
         if cfg.tie:
             self.lm_head.weight = self.wte.weight
         self.add_tables(cfg)
@@ -2398,9 +2382,8 @@ class GPT(Stack, SoftTokens, EarlyExit):
 
     def random(self):
         """Return whether training computes something else than evaluation does."""
-        names = ("dropout", "channel_drop", "soft_rate", "layer_drop", "exit_rate", "mem_drop",
-                 "mem_noise")
-        return any(getattr(self.cfg, n) for n in names)
+        names = "dropout channel_drop soft_rate layer_drop exit_rate mem_drop mem_noise"
+        return any(getattr(self.cfg, name) for name in names.split())
 
     def flops_per_token(self):
         """Return floating-point operations of forward and backward per token of the window.
@@ -2416,7 +2399,7 @@ class GPT(Stack, SoftTokens, EarlyExit):
         trunk = self.flops(cfg.n_slot + cfg.block_size) * passes + history
         return head * reads + trunk / cfg.block_size
 
-    # -- decoding: states and memories
+    # -- decoding
 
     def init_state(self, B, dtype=None, memory=None, carried=None, known=None):
         """Return an empty State for B rows, with room for every slot and the whole window.
@@ -2437,45 +2420,6 @@ class GPT(Stack, SoftTokens, EarlyExit):
             like = torch.empty(0, device=device)
             caches.append(Cache.empty(like, B, L, p=(V,), count=(torch.long,)))
         return State(torch.zeros(B, dtype=torch.long, device=device), caches, L, memory=memory)
-
-    def leave_window(self, state, n):
-        """Write into the memories of a state what leaves its window with the first n (B,) tokens.
-
-        Return {block: what Memory.write gave}, and for token-level blocks {block: [(B, L, ...)]},
-        the entries of the tokens after those, which were made with more before them than will
-        stand in a window that begins there. Levels make theirs anew.
-        """
-        S, carried = self.cfg.n_slot, {}
-        nobody = torch.zeros_like(n, dtype=torch.bool)
-        writes = self.memory_writes(state.caches, S, n, nobody)
-        written = {i: state.memory[i].write(new) for i, new in writes}
-        rows = torch.arange(len(n), device=n.device)[:, None]
-        for i, window in self.windows(state.caches):
-            last = window["exists"].size(1) - 1
-            place = (S + n[:, None] + torch.arange(last + 1 - S, device=n.device)).clamp(max=last)
-            carried[i] = [window[name][rows, place] for name in ENTRY]
-        return written, carried
-
-    def recalled(self, state):
-        """Yield of each token-level block M what the last position of each row found in a store.
-
-        That is (block, places (B, H, k) there, negative for something else, weights (B, H, k)).
-        """
-        rows, last = torch.arange(len(state.pos), device=state.pos.device), state.pos - 1
-        for i, window in self.windows(state.caches):
-            N = state.memory[i].usage.size(-1) + window["exists"].size(1)
-            yield i, window["found"][rows, last] - N, window["weight"][rows, last]
-
-    def windows(self, caches):
-        """Yield (block, the Cache of its window) of token-level blocks M."""
-        for layer, cache in zip(self.order, caches):
-            if layer.i is not None and cache.inside[2] is not None:
-                yield layer.i, cache.inside[2]
-
-    def init_memory(self, B, size=None):
-        """Return {block: an empty Memory}, B rows of `size` (mem_size) entries, of blocks M."""
-        return {m.i: Memory.empty(B, self.cfg, size, self.wte.weight.device, self.dtype)
-                for m in self.modules() if isinstance(m, AssociativeMemory)}
 
     # -- the forward
 
@@ -2600,9 +2544,12 @@ class GPT(Stack, SoftTokens, EarlyExit):
 
         The embeddings it is measured by carry no gradient.
         """
-        z = None if self.point is None else self.point(h)
         e, y = self.embeddings().detach(), targets.clamp(min=0)
-        loss = self.semantic(z, logits, e, y, self.cfg.semantic_temp)
+        if self.distance is None:  # soft_ce: cross-entropy with targets as likely as they are alike
+            near = (e[y] @ e.T / e.size(-1) / self.cfg.semantic_temp).softmax(-1)  # (B, T, V)
+            loss = -(near * logits.log_softmax(-1)).sum(-1)
+        else:
+            loss = self.distance(self.point(h), e[y])
         return loss.masked_fill(targets < 0, 0.0).sum()
 
     def forward(self, idx, targets=None, history=None, state=None, ids=None, denom=None,
@@ -2658,7 +2605,12 @@ class GPT(Stack, SoftTokens, EarlyExit):
         return Output(logits, loss, losses, None, None, aux.memory_writes, aux.ff_outputs)
 
 
-CHECKED = (Level, Recurrence, FeaturalMemory, AssociativeMemory, Attention, Slots, EmbeddingHead,
+CHOICES = {
+    "mlp": ACTIVATIONS, "norm": NORMS, "pos": ("rope", "learned", "none"),
+    "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
+    "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
+    "exit_loss": ("depth", "rotate")}
+CHECKED = (Level, FeaturalMemory, AssociativeMemory, Attention, Slots, EmbeddingHead,
            EarlyExit)
 
 
