@@ -2547,7 +2547,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         e, y = self.embeddings().detach(), targets.clamp(min=0)
         if self.distance is None:  # soft_ce: cross-entropy with targets as likely as they are alike
             near = (e[y] @ e.T / e.size(-1) / self.cfg.semantic_temp).softmax(-1)  # (B, T, V)
-            loss = -(near * logits.log_softmax(-1)).sum(-1)
+            loss = -(near * logits.float().log_softmax(-1)).sum(-1)
         else:
             loss = self.distance(self.point(h), e[y])
         return loss.masked_fill(targets < 0, 0.0).sum()
