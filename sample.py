@@ -108,108 +108,77 @@ class SampleConfig:
     compile: bool = False  # compile the step: half a minute once, several times as fast on a CPU
 
     def __post_init__(self):
+        config.check(self, CHOICES, RANGES)
         if self.stop == prepare.END:
             self.stop, self.stop_at_end = "", True
-        for low, high, names, *off in BOUNDS:
-            names = [name for name in names.split() if getattr(self, name) not in off]
-            config.within(self, low, high, *names)
-        for name, words in CHOICES.items():
-            value = getattr(self, name)
-            if not re.fullmatch("|".join(words).replace("N", "[1-9][0-9]{0,17}"), value):
-                words = ", ".join(filter(None, words))
-                raise ValueError(f"{name} is one of {words}, not {value!r}")
         for name in ("stop", "think_after"):
             check_utf8(getattr(self, name), name)
         ways = [k for k in WAYS if getattr(self, k)]
         if len(ways) > 1:
             raise ValueError(f"{ways[0]} and {ways[1]} are two ways to decode; choose one")
-        for k in ("beams", "best_of"):
-            if 0 < getattr(self, k) < self.n:
-                raise ValueError(f"{k} = {getattr(self, k)} cannot show n = {self.n} texts; give "
-                                 f"at least as many")
-        for names, idle, why in IDLE:
-            for name in names.split():
-                if name in given(self) and idle(self):
-                    raise ValueError(f"{name} {why}")
+        if 0 < (self.beams or self.best_of) < self.n:
+            raise ValueError(f"{ways[0]} = {getattr(self, ways[0])} cannot show n = {self.n} "
+                             f"texts; give at least as many")
+        for name, needs in self.idle():
+            raise ValueError(f"{name} needs {needs}; else leave it out")
+
+    def idle(self):
+        """Yield (name, what it needs) of each setting that was changed and would do nothing, or
+        not what it says."""
+        return config.idle(
+            self,
+            (self.temperature, "draws, and at temperature = 0 nothing is drawn",
+             "top_k top_p min_p best_of soft"),
+            (not self.beams, "draws, and beams look for the likeliest text",
+             "temperature top_k top_p min_p repetition_penalty think_after"),
+            (self.soft, "soft tokens: --soft",
+             "soft_top_k gumbel collapse collapse_threshold collapse_by collapse_back"),
+            (self.collapse != "always", "soft tokens, and with collapse = always there are none",
+             "soft_top_k gumbel collapse_by collapse_back"),
+            (self.collapse != "never", "soft tokens that collapse, and with collapse = never none "
+             "does", "collapse_by collapse_back"),
+            (self.collapse in ("entropy", "distance"), "collapse = entropy or distance",
+             "collapse_threshold"),
+            (self.collapse_back, "earlier soft tokens, and collapse_back = 0 leaves those as they "
+             "are", "collapse_by"),
+            (self.collapse_by == "nearest" or not self.knn, "the model alone to draw from with "
+             "collapse_by = context", "knn"),
+            (self.exit, "early exits, such as --exit=softmax", "exit_threshold exit_decay"),
+            (bool(self.draft_exit) != bool(self.draft), "a draft: either draft_exit or draft",
+             "speculate"),
+            (self.speculate, "drafts to make, such as --speculate=4", "draft_exit draft"),
+            (self.amateur, "contrastive decoding, such as --amateur=context:8", "alpha beta"),
+            (not (self.exit or self.speculate), "every layer of every token, which exit and "
+             "speculate save", "amateur knn"),
+            (self.knn, "a datastore, such as --knn=works.db", "knn_k knn_lambda knn_temp"),
+            (self.knn_lambda, "a knn_lambda above 0", "knn_k knn_temp"),
+            (self.knn_k > 1, "several places to weigh, and knn_k = 1 takes one", "knn_temp"),
+            (self.memory, "a memory, such as --memory=facts.db", "memory_index"),
+            (not self.interactive, "a run that is not interactive: that reads lines and shows one "
+             "sample as it is made", "n beams best_of json trace_html n_think"),
+            (not self.interactive or self.prompt not in ("-", "FILE:-"), "standard input, which "
+             "interactive reads", "prompt"),
+            (not self.json, "text to colour, and json prints none (trace_html does)", "trace"),
+            (self.dtype == "bfloat16", "dtype = bfloat16: beside fp32 torch's 8-bit product is "
+             "slower than the plain one", "int8"))
 
 
-BOUNDS = (  # of settings, and the value besides that switches one off
-    (1, 10_000, "n"),
-    (0, 10_000, "beams best_of speculate draft_exit n_think"),
-    (1, 2 ** 31, "knn_k"),
-    (0, 2 ** 62, "max_new_tokens top_k soft_top_k limit"),
-    (-1, 2 ** 62, "collapse_back"),
-    (0, 2 ** 63 - 1, "seed"),
-    (0, 1, "top_p min_p alpha knn_lambda"),
-    (0, 1, "exit_threshold", -1),
-    (0, 1000, "beta exit_decay"),
-    (0, 1000, "collapse_threshold", -1),
-    (1e-3, 1000, "temperature gumbel", 0),
-    (1e-6, 1e9, "knn_temp"),
-    (0.01, 100, "repetition_penalty"),
-)
 CHOICES = {
     "exit": ("", "softmax", "margin", "cosine", "classifier"),
     "collapse_by": ("nearest", "context"),
     "collapse": ("always", "never", "entropy", "distance", "every:N"),
     "dtype": ("float32", "bfloat16"),
 }
-IDLE = (  # settings that would do nothing, or not what they say: their names, when, and why
-    ("soft", lambda c: c.temperature == 0,
-     "needs a temperature above 0: at 0 a token has nothing soft about it"),
-    ("soft_top_k gumbel collapse collapse_threshold collapse_by collapse_back",
-     lambda c: not c.soft,
-     "is for soft tokens, that is --soft; give that too, or leave it out"),
-    ("soft_top_k gumbel collapse_by collapse_back", lambda c: c.collapse == "always",
-     "is for soft tokens, and with collapse = always there are none; leave it out"),
-    ("collapse_by collapse_back", lambda c: c.collapse == "never",
-     "is for soft tokens that collapse, and with collapse = never none does; leave it out"),
-    ("collapse_threshold", lambda c: c.collapse not in ("entropy", "distance"),
-     "is for collapse = entropy or distance; leave it out"),
-    ("collapse_by", lambda c: c.collapse_back == 0,
-     "is for earlier soft tokens, and collapse_back = 0 leaves those as they are; choose one"),
-    ("collapse_by", lambda c: c.knn and c.collapse_by == "context",
-     "= context draws from the model alone; with knn take collapse_by = nearest"),
-    ("exit_threshold exit_decay", lambda c: not c.exit,
-     "is for early exits, such as --exit=softmax; give that too, or leave it out"),
-    ("speculate", lambda c: bool(c.draft_exit) == bool(c.draft),
-     "needs a draft: either draft_exit or draft"),
-    ("draft_exit draft", lambda c: not c.speculate,
-     "is for drafts, such as --speculate=4; give that too, or leave it out"),
-    ("alpha beta", lambda c: not c.amateur,
-     "is for contrastive decoding, such as --amateur=context:8; give that too, or leave it out"),
-    ("amateur", lambda c: c.exit or c.speculate,
-     "reads every layer of every token, which exit and speculate save; choose one"),
-    ("knn", lambda c: c.exit or c.speculate,
-     "needs the last layer's vector of every token at once, which exit and speculate do without; "
-     "choose one"),
-    ("knn_k knn_lambda knn_temp", lambda c: not c.knn,
-     "is for a datastore, such as --knn=works.db; give that too, or leave it out"),
-    ("knn_k knn_temp", lambda c: c.knn_lambda == 0,
-     "is for a datastore, which has no say with knn_lambda = 0; leave it out"),
-    ("knn_temp", lambda c: c.knn_k == 1,
-     "weighs several places against each other, and knn_k = 1 takes one; leave it out"),
-    ("memory_index", lambda c: not c.memory,
-     "is for a memory, such as --memory=facts.db; give that too, or leave it out"),
-    ("temperature top_k top_p min_p repetition_penalty think_after", lambda c: c.beams,
-     "is for draws, and beams look for the likeliest text and draw nothing; leave it out"),
-    ("top_k top_p min_p best_of", lambda c: c.temperature == 0,
-     "is for draws, and at temperature = 0 nothing is drawn; leave one of them out"),
-    ("n beams best_of json trace_html n_think", lambda c: c.interactive,
-     "does not go with interactive, which reads lines and shows one sample as it is made; "
-     "leave it out"),
-    ("prompt", lambda c: c.interactive and c.prompt in ("-", "FILE:-"),
-     "and interactive both read standard input; choose one"),
-    ("trace", lambda c: c.json,
-     "colours text, and json prints none; choose one, or take trace_html"),
-    ("int8", lambda c: c.dtype != "bfloat16",
-     "needs dtype = bfloat16: beside fp32 torch's 8-bit product is slower than the plain one"),
-)
-
-
-def given(cfg):
-    """Return the names of the settings that are not as they are by default."""
-    return [f.name for f in fields(cfg) if getattr(cfg, f.name) != f.default]
+COUNT, SIZE, SHARE, STRENGTH = (0, 10_000), (0, 2 ** 62), (0, 1), (0, 1000)
+RANGES = {
+    "n": (1, 10_000), "beams": COUNT, "best_of": COUNT, "speculate": COUNT, "draft_exit": COUNT,
+    "n_think": COUNT, "max_new_tokens": SIZE, "top_k": SIZE, "soft_top_k": SIZE, "limit": SIZE,
+    "collapse_back": (-1, 2 ** 62), "knn_k": (1, 2 ** 31), "seed": (0, 2 ** 63 - 1),
+    "top_p": SHARE, "min_p": SHARE, "alpha": SHARE, "knn_lambda": SHARE, "exit_threshold": SHARE,
+    "beta": STRENGTH, "exit_decay": STRENGTH, "collapse_threshold": STRENGTH,
+    "temperature": STRENGTH, "gumbel": (1e-3, 1000), "knn_temp": (1e-6, 1e9),
+    "repetition_penalty": (0.01, 100),
+}
 
 
 def check_utf8(text, name):
@@ -230,21 +199,25 @@ def penalize(logits, seen, penalty):
 
 
 def scale(logits, temperature):
-    """Divide by the temperature; at 0 keep the first of the largest alone."""
-    if temperature:
+    """Divide by the temperature; below 0.001 keep the first of the largest alone."""
+    if temperature >= 1e-3:
         return (logits - logits.amax(-1, keepdim=True)) / temperature
     return torch.full_like(logits, -math.inf).scatter(1, logits.argmax(-1, keepdim=True), 0.0)
 
 
 def keep_top_k(logits, k):
-    """Keep the k largest."""
+    """Keep the k largest; at 0 all."""
+    if not k:
+        return logits
     least = logits.topk(min(k, logits.size(-1)))[0][:, -1:]
     return logits.masked_fill(logits < least, -math.inf)
 
 
 def keep_top_p(logits, p):
     """Keep the smallest set of most likely tokens whose probabilities reach p (nucleus,
-    arXiv:1904.09751)."""
+    arXiv:1904.09751); at 1 all."""
+    if p == 1:
+        return logits
     ordered, index = logits.sort(descending=True, dim=-1)
     probs = ordered.softmax(-1)
     drop = probs.cumsum(-1) - probs >= p  # what stands before a token already reaches p
@@ -253,7 +226,9 @@ def keep_top_p(logits, p):
 
 
 def keep_min_p(logits, p):
-    """Keep tokens at least p times as likely as the first (arXiv:2407.01082)."""
+    """Keep tokens at least p times as likely as the first (arXiv:2407.01082); at 0 all."""
+    if not p:
+        return logits
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -math.inf)
 
 
@@ -261,39 +236,22 @@ def contrast(expert, amateur, alpha, beta):
     """Return (1 + beta) expert - beta amateur over the tokens at least alpha times as likely as
     the expert's first; the others are out (O'Brien and Lewis 2023, arXiv:2309.09117)."""
     logits = (1 + beta) * expert - beta * amateur
-    if not alpha:
-        return logits
     return logits.masked_fill(keep_min_p(expert, alpha) == -math.inf, -math.inf)
 
 
-# name: (logits (B, V), the settings, the Decoder) -> logits, in their order (knn as soon as the
-# model has read, in Decoder.record). A new one is a row, a setting that switches it off, and its
-# name in DRAWS where it shapes draws.
-PROCESSORS = {
-    "knn": lambda x, c, d: d.mix(x) if d.neighbours else x,
-    "contrast": lambda x, c, d: x if d.amateur_logits is None else
-    contrast(x, d.amateur_logits, c.alpha, c.beta),
-    "repetition": lambda x, c, d: x if c.repetition_penalty == 1 else
-    penalize(x, d.seen(), c.repetition_penalty),
-    "temperature": lambda x, c, d: scale(x, c.temperature),
-    "top_k": lambda x, c, d: keep_top_k(x, c.top_k) if c.top_k else x,
-    "top_p": lambda x, c, d: keep_top_p(x, c.top_p) if c.top_p < 1 else x,
-    "min_p": lambda x, c, d: keep_min_p(x, c.min_p) if c.min_p > 0 else x,
-}
-
-DRAWS = "temperature", "top_k", "top_p", "min_p"
+# setting: a function of logits (B, V) and its value, in their order; there is a value at which it
+# changes nothing
+PROCESSORS = {"temperature": scale, "top_k": keep_top_k, "top_p": keep_top_p, "min_p": keep_min_p}
 
 
-def process(logits, names, cfg, decoder=None):
-    """Return logits (B, V) after these of the processors."""
-    for name in names:
-        logits = PROCESSORS[name](logits, cfg, decoder)
-    return logits
-
-
-def distribution(logits, cfg):
-    """Return the probabilities (B, V) of the next token by the temperature and the filters."""
-    return process(logits, DRAWS, cfg).softmax(-1)
+def distribution(logits, cfg, seen=None):
+    """Return the probabilities (B, V) of the next token by the settings, with the penalty for
+    tokens that were seen (B, V, bool)."""
+    if seen is not None:
+        logits = penalize(logits, seen, cfg.repetition_penalty)
+    for name, process in PROCESSORS.items():
+        logits = process(logits, getattr(cfg, name))
+    return logits.softmax(-1)
 
 
 def choose(p, generator):
@@ -491,11 +449,6 @@ class Decoder:
         """Return the Decoders that read the same tokens."""
         return [d for d in (self.amateur, self.draft) if d]
 
-    def mix(self, logits):
-        """Return the logits with those of a datastore, and note which of its entries told most."""
-        logits, self.found = self.neighbours.mix(logits, self.h)
-        return logits
-
     def append(self, b, token, soft=None):
         """Append a token to row b, soft where its distribution (V,) is given. Return True if the
         window folded."""
@@ -611,7 +564,8 @@ class Decoder:
         self.depth = [self.model.cfg.n_layer] * len(self.rows) if depth is None else depth.tolist()
         # per row [(store, id)]: the entries that told most about the next token
         self.found = [[] for _ in self.rows]
-        self.logits = PROCESSORS["knn"](self.logits, None, self)
+        if self.neighbours:
+            self.logits, self.found = self.neighbours.mix(self.logits, self.h)
         for i, places, weights in self.model.recalled(self.state) if self.sources else ():
             self.record_entries(*self.sources[i], places, weights)
 
@@ -796,12 +750,16 @@ class Plain:
 
     def scores(self):
         """Return what the model says of the next token: logits (B, V)."""
-        return process(self.decoder.logits.float(), ("contrast",), self.cfg, self.decoder)
+        logits, amateur = self.decoder.logits.float(), self.decoder.amateur_logits
+        if amateur is None:
+            return logits
+        return contrast(logits, amateur, self.cfg.alpha, self.cfg.beta)
 
     def probabilities(self):
         """Return the probabilities (B, V) by which the next token is chosen."""
-        logits = process(self.scores(), ("repetition",), self.cfg, self.decoder)
-        return distribution(logits, self.cfg)
+        penalized = self.cfg.repetition_penalty != 1
+        seen = self.decoder.seen() if penalized else None
+        return distribution(self.scores(), self.cfg, seen)
 
     def force(self, tokens):
         """Return tokens, a list of B ids, or in their place what follows of itself."""
@@ -933,10 +891,6 @@ class Speculation(Plain):
         if cfg.draft_exit:
             find_exit("draft_exit", model, cfg.draft_exit)
 
-    def draws(self, logits, seen):
-        """Return the probabilities (B, V) of logits (B, V) behind seen (B, V, bool)."""
-        return distribution(penalize(logits, seen, self.cfg.repetition_penalty), self.cfg)
-
     def propose(self, tokens, n, seen):
         """Draft n tokens after tokens (B,). Return them (B, n), their distributions n x (B, V),
         and what the model goes on from, (B, n + 1, C). The draft's state then stands behind them
@@ -952,7 +906,7 @@ class Speculation(Plain):
             if i == n:
                 break
             seen = seen.scatter(1, tokens[:, None], True)
-            q.append(self.draws(logits[:, -1].float(), seen))
+            q.append(distribution(logits[:, -1].float(), self.cfg, seen))
             tokens = choose(q[-1], self.generator)
             drafted.append(tokens)
         return torch.stack(drafted, 1), q, torch.cat(hidden, 1) if hidden else None
@@ -975,7 +929,7 @@ class Speculation(Plain):
         agreed = torch.ones_like(first, dtype=torch.bool)
         for i, token in enumerate((first, *drafted.unbind(1))):
             seen = seen.scatter(1, token[:, None], True)
-            p.append(self.draws(logits[:, i], seen))
+            p.append(distribution(logits[:, i], self.cfg, seen))
             agrees, left = torch.zeros_like(agreed), p[i]
             if i < n:
                 odds = p[i][rows, drafted[:, i]] / q[i][rows, drafted[:, i]]
@@ -1509,7 +1463,7 @@ def inspect(cfg, path="", action="stats", *words):
     if not path or action not in memory.ACTIONS:
         raise UserError(f"memory takes a store and one of {', '.join(memory.ACTIONS)}, as python "
                         f"sample.py memory facts.db list")
-    if "limit" in given(cfg) and action != "list":
+    if cfg.limit != SampleConfig.limit and action != "list":
         raise UserError(f"limit is for list, not {action}; leave it out")
     check_utf8(" ".join(words), f"what {action} takes")
     memory.inspect(path, action, words, cfg.limit)
@@ -1527,11 +1481,10 @@ def main(argv):
     cfg = config.build(SampleConfig, **values)
     if words:
         run, taken = COMMANDS[words[0]]
-        for name in given(cfg):
-            if name not in ("out_dir", *taken.split()):
-                raise UserError(f"{name} does nothing in {words[0]}; leave it out")
+        for name in sorted(values.keys() - {"out_dir", *taken.split()}):
+            raise UserError(f"{name} does nothing in {words[0]}; leave it out")
         return run(cfg, *words[1:])
-    if "limit" in given(cfg):
+    if "limit" in values:
         raise UserError("limit is for python sample.py memory FILE list; leave it out")
     try:
         with contextlib.ExitStack() as stores:

@@ -368,13 +368,17 @@ def build(cls, **values):
 
 
 def check(cfg, choices, ranges):
-    """Raise ValueError unless settings of cfg are one of their choices {name: values} and within
-    their ranges {name: (lowest, highest)}."""
+    """Raise ValueError unless settings of cfg are one of their choices {name: values}, where
+    every:N stands for any number from 1 on, and as they are by default or within their ranges
+    {name: (lowest, highest)}."""
     for name, options in choices.items():
-        if getattr(cfg, name) not in options:
-            raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(cfg, name)!r}")
+        value = getattr(cfg, name)
+        if re.sub(":[1-9][0-9]{0,17}$", ":N", value) not in options:
+            named = ", ".join(filter(None, options))
+            raise ValueError(f"{name} is one of {named}, not {value!r}")
     for name, (low, high) in ranges.items():
-        within(cfg, low, high, name)
+        if getattr(cfg, name) != getattr(type(cfg), name):
+            within(cfg, low, high, name)
 
 
 def idle(cfg, *mechanisms):
