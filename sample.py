@@ -36,7 +36,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import config  # before torch: it sets the allocator's switches
 import numpy as np
@@ -46,7 +46,7 @@ from torch.nn import functional as F
 import memory
 import prepare
 from config import UserError, summary
-from model import GPT, Level, Linear, rms_norm
+from model import GPT, Level, Linear
 
 
 @dataclass
@@ -144,6 +144,8 @@ class SampleConfig:
             (self.collapse_by == "nearest" or not self.knn, "the model alone to draw from with "
              "collapse_by = context", "knn"),
             (self.exit, "early exits, such as --exit=softmax", "exit_threshold exit_decay"),
+            (self.exit_threshold >= 0, "an exit_threshold: none is ever stored for it",
+             "exit_decay"),
             (bool(self.draft_exit) != bool(self.draft), "a draft: either draft_exit or draft",
              "speculate"),
             (self.speculate, "drafts to make, such as --speculate=4", "draft_exit draft"),
@@ -305,7 +307,8 @@ def exit_rule(model, kind, threshold, decay=0.0, total=1):
 
 
 def thresholds_path(path):
-    return os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "exits.json")
+    """Return where the thresholds of a checkpoint file are kept."""
+    return os.path.join(os.path.dirname(path), "exits.json")
 
 
 def stored_thresholds(path):
@@ -315,9 +318,7 @@ def stored_thresholds(path):
         with open(thresholds_path(path), "rb") as f:
             stored = prepare.unseal(f.read(2 ** 20))
         for kind, found in stored.items():
-            threshold = found["threshold"]
-            if not (kind in CONFIDENCE and type(threshold) is float and 0 <= threshold <= 1
-                    and type(found["of"]) is str):
+            if not (kind in CONFIDENCE and 0 <= found["threshold"] <= 1 and found["of"]):
                 raise ValueError(f"no threshold of {kind}")
         return stored
     except FileNotFoundError:
@@ -330,8 +331,7 @@ def stored_thresholds(path):
 
 def model_id(cfg, path):
     """Return what a threshold was found for: the checkpoint, and how its weights are held."""
-    checkpoint = prepare.checkpoint_id(prepare.checkpoint_path(path))
-    return f"{checkpoint} {cfg.dtype}{' int8' * cfg.int8}"
+    return f"{prepare.checkpoint_id(path)} {cfg.dtype}{' int8' * cfg.int8}"
 
 
 def check_exits(model, kind):
@@ -353,14 +353,12 @@ def make_rule(cfg, model, path):
         return None
     threshold = cfg.exit_threshold
     if threshold < 0:
-        found = stored_thresholds(path).get(cfg.exit)
-        if found is None or found["of"] != model_id(cfg, path) or cfg.exit_decay:
-            advice = "none ever is for exit_decay: give one, or leave exit_decay out"
-            if not cfg.exit_decay:
-                advice = (f"run python bench.py calibrate --out_dir={shlex.quote(path)} --exit="
-                          f"{cfg.exit} --dtype={cfg.dtype}{' --int8' * cfg.int8}, or give one")
+        found = stored_thresholds(path).get(cfg.exit, {"of": ""})
+        if found["of"] != model_id(cfg, path):
             raise UserError(f"no exit_threshold is stored for {cfg.exit} of this {path} in "
-                            f"{cfg.dtype}; {advice}")
+                            f"{cfg.dtype}; run python bench.py calibrate "
+                            f"--out_dir={shlex.quote(path)} --exit={cfg.exit} "
+                            f"--dtype={cfg.dtype}{' --int8' * cfg.int8}, or give one")
         threshold = found["threshold"]
     return exit_rule(model, cfg.exit, threshold, cfg.exit_decay, max(cfg.max_new_tokens, 1))
 
@@ -652,8 +650,8 @@ class Decoder:
             return []
         made = self.model.concepts(torch.tensor([window], device=self.device), self.history([0]))
         made = next(m for m in made if m.level is level)
-        table = rms_norm(self.model.wte.weight.float())
-        near = level.unbind(level.head(made.u)[0, :, 0]) @ table.T  # (M + 1, chunk, V)
+        points = level.unbind(level.head(made.u)[0, :, 0])  # (M + 1, chunk, C)
+        near = points @ self.model.embeddings().T  # (M + 1, chunk, V)
         k = near.size(1)
         lines = [f"{'planned':>{k + 10}} | written"]
         for plan, end, exists in zip(near.argmax(-1).tolist(), made.end[0].tolist(),
@@ -689,7 +687,7 @@ class Int8(torch.nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features = linear.in_features
         w = linear.weight.detach().float()
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self.pad = 0, -self.in_features % 16
@@ -732,6 +730,14 @@ class GeneratedToken:
     found: list | tuple = ()  # [(store, id)]: the entries that told most about it
 
 
+def generated(tokens, logits, p, **more):
+    """Return the GeneratedToken of each of tokens, a list of B ids chosen from p (B, V), where the
+    model gave logits (B, V). more: other fields, of all."""
+    figures = zip(tokens, entropies(p), log_probability(logits, tokens))
+    return [GeneratedToken(token, entropy=entropy, logp=logp, **more)
+            for token, entropy, logp in figures]
+
+
 class Plain:
     """Draw token by token, cfg.max_new_tokens for each row. think = (delimiter ids, ids): ids that
     follow of themselves whenever a row ends with the delimiter; new_text(): the Text of a sample
@@ -772,15 +778,16 @@ class Plain:
 
     def describe(self, p, tokens, hard):
         """Return the GeneratedToken of each row, chosen from p (B, V), not soft where hard."""
-        d, B = self.decoder, len(tokens)
-        logp, shift = log_probability(d.logits, tokens), [None] * B
+        d, made = self.decoder, generated(tokens, self.decoder.logits, p)
+        for b, token in enumerate(made):
+            token.soft, token.found = not hard[b], d.found[b]
+            token.behind = sorted(at - len(d.rows[b][1]) for at in d.soft[b])
+            if d.leave:
+                token.depth = d.depth[b]
         if d.amateur_logits is not None:
-            shift = [a - b for a, b in zip(log_probability(self.scores(), tokens), logp)]
-        entropy = entropies(p)
-        behind = [sorted(at - len(w) for at in soft) for soft, (_, w) in zip(d.soft, d.rows)]
-        return [GeneratedToken(tokens[b], not hard[b], entropy[b], behind[b], logp[b],
-                               d.depth[b] if d.leave else None, None, shift[b], d.found[b])
-                for b in range(B)]
+            for token, logp in zip(made, log_probability(self.scores(), tokens)):
+                token.shift = logp - token.logp
+        return made
 
     def generate(self):
         """Yield a token for each row, and push it into the decoder."""
@@ -947,7 +954,7 @@ class Speculation(Plain):
         counts, p, first = [0] * len(d.rows), self.probabilities(), None
         while min(counts) < cfg.max_new_tokens:
             first = choose(p, self.generator) if first is None else first
-            ready = [[made] for made in self.drafted(first, d.logits, p, False)]
+            ready = [[made] for made in generated(first.tolist(), d.logits, p, drafted=False)]
             if min(e.T - len(w) for e in self.decoders for _, w in e.rows) <= n:  # one is to fold
                 d.push(first.tolist())
                 p, first = self.probabilities(), None
@@ -956,7 +963,7 @@ class Speculation(Plain):
                 logits = self.verify(torch.cat((first[:, None], drafted), 1), hidden).float()
                 kept, first, each = self.judge(first, drafted, q, logits)
                 for i in range(int(kept.max())):
-                    made = self.drafted(drafted[:, i], logits[:, i], each[i], True)
+                    made = generated(drafted[:, i].tolist(), logits[:, i], each[i], drafted=True)
                     for b in (kept > i).nonzero()[:, 0].tolist():
                         ready[b].append(made[b])
                 for e in self.decoders:
@@ -971,13 +978,6 @@ class Speculation(Plain):
             yield [row[:max(cfg.max_new_tokens - c, 0)] for row, c in zip(ready, counts)]
             counts = [c + len(row) for c, row in zip(counts, ready)]
         self.report = f"[{self.accepted} of {self.proposed} drafted tokens accepted]"
-
-    def drafted(self, tokens, logits, p, by_draft):
-        """Return the GeneratedToken of each of tokens (B,), chosen from p (B, V)."""
-        tokens = tokens.tolist()
-        figures = zip(tokens, entropies(p), log_probability(logits, tokens))
-        return [GeneratedToken(token, entropy=entropy, logp=logp, drafted=by_draft)
-                for token, entropy, logp in figures]
 
 
 def likelihood(made):
@@ -1115,14 +1115,15 @@ def on_screen(text):
 
 
 def retrieved(made):
-    """Return [(id, text)] of the entries that told most about a token."""
-    return [(int(i), store.texts([i])[0]) for store, i in made.found]
+    """Return {id: text} of the entries that told most about a token."""
+    return {int(i): store.texts([i])[0] for store, i in made.found}
 
 
 HEAT = 40, 148, 220, 208, 196  # of a terminal: from green to red
 PAGE = ("<!doctype html><meta charset=utf-8><title>trace</title><style>"
         "body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;white-space:pre-wrap}"
         "hr{border:0;border-top:1px solid #ccc}</style>")
+SPAN = '<span title="{}" style="background:hsl({:.0f},70%,85%)">{}</span>'
 
 
 def heat(made, mcfg):
@@ -1141,14 +1142,12 @@ def show(made, text, i, tok, cfg, mcfg):
     """Return what is printed of a token of sample i, whose certain text is `text`: as it is, in
     colour, or as a line of JSON with the token's own text."""
     if cfg.json:
+        found = [{"id": i, "text": text} for i, text in retrieved(made).items()]
         line = {"sample": i, "token": made.token, "text": tok.decode([made.token]),
                 "soft": made.soft, "entropy": round(made.entropy, 4), "logp": round(made.logp, 4),
-                "soft_behind": made.behind}
-        optional = {k: getattr(made, k) for k in ("depth", "drafted", "shift")}
-        line |= {k: v for k, v in optional.items() if v is not None}
-        if made.found:
-            line["found"] = [{"id": i, "text": text} for i, text in retrieved(made)]
-        return json.dumps(line) + "\n"
+                "soft_behind": made.behind, "depth": made.depth, "drafted": made.drafted,
+                "shift": made.shift, "found": found or None}
+        return json.dumps({k: v for k, v in line.items() if v is not None}) + "\n"
     text = on_screen(text)
     if not (cfg.trace and text and sys.stdout.isatty()) or (cfg.soft and not made.soft):
         return text
@@ -1157,16 +1156,15 @@ def show(made, text, i, tok, cfg, mcfg):
 
 
 def check_page(path):
-    """Raise UserError where a page at path (none is wanted where that is empty) would take the
-    place of something else, or has no folder."""
-    if path and not os.path.isdir(os.path.dirname(path) or "."):
+    """Raise UserError where a page at path would take the place of something else, or has no
+    folder."""
+    if not os.path.isdir(os.path.dirname(path) or "."):
         raise UserError(f"the folder of trace_html {path} does not exist; make it, or name another")
-    if path and os.path.lexists(path):
-        with contextlib.suppress(OSError):
-            if os.path.isfile(path):
-                with open(path, "rb") as f:
-                    if f.read(len(PAGE)) == PAGE.encode():
-                        return
+    ours = False
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            ours = f.read(len(PAGE)) == PAGE.encode()
+    if os.path.lexists(path) and not ours:
         raise UserError(f"trace_html {path} is there already, and is not a page that this wrote; "
                         f"choose another file")
 
@@ -1174,53 +1172,48 @@ def check_page(path):
 def write_page(path, prompt, samples, mcfg):
     """Write samples, lists of (text, GeneratedToken), as a page: each token on its colour, with
     what that means under the pointer."""
+    page = [PAGE]
+    for pieces in samples:
+        page.append(html.escape(prompt))
+        for text, made in pieces:
+            value, meaning = heat(made, mcfg)
+            title = [f"{meaning}, {math.exp(made.logp):.0%}"]
+            title += [f"{i} {entry!r}" for i, entry in retrieved(made).items()]
+            page.append(SPAN.format(html.escape("\n".join(title)), 120 * (1 - value),
+                                    html.escape(text)))
+        page.append("<hr>")
     with prepare.replacing(path) as f:
-        f.write(PAGE.encode())
-        for pieces in samples:
-            f.write(html.escape(prompt).encode())
-            for text, made in pieces:
-                value, meaning = heat(made, mcfg)
-                entries = (f"{i} {entry!r}" for i, entry in retrieved(made))
-                title = "\n".join((f"{meaning}, {math.exp(made.logp):.0%}", *entries))
-                f.write(f'<span title="{html.escape(title)}" style="background:hsl('
-                        f'{120 * (1 - value):.0f},70%,85%)">{html.escape(text)}</span>'.encode())
-            f.write(b"<hr>")
+        f.write("".join(page).encode())
 
 
-def write(steps, cfg, tok, mcfg, prompt, used, page=None):
+def write(steps, cfg, tok, mcfg, prompt, used, keep=False):
     """Print what an iterator of steps gives, the first sample as it is made, the others when they
-    are whole. used: a Counter that takes (store, id) of what was found; page: a list per sample
-    that takes (text, GeneratedToken). Return with interactive the ids of what is shown."""
-    shown, line_end = [], "" if cfg.json else "\n"
-    texts = [new_text(cfg, tok, mcfg) for _ in range(cfg.n)]
-    later = [[] for _ in texts]
+    are whole. used: a Counter that takes (store, id) of what was found. Return for each sample its
+    pieces [(text, GeneratedToken)], which with keep are kept of the first too."""
+    samples = [(new_text(cfg, tok, mcfg), []) for _ in range(cfg.n)]
     for ready in steps:
-        for i, (text, tokens) in enumerate(zip(texts, ready)):
+        for i, ((text, pieces), tokens) in enumerate(zip(samples, ready)):
             for made in tokens:
                 if text.done:
                     break
                 piece = text.add(made.token)
-                if cfg.interactive and made.token != text.last:
-                    shown.append(made.token)
                 used.update(made.found)
-                if page is not None:
-                    page[i].append((piece, made))
-                piece = show(made, piece, i, tok, cfg, mcfg)
-                if i:
-                    later[i].append(piece)
-                else:
-                    print(piece, end="", flush=True)
-        if all(t.done for t in texts):
+                if i or keep:
+                    pieces.append((piece, made))
+                if not i:
+                    print(show(made, piece, i, tok, cfg, mcfg), end="", flush=True)
+        if all(text.done for text, _ in samples):
             break
-    ends = ["" if cfg.json else t.end() for t in texts]
-    for end, pieces in zip(ends, page or []):
-        if end and pieces:
-            pieces[-1] = (pieces[-1][0] + end, pieces[-1][1])
-    print(on_screen(ends[0]), end=line_end)
-    head = "" if cfg.json else "-" * 40 + "\n" + on_screen(prompt)
-    for pieces, end in zip(later[1:], ends[1:]):
-        print(head, *pieces, on_screen(end), sep="", end=line_end)
-    return shown
+    for i, (text, pieces) in enumerate(samples):
+        if i:
+            print("" if cfg.json else "-" * 40 + "\n" + on_screen(prompt), end="")
+            print(*(show(made, piece, i, tok, cfg, mcfg) for piece, made in pieces), sep="", end="")
+        if not cfg.json:
+            end = text.end()
+            print(on_screen(end))
+            if pieces:
+                pieces[-1] = (pieces[-1][0] + end, pieces[-1][1])
+    return [pieces for _, pieces in samples]
 
 
 def converse(decoder, cfg, tok, mcfg, prompt, generator, think, used):
@@ -1234,18 +1227,20 @@ def converse(decoder, cfg, tok, mcfg, prompt, generator, think, used):
         try:
             text = input("> ")
             check_utf8(text, "the line")
-            line = encode(tok, text + line_end, "the line")
+            decoder.extend(encode(tok, text + line_end, "the line"))
         except EOFError:
             print()
             return
         except (UnicodeDecodeError, UserError) as e:
-            why = str(e) if isinstance(e, UserError) else "the line is not UTF-8 text; type another"
-            print(config.visible(why), file=sys.stderr)
+            print(config.visible(f"{e}; type another line"), file=sys.stderr)
             continue
-        decoder.extend(line)
         copied = decoder.select([0])  # what is made and not shown goes
         steps = generate(copied, cfg, generator, think=think)
-        decoder.extend(write(steps, cfg, tok, mcfg, prompt, used))
+        pieces = write(steps, cfg, tok, mcfg, prompt, used, keep=True)[0]
+        shown = [made.token for _, made in pieces]
+        if cfg.stop_at_end and shown[-1:] == [tok.eot]:
+            del shown[-1]
+        decoder.extend(shown)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1259,20 +1254,6 @@ def newest(root="out"):
         raise UserError(f"there is no checkpoint under {root}/; name one with --out_dir=FOLDER, or "
                         f"make one with python prepare.py and then python train.py")
     return max(found, key=os.path.getmtime)
-
-
-def find_device(name):
-    """Return the device that a setting names, with auto a GPU where there is one; UserError where
-    it is not to be had."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as e:  # each kind of device fails in a way of its own
-        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); give --device=cpu, "
-                        f"or leave it out") from None
-    return name
 
 
 def load(path, device="cpu", dtype="float32", int8=False):
@@ -1294,7 +1275,7 @@ def load(path, device="cpu", dtype="float32", int8=False):
 def open_model(cfg):
     """Return (model, checkpoint, path of its file) of the settings, on the device and in the type
     that they name."""
-    cfg.device = find_device(cfg.device)
+    cfg.device = config.find_device(cfg.device)
     kind = torch.device(cfg.device).type
     missing = config.compiler_missing(kind) if cfg.compile else ""
     if missing:
@@ -1304,16 +1285,6 @@ def open_model(cfg):
         raise UserError(f"int8 is for a CPU, not {cfg.device}; give --device=cpu, or leave it out")
     path = prepare.checkpoint_path(cfg.out_dir or os.path.dirname(newest()))
     return *load(path, cfg.device, cfg.dtype, cfg.int8), path
-
-
-def open_other(name, path, cfg, tokenizer):
-    """Return the model of a checkpoint that a setting names, with the tokenizer that it must
-    have."""
-    model, ckpt = load(path, cfg.device, cfg.dtype, cfg.int8)
-    if ckpt["tokenizer"] != tokenizer:
-        raise UserError(f"{name} {path} has another tokenizer than the model; name one that was "
-                        f"trained on the same dataset")
-    return model
 
 
 def tokenizer_of(ckpt, path):
@@ -1385,11 +1356,11 @@ def find_exit(name, model, blocks):
 
 
 def amateur_of(cfg, model):
-    """Return (kind, number) of an amateur within the model, such as exit:2 or context:8; (None, 0)
+    """Return (kind, number) of an amateur within the model, such as exit:2 or context:8; ("", 0)
     of another."""
     kind, colon, number = cfg.amateur.partition(":")
     if not colon or kind not in ("exit", "context"):
-        return None, 0
+        return "", 0
     if not re.fullmatch("0*[1-9][0-9]{0,8}", number):
         raise UserError(f"amateur {cfg.amateur} needs a number of at least 1, as {kind}:1")
     if kind == "exit":
@@ -1397,32 +1368,44 @@ def amateur_of(cfg, model):
     return kind, int(number)
 
 
-def make_decoder(cfg, model, ckpt, path, ids, eot, stores):
-    """Return the Decoder of the settings, over as many rows as they need, beside its amateur or
-    draft. stores: an ExitStack that closes what is opened."""
-    way, (amateur, number) = way_of(cfg), amateur_of(cfg, model)
-    rule = make_rule(cfg, model, path)
-    start = lambda m, **more: Decoder(m, [ids], eot, cfg.compile, **more)
-    others, entries, sources, neighbours = {}, None, {}, None
-    if amateur == "context":
-        others["amateur"] = start(model, context=number)
-    for name in ("amateur", "draft"):
-        if getattr(cfg, name) and not (name == "amateur" and amateur):
-            other = open_other(name, getattr(cfg, name), cfg, ckpt["tokenizer"])
-            others[name] = start(other)
+def make_decoder(cfg, model, rows, eot=None, other=None, **more):
+    """Return the Decoder of the settings over rows of ids, beside its amateur or draft. other: the
+    model of that, where it is not a part of this one; more: arguments of the Decoder."""
+    start = lambda m, **more: Decoder(m, rows, eot, cfg.compile, **more)
+    kind, number = amateur_of(cfg, model)
+    if kind == "exit":
+        more["at_exit"] = number
+    elif kind == "context":
+        more["amateur"] = start(model, context=number)
+    elif cfg.amateur or cfg.draft:
+        more["amateur" if cfg.amateur else "draft"] = start(other)
+    return start(model, **more)
+
+
+def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
+    """Return the Decoder of the settings over ids, as many rows as they need, with the files that
+    they name. stores: an ExitStack that closes what is opened."""
+    more = {"leave": make_rule(cfg, model, path)}
+    name = "amateur" if cfg.amateur else "draft"
+    named = getattr(cfg, name)
+    if named and not amateur_of(cfg, model)[0]:
+        more["other"], its = load(named, cfg.device, cfg.dtype, cfg.int8)
+        if its["tokenizer"] != ckpt["tokenizer"]:
+            raise UserError(f"{name} {named} has another tokenizer than the model; name one that "
+                            f"was trained on the same dataset")
     if cfg.memory:
         store = stores.enter_context(memory.open_store("memory", cfg.memory, model, path))
-        entries, sources = memory.open_memory(store, model, model.cfg.mem_size, cfg.memory_index)
+        more["memory"], more["sources"] = memory.open_memory(
+            store, model, model.cfg.mem_size, cfg.memory_index)
     elif ckpt["train_config"].get("stream"):  # what leaves the window is kept, as in training
-        entries = model.init_memory(1)
+        more["memory"] = model.init_memory(1)
     if cfg.knn:
         store = stores.enter_context(memory.open_store("knn", cfg.knn, model, path))
-        neighbours = memory.Neighbours.open(
+        more["neighbours"] = memory.Neighbours.open(
             store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp * model.cfg.n_embd, cfg.device,
             model.cfg.vocab_size)
-    decoder = start(model, at_exit=number if amateur == "exit" else 0, leave=rule, memory=entries,
-                    sources=sources, neighbours=neighbours, **others)
-    return decoder.select([0] * (1 if way is Beams else cfg.best_of or cfg.n))
+    decoder = make_decoder(cfg, model, [ids], eot, **more)
+    return decoder.select([0] * (1 if cfg.beams else cfg.best_of or cfg.n))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1504,11 +1487,12 @@ def decode(cfg, stores):
         raise UserError(f"{path} was trained on one text without an end, and would never stop "
                         f"there; leave stop_at_end out, or train on several texts, such as python "
                         f"prepare.py --input=ONE --input=TWO")
-    check_page(cfg.trace_html)
+    if cfg.trace_html:
+        check_page(cfg.trace_html)
     think = think_tokens(cfg, mcfg, tok, path)
     ids += [mcfg.think_token] * cfg.n_think
     way.check(cfg, model, path)
-    decoder = make_decoder(cfg, model, ckpt, path, ids, tok.eot, stores)
+    decoder = open_decoder(cfg, model, ckpt, path, ids, tok.eot, stores)
     generator = torch.Generator(device=cfg.device).manual_seed(cfg.seed)
     run = way(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
     scored = "" if ckpt.get("val_loss") is None else f", val loss {ckpt['val_loss']:.4f}"
@@ -1522,19 +1506,18 @@ def decode(cfg, stores):
     else:
         print("" if cfg.json else on_screen(prompt), end="", flush=True)
         found = cfg.trace and bool(decoder.sources or decoder.neighbours)
-        page = [[] for _ in range(cfg.n)] if cfg.trace_html or found else None
-        write(run.generate(), cfg, tok, mcfg, prompt, used, page)
+        samples = write(run.generate(), cfg, tok, mcfg, prompt, used, bool(cfg.trace_html) or found)
         lines = decoder.plan_lines(tok) if cfg.trace and not (cfg.beams or cfg.best_of) else []
         if lines:
             print("\n" + "\n".join(lines))
-        for piece, made in page[0] if found else ():
+        for piece, made in samples[0] if found else ():
             if made.found:
-                entries = " | ".join(f"{i} {text!r}" for i, text in retrieved(made))
+                entries = " | ".join(f"{i} {text!r}" for i, text in retrieved(made).items())
                 print(f"{piece!r:>12} | {entries}")
         if run.report:
             print(run.report, file=sys.stderr)
         if cfg.trace_html:
-            write_page(cfg.trace_html, prompt, page, mcfg)
+            write_page(cfg.trace_html, prompt, samples, mcfg)
     memory.count_uses(used)
     return 0
 

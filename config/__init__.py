@@ -407,6 +407,21 @@ def within(cfg, low=None, high=None, *names):
                              f"{name} must lie between {low} and {high}, not {value}")
 
 
+def find_device(name):
+    """Return the device that a setting names, with auto a GPU where there is one; UserError where
+    it is not to be had."""
+    import torch
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as e:  # each kind of device fails in a way of its own
+        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); give --device=cpu, "
+                        f"or leave it out") from None
+    return name
+
+
 @functools.lru_cache
 def compiles(cxx):
     """Whether a C++ compiler makes a shared library of one line: tried, once."""
