@@ -268,7 +268,7 @@ def entropies(p):
 
 def log_probability(logits, tokens):
     """Return that of a token per row, a list of B ids, under logits (B, V): a list."""
-    at = torch.tensor(tokens, device=logits.device)[:, None]
+    at = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]
     return logits.float().log_softmax(-1).gather(1, at)[:, 0].tolist()
 
 
@@ -351,6 +351,7 @@ def make_rule(cfg, model, path):
     """Return the exit_rule of the settings, None without exits."""
     if not cfg.exit:
         return None
+    check_exits(model, cfg.exit)
     threshold = cfg.exit_threshold
     if threshold < 0:
         found = stored_thresholds(path).get(cfg.exit, {"of": ""})
@@ -371,9 +372,7 @@ def soft_token(p, cfg, generator):
     """Return the distribution (B, V) that stands in the place of a token: the k most likely of p,
     stirred by Gumbel noise if asked (without it the first component dominates what the model makes
     of a mixture)."""
-    logits = p.log()
-    if cfg.soft_top_k:
-        logits = keep_top_k(logits, cfg.soft_top_k)
+    logits = keep_top_k(p.log(), cfg.soft_top_k)
     if cfg.gumbel:
         u = torch.rand(p.shape, generator=generator, device=p.device).clamp(1e-9, 1 - 1e-7)
         logits = (logits - (-u.log()).log()) / cfg.gumbel
@@ -473,33 +472,30 @@ class Decoder:
             self.memory = {i: m.copy(B) for i, m in self.memory.items()}
             self.own = True
         state = self.init_state([b])
-        self.read(self.model, self.inputs([0], self.T, [b]), state, self.history([b]),
+        self.read(self.model, self.inputs([b], [0], self.T), state, self.history([b]),
                   self.made - self.T)
         carried = self.model.leave_window(state, torch.tensor([n], device=self.device))[1]
         for i, parts in carried.items():
             if i not in self.carried:
-                self.carried[i] = [t.repeat(B, *[1] * (t.dim() - 1)) for t in parts]
+                self.carried[i] = [t.repeat_interleave(B, 0) for t in parts]
             for mine, new in zip(self.carried[i], parts):
-                mine[b:b + 1] = new
+                mine[b] = new[0]
         self.known[b] = self.T - n
 
     def init_state(self, rows):
-        """Return an empty state for these rows, with what each finds besides its window."""
+        """Return an empty state for rows in a row, with what each finds besides its window."""
         if not self.memory:
             return self.model.init_state(len(rows))
-        at = torch.tensor(rows, device=self.device)
-        if len(rows) == 1:
-            at = slice(rows[0], rows[0] + 1)  # a view, to write to
+        at = slice(rows[0], rows[-1] + 1)  # a view, to write to
         return self.model.init_state(
             len(rows), memory={i: m.select(at) for i, m in self.memory.items()},
             carried={i: [t[at] for t in parts] for i, parts in self.carried.items()},
             known=torch.tensor([self.known[b] for b in rows], device=self.device))
 
-    def inputs(self, first, width, rows=None):
-        """Return what the model reads of each of these rows (all) from place first[i] on, `width`
-        tokens padded at the right: ids (B, width), or where one of them is soft distributions
+    def inputs(self, rows, first, width):
+        """Return what the model reads of each of these rows from place first[i] on, `width` tokens
+        padded at the right: ids (B, width), or where one of them is soft distributions
         (B, width, V); and the ids."""
-        rows = range(len(self.rows)) if rows is None else rows
         windows = [self.rows[b][1][f:f + width] for f, b in zip(first, rows)]
         ids = torch.tensor([w + [0] * (width - len(w)) for w in windows], device=self.device)
         soft = [(i, at - f, p) for i, (f, b) in enumerate(zip(first, rows))
@@ -511,12 +507,12 @@ class Decoder:
             idx[i, at] = p
         return idx, ids
 
-    def history(self, rows=None):
-        """Return the ring behind the window of these rows (all), as the model takes it; None where
-        it has no slots."""
+    def history(self, rows):
+        """Return the ring behind the window of these rows, as the model takes it; None where it
+        has no slots."""
         if not self.H:
             return None
-        rings = [self.rows[b][0] for b in (range(len(self.rows)) if rows is None else rows)]
+        rings = [self.rows[b][0] for b in rows]
         ring = np.array([[-1] * (self.H - len(r)) + r for r in rings])
         return torch.from_numpy(prepare.forget(ring, self.eot)).to(self.device)
 
@@ -525,10 +521,10 @@ class Decoder:
         """Compute slots, window and state from what is kept, in one pass over rows padded at the
         right. Return the logits (B, T, V)."""
         lengths = torch.tensor([len(w) for _, w in self.rows], device=self.device)
-        width, B = int(lengths.max()), len(self.rows)
-        self.state = self.init_state(range(B))
-        out = self.read(self.model, self.inputs([0] * B, width), self.state, self.history(),
-                        self.made + 1 - lengths[:, None])
+        width, rows = int(lengths.max()), range(len(self.rows))
+        self.state = self.init_state(rows)
+        out = self.read(self.model, self.inputs(rows, [0] * len(rows), width), self.state,
+                        self.history(rows), self.made + 1 - lengths[:, None])
         short = width - lengths
         if bool(short.any()):
             self.state.rollback(short)
@@ -552,14 +548,15 @@ class Decoder:
 
     def read_last(self, n, model):
         """Read the last n tokens of each row behind the state."""
-        inputs = self.inputs([len(w) - n for _, w in self.rows], n)
+        first = [len(window) - n for _, window in self.rows]
+        inputs = self.inputs(range(len(first)), first, n)
         self.record(self.read(model, inputs, self.state), -1)
 
     def record(self, out, last):
         """Note what `read` made of the last token of each row, which stands at place last (B,)."""
         at = torch.arange(len(self.rows), device=self.device), last
         self.logits, self.early, depth, self.h = (None if t is None else t[at] for t in out)
-        self.depth = [self.model.cfg.n_layer] * len(self.rows) if depth is None else depth.tolist()
+        self.depth = [None] * len(self.rows) if depth is None else depth.tolist()
         # per row [(store, id)]: the entries that told most about the next token
         self.found = [[] for _ in self.rows]
         if self.neighbours:
@@ -750,10 +747,6 @@ class Plain:
         self.forced = [[] for _ in decoder.rows]  # what follows of itself
         self.report = ""  # what is said about it in the end
 
-    @staticmethod
-    def check(cfg, model, path):
-        """Raise UserError where the model, of the checkpoint at path, cannot decode so."""
-
     def scores(self):
         """Return what the model says of the next token: logits (B, V)."""
         logits, amateur = self.decoder.logits.float(), self.decoder.amateur_logits
@@ -780,10 +773,8 @@ class Plain:
         """Return the GeneratedToken of each row, chosen from p (B, V), not soft where hard."""
         d, made = self.decoder, generated(tokens, self.decoder.logits, p)
         for b, token in enumerate(made):
-            token.soft, token.found = not hard[b], d.found[b]
+            token.soft, token.depth, token.found = not hard[b], d.depth[b], d.found[b]
             token.behind = sorted(at - len(d.rows[b][1]) for at in d.soft[b])
-            if d.leave:
-                token.depth = d.depth[b]
         if d.amateur_logits is not None:
             for token, logp in zip(made, log_probability(self.scores(), tokens)):
                 token.shift = logp - token.logp
@@ -797,14 +788,6 @@ class Plain:
             tokens = self.force(choose(p, self.generator).tolist())
             yield [[made] for made in self.describe(p, tokens, [True] * len(tokens))]
             self.decoder.push(tokens)
-
-
-class Exits(Plain):
-    """Draw token by token, each at the first exit that is sure of it: the decoder's `leave`."""
-
-    @staticmethod
-    def check(cfg, model, path):
-        check_exits(model, cfg.exit)
 
 
 class Soft(Plain):
@@ -882,21 +865,15 @@ class Speculation(Plain):
 
     def __init__(self, decoder, cfg, *more, **named):
         super().__init__(decoder, cfg, *more, **named)
-        self.draft = decoder.draft
-        self.place = None if self.draft else decoder.model.exit_place(cfg.draft_exit)
-        self.decoders = [decoder, self.draft] if self.draft else [decoder]
+        if decoder.model.cfg.n_think:
+            raise UserError("the model thinks (n_think), and a draft cannot; leave speculate out")
+        self.draft, self.decoders = decoder.draft, [decoder, *decoder.companions()]
+        self.place = cfg.draft_exit and find_exit("draft_exit", decoder.model, cfg.draft_exit)
         self.proposed = self.accepted = 0
         room = min(d.T for d in self.decoders)
         if cfg.speculate >= room:
             raise UserError(f"speculate = {cfg.speculate} tokens ahead do not fit into a window "
                             f"of {room}; give fewer")
-
-    @staticmethod
-    def check(cfg, model, path):
-        if model.cfg.n_think:
-            raise UserError(f"{path} thinks (n_think), and a draft cannot; leave speculate out")
-        if cfg.draft_exit:
-            find_exit("draft_exit", model, cfg.draft_exit)
 
     def propose(self, tokens, n, seen):
         """Draft n tokens after tokens (B,). Return them (B, n), their distributions n x (B, V),
@@ -929,8 +906,7 @@ class Speculation(Plain):
     def judge(self, first, drafted, q, logits):
         """Keep of drafted (B, n), drawn from q (n x (B, V)) behind the tokens first (B,), what the
         model's logits (B, n + 1, V) agree to. Return how many of each row (B,), the token that
-        follows those (B,), and the distribution at each place, n + 1 x (B, V)."""
-        rows = torch.arange(len(first), device=first.device)
+        follows those (B,), and the distribution at each place (n + 1, B, V)."""
         n, seen, p = drafted.size(1), self.decoder.seen(), []
         kept, follows = torch.zeros_like(first), torch.zeros_like(first)
         agreed = torch.ones_like(first, dtype=torch.bool)
@@ -939,13 +915,13 @@ class Speculation(Plain):
             p.append(distribution(logits[:, i], self.cfg, seen))
             agrees, left = torch.zeros_like(agreed), p[i]
             if i < n:
-                odds = p[i][rows, drafted[:, i]] / q[i][rows, drafted[:, i]]
-                luck = torch.rand(len(first), generator=self.generator, device=rows.device)
+                odds = (p[i] / q[i]).gather(1, drafted[:, i:i + 1])[:, 0]
+                luck = torch.rand(len(first), generator=self.generator, device=first.device)
                 agrees, left = agreed & (luck < odds), residual(p[i], q[i])
             drawn = choose(left, self.generator)
             follows = torch.where(agreed & ~agrees, drawn, follows)
             kept, agreed = kept + agrees, agrees
-        return kept, follows, p
+        return kept, follows, torch.stack(p)
 
     @torch.inference_mode()
     def generate(self):
@@ -961,18 +937,17 @@ class Speculation(Plain):
             else:
                 drafted, q, hidden = self.propose(first, n, d.seen())
                 logits = self.verify(torch.cat((first[:, None], drafted), 1), hidden).float()
-                kept, first, each = self.judge(first, drafted, q, logits)
-                for i in range(int(kept.max())):
-                    made = generated(drafted[:, i].tolist(), logits[:, i], each[i], drafted=True)
-                    for b in (kept > i).nonzero()[:, 0].tolist():
-                        ready[b].append(made[b])
+                kept, first, p = self.judge(first, drafted, q, logits)
+                for b, k in enumerate(kept.tolist()):
+                    ready[b] += generated(drafted[b, :k].tolist(), logits[b, :k], p[:k, b],
+                                          drafted=True)
                 for e in self.decoders:
                     e.state.rollback(n - kept)
                     for b, tokens in enumerate(ready):
                         for made in tokens:
                             e.append(b, made.token)
                 rows = torch.arange(len(kept), device=kept.device)
-                d.logits, p = logits[rows, kept], torch.stack(each)[kept, rows]
+                d.logits, p = logits[rows, kept], p[kept, rows]
                 self.proposed += n * len(kept)
                 self.accepted += int(kept.sum())
             yield [row[:max(cfg.max_new_tokens - c, 0)] for row, c in zip(ready, counts)]
@@ -1039,7 +1014,7 @@ class Beams(Plain):
         yield sorted(found, key=likelihood, reverse=True)[:self.cfg.n]
 
 
-WAYS = {"soft": Soft, "exit": Exits, "speculate": Speculation, "beams": Beams, "best_of": BestOf}
+WAYS = {"soft": Soft, "exit": Plain, "speculate": Speculation, "beams": Beams, "best_of": BestOf}
 
 
 def way_of(cfg):
@@ -1076,8 +1051,7 @@ class Text:
 
     def copy(self):
         new = copy.copy(self)
-        new.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        new.utf8.setstate(self.utf8.getstate())
+        new.utf8 = copy.copy(self.utf8)
         return new
 
     def add(self, token):
@@ -1226,7 +1200,6 @@ def converse(decoder, cfg, tok, mcfg, prompt, generator, think, used):
     while True:
         try:
             text = input("> ")
-            check_utf8(text, "the line")
             decoder.extend(encode(tok, text + line_end, "the line"))
         except EOFError:
             print()
@@ -1298,6 +1271,9 @@ def tokenizer_of(ckpt, path):
 
 def encode(tok, text, name):
     """Return the token ids of a text; UserError names it, and what the vocabulary has."""
+    check_utf8(text, name)
+    if prepare.END in text:
+        print(config.visible(f"[{prepare.END} in {name} is read as letters]"), file=sys.stderr)
     try:
         return tok.encode(text)
     except UserError as e:
@@ -1317,7 +1293,6 @@ def read_prompt(prompt, tok):
     text = prompt
     if prompt == "-" or prompt.startswith("FILE:"):
         text = "".join(prepare.pieces(prompt.removeprefix("FILE:")))
-    check_utf8(text, "the prompt")
     if text == SampleConfig.prompt and not can_encode(tok, text):
         text = "" if tok.eot is not None else tok.decode([0])
         begins = f"with {text!r}" if text else "a new text"
@@ -1327,8 +1302,6 @@ def read_prompt(prompt, tok):
         raise UserError(f"the prompt is empty or begins with {prepare.END}, and the model has no "
                         f"end of a text to begin from; give at least one character")
     text = text.removeprefix(prepare.END)
-    if prepare.END in text:
-        print(f"[{prepare.END} within the prompt is read as letters]", file=sys.stderr)
     return text, [tok.eot] * begins + encode(tok, text, "the prompt")
 
 
@@ -1347,10 +1320,10 @@ def think_tokens(cfg, mcfg, tok, path):
 
 
 def find_exit(name, model, blocks):
-    """Raise UserError, which names the setting, unless the model has an exit after so many
-    blocks."""
+    """Return the place of the model's exit after so many blocks; UserError, which names the
+    setting, where there is none."""
     try:
-        model.exit_place(blocks)
+        return model.exit_place(blocks)
     except ValueError as e:
         raise UserError(f"{name}: {e}") from None
 
@@ -1426,11 +1399,7 @@ def learn(cfg, *files):
     model, ckpt, path = open_model(cfg)
     tok, texts = tokenizer_of(ckpt, path), []
     for name in files:  # all that may be wrong with them is found before anything is written
-        text = "".join(prepare.pieces(name))
-        if prepare.END in text:
-            print(f"{config.visible(name)} has {prepare.END} in it, which is read as letters; give "
-                  f"each text a file of its own", file=sys.stderr)
-        texts.append((name, encode(tok, text, name)))
+        texts.append((name, encode(tok, "".join(prepare.pieces(name)), name)))
         if len(texts[-1][1]) < 2:
             raise UserError(f"{name} holds fewer than 2 tokens; give a longer text")
     with memory.open_store(kind, target, model, path, write=True) as store:
@@ -1491,7 +1460,6 @@ def decode(cfg, stores):
         check_page(cfg.trace_html)
     think = think_tokens(cfg, mcfg, tok, path)
     ids += [mcfg.think_token] * cfg.n_think
-    way.check(cfg, model, path)
     decoder = open_decoder(cfg, model, ckpt, path, ids, tok.eot, stores)
     generator = torch.Generator(device=cfg.device).manual_seed(cfg.seed)
     run = way(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
