@@ -299,7 +299,7 @@ def exit_rule(model, kind, threshold, decay=0.0, total=1):
     def should_exit(h, before):
         sure = CONFIDENCE[kind](model, h, before)
         if not decay:
-            return sure > threshold if threshold > 0 else torch.ones_like(sure, dtype=torch.bool)
+            return sure > (threshold or -1)
         t = (should_exit.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
         return sure > (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
     should_exit.t = 0
@@ -418,7 +418,8 @@ class Decoder:
         own); sources {block: (store, ids (H, N))}: which entries those are; neighbours: a
         memory.Neighbours; amateur, draft: a Decoder that reads the same tokens, to contrast with
         or to propose them."""
-        self.model, self.eot, self.at_exit, self.leave, self.made = model, eot, at_exit, leave, 0
+        self.model, self.eot, self.at_exit, self.leave = model, eot, at_exit, leave
+        self.made = 0  # tokens behind the prompt
         self.neighbours, self.sources = neighbours, sources or {}
         self.amateur, self.draft = amateur, draft
         self.step = compiled(model) if compile else model
@@ -472,8 +473,7 @@ class Decoder:
             self.memory = {i: m.copy(B) for i, m in self.memory.items()}
             self.own = True
         state = self.init_state([b])
-        self.read(self.model, self.inputs([b], [0], self.T), state, self.history([b]),
-                  self.made - self.T)
+        self.read(self.model, state, [b], [0], self.T, self.history([b]))
         carried = self.model.leave_window(state, torch.tensor([n], device=self.device))[1]
         for i, parts in carried.items():
             if i not in self.carried:
@@ -484,8 +484,6 @@ class Decoder:
 
     def init_state(self, rows):
         """Return an empty state for rows in a row, with what each finds besides its window."""
-        if not self.memory:
-            return self.model.init_state(len(rows))
         at = slice(rows[0], rows[-1] + 1)  # a view, to write to
         return self.model.init_state(
             len(rows), memory={i: m.select(at) for i, m in self.memory.items()},
@@ -523,34 +521,33 @@ class Decoder:
         lengths = torch.tensor([len(w) for _, w in self.rows], device=self.device)
         width, rows = int(lengths.max()), range(len(self.rows))
         self.state = self.init_state(rows)
-        out = self.read(self.model, self.inputs(rows, [0] * len(rows), width), self.state,
-                        self.history(rows), self.made + 1 - lengths[:, None])
+        out = self.read(self.model, self.state, rows, [0] * len(rows), width, self.history(rows))
         short = width - lengths
         if bool(short.any()):
             self.state.rollback(short)
         self.record(out, width - 1 - short)
         return out[0]
 
-    def read(self, model, inputs, state, history=None, t=None):
-        """Return logits over inputs, ids or distributions and ids (B, T), with `at_exit` those of
-        the exit, with `leave` the blocks run, and without it what the head read. Tokens of a
-        prompt leave early too: so the state is that of decoding from its first token. t, a number
-        or (B, 1): how many tokens were made before the first of these."""
-        idx, ids = inputs
+    def read(self, model, state, rows, first, width, history=None):
+        """Return logits over `width` tokens of each of these rows from place first[i] on, with
+        `at_exit` those of the exit, with `leave` the blocks run, and without it what the head read.
+        Tokens of a prompt leave early too: so the state is that of decoding from its first
+        token."""
+        idx, ids = self.inputs(rows, first, width)
         if self.leave is None:
             out, early = model(idx, history=history, state=state, ids=ids), None
             if self.at_exit:
                 early = model.to_logits(out.exits[list(model.exits.values()).index(self.at_exit)])
             return out.logits, early, None, out.h
-        self.leave.t = self.made + 1 - idx.size(1) if t is None else t
+        before = [self.made - len(self.rows[b][1]) + f for b, f in zip(rows, first)]
+        self.leave.t = torch.tensor(before, device=self.device)[:, None]
         logits, depth = model.forward_with_exits(idx, self.leave, history, state)
         return logits, None, depth, None
 
     def read_last(self, n, model):
         """Read the last n tokens of each row behind the state."""
         first = [len(window) - n for _, window in self.rows]
-        inputs = self.inputs(range(len(first)), first, n)
-        self.record(self.read(model, inputs, self.state), -1)
+        self.record(self.read(model, self.state, range(len(first)), first, n), -1)
 
     def record(self, out, last):
         """Note what `read` made of the last token of each row, which stands at place last (B,)."""
@@ -579,7 +576,9 @@ class Decoder:
         distribution (V,). Return logits (B, V) of the next."""
         for d in self.companions():
             d.push(tokens, soft)
-        if any([self.append(b, t, soft and soft[b]) for b, t in enumerate(tokens)]):
+        folded = any([self.append(b, t, soft and soft[b]) for b, t in enumerate(tokens)])
+        self.made += 1
+        if folded:
             self.prefill()
         else:
             self.read_last(1, self.step)
@@ -650,7 +649,7 @@ class Decoder:
         points = level.unbind(level.head(made.u)[0, :, 0])  # (M + 1, chunk, C)
         near = points @ self.model.embeddings().T  # (M + 1, chunk, V)
         k = near.size(1)
-        lines = [f"{'planned':>{k + 10}} | written"]
+        lines = ["", f"{'planned':>{k + 10}} | written"]
         for plan, end, exists in zip(near.argmax(-1).tolist(), made.end[0].tolist(),
                                      made.exists[0].tolist()):
             if exists:
@@ -782,8 +781,7 @@ class Plain:
 
     def generate(self):
         """Yield a token for each row, and push it into the decoder."""
-        for step in range(self.cfg.max_new_tokens):
-            self.decoder.made = step
+        for _ in range(self.cfg.max_new_tokens):
             p = self.probabilities()
             tokens = self.force(choose(p, self.generator).tolist())
             yield [[made] for made in self.describe(p, tokens, [True] * len(tokens))]
@@ -800,7 +798,6 @@ class Soft(Plain):
         waiting = [[] for _ in d.rows]
         holds = cfg.collapse_by == "context" and cfg.collapse != "never"
         for step in range(cfg.max_new_tokens):
-            d.made = step
             p = self.probabilities()
             now = collapses(p, table, cfg, step).tolist()
             if self.collapse_earlier([n and not f for n, f in zip(now, self.forced)], waiting):
@@ -868,7 +865,8 @@ class Speculation(Plain):
         if decoder.model.cfg.n_think:
             raise UserError("the model thinks (n_think), and a draft cannot; leave speculate out")
         self.draft, self.decoders = decoder.draft, [decoder, *decoder.companions()]
-        self.place = cfg.draft_exit and find_exit("draft_exit", decoder.model, cfg.draft_exit)
+        if cfg.draft_exit:
+            self.place = config.build(decoder.model.exit_place, blocks=cfg.draft_exit)
         self.proposed = self.accepted = 0
         room = min(d.T for d in self.decoders)
         if cfg.speculate >= room:
@@ -983,20 +981,19 @@ class Beams(Plain):
 
     @torch.inference_mode()
     def generate(self):
-        N, V = self.cfg.beams, self.decoder.V
-        self.decoder = self.decoder.select([0] * N)
-        score = torch.full((N,), -math.inf, device=self.decoder.device)
-        score[0] = 0.0  # the beams are the same at first
-        stays = torch.full((V,), -math.inf, device=score.device)
+        score = torch.zeros(1, device=self.decoder.device)
+        stays = torch.full((self.decoder.V,), -math.inf, device=score.device)
         stays[0] = 0.0  # a finished text has one way to go on, at no cost
-        texts = [([], self.new_text()) for _ in range(N)]
+        texts = [([], self.new_text())]
         for _ in range(self.cfg.max_new_tokens):
             logits = self.scores()
             entropy = entropies(logits.softmax(-1))
             done = torch.tensor([text.done for _, text in texts], device=score.device)
             step = torch.where(done[:, None], stays, logits.log_softmax(-1))
-            score, best = (score[:, None] + step).flatten().topk(N)
-            parents, tokens, grown = (best // V).tolist(), (best % V).tolist(), []
+            total = (score[:, None] + step).flatten()
+            score, best = total.topk(min(self.cfg.beams, int(total.isfinite().sum())))
+            parents, tokens = (best // len(stays)).tolist(), (best % len(stays)).tolist()
+            grown = []
             for parent, token in zip(parents, tokens):
                 made, text = texts[parent]
                 if not text.done:
@@ -1010,8 +1007,8 @@ class Beams(Plain):
                 break
             self.decoder = self.decoder.select(parents)
             self.decoder.push(tokens)
-        found = [made for (made, _), s in zip(texts, score.tolist()) if s > -math.inf]
-        yield sorted(found, key=likelihood, reverse=True)[:self.cfg.n]
+        found = sorted((made for made, _ in texts), key=likelihood, reverse=True)
+        yield found[:self.cfg.n]
 
 
 WAYS = {"soft": Soft, "exit": Plain, "speculate": Speculation, "beams": Beams, "best_of": BestOf}
@@ -1277,8 +1274,7 @@ def encode(tok, text, name):
     try:
         return tok.encode(text)
     except UserError as e:
-        more = " ..." * (len(tok.chars) > 100)
-        raise UserError(f"{name}: {e} (this model reads {tok.chars[:100]!r}{more})") from None
+        raise UserError(f"{name}: {e} (this model reads {tok.chars!r:.100})") from None
 
 
 def can_encode(tok, text):
@@ -1319,25 +1315,17 @@ def think_tokens(cfg, mcfg, tok, path):
     return after, [mcfg.think_token] * (cfg.n_think or mcfg.n_think)
 
 
-def find_exit(name, model, blocks):
-    """Return the place of the model's exit after so many blocks; UserError, which names the
-    setting, where there is none."""
-    try:
-        return model.exit_place(blocks)
-    except ValueError as e:
-        raise UserError(f"{name}: {e}") from None
-
-
 def amateur_of(cfg, model):
     """Return (kind, number) of an amateur within the model, such as exit:2 or context:8; ("", 0)
     of another."""
-    kind, colon, number = cfg.amateur.partition(":")
-    if not colon or kind not in ("exit", "context"):
+    inside = re.fullmatch("(exit|context):(.*)", cfg.amateur)
+    if not inside:
         return "", 0
-    if not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+    kind, number = inside.groups()
+    if not re.fullmatch("[1-9][0-9]{0,8}", number):
         raise UserError(f"amateur {cfg.amateur} needs a number of at least 1, as {kind}:1")
     if kind == "exit":
-        find_exit("amateur", model, int(number))
+        config.build(model.exit_place, blocks=int(number))
     return kind, int(number)
 
 
@@ -1428,8 +1416,7 @@ COMMANDS = {  # what each does, and the settings that it takes besides out_dir
 
 
 def main(argv):
-    values, words = config.parse(argv, SampleConfig, doc=__doc__, words=list(COMMANDS),
-                                 free=list(COMMANDS))
+    values, words = config.parse(argv, SampleConfig, doc=__doc__, words=COMMANDS, free=COMMANDS)
     cfg = config.build(SampleConfig, **values)
     if words:
         run, taken = COMMANDS[words[0]]
@@ -1450,7 +1437,7 @@ def main(argv):
 def decode(cfg, stores):
     """Print text by the settings. stores: an ExitStack that closes what is opened."""
     model, ckpt, path = open_model(cfg)
-    tok, mcfg, way = tokenizer_of(ckpt, path), model.cfg, way_of(cfg)
+    tok, mcfg = tokenizer_of(ckpt, path), model.cfg
     prompt, ids = read_prompt(cfg.prompt, tok)
     if cfg.stop_at_end and tok.eot is None:
         raise UserError(f"{path} was trained on one text without an end, and would never stop "
@@ -1462,7 +1449,7 @@ def decode(cfg, stores):
     ids += [mcfg.think_token] * cfg.n_think
     decoder = open_decoder(cfg, model, ckpt, path, ids, tok.eot, stores)
     generator = torch.Generator(device=cfg.device).manual_seed(cfg.seed)
-    run = way(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
+    run = way_of(cfg)(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
     scored = "" if ckpt.get("val_loss") is None else f", val loss {ckpt['val_loss']:.4f}"
     print(config.visible(f"[{path}, step {ckpt['step']}{scored}]"), file=sys.stderr)
     if cfg.soft and not mcfg.soft_rate:
@@ -1475,9 +1462,9 @@ def decode(cfg, stores):
         print("" if cfg.json else on_screen(prompt), end="", flush=True)
         found = cfg.trace and bool(decoder.sources or decoder.neighbours)
         samples = write(run.generate(), cfg, tok, mcfg, prompt, used, bool(cfg.trace_html) or found)
-        lines = decoder.plan_lines(tok) if cfg.trace and not (cfg.beams or cfg.best_of) else []
-        if lines:
-            print("\n" + "\n".join(lines))
+        plans = cfg.trace and not (cfg.beams or cfg.best_of)
+        for line in decoder.plan_lines(tok) if plans else ():
+            print(line)
         for piece, made in samples[0] if found else ():
             if made.found:
                 entries = " | ".join(f"{i} {text!r}" for i, text in retrieved(made).items())
