@@ -297,11 +297,11 @@ def exit_rule(model, kind, threshold, decay=0.0, total=1):
     should_exit.t, how many tokens were made before the first place of h, a number or one per row
     (B, 1) and negative within a prompt, is for the caller to set."""
     def should_exit(h, before):
-        sure = CONFIDENCE[kind](model, h, before)
-        if not decay:
-            return sure > (threshold or -1)
-        t = (should_exit.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
-        return sure > (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
+        sure, least = CONFIDENCE[kind](model, h, before), threshold or -1
+        if decay:
+            t = (should_exit.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
+            least = (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
+        return sure > least
     should_exit.t = 0
     return should_exit
 
@@ -610,12 +610,10 @@ class Decoder:
                     del self.soft[b][len(window) + at]
                     first = min(first, at)
                     self.known[b] = min(self.known[b], len(window) + at)
-        if not first:
-            return
-        if -first < min(len(w) for _, w in self.rows) and not self.carried:
+        if first and -first < min(len(w) for _, w in self.rows) and not self.carried:
             self.state.rollback(-first)
             self.read_last(-first, self.model)
-        else:
+        elif first:
             self.prefill()
 
     @torch.inference_mode()
@@ -718,7 +716,7 @@ class GeneratedToken:
     token: int  # its id
     soft: bool = False  # whether it was made soft
     entropy: float = 0.0  # of its choice, nats
-    behind: list | tuple = ()  # which places before it (-1: the last) were soft when it was chosen
+    soft_behind: list | tuple = ()  # places before it (-1: the last) that were soft at its choice
     logp: float = 0.0  # its log-probability under the model, without filters
     depth: int | None = None  # blocks after which it was chosen
     drafted: bool | None = None  # whether a draft proposed it
@@ -773,7 +771,7 @@ class Plain:
         d, made = self.decoder, generated(tokens, self.decoder.logits, p)
         for b, token in enumerate(made):
             token.soft, token.depth, token.found = not hard[b], d.depth[b], d.found[b]
-            token.behind = sorted(at - len(d.rows[b][1]) for at in d.soft[b])
+            token.soft_behind = sorted(at - len(d.rows[b][1]) for at in d.soft[b])
         if d.amateur_logits is not None:
             for token, logp in zip(made, log_probability(self.scores(), tokens)):
                 token.shift = logp - token.logp
@@ -812,8 +810,8 @@ class Soft(Plain):
             tokens, ready = self.force(tokens), []
             for row, made in zip(waiting, self.describe(p, tokens, hard)):
                 row.append(made)
-                first_soft = min([*made.behind, *[0] * made.soft], default=1) if holds else 1
-                n = max(len(row) + first_soft - 1, 0)
+                soft_places = [*made.soft_behind, *[0] * made.soft] if holds else ()
+                n = max(len(row) - 1 + min(soft_places, default=1), 0)
                 ready.append(row[:n])
                 del row[:n]
             yield ready
@@ -953,9 +951,10 @@ class Speculation(Plain):
         self.report = f"[{self.accepted} of {self.proposed} drafted tokens accepted]"
 
 
-def likelihood(made):
-    """Return the mean log-probability of a text of GeneratedToken."""
-    return sum(m.logp for m in made) / max(len(made), 1)
+def likeliest(rows, n):
+    """Return the n likeliest of rows of GeneratedToken, by the mean of their log-probabilities."""
+    mean = lambda row: sum(made.logp for made in row) / max(len(row), 1)
+    return sorted(rows, key=mean, reverse=True)[:n]
 
 
 class BestOf(Plain):
@@ -971,7 +970,7 @@ class BestOf(Plain):
                         row.append(made)
             if all(text.done for _, text in rows):
                 break
-        yield sorted((row for row, _ in rows), key=likelihood, reverse=True)[:self.cfg.n]
+        yield likeliest([row for row, _ in rows], self.cfg.n)
 
 
 class Beams(Plain):
@@ -1007,8 +1006,7 @@ class Beams(Plain):
                 break
             self.decoder = self.decoder.select(parents)
             self.decoder.push(tokens)
-        found = sorted((made for made, _ in texts), key=likelihood, reverse=True)
-        yield found[:self.cfg.n]
+        yield likeliest([made for made, _ in texts], self.cfg.n)
 
 
 WAYS = {"soft": Soft, "exit": Plain, "speculate": Speculation, "beams": Beams, "best_of": BestOf}
@@ -1114,10 +1112,8 @@ def show(made, text, i, tok, cfg, mcfg):
     colour, or as a line of JSON with the token's own text."""
     if cfg.json:
         found = [{"id": i, "text": text} for i, text in retrieved(made).items()]
-        line = {"sample": i, "token": made.token, "text": tok.decode([made.token]),
-                "soft": made.soft, "entropy": round(made.entropy, 4), "logp": round(made.logp, 4),
-                "soft_behind": made.behind, "depth": made.depth, "drafted": made.drafted,
-                "shift": made.shift, "found": found or None}
+        line = {"sample": i, "text": tok.decode([made.token]), **vars(made), "found": found or None,
+                "entropy": round(made.entropy, 4), "logp": round(made.logp, 4)}
         return json.dumps({k: v for k, v in line.items() if v is not None}) + "\n"
     text = on_screen(text)
     if not (cfg.trace and text and sys.stdout.isatty()) or (cfg.soft and not made.soft):
@@ -1202,7 +1198,7 @@ def converse(decoder, cfg, tok, mcfg, prompt, generator, think, used):
             print()
             return
         except (UnicodeDecodeError, UserError) as e:
-            print(config.visible(f"{e}; type another line"), file=sys.stderr)
+            config.note(f"{e}; type another line")
             continue
         copied = decoder.select([0])  # what is made and not shown goes
         steps = generate(copied, cfg, generator, think=think)
@@ -1270,7 +1266,7 @@ def encode(tok, text, name):
     """Return the token ids of a text; UserError names it, and what the vocabulary has."""
     check_utf8(text, name)
     if prepare.END in text:
-        print(config.visible(f"[{prepare.END} in {name} is read as letters]"), file=sys.stderr)
+        config.note(f"[{prepare.END} in {name} is read as letters]")
     try:
         return tok.encode(text)
     except UserError as e:
@@ -1292,7 +1288,7 @@ def read_prompt(prompt, tok):
     if text == SampleConfig.prompt and not can_encode(tok, text):
         text = "" if tok.eot is not None else tok.decode([0])
         begins = f"with {text!r}" if text else "a new text"
-        print(f"[the model reads no line end; it begins {begins}]", file=sys.stderr)
+        config.note(f"[the model reads no line end; it begins {begins}]")
     begins = not text or text.startswith(prepare.END)
     if begins and tok.eot is None:
         raise UserError(f"the prompt is empty or begins with {prepare.END}, and the model has no "
@@ -1451,10 +1447,10 @@ def decode(cfg, stores):
     generator = torch.Generator(device=cfg.device).manual_seed(cfg.seed)
     run = way_of(cfg)(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
     scored = "" if ckpt.get("val_loss") is None else f", val loss {ckpt['val_loss']:.4f}"
-    print(config.visible(f"[{path}, step {ckpt['step']}{scored}]"), file=sys.stderr)
+    config.note(f"[{path}, step {ckpt['step']}{scored}]")
     if cfg.soft and not mcfg.soft_rate:
-        print("[this model never read soft tokens in training; expect poor text, or train one with "
-              "python train.py --soft_rate=0.3]", file=sys.stderr)
+        config.note("[this model never read soft tokens in training; expect poor text, or train "
+                    "one with python train.py --soft_rate=0.3]")
     used = collections.Counter()  # (store, id) of what was found
     if cfg.interactive:
         converse(decoder, cfg, tok, mcfg, prompt, generator, think, used)
@@ -1470,7 +1466,7 @@ def decode(cfg, stores):
                 entries = " | ".join(f"{i} {text!r}" for i, text in retrieved(made).items())
                 print(f"{piece!r:>12} | {entries}")
         if run.report:
-            print(run.report, file=sys.stderr)
+            config.note(run.report)
         if cfg.trace_html:
             write_page(cfg.trace_html, prompt, samples, mcfg)
     memory.count_uses(used)

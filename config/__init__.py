@@ -64,6 +64,11 @@ def visible(text):
     return "".join(c if harmless(c) else c.encode("unicode_escape").decode() for c in text)
 
 
+def note(text):
+    """Print something to the user beside the output, on standard error."""
+    print(visible(text), file=sys.stderr)
+
+
 warnings.filterwarnings("ignore", module="<unknown>")  # what Python says of a text that `ast` reads
 
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -397,14 +402,12 @@ def refuse_idle(named, *pairs):
             raise UserError(f"{name} has nothing to work on; it needs {needs}")
 
 
-def within(cfg, low=None, high=None, *names):
-    """Raise ValueError unless each named setting of cfg lies in [low, high]; None: no bound."""
+def within(cfg, low, high, *names):
+    """Raise ValueError unless each named setting of cfg lies in [low, high]."""
     for name in names:
         value = getattr(cfg, name)
-        # (NaN is outside too)
-        if not ((low is None or value >= low) and (high is None or value <= high)):
-            raise ValueError(f"{name} must be at least {low}, not {value}" if high is None else
-                             f"{name} must lie between {low} and {high}, not {value}")
+        if not low <= value <= high:  # (NaN is outside too)
+            raise ValueError(f"{name} must lie between {low} and {high}, not {value}")
 
 
 def find_device(name):
