@@ -1084,8 +1084,8 @@ def on_screen(text):
 
 
 def retrieved(made):
-    """Return {id: text} of the entries that told most about a token."""
-    return {int(i): store.texts([i])[0] for store, i in made.found}
+    """Return the entries that told most about a token, as "ID 'text'"."""
+    return [f"{i} {store.texts([i])[0]!r}" for store, i in made.found]
 
 
 HEAT = 40, 148, 220, 208, 196  # of a terminal: from green to red
@@ -1111,7 +1111,7 @@ def show(made, text, i, tok, cfg, mcfg):
     """Return what is printed of a token of sample i, whose certain text is `text`: as it is, in
     colour, or as a line of JSON with the token's own text."""
     if cfg.json:
-        found = [{"id": i, "text": text} for i, text in retrieved(made).items()]
+        found = [{"id": int(i), "text": store.texts([i])[0]} for store, i in made.found]
         line = {"sample": i, "text": tok.decode([made.token]), **vars(made), "found": found or None,
                 "entropy": round(made.entropy, 4), "logp": round(made.logp, 4)}
         return json.dumps({k: v for k, v in line.items() if v is not None}) + "\n"
@@ -1144,10 +1144,8 @@ def write_page(path, prompt, samples, mcfg):
         page.append(html.escape(prompt))
         for text, made in pieces:
             value, meaning = heat(made, mcfg)
-            title = [f"{meaning}, {math.exp(made.logp):.0%}"]
-            title += [f"{i} {entry!r}" for i, entry in retrieved(made).items()]
-            page.append(SPAN.format(html.escape("\n".join(title)), 120 * (1 - value),
-                                    html.escape(text)))
+            title = "\n".join((f"{meaning}, {math.exp(made.logp):.0%}", *retrieved(made)))
+            page.append(SPAN.format(html.escape(title), 120 * (1 - value), html.escape(text)))
         page.append("<hr>")
     with prepare.replacing(path) as f:
         f.write("".join(page).encode())
@@ -1301,12 +1299,9 @@ def think_tokens(cfg, mcfg, tok, path):
     """Return (ids after which think tokens follow, those that do then)."""
     if not (cfg.n_think or cfg.think_after):
         return (), ()
-    if not mcfg.n_think:
-        raise UserError(f"{path} was not trained to think (n_think is 0); leave --n_think and "
-                        f"--think_after out")
-    if cfg.n_think > mcfg.n_think:
-        raise UserError(f"{path} thinks {mcfg.n_think} times in a window, not {cfg.n_think}; give "
-                        f"a smaller n_think")
+    if cfg.n_think > mcfg.n_think or not mcfg.n_think:
+        raise UserError(f"{path} was not trained to think so often: it has n_think = "
+                        f"{mcfg.n_think}; give fewer, or leave n_think and think_after out")
     after = encode(tok, cfg.think_after, "think_after")
     return after, [mcfg.think_token] * (cfg.n_think or mcfg.n_think)
 
@@ -1463,8 +1458,7 @@ def decode(cfg, stores):
             print(line)
         for piece, made in samples[0] if found else ():
             if made.found:
-                entries = " | ".join(f"{i} {text!r}" for i, text in retrieved(made).items())
-                print(f"{piece!r:>12} | {entries}")
+                print(f"{piece!r:>12}", *retrieved(made), sep=" | ")
         if run.report:
             config.note(run.report)
         if cfg.trace_html:

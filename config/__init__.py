@@ -328,7 +328,7 @@ def parse(argv, *classes, doc="", words=(), free=()):
                 name = known(key, arg)
                 preset[name] = coerce(name, value, kinds[name])
             given = over(given, preset)
-        elif words is None or arg in words:
+        elif arg in words:
             found.append(arg)
         else:
             raise UserError(stray(arg, words, kinds))
