@@ -184,12 +184,10 @@ def coerce(key, value, kind):
 
 SAME = {"lr": "learning_rate", "num_samples": "n", "start": "prompt"}  # other names, understood
 
-LIKE = {  # what other programs call something like a setting
+LIKE = {  # what other programs call a setting, where the letters do not tell
     "accum": "gradient_accumulation_steps", "bs": "batch_size", "checkpoint": "out_dir",
     "ckpt": "out_dir", "context_length": "block_size", "d_model": "n_embd", "depth": "n_layer",
     "dim": "n_embd", "file": "input", "heads": "n_head", "hidden_size": "n_embd",
-    "iters": "max_iters", "max_length": "max_new_tokens", "max_steps": "max_iters",
-    "max_tokens": "max_new_tokens", "num_heads": "n_head", "num_layers": "n_layer",
     "out": "out_dir", "resume": "init_from", "seq_len": "block_size", "steps": "max_iters",
     "temp": "temperature", "wd": "weight_decay"}
 
@@ -237,15 +235,16 @@ def presets():
         yield os.path.relpath(path), doc.partition("\n")[0], read_preset(path).keys()
 
 
-def letters(cls):
-    """Return [(letter, meaning)] of what may stand in `layers`, by the docstring of cls's file."""
-    doc = sys.modules[cls.__module__].__doc__ or ""
-    return re.findall(r"^    (\( \)|\S) +(\S.*)$", doc, re.M)
+def letters(classes):
+    """Return [(letter, meaning)] of what may stand in `layers`, by the docstrings of the files of
+    these classes."""
+    docs = [sys.modules[cls.__module__].__doc__ or "" for cls in classes]
+    return re.findall(r"^    (\( \)|\S) +(\S.*)$", "\n".join(docs), re.M)
 
 
 def show_help(doc, classes):
     """Print what a program does and its settings, under headings, as wide as the terminal."""
-    width, fields = shutil.get_terminal_size((100, 24)).columns, {}
+    width, rows, sections = shutil.get_terminal_size((100, 24)).columns, {}, {}
 
     def show(text):
         column = re.match(r" *\S.*?   +| *", text).end()  # of what is wrapped
@@ -261,24 +260,20 @@ def show_help(doc, classes):
     for line in inspect.cleandoc(doc or "").splitlines():
         show(line)
     print("\nSettings are given as --key=value or --key value, or as lines of a preset file.")
-    sections = {"the first to know": []}
     for cls in classes:
         options = getattr(sys.modules[cls.__module__], "CHOICES", {})
         for heading, meanings in described(cls).items():
             for name, meaning in meanings.items():
                 if any(str(option) not in meaning for option in options.get(name, ())):
                     meaning += f" ({' | '.join(map(str, options[name]))})"
-                title = "the first to know" if name in BASIC else heading
-                sections.setdefault(title, []).append(
-                    (f"--{name}={getattr(cls, name)!r}", meaning))
-                fields[name] = cls
-    first = lambda row: BASIC.index(row[0][2:].partition("=")[0])
-    sections["the first to know"].sort(key=first)
-    for heading, rows in sections.items():
-        show_table(heading, rows)
-    if "layers" in fields:
-        show_table("letters of layers", letters(fields["layers"]))
-    show_table("presets", [row[:2] for row in presets() if row[2] <= fields.keys()])
+                rows[name] = f"--{name}={getattr(cls, name)!r}", meaning
+                sections.setdefault(heading, []).append(name)
+    show_table("the first to know", [rows[name] for name in BASIC if name in rows])
+    for heading, names in sections.items():
+        show_table(heading, [rows[name] for name in names if name not in BASIC])
+    if "layers" in rows:
+        show_table("letters of layers", letters(classes))
+    show_table("presets", [row[:2] for row in presets() if row[2] <= rows.keys()])
 
 
 class Given(dict):
