@@ -596,20 +596,19 @@ class Decoder:
 
     @torch.inference_mode()
     def collapse(self, changes):
-        """Put symbols in the place of soft tokens, changes {row: {place from the end (-1 is the
-        last): id}}, and repair the cache: what stands from the first of them on is computed again,
+        """Put symbols in the place of soft tokens, changes [(row, place from the end (-1 is the
+        last), id)], and repair the cache: what stands from the first of them on is computed again,
         in one pass. Places that have left are passed by."""
         for d in self.companions():
             d.collapse(changes)
         first = 0
-        for b, places in changes.items():
+        for b, at, token in changes:
             window = self.rows[b][1]
-            for at, token in places.items():
-                if -at <= len(window):
-                    window[at] = token
-                    del self.soft[b][len(window) + at]
-                    first = min(first, at)
-                    self.known[b] = min(self.known[b], len(window) + at)
+            if -at <= len(window):
+                window[at] = token
+                del self.soft[b][len(window) + at]
+                first = min(first, at)
+                self.known[b] = min(self.known[b], len(window) + at)
         if first and -first < min(len(w) for _, w in self.rows) and not self.carried:
             self.state.rollback(-first)
             self.read_last(-first, self.model)
@@ -646,13 +645,12 @@ class Decoder:
         made = next(m for m in made if m.level is level)
         points = level.unbind(level.head(made.u)[0, :, 0])  # (M + 1, chunk, C)
         near = points @ self.model.embeddings().T  # (M + 1, chunk, V)
-        k = near.size(1)
-        lines = ["", f"{'planned':>{k + 10}} | written"]
+        k, lines = near.size(1), ["", "planned | written"]
         for plan, end, exists in zip(near.argmax(-1).tolist(), made.end[0].tolist(),
                                      made.exists[0].tolist()):
             if exists:
                 written = tok.decode(window[end + 1 - k:end + 1])
-                lines.append(f"{tok.decode(plan)!r:>{k + 10}} | {written!r}")
+                lines.append(f"{tok.decode(plan)!r} | {written!r}")
         return lines
 
     def seen(self):
@@ -823,7 +821,7 @@ class Soft(Plain):
         """Make the soft tokens of rows where `now` symbols, in place: the nearest one, which is
         the id that stands there already, or one drawn from what the model expects there in a pass
         over the whole window. What waits to be shown is corrected. Return True if there was any."""
-        d, cfg, changes = self.decoder, self.cfg, {}
+        d, cfg, changes = self.decoder, self.cfg, []
         rows = [b for b, soft in enumerate(d.soft) if now[b] and soft and cfg.collapse_back]
         if not rows:
             return False
@@ -836,7 +834,7 @@ class Soft(Plain):
                     p = distribution(logits[b, at - 1:at].float(), cfg)
                     token = choose(p, self.generator).item()
                 place = at - len(window)  # from the end, which all decoders have in common
-                changes.setdefault(b, {})[place] = token
+                changes.append((b, place, token))
                 if -place <= len(waiting[b]):
                     waiting[b][place].token = token
         d.collapse(changes)
