@@ -36,7 +36,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import config  # before torch: it sets the allocator's switches
 import numpy as np
@@ -46,7 +46,7 @@ from torch.nn import functional as F
 import memory
 import prepare
 from config import UserError, summary
-from model import GPT, Level, Linear, rms_norm
+from model import GPT, Level, Linear
 
 
 @dataclass
@@ -108,108 +108,79 @@ class SampleConfig:
     compile: bool = False  # compile the step: half a minute once, several times as fast on a CPU
 
     def __post_init__(self):
+        config.check(self, CHOICES, RANGES)
         if self.stop == prepare.END:
             self.stop, self.stop_at_end = "", True
-        for low, high, names, *off in BOUNDS:
-            names = [name for name in names.split() if getattr(self, name) not in off]
-            config.within(self, low, high, *names)
-        for name, words in CHOICES.items():
-            value = getattr(self, name)
-            if not re.fullmatch("|".join(words).replace("N", "[1-9][0-9]{0,17}"), value):
-                words = ", ".join(filter(None, words))
-                raise ValueError(f"{name} is one of {words}, not {value!r}")
         for name in ("stop", "think_after"):
             check_utf8(getattr(self, name), name)
         ways = [k for k in WAYS if getattr(self, k)]
         if len(ways) > 1:
             raise ValueError(f"{ways[0]} and {ways[1]} are two ways to decode; choose one")
-        for k in ("beams", "best_of"):
-            if 0 < getattr(self, k) < self.n:
-                raise ValueError(f"{k} = {getattr(self, k)} cannot show n = {self.n} texts; give "
-                                 f"at least as many")
-        for names, idle, why in IDLE:
-            for name in names.split():
-                if name in given(self) and idle(self):
-                    raise ValueError(f"{name} {why}")
+        if 0 < (self.beams or self.best_of) < self.n:
+            raise ValueError(f"{ways[0]} = {getattr(self, ways[0])} cannot show n = {self.n} "
+                             f"texts; give at least as many")
+        for name, needs in self.idle():
+            raise ValueError(f"{name} needs {needs}; else leave it out")
+
+    def idle(self):
+        """Yield (name, what it needs) of each setting that was changed and would do nothing, or
+        not what it says."""
+        return config.idle(
+            self,
+            (self.temperature, "draws, and at temperature = 0 nothing is drawn",
+             "top_k top_p min_p best_of soft"),
+            (not self.beams, "draws, and beams look for the likeliest text",
+             "temperature top_k top_p min_p repetition_penalty think_after"),
+            (self.soft, "soft tokens: --soft",
+             "soft_top_k gumbel collapse collapse_threshold collapse_by collapse_back"),
+            (self.collapse != "always", "soft tokens, and with collapse = always there are none",
+             "soft_top_k gumbel collapse_by collapse_back"),
+            (self.collapse != "never", "soft tokens that collapse, and with collapse = never none "
+             "does", "collapse_by collapse_back"),
+            (self.collapse in ("entropy", "distance"), "collapse = entropy or distance",
+             "collapse_threshold"),
+            (self.collapse_back, "earlier soft tokens, and collapse_back = 0 leaves those as they "
+             "are", "collapse_by"),
+            (self.collapse_by == "nearest" or not self.knn, "the model alone to draw from with "
+             "collapse_by = context", "knn"),
+            (self.exit, "early exits, such as --exit=softmax", "exit_threshold exit_decay"),
+            (self.exit_threshold >= 0, "an exit_threshold: none is ever stored for it",
+             "exit_decay"),
+            (bool(self.draft_exit) != bool(self.draft), "a draft: either draft_exit or draft",
+             "speculate"),
+            (self.speculate, "drafts to make, such as --speculate=4", "draft_exit draft"),
+            (self.amateur, "contrastive decoding, such as --amateur=context:8", "alpha beta"),
+            (not (self.exit or self.speculate), "every layer of every token, which exit and "
+             "speculate save", "amateur knn"),
+            (self.knn, "a datastore, such as --knn=works.db", "knn_k knn_lambda knn_temp"),
+            (self.knn_lambda, "a knn_lambda above 0", "knn_k knn_temp"),
+            (self.knn_k > 1, "several places to weigh, and knn_k = 1 takes one", "knn_temp"),
+            (self.memory, "a memory, such as --memory=facts.db", "memory_index"),
+            (not self.interactive, "a run that is not interactive: that reads lines and shows one "
+             "sample as it is made", "n beams best_of json trace_html n_think"),
+            (not self.interactive or self.prompt not in ("-", "FILE:-"), "standard input, which "
+             "interactive reads", "prompt"),
+            (not self.json, "text to colour, and json prints none (trace_html does)", "trace"),
+            (self.dtype == "bfloat16", "dtype = bfloat16: beside fp32 torch's 8-bit product is "
+             "slower than the plain one", "int8"))
 
 
-BOUNDS = (  # of settings, and the value besides that switches one off
-    (1, 10_000, "n"),
-    (0, 10_000, "beams best_of speculate draft_exit n_think"),
-    (1, 2 ** 31, "knn_k"),
-    (0, 2 ** 62, "max_new_tokens top_k soft_top_k limit"),
-    (-1, 2 ** 62, "collapse_back"),
-    (0, 2 ** 63 - 1, "seed"),
-    (0, 1, "top_p min_p alpha knn_lambda"),
-    (0, 1, "exit_threshold", -1),
-    (0, 1000, "beta exit_decay"),
-    (0, 1000, "collapse_threshold", -1),
-    (1e-3, 1000, "temperature gumbel", 0),
-    (1e-6, 1e9, "knn_temp"),
-    (0.01, 100, "repetition_penalty"),
-)
 CHOICES = {
     "exit": ("", "softmax", "margin", "cosine", "classifier"),
     "collapse_by": ("nearest", "context"),
     "collapse": ("always", "never", "entropy", "distance", "every:N"),
     "dtype": ("float32", "bfloat16"),
 }
-IDLE = (  # settings that would do nothing, or not what they say: their names, when, and why
-    ("soft", lambda c: c.temperature == 0,
-     "needs a temperature above 0: at 0 a token has nothing soft about it"),
-    ("soft_top_k gumbel collapse collapse_threshold collapse_by collapse_back",
-     lambda c: not c.soft,
-     "is for soft tokens, that is --soft; give that too, or leave it out"),
-    ("soft_top_k gumbel collapse_by collapse_back", lambda c: c.collapse == "always",
-     "is for soft tokens, and with collapse = always there are none; leave it out"),
-    ("collapse_by collapse_back", lambda c: c.collapse == "never",
-     "is for soft tokens that collapse, and with collapse = never none does; leave it out"),
-    ("collapse_threshold", lambda c: c.collapse not in ("entropy", "distance"),
-     "is for collapse = entropy or distance; leave it out"),
-    ("collapse_by", lambda c: c.collapse_back == 0,
-     "is for earlier soft tokens, and collapse_back = 0 leaves those as they are; choose one"),
-    ("collapse_by", lambda c: c.knn and c.collapse_by == "context",
-     "= context draws from the model alone; with knn take collapse_by = nearest"),
-    ("exit_threshold exit_decay", lambda c: not c.exit,
-     "is for early exits, such as --exit=softmax; give that too, or leave it out"),
-    ("speculate", lambda c: bool(c.draft_exit) == bool(c.draft),
-     "needs a draft: either draft_exit or draft"),
-    ("draft_exit draft", lambda c: not c.speculate,
-     "is for drafts, such as --speculate=4; give that too, or leave it out"),
-    ("alpha beta", lambda c: not c.amateur,
-     "is for contrastive decoding, such as --amateur=context:8; give that too, or leave it out"),
-    ("amateur", lambda c: c.exit or c.speculate,
-     "reads every layer of every token, which exit and speculate save; choose one"),
-    ("knn", lambda c: c.exit or c.speculate,
-     "needs the last layer's vector of every token at once, which exit and speculate do without; "
-     "choose one"),
-    ("knn_k knn_lambda knn_temp", lambda c: not c.knn,
-     "is for a datastore, such as --knn=works.db; give that too, or leave it out"),
-    ("knn_k knn_temp", lambda c: c.knn_lambda == 0,
-     "is for a datastore, which has no say with knn_lambda = 0; leave it out"),
-    ("knn_temp", lambda c: c.knn_k == 1,
-     "weighs several places against each other, and knn_k = 1 takes one; leave it out"),
-    ("memory_index", lambda c: not c.memory,
-     "is for a memory, such as --memory=facts.db; give that too, or leave it out"),
-    ("temperature top_k top_p min_p repetition_penalty think_after", lambda c: c.beams,
-     "is for draws, and beams look for the likeliest text and draw nothing; leave it out"),
-    ("top_k top_p min_p best_of", lambda c: c.temperature == 0,
-     "is for draws, and at temperature = 0 nothing is drawn; leave one of them out"),
-    ("n beams best_of json trace_html n_think", lambda c: c.interactive,
-     "does not go with interactive, which reads lines and shows one sample as it is made; "
-     "leave it out"),
-    ("prompt", lambda c: c.interactive and c.prompt in ("-", "FILE:-"),
-     "and interactive both read standard input; choose one"),
-    ("trace", lambda c: c.json,
-     "colours text, and json prints none; choose one, or take trace_html"),
-    ("int8", lambda c: c.dtype != "bfloat16",
-     "needs dtype = bfloat16: beside fp32 torch's 8-bit product is slower than the plain one"),
-)
-
-
-def given(cfg):
-    """Return the names of the settings that are not as they are by default."""
-    return [f.name for f in fields(cfg) if getattr(cfg, f.name) != f.default]
+COUNT, SIZE, SHARE, STRENGTH = (0, 10_000), (0, 2 ** 62), (0, 1), (0, 1000)
+RANGES = {
+    "n": (1, 10_000), "beams": COUNT, "best_of": COUNT, "speculate": COUNT, "draft_exit": COUNT,
+    "n_think": COUNT, "max_new_tokens": SIZE, "top_k": SIZE, "soft_top_k": SIZE, "limit": SIZE,
+    "collapse_back": (-1, 2 ** 62), "knn_k": (1, 2 ** 31), "seed": (0, 2 ** 63 - 1),
+    "top_p": SHARE, "min_p": SHARE, "alpha": SHARE, "knn_lambda": SHARE, "exit_threshold": SHARE,
+    "beta": STRENGTH, "exit_decay": STRENGTH, "collapse_threshold": STRENGTH,
+    "temperature": STRENGTH, "gumbel": (1e-3, 1000), "knn_temp": (1e-6, 1e9),
+    "repetition_penalty": (0.01, 100),
+}
 
 
 def check_utf8(text, name):
@@ -230,21 +201,25 @@ def penalize(logits, seen, penalty):
 
 
 def scale(logits, temperature):
-    """Divide by the temperature; at 0 keep the first of the largest alone."""
-    if temperature:
+    """Divide by the temperature; below 0.001 keep the first of the largest alone."""
+    if temperature >= 1e-3:
         return (logits - logits.amax(-1, keepdim=True)) / temperature
     return torch.full_like(logits, -math.inf).scatter(1, logits.argmax(-1, keepdim=True), 0.0)
 
 
 def keep_top_k(logits, k):
-    """Keep the k largest."""
+    """Keep the k largest; at 0 all."""
+    if not k:
+        return logits
     least = logits.topk(min(k, logits.size(-1)))[0][:, -1:]
     return logits.masked_fill(logits < least, -math.inf)
 
 
 def keep_top_p(logits, p):
     """Keep the smallest set of most likely tokens whose probabilities reach p (nucleus,
-    arXiv:1904.09751)."""
+    arXiv:1904.09751); at 1 all."""
+    if p == 1:
+        return logits
     ordered, index = logits.sort(descending=True, dim=-1)
     probs = ordered.softmax(-1)
     drop = probs.cumsum(-1) - probs >= p  # what stands before a token already reaches p
@@ -253,7 +228,9 @@ def keep_top_p(logits, p):
 
 
 def keep_min_p(logits, p):
-    """Keep tokens at least p times as likely as the first (arXiv:2407.01082)."""
+    """Keep tokens at least p times as likely as the first (arXiv:2407.01082); at 0 all."""
+    if not p:
+        return logits
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -math.inf)
 
 
@@ -261,39 +238,22 @@ def contrast(expert, amateur, alpha, beta):
     """Return (1 + beta) expert - beta amateur over the tokens at least alpha times as likely as
     the expert's first; the others are out (O'Brien and Lewis 2023, arXiv:2309.09117)."""
     logits = (1 + beta) * expert - beta * amateur
-    if not alpha:
-        return logits
     return logits.masked_fill(keep_min_p(expert, alpha) == -math.inf, -math.inf)
 
 
-# name: (logits (B, V), the settings, the Decoder) -> logits, in their order (knn as soon as the
-# model has read, in Decoder.record). A new one is a row, a setting that switches it off, and its
-# name in DRAWS where it shapes draws.
-PROCESSORS = {
-    "knn": lambda x, c, d: d.mix(x) if d.neighbours else x,
-    "contrast": lambda x, c, d: x if d.amateur_logits is None else
-    contrast(x, d.amateur_logits, c.alpha, c.beta),
-    "repetition": lambda x, c, d: x if c.repetition_penalty == 1 else
-    penalize(x, d.seen(), c.repetition_penalty),
-    "temperature": lambda x, c, d: scale(x, c.temperature),
-    "top_k": lambda x, c, d: keep_top_k(x, c.top_k) if c.top_k else x,
-    "top_p": lambda x, c, d: keep_top_p(x, c.top_p) if c.top_p < 1 else x,
-    "min_p": lambda x, c, d: keep_min_p(x, c.min_p) if c.min_p > 0 else x,
-}
-
-DRAWS = "temperature", "top_k", "top_p", "min_p"
+# setting: a function of logits (B, V) and its value, in their order; there is a value at which it
+# changes nothing
+PROCESSORS = {"temperature": scale, "top_k": keep_top_k, "top_p": keep_top_p, "min_p": keep_min_p}
 
 
-def process(logits, names, cfg, decoder=None):
-    """Return logits (B, V) after these of the processors."""
-    for name in names:
-        logits = PROCESSORS[name](logits, cfg, decoder)
-    return logits
-
-
-def distribution(logits, cfg):
-    """Return the probabilities (B, V) of the next token by the temperature and the filters."""
-    return process(logits, DRAWS, cfg).softmax(-1)
+def distribution(logits, cfg, seen=None):
+    """Return the probabilities (B, V) of the next token by the settings, with the penalty for
+    tokens that were seen (B, V, bool)."""
+    if seen is not None:
+        logits = penalize(logits, seen, cfg.repetition_penalty)
+    for name, process in PROCESSORS.items():
+        logits = process(logits, getattr(cfg, name))
+    return logits.softmax(-1)
 
 
 def choose(p, generator):
@@ -308,7 +268,7 @@ def entropies(p):
 
 def log_probability(logits, tokens):
     """Return that of a token per row, a list of B ids, under logits (B, V): a list."""
-    at = torch.tensor(tokens, device=logits.device)[:, None]
+    at = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]
     return logits.float().log_softmax(-1).gather(1, at)[:, 0].tolist()
 
 
@@ -337,17 +297,18 @@ def exit_rule(model, kind, threshold, decay=0.0, total=1):
     should_exit.t, how many tokens were made before the first place of h, a number or one per row
     (B, 1) and negative within a prompt, is for the caller to set."""
     def should_exit(h, before):
-        sure = CONFIDENCE[kind](model, h, before)
-        if not decay:
-            return sure > threshold if threshold > 0 else torch.ones_like(sure, dtype=torch.bool)
-        t = (should_exit.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
-        return sure > (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
+        sure, least = CONFIDENCE[kind](model, h, before), threshold or -1
+        if decay:
+            t = (should_exit.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
+            least = (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
+        return sure > least
     should_exit.t = 0
     return should_exit
 
 
 def thresholds_path(path):
-    return os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "exits.json")
+    """Return where the thresholds of a checkpoint file are kept."""
+    return os.path.join(os.path.dirname(path), "exits.json")
 
 
 def stored_thresholds(path):
@@ -357,9 +318,7 @@ def stored_thresholds(path):
         with open(thresholds_path(path), "rb") as f:
             stored = prepare.unseal(f.read(2 ** 20))
         for kind, found in stored.items():
-            threshold = found["threshold"]
-            if not (kind in CONFIDENCE and type(threshold) is float and 0 <= threshold <= 1
-                    and type(found["of"]) is str):
+            if not (kind in CONFIDENCE and 0 <= found["threshold"] <= 1 and found["of"]):
                 raise ValueError(f"no threshold of {kind}")
         return stored
     except FileNotFoundError:
@@ -372,8 +331,7 @@ def stored_thresholds(path):
 
 def model_id(cfg, path):
     """Return what a threshold was found for: the checkpoint, and how its weights are held."""
-    checkpoint = prepare.checkpoint_id(prepare.checkpoint_path(path))
-    return f"{checkpoint} {cfg.dtype}{' int8' * cfg.int8}"
+    return f"{prepare.checkpoint_id(path)} {cfg.dtype}{' int8' * cfg.int8}"
 
 
 def check_exits(model, kind):
@@ -393,16 +351,15 @@ def make_rule(cfg, model, path):
     """Return the exit_rule of the settings, None without exits."""
     if not cfg.exit:
         return None
+    check_exits(model, cfg.exit)
     threshold = cfg.exit_threshold
     if threshold < 0:
-        found = stored_thresholds(path).get(cfg.exit)
-        if found is None or found["of"] != model_id(cfg, path) or cfg.exit_decay:
-            advice = "none ever is for exit_decay: give one, or leave exit_decay out"
-            if not cfg.exit_decay:
-                advice = (f"run python bench.py calibrate --out_dir={shlex.quote(path)} --exit="
-                          f"{cfg.exit} --dtype={cfg.dtype}{' --int8' * cfg.int8}, or give one")
+        found = stored_thresholds(path).get(cfg.exit, {"of": ""})
+        if found["of"] != model_id(cfg, path):
             raise UserError(f"no exit_threshold is stored for {cfg.exit} of this {path} in "
-                            f"{cfg.dtype}; {advice}")
+                            f"{cfg.dtype}; run python bench.py calibrate "
+                            f"--out_dir={shlex.quote(path)} --exit={cfg.exit} "
+                            f"--dtype={cfg.dtype}{' --int8' * cfg.int8}, or give one")
         threshold = found["threshold"]
     return exit_rule(model, cfg.exit, threshold, cfg.exit_decay, max(cfg.max_new_tokens, 1))
 
@@ -415,9 +372,7 @@ def soft_token(p, cfg, generator):
     """Return the distribution (B, V) that stands in the place of a token: the k most likely of p,
     stirred by Gumbel noise if asked (without it the first component dominates what the model makes
     of a mixture)."""
-    logits = p.log()
-    if cfg.soft_top_k:
-        logits = keep_top_k(logits, cfg.soft_top_k)
+    logits = keep_top_k(p.log(), cfg.soft_top_k)
     if cfg.gumbel:
         u = torch.rand(p.shape, generator=generator, device=p.device).clamp(1e-9, 1 - 1e-7)
         logits = (logits - (-u.log()).log()) / cfg.gumbel
@@ -463,7 +418,8 @@ class Decoder:
         own); sources {block: (store, ids (H, N))}: which entries those are; neighbours: a
         memory.Neighbours; amateur, draft: a Decoder that reads the same tokens, to contrast with
         or to propose them."""
-        self.model, self.eot, self.at_exit, self.leave, self.made = model, eot, at_exit, leave, 0
+        self.model, self.eot, self.at_exit, self.leave = model, eot, at_exit, leave
+        self.made = 0  # tokens behind the prompt
         self.neighbours, self.sources = neighbours, sources or {}
         self.amateur, self.draft = amateur, draft
         self.step = compiled(model) if compile else model
@@ -491,11 +447,6 @@ class Decoder:
         """Return the Decoders that read the same tokens."""
         return [d for d in (self.amateur, self.draft) if d]
 
-    def mix(self, logits):
-        """Return the logits with those of a datastore, and note which of its entries told most."""
-        logits, self.found = self.neighbours.mix(logits, self.h)
-        return logits
-
     def append(self, b, token, soft=None):
         """Append a token to row b, soft where its distribution (V,) is given. Return True if the
         window folded."""
@@ -522,33 +473,27 @@ class Decoder:
             self.memory = {i: m.copy(B) for i, m in self.memory.items()}
             self.own = True
         state = self.init_state([b])
-        self.read(self.model, self.inputs([0], self.T, [b]), state, self.history([b]),
-                  self.made - self.T)
+        self.read(self.model, state, [b], [0], self.T, self.history([b]))
         carried = self.model.leave_window(state, torch.tensor([n], device=self.device))[1]
         for i, parts in carried.items():
             if i not in self.carried:
-                self.carried[i] = [t.repeat(B, *[1] * (t.dim() - 1)) for t in parts]
+                self.carried[i] = [t.repeat_interleave(B, 0) for t in parts]
             for mine, new in zip(self.carried[i], parts):
-                mine[b:b + 1] = new
+                mine[b] = new[0]
         self.known[b] = self.T - n
 
     def init_state(self, rows):
-        """Return an empty state for these rows, with what each finds besides its window."""
-        if not self.memory:
-            return self.model.init_state(len(rows))
-        at = torch.tensor(rows, device=self.device)
-        if len(rows) == 1:
-            at = slice(rows[0], rows[0] + 1)  # a view, to write to
+        """Return an empty state for rows in a row, with what each finds besides its window."""
+        at = slice(rows[0], rows[-1] + 1)  # a view, to write to
         return self.model.init_state(
             len(rows), memory={i: m.select(at) for i, m in self.memory.items()},
             carried={i: [t[at] for t in parts] for i, parts in self.carried.items()},
             known=torch.tensor([self.known[b] for b in rows], device=self.device))
 
-    def inputs(self, first, width, rows=None):
-        """Return what the model reads of each of these rows (all) from place first[i] on, `width`
-        tokens padded at the right: ids (B, width), or where one of them is soft distributions
+    def inputs(self, rows, first, width):
+        """Return what the model reads of each of these rows from place first[i] on, `width` tokens
+        padded at the right: ids (B, width), or where one of them is soft distributions
         (B, width, V); and the ids."""
-        rows = range(len(self.rows)) if rows is None else rows
         windows = [self.rows[b][1][f:f + width] for f, b in zip(first, rows)]
         ids = torch.tensor([w + [0] * (width - len(w)) for w in windows], device=self.device)
         soft = [(i, at - f, p) for i, (f, b) in enumerate(zip(first, rows))
@@ -560,12 +505,12 @@ class Decoder:
             idx[i, at] = p
         return idx, ids
 
-    def history(self, rows=None):
-        """Return the ring behind the window of these rows (all), as the model takes it; None where
-        it has no slots."""
+    def history(self, rows):
+        """Return the ring behind the window of these rows, as the model takes it; None where it
+        has no slots."""
         if not self.H:
             return None
-        rings = [self.rows[b][0] for b in (range(len(self.rows)) if rows is None else rows)]
+        rings = [self.rows[b][0] for b in rows]
         ring = np.array([[-1] * (self.H - len(r)) + r for r in rings])
         return torch.from_numpy(prepare.forget(ring, self.eot)).to(self.device)
 
@@ -574,44 +519,45 @@ class Decoder:
         """Compute slots, window and state from what is kept, in one pass over rows padded at the
         right. Return the logits (B, T, V)."""
         lengths = torch.tensor([len(w) for _, w in self.rows], device=self.device)
-        width, B = int(lengths.max()), len(self.rows)
-        self.state = self.init_state(range(B))
-        out = self.read(self.model, self.inputs([0] * B, width), self.state, self.history(),
-                        self.made + 1 - lengths[:, None])
+        width, rows = int(lengths.max()), range(len(self.rows))
+        self.state = self.init_state(rows)
+        out = self.read(self.model, self.state, rows, [0] * len(rows), width, self.history(rows))
         short = width - lengths
         if bool(short.any()):
             self.state.rollback(short)
         self.record(out, width - 1 - short)
         return out[0]
 
-    def read(self, model, inputs, state, history=None, t=None):
-        """Return logits over inputs, ids or distributions and ids (B, T), with `at_exit` those of
-        the exit, with `leave` the blocks run, and without it what the head read. Tokens of a
-        prompt leave early too: so the state is that of decoding from its first token. t, a number
-        or (B, 1): how many tokens were made before the first of these."""
-        idx, ids = inputs
+    def read(self, model, state, rows, first, width, history=None):
+        """Return logits over `width` tokens of each of these rows from place first[i] on, with
+        `at_exit` those of the exit, with `leave` the blocks run, and without it what the head read.
+        Tokens of a prompt leave early too: so the state is that of decoding from its first
+        token."""
+        idx, ids = self.inputs(rows, first, width)
         if self.leave is None:
             out, early = model(idx, history=history, state=state, ids=ids), None
             if self.at_exit:
                 early = model.to_logits(out.exits[list(model.exits.values()).index(self.at_exit)])
             return out.logits, early, None, out.h
-        self.leave.t = self.made + 1 - idx.size(1) if t is None else t
+        before = [self.made - len(self.rows[b][1]) + f for b, f in zip(rows, first)]
+        self.leave.t = torch.tensor(before, device=self.device)[:, None]
         logits, depth = model.forward_with_exits(idx, self.leave, history, state)
         return logits, None, depth, None
 
     def read_last(self, n, model):
         """Read the last n tokens of each row behind the state."""
-        inputs = self.inputs([len(w) - n for _, w in self.rows], n)
-        self.record(self.read(model, inputs, self.state), -1)
+        first = [len(window) - n for _, window in self.rows]
+        self.record(self.read(model, self.state, range(len(first)), first, n), -1)
 
     def record(self, out, last):
         """Note what `read` made of the last token of each row, which stands at place last (B,)."""
         at = torch.arange(len(self.rows), device=self.device), last
         self.logits, self.early, depth, self.h = (None if t is None else t[at] for t in out)
-        self.depth = [self.model.cfg.n_layer] * len(self.rows) if depth is None else depth.tolist()
+        self.depth = [None] * len(self.rows) if depth is None else depth.tolist()
         # per row [(store, id)]: the entries that told most about the next token
         self.found = [[] for _ in self.rows]
-        self.logits = PROCESSORS["knn"](self.logits, None, self)
+        if self.neighbours:
+            self.logits, self.found = self.neighbours.mix(self.logits, self.h)
         for i, places, weights in self.model.recalled(self.state) if self.sources else ():
             self.record_entries(*self.sources[i], places, weights)
 
@@ -630,7 +576,9 @@ class Decoder:
         distribution (V,). Return logits (B, V) of the next."""
         for d in self.companions():
             d.push(tokens, soft)
-        if any([self.append(b, t, soft and soft[b]) for b, t in enumerate(tokens)]):
+        folded = any([self.append(b, t, soft and soft[b]) for b, t in enumerate(tokens)])
+        self.made += 1
+        if folded:
             self.prefill()
         else:
             self.read_last(1, self.step)
@@ -648,26 +596,23 @@ class Decoder:
 
     @torch.inference_mode()
     def collapse(self, changes):
-        """Put symbols in the place of soft tokens, changes {row: {place from the end (-1 is the
-        last): id}}, and repair the cache: what stands from the first of them on is computed again,
+        """Put symbols in the place of soft tokens, changes [(row, place from the end (-1 is the
+        last), id)], and repair the cache: what stands from the first of them on is computed again,
         in one pass. Places that have left are passed by."""
         for d in self.companions():
             d.collapse(changes)
         first = 0
-        for b, places in changes.items():
+        for b, at, token in changes:
             window = self.rows[b][1]
-            for at, token in places.items():
-                if -at <= len(window):
-                    window[at] = token
-                    del self.soft[b][len(window) + at]
-                    first = min(first, at)
-                    self.known[b] = min(self.known[b], len(window) + at)
-        if not first:
-            return
-        if -first < min(len(w) for _, w in self.rows) and not self.carried:
+            if -at <= len(window):
+                window[at] = token
+                del self.soft[b][len(window) + at]
+                first = min(first, at)
+                self.known[b] = min(self.known[b], len(window) + at)
+        if first and -first < min(len(w) for _, w in self.rows) and not self.carried:
             self.state.rollback(-first)
             self.read_last(-first, self.model)
-        else:
+        elif first:
             self.prefill()
 
     @torch.inference_mode()
@@ -698,15 +643,14 @@ class Decoder:
             return []
         made = self.model.concepts(torch.tensor([window], device=self.device), self.history([0]))
         made = next(m for m in made if m.level is level)
-        table = rms_norm(self.model.wte.weight.float())
-        near = level.unbind(level.head(made.u)[0, :, 0]) @ table.T  # (M + 1, chunk, V)
-        k = near.size(1)
-        lines = [f"{'planned':>{k + 10}} | written"]
+        points = level.unbind(level.head(made.u)[0, :, 0])  # (M + 1, chunk, C)
+        near = points @ self.model.embeddings().T  # (M + 1, chunk, V)
+        k, lines = near.size(1), ["", "planned | written"]
         for plan, end, exists in zip(near.argmax(-1).tolist(), made.end[0].tolist(),
                                      made.exists[0].tolist()):
             if exists:
                 written = tok.decode(window[end + 1 - k:end + 1])
-                lines.append(f"{tok.decode(plan)!r:>{k + 10}} | {written!r}")
+                lines.append(f"{tok.decode(plan)!r} | {written!r}")
         return lines
 
     def seen(self):
@@ -772,7 +716,7 @@ class Int8(torch.nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features = linear.in_features
         w = linear.weight.detach().float()
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self.pad = 0, -self.in_features % 16
@@ -807,12 +751,20 @@ class GeneratedToken:
     token: int  # its id
     soft: bool = False  # whether it was made soft
     entropy: float = 0.0  # of its choice, nats
-    behind: list | tuple = ()  # which places before it (-1: the last) were soft when it was chosen
+    soft_behind: list | tuple = ()  # places before it (-1: the last) that were soft at its choice
     logp: float = 0.0  # its log-probability under the model, without filters
     depth: int | None = None  # blocks after which it was chosen
     drafted: bool | None = None  # whether a draft proposed it
     shift: float | None = None  # contrastive: by how much its log-probability rose
     found: list | tuple = ()  # [(store, id)]: the entries that told most about it
+
+
+def generated(tokens, logits, p, **more):
+    """Return the GeneratedToken of each of tokens, a list of B ids chosen from p (B, V), where the
+    model gave logits (B, V). more: other fields, of all."""
+    figures = zip(tokens, entropies(p), log_probability(logits, tokens))
+    return [GeneratedToken(token, entropy=entropy, logp=logp, **more)
+            for token, entropy, logp in figures]
 
 
 class Plain:
@@ -827,18 +779,18 @@ class Plain:
         self.forced = [[] for _ in decoder.rows]  # what follows of itself
         self.report = ""  # what is said about it in the end
 
-    @staticmethod
-    def check(cfg, model, path):
-        """Raise UserError where the model, of the checkpoint at path, cannot decode so."""
-
     def scores(self):
         """Return what the model says of the next token: logits (B, V)."""
-        return process(self.decoder.logits.float(), ("contrast",), self.cfg, self.decoder)
+        logits, amateur = self.decoder.logits.float(), self.decoder.amateur_logits
+        if amateur is None:
+            return logits
+        return contrast(logits, amateur, self.cfg.alpha, self.cfg.beta)
 
     def probabilities(self):
         """Return the probabilities (B, V) by which the next token is chosen."""
-        logits = process(self.scores(), ("repetition",), self.cfg, self.decoder)
-        return distribution(logits, self.cfg)
+        penalized = self.cfg.repetition_penalty != 1
+        seen = self.decoder.seen() if penalized else None
+        return distribution(self.scores(), self.cfg, seen)
 
     def force(self, tokens):
         """Return tokens, a list of B ids, or in their place what follows of itself."""
@@ -851,32 +803,22 @@ class Plain:
 
     def describe(self, p, tokens, hard):
         """Return the GeneratedToken of each row, chosen from p (B, V), not soft where hard."""
-        d, B = self.decoder, len(tokens)
-        logp, shift = log_probability(d.logits, tokens), [None] * B
+        d, made = self.decoder, generated(tokens, self.decoder.logits, p)
+        for b, token in enumerate(made):
+            token.soft, token.depth, token.found = not hard[b], d.depth[b], d.found[b]
+            token.soft_behind = sorted(at - len(d.rows[b][1]) for at in d.soft[b])
         if d.amateur_logits is not None:
-            shift = [a - b for a, b in zip(log_probability(self.scores(), tokens), logp)]
-        entropy = entropies(p)
-        behind = [sorted(at - len(w) for at in soft) for soft, (_, w) in zip(d.soft, d.rows)]
-        return [GeneratedToken(tokens[b], not hard[b], entropy[b], behind[b], logp[b],
-                               d.depth[b] if d.leave else None, None, shift[b], d.found[b])
-                for b in range(B)]
+            for token, logp in zip(made, log_probability(self.scores(), tokens)):
+                token.shift = logp - token.logp
+        return made
 
     def generate(self):
         """Yield a token for each row, and push it into the decoder."""
-        for step in range(self.cfg.max_new_tokens):
-            self.decoder.made = step
+        for _ in range(self.cfg.max_new_tokens):
             p = self.probabilities()
             tokens = self.force(choose(p, self.generator).tolist())
             yield [[made] for made in self.describe(p, tokens, [True] * len(tokens))]
             self.decoder.push(tokens)
-
-
-class Exits(Plain):
-    """Draw token by token, each at the first exit that is sure of it: the decoder's `leave`."""
-
-    @staticmethod
-    def check(cfg, model, path):
-        check_exits(model, cfg.exit)
 
 
 class Soft(Plain):
@@ -889,7 +831,6 @@ class Soft(Plain):
         waiting = [[] for _ in d.rows]
         holds = cfg.collapse_by == "context" and cfg.collapse != "never"
         for step in range(cfg.max_new_tokens):
-            d.made = step
             p = self.probabilities()
             now = collapses(p, table, cfg, step).tolist()
             if self.collapse_earlier([n and not f for n, f in zip(now, self.forced)], waiting):
@@ -904,8 +845,8 @@ class Soft(Plain):
             tokens, ready = self.force(tokens), []
             for row, made in zip(waiting, self.describe(p, tokens, hard)):
                 row.append(made)
-                first_soft = min([*made.behind, *[0] * made.soft], default=1) if holds else 1
-                n = max(len(row) + first_soft - 1, 0)
+                soft_places = [*made.soft_behind, *[0] * made.soft] if holds else ()
+                n = max(len(row) - 1 + min(soft_places, default=1), 0)
                 ready.append(row[:n])
                 del row[:n]
             yield ready
@@ -917,7 +858,7 @@ class Soft(Plain):
         """Make the soft tokens of rows where `now` symbols, in place: the nearest one, which is
         the id that stands there already, or one drawn from what the model expects there in a pass
         over the whole window. What waits to be shown is corrected. Return True if there was any."""
-        d, cfg, changes = self.decoder, self.cfg, {}
+        d, cfg, changes = self.decoder, self.cfg, []
         rows = [b for b, soft in enumerate(d.soft) if now[b] and soft and cfg.collapse_back]
         if not rows:
             return False
@@ -930,7 +871,7 @@ class Soft(Plain):
                     p = distribution(logits[b, at - 1:at].float(), cfg)
                     token = choose(p, self.generator).item()
                 place = at - len(window)  # from the end, which all decoders have in common
-                changes.setdefault(b, {})[place] = token
+                changes.append((b, place, token))
                 if -place <= len(waiting[b]):
                     waiting[b][place].token = token
         d.collapse(changes)
@@ -954,25 +895,16 @@ class Speculation(Plain):
 
     def __init__(self, decoder, cfg, *more, **named):
         super().__init__(decoder, cfg, *more, **named)
-        self.draft = decoder.draft
-        self.place = None if self.draft else decoder.model.exit_place(cfg.draft_exit)
-        self.decoders = [decoder, self.draft] if self.draft else [decoder]
+        if decoder.model.cfg.n_think:
+            raise UserError("the model thinks (n_think), and a draft cannot; leave speculate out")
+        self.draft, self.decoders = decoder.draft, [decoder, *decoder.companions()]
+        if cfg.draft_exit:
+            self.place = config.build(decoder.model.exit_place, blocks=cfg.draft_exit)
         self.proposed = self.accepted = 0
         room = min(d.T for d in self.decoders)
         if cfg.speculate >= room:
             raise UserError(f"speculate = {cfg.speculate} tokens ahead do not fit into a window "
                             f"of {room}; give fewer")
-
-    @staticmethod
-    def check(cfg, model, path):
-        if model.cfg.n_think:
-            raise UserError(f"{path} thinks (n_think), and a draft cannot; leave speculate out")
-        if cfg.draft_exit:
-            find_exit("draft_exit", model, cfg.draft_exit)
-
-    def draws(self, logits, seen):
-        """Return the probabilities (B, V) of logits (B, V) behind seen (B, V, bool)."""
-        return distribution(penalize(logits, seen, self.cfg.repetition_penalty), self.cfg)
 
     def propose(self, tokens, n, seen):
         """Draft n tokens after tokens (B,). Return them (B, n), their distributions n x (B, V),
@@ -989,7 +921,7 @@ class Speculation(Plain):
             if i == n:
                 break
             seen = seen.scatter(1, tokens[:, None], True)
-            q.append(self.draws(logits[:, -1].float(), seen))
+            q.append(distribution(logits[:, -1].float(), self.cfg, seen))
             tokens = choose(q[-1], self.generator)
             drafted.append(tokens)
         return torch.stack(drafted, 1), q, torch.cat(hidden, 1) if hidden else None
@@ -1005,23 +937,22 @@ class Speculation(Plain):
     def judge(self, first, drafted, q, logits):
         """Keep of drafted (B, n), drawn from q (n x (B, V)) behind the tokens first (B,), what the
         model's logits (B, n + 1, V) agree to. Return how many of each row (B,), the token that
-        follows those (B,), and the distribution at each place, n + 1 x (B, V)."""
-        rows = torch.arange(len(first), device=first.device)
+        follows those (B,), and the distribution at each place (n + 1, B, V)."""
         n, seen, p = drafted.size(1), self.decoder.seen(), []
         kept, follows = torch.zeros_like(first), torch.zeros_like(first)
         agreed = torch.ones_like(first, dtype=torch.bool)
         for i, token in enumerate((first, *drafted.unbind(1))):
             seen = seen.scatter(1, token[:, None], True)
-            p.append(self.draws(logits[:, i], seen))
+            p.append(distribution(logits[:, i], self.cfg, seen))
             agrees, left = torch.zeros_like(agreed), p[i]
             if i < n:
-                odds = p[i][rows, drafted[:, i]] / q[i][rows, drafted[:, i]]
-                luck = torch.rand(len(first), generator=self.generator, device=rows.device)
+                odds = (p[i] / q[i]).gather(1, drafted[:, i:i + 1])[:, 0]
+                luck = torch.rand(len(first), generator=self.generator, device=first.device)
                 agrees, left = agreed & (luck < odds), residual(p[i], q[i])
             drawn = choose(left, self.generator)
             follows = torch.where(agreed & ~agrees, drawn, follows)
             kept, agreed = kept + agrees, agrees
-        return kept, follows, p
+        return kept, follows, torch.stack(p)
 
     @torch.inference_mode()
     def generate(self):
@@ -1030,42 +961,35 @@ class Speculation(Plain):
         counts, p, first = [0] * len(d.rows), self.probabilities(), None
         while min(counts) < cfg.max_new_tokens:
             first = choose(p, self.generator) if first is None else first
-            ready = [[made] for made in self.drafted(first, d.logits, p, False)]
+            ready = [[made] for made in generated(first.tolist(), d.logits, p, drafted=False)]
             if min(e.T - len(w) for e in self.decoders for _, w in e.rows) <= n:  # one is to fold
                 d.push(first.tolist())
                 p, first = self.probabilities(), None
             else:
                 drafted, q, hidden = self.propose(first, n, d.seen())
                 logits = self.verify(torch.cat((first[:, None], drafted), 1), hidden).float()
-                kept, first, each = self.judge(first, drafted, q, logits)
-                for i in range(int(kept.max())):
-                    made = self.drafted(drafted[:, i], logits[:, i], each[i], True)
-                    for b in (kept > i).nonzero()[:, 0].tolist():
-                        ready[b].append(made[b])
+                kept, first, p = self.judge(first, drafted, q, logits)
+                for b, k in enumerate(kept.tolist()):
+                    ready[b] += generated(drafted[b, :k].tolist(), logits[b, :k], p[:k, b],
+                                          drafted=True)
                 for e in self.decoders:
                     e.state.rollback(n - kept)
                     for b, tokens in enumerate(ready):
                         for made in tokens:
                             e.append(b, made.token)
                 rows = torch.arange(len(kept), device=kept.device)
-                d.logits, p = logits[rows, kept], torch.stack(each)[kept, rows]
+                d.logits, p = logits[rows, kept], p[kept, rows]
                 self.proposed += n * len(kept)
                 self.accepted += int(kept.sum())
             yield [row[:max(cfg.max_new_tokens - c, 0)] for row, c in zip(ready, counts)]
             counts = [c + len(row) for c, row in zip(counts, ready)]
         self.report = f"[{self.accepted} of {self.proposed} drafted tokens accepted]"
 
-    def drafted(self, tokens, logits, p, by_draft):
-        """Return the GeneratedToken of each of tokens (B,), chosen from p (B, V)."""
-        tokens = tokens.tolist()
-        figures = zip(tokens, entropies(p), log_probability(logits, tokens))
-        return [GeneratedToken(token, entropy=entropy, logp=logp, drafted=by_draft)
-                for token, entropy, logp in figures]
 
-
-def likelihood(made):
-    """Return the mean log-probability of a text of GeneratedToken."""
-    return sum(m.logp for m in made) / max(len(made), 1)
+def likeliest(rows, n):
+    """Return the n likeliest of rows of GeneratedToken, by the mean of their log-probabilities."""
+    mean = lambda row: sum(made.logp for made in row) / max(len(row), 1)
+    return sorted(rows, key=mean, reverse=True)[:n]
 
 
 class BestOf(Plain):
@@ -1081,7 +1005,7 @@ class BestOf(Plain):
                         row.append(made)
             if all(text.done for _, text in rows):
                 break
-        yield sorted((row for row, _ in rows), key=likelihood, reverse=True)[:self.cfg.n]
+        yield likeliest([row for row, _ in rows], self.cfg.n)
 
 
 class Beams(Plain):
@@ -1091,20 +1015,19 @@ class Beams(Plain):
 
     @torch.inference_mode()
     def generate(self):
-        N, V = self.cfg.beams, self.decoder.V
-        self.decoder = self.decoder.select([0] * N)
-        score = torch.full((N,), -math.inf, device=self.decoder.device)
-        score[0] = 0.0  # the beams are the same at first
-        stays = torch.full((V,), -math.inf, device=score.device)
+        score = torch.zeros(1, device=self.decoder.device)
+        stays = torch.full((self.decoder.V,), -math.inf, device=score.device)
         stays[0] = 0.0  # a finished text has one way to go on, at no cost
-        texts = [([], self.new_text()) for _ in range(N)]
+        texts = [([], self.new_text())]
         for _ in range(self.cfg.max_new_tokens):
             logits = self.scores()
             entropy = entropies(logits.softmax(-1))
             done = torch.tensor([text.done for _, text in texts], device=score.device)
             step = torch.where(done[:, None], stays, logits.log_softmax(-1))
-            score, best = (score[:, None] + step).flatten().topk(N)
-            parents, tokens, grown = (best // V).tolist(), (best % V).tolist(), []
+            total = (score[:, None] + step).flatten()
+            score, best = total.topk(min(self.cfg.beams, int(total.isfinite().sum())))
+            parents, tokens = (best // len(stays)).tolist(), (best % len(stays)).tolist()
+            grown = []
             for parent, token in zip(parents, tokens):
                 made, text = texts[parent]
                 if not text.done:
@@ -1118,11 +1041,10 @@ class Beams(Plain):
                 break
             self.decoder = self.decoder.select(parents)
             self.decoder.push(tokens)
-        found = [made for (made, _), s in zip(texts, score.tolist()) if s > -math.inf]
-        yield sorted(found, key=likelihood, reverse=True)[:self.cfg.n]
+        yield likeliest([made for made, _ in texts], self.cfg.n)
 
 
-WAYS = {"soft": Soft, "exit": Exits, "speculate": Speculation, "beams": Beams, "best_of": BestOf}
+WAYS = {"soft": Soft, "exit": Plain, "speculate": Speculation, "beams": Beams, "best_of": BestOf}
 
 
 def way_of(cfg):
@@ -1159,8 +1081,7 @@ class Text:
 
     def copy(self):
         new = copy.copy(self)
-        new.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        new.utf8.setstate(self.utf8.getstate())
+        new.utf8 = copy.copy(self.utf8)
         return new
 
     def add(self, token):
@@ -1198,14 +1119,15 @@ def on_screen(text):
 
 
 def retrieved(made):
-    """Return [(id, text)] of the entries that told most about a token."""
-    return [(int(i), store.texts([i])[0]) for store, i in made.found]
+    """Return the entries that told most about a token, as "ID 'text'"."""
+    return [f"{i} {store.texts([i])[0]!r}" for store, i in made.found]
 
 
 HEAT = 40, 148, 220, 208, 196  # of a terminal: from green to red
 PAGE = ("<!doctype html><meta charset=utf-8><title>trace</title><style>"
         "body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;white-space:pre-wrap}"
         "hr{border:0;border-top:1px solid #ccc}</style>")
+SPAN = '<span title="{}" style="background:hsl({:.0f},70%,85%)">{}</span>'
 
 
 def heat(made, mcfg):
@@ -1224,14 +1146,10 @@ def show(made, text, i, tok, cfg, mcfg):
     """Return what is printed of a token of sample i, whose certain text is `text`: as it is, in
     colour, or as a line of JSON with the token's own text."""
     if cfg.json:
-        line = {"sample": i, "token": made.token, "text": tok.decode([made.token]),
-                "soft": made.soft, "entropy": round(made.entropy, 4), "logp": round(made.logp, 4),
-                "soft_behind": made.behind}
-        optional = {k: getattr(made, k) for k in ("depth", "drafted", "shift")}
-        line |= {k: v for k, v in optional.items() if v is not None}
-        if made.found:
-            line["found"] = [{"id": i, "text": text} for i, text in retrieved(made)]
-        return json.dumps(line) + "\n"
+        found = [{"id": int(i), "text": store.texts([i])[0]} for store, i in made.found]
+        line = {"sample": i, "text": tok.decode([made.token]), **vars(made), "found": found or None,
+                "entropy": round(made.entropy, 4), "logp": round(made.logp, 4)}
+        return json.dumps({k: v for k, v in line.items() if v is not None}) + "\n"
     text = on_screen(text)
     if not (cfg.trace and text and sys.stdout.isatty()) or (cfg.soft and not made.soft):
         return text
@@ -1240,16 +1158,15 @@ def show(made, text, i, tok, cfg, mcfg):
 
 
 def check_page(path):
-    """Raise UserError where a page at path (none is wanted where that is empty) would take the
-    place of something else, or has no folder."""
-    if path and not os.path.isdir(os.path.dirname(path) or "."):
+    """Raise UserError where a page at path would take the place of something else, or has no
+    folder."""
+    if not os.path.isdir(os.path.dirname(path) or "."):
         raise UserError(f"the folder of trace_html {path} does not exist; make it, or name another")
-    if path and os.path.lexists(path):
-        with contextlib.suppress(OSError):
-            if os.path.isfile(path):
-                with open(path, "rb") as f:
-                    if f.read(len(PAGE)) == PAGE.encode():
-                        return
+    ours = False
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            ours = f.read(len(PAGE)) == PAGE.encode()
+    if os.path.lexists(path) and not ours:
         raise UserError(f"trace_html {path} is there already, and is not a page that this wrote; "
                         f"choose another file")
 
@@ -1257,53 +1174,46 @@ def check_page(path):
 def write_page(path, prompt, samples, mcfg):
     """Write samples, lists of (text, GeneratedToken), as a page: each token on its colour, with
     what that means under the pointer."""
+    page = [PAGE]
+    for pieces in samples:
+        page.append(html.escape(prompt))
+        for text, made in pieces:
+            value, meaning = heat(made, mcfg)
+            title = "\n".join((f"{meaning}, {math.exp(made.logp):.0%}", *retrieved(made)))
+            page.append(SPAN.format(html.escape(title), 120 * (1 - value), html.escape(text)))
+        page.append("<hr>")
     with prepare.replacing(path) as f:
-        f.write(PAGE.encode())
-        for pieces in samples:
-            f.write(html.escape(prompt).encode())
-            for text, made in pieces:
-                value, meaning = heat(made, mcfg)
-                entries = (f"{i} {entry!r}" for i, entry in retrieved(made))
-                title = "\n".join((f"{meaning}, {math.exp(made.logp):.0%}", *entries))
-                f.write(f'<span title="{html.escape(title)}" style="background:hsl('
-                        f'{120 * (1 - value):.0f},70%,85%)">{html.escape(text)}</span>'.encode())
-            f.write(b"<hr>")
+        f.write("".join(page).encode())
 
 
-def write(steps, cfg, tok, mcfg, prompt, used, page=None):
+def write(steps, cfg, tok, mcfg, prompt, used, keep=False):
     """Print what an iterator of steps gives, the first sample as it is made, the others when they
-    are whole. used: a Counter that takes (store, id) of what was found; page: a list per sample
-    that takes (text, GeneratedToken). Return with interactive the ids of what is shown."""
-    shown, line_end = [], "" if cfg.json else "\n"
-    texts = [new_text(cfg, tok, mcfg) for _ in range(cfg.n)]
-    later = [[] for _ in texts]
+    are whole. used: a Counter that takes (store, id) of what was found. Return for each sample its
+    pieces [(text, GeneratedToken)], which with keep are kept of the first too."""
+    samples = [(new_text(cfg, tok, mcfg), []) for _ in range(cfg.n)]
     for ready in steps:
-        for i, (text, tokens) in enumerate(zip(texts, ready)):
+        for i, ((text, pieces), tokens) in enumerate(zip(samples, ready)):
             for made in tokens:
                 if text.done:
                     break
                 piece = text.add(made.token)
-                if cfg.interactive and made.token != text.last:
-                    shown.append(made.token)
                 used.update(made.found)
-                if page is not None:
-                    page[i].append((piece, made))
-                piece = show(made, piece, i, tok, cfg, mcfg)
-                if i:
-                    later[i].append(piece)
-                else:
-                    print(piece, end="", flush=True)
-        if all(t.done for t in texts):
+                if i or keep:
+                    pieces.append((piece, made))
+                if not i:
+                    print(show(made, piece, i, tok, cfg, mcfg), end="", flush=True)
+        if all(text.done for text, _ in samples):
             break
-    ends = ["" if cfg.json else t.end() for t in texts]
-    for end, pieces in zip(ends, page or []):
-        if end and pieces:
-            pieces[-1] = (pieces[-1][0] + end, pieces[-1][1])
-    print(on_screen(ends[0]), end=line_end)
-    head = "" if cfg.json else "-" * 40 + "\n" + on_screen(prompt)
-    for pieces, end in zip(later[1:], ends[1:]):
-        print(head, *pieces, on_screen(end), sep="", end=line_end)
-    return shown
+    for i, (text, pieces) in enumerate(samples):
+        if i:
+            print("" if cfg.json else "-" * 40 + "\n" + on_screen(prompt), end="")
+            print(*(show(made, piece, i, tok, cfg, mcfg) for piece, made in pieces), sep="", end="")
+        if not cfg.json:
+            end = text.end()
+            print(on_screen(end))
+            if pieces:
+                pieces[-1] = (pieces[-1][0] + end, pieces[-1][1])
+    return [pieces for _, pieces in samples]
 
 
 def converse(decoder, cfg, tok, mcfg, prompt, generator, think, used):
@@ -1316,19 +1226,20 @@ def converse(decoder, cfg, tok, mcfg, prompt, generator, think, used):
     while True:
         try:
             text = input("> ")
-            check_utf8(text, "the line")
-            line = encode(tok, text + line_end, "the line")
+            decoder.extend(encode(tok, text + line_end, "the line"))
         except EOFError:
             print()
             return
         except (UnicodeDecodeError, UserError) as e:
-            why = str(e) if isinstance(e, UserError) else "the line is not UTF-8 text; type another"
-            print(config.visible(why), file=sys.stderr)
+            config.note(f"{e}; type another line")
             continue
-        decoder.extend(line)
         copied = decoder.select([0])  # what is made and not shown goes
         steps = generate(copied, cfg, generator, think=think)
-        decoder.extend(write(steps, cfg, tok, mcfg, prompt, used))
+        pieces = write(steps, cfg, tok, mcfg, prompt, used, keep=True)[0]
+        shown = [made.token for _, made in pieces]
+        if cfg.stop_at_end and shown[-1:] == [tok.eot]:
+            del shown[-1]
+        decoder.extend(shown)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1342,20 +1253,6 @@ def newest(root="out"):
         raise UserError(f"there is no checkpoint under {root}/; name one with --out_dir=FOLDER, or "
                         f"make one with python prepare.py and then python train.py")
     return max(found, key=os.path.getmtime)
-
-
-def find_device(name):
-    """Return the device that a setting names, with auto a GPU where there is one; UserError where
-    it is not to be had."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as e:  # each kind of device fails in a way of its own
-        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); give --device=cpu, "
-                        f"or leave it out") from None
-    return name
 
 
 def load(path, device="cpu", dtype="float32", int8=False):
@@ -1377,7 +1274,7 @@ def load(path, device="cpu", dtype="float32", int8=False):
 def open_model(cfg):
     """Return (model, checkpoint, path of its file) of the settings, on the device and in the type
     that they name."""
-    cfg.device = find_device(cfg.device)
+    cfg.device = config.find_device(cfg.device)
     kind = torch.device(cfg.device).type
     missing = config.compiler_missing(kind) if cfg.compile else ""
     if missing:
@@ -1387,16 +1284,6 @@ def open_model(cfg):
         raise UserError(f"int8 is for a CPU, not {cfg.device}; give --device=cpu, or leave it out")
     path = prepare.checkpoint_path(cfg.out_dir or os.path.dirname(newest()))
     return *load(path, cfg.device, cfg.dtype, cfg.int8), path
-
-
-def open_other(name, path, cfg, tokenizer):
-    """Return the model of a checkpoint that a setting names, with the tokenizer that it must
-    have."""
-    model, ckpt = load(path, cfg.device, cfg.dtype, cfg.int8)
-    if ckpt["tokenizer"] != tokenizer:
-        raise UserError(f"{name} {path} has another tokenizer than the model; name one that was "
-                        f"trained on the same dataset")
-    return model
 
 
 def tokenizer_of(ckpt, path):
@@ -1410,11 +1297,13 @@ def tokenizer_of(ckpt, path):
 
 def encode(tok, text, name):
     """Return the token ids of a text; UserError names it, and what the vocabulary has."""
+    check_utf8(text, name)
+    if prepare.END in text:
+        config.note(f"[{prepare.END} in {name} is read as letters]")
     try:
         return tok.encode(text)
     except UserError as e:
-        more = " ..." * (len(tok.chars) > 100)
-        raise UserError(f"{name}: {e} (this model reads {tok.chars[:100]!r}{more})") from None
+        raise UserError(f"{name}: {e} (this model reads {tok.chars!r:.100})") from None
 
 
 def can_encode(tok, text):
@@ -1429,18 +1318,15 @@ def read_prompt(prompt, tok):
     text = prompt
     if prompt == "-" or prompt.startswith("FILE:"):
         text = "".join(prepare.pieces(prompt.removeprefix("FILE:")))
-    check_utf8(text, "the prompt")
     if text == SampleConfig.prompt and not can_encode(tok, text):
         text = "" if tok.eot is not None else tok.decode([0])
         begins = f"with {text!r}" if text else "a new text"
-        print(f"[the model reads no line end; it begins {begins}]", file=sys.stderr)
+        config.note(f"[the model reads no line end; it begins {begins}]")
     begins = not text or text.startswith(prepare.END)
     if begins and tok.eot is None:
         raise UserError(f"the prompt is empty or begins with {prepare.END}, and the model has no "
                         f"end of a text to begin from; give at least one character")
     text = text.removeprefix(prepare.END)
-    if prepare.END in text:
-        print(f"[{prepare.END} within the prompt is read as letters]", file=sys.stderr)
     return text, [tok.eot] * begins + encode(tok, text, "the prompt")
 
 
@@ -1448,64 +1334,65 @@ def think_tokens(cfg, mcfg, tok, path):
     """Return (ids after which think tokens follow, those that do then)."""
     if not (cfg.n_think or cfg.think_after):
         return (), ()
-    if not mcfg.n_think:
-        raise UserError(f"{path} was not trained to think (n_think is 0); leave --n_think and "
-                        f"--think_after out")
-    if cfg.n_think > mcfg.n_think:
-        raise UserError(f"{path} thinks {mcfg.n_think} times in a window, not {cfg.n_think}; give "
-                        f"a smaller n_think")
+    if cfg.n_think > mcfg.n_think or not mcfg.n_think:
+        raise UserError(f"{path} was not trained to think so often: it has n_think = "
+                        f"{mcfg.n_think}; give fewer, or leave n_think and think_after out")
     after = encode(tok, cfg.think_after, "think_after")
     return after, [mcfg.think_token] * (cfg.n_think or mcfg.n_think)
 
 
-def find_exit(name, model, blocks):
-    """Raise UserError, which names the setting, unless the model has an exit after so many
-    blocks."""
-    try:
-        model.exit_place(blocks)
-    except ValueError as e:
-        raise UserError(f"{name}: {e}") from None
-
-
 def amateur_of(cfg, model):
-    """Return (kind, number) of an amateur within the model, such as exit:2 or context:8; (None, 0)
+    """Return (kind, number) of an amateur within the model, such as exit:2 or context:8; ("", 0)
     of another."""
-    kind, colon, number = cfg.amateur.partition(":")
-    if not colon or kind not in ("exit", "context"):
-        return None, 0
-    if not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+    inside = re.fullmatch("(exit|context):(.*)", cfg.amateur)
+    if not inside:
+        return "", 0
+    kind, number = inside.groups()
+    if not re.fullmatch("[1-9][0-9]{0,8}", number):
         raise UserError(f"amateur {cfg.amateur} needs a number of at least 1, as {kind}:1")
     if kind == "exit":
-        find_exit("amateur", model, int(number))
+        config.build(model.exit_place, blocks=int(number))
     return kind, int(number)
 
 
-def make_decoder(cfg, model, ckpt, path, ids, eot, stores):
-    """Return the Decoder of the settings, over as many rows as they need, beside its amateur or
-    draft. stores: an ExitStack that closes what is opened."""
-    way, (amateur, number) = way_of(cfg), amateur_of(cfg, model)
-    rule = make_rule(cfg, model, path)
-    start = lambda m, **more: Decoder(m, [ids], eot, cfg.compile, **more)
-    others, entries, sources, neighbours = {}, None, {}, None
-    if amateur == "context":
-        others["amateur"] = start(model, context=number)
-    for name in ("amateur", "draft"):
-        if getattr(cfg, name) and not (name == "amateur" and amateur):
-            other = open_other(name, getattr(cfg, name), cfg, ckpt["tokenizer"])
-            others[name] = start(other)
+def make_decoder(cfg, model, rows, eot=None, other=None, **more):
+    """Return the Decoder of the settings over rows of ids, beside its amateur or draft. other: the
+    model of that, where it is not a part of this one; more: arguments of the Decoder."""
+    start = lambda m, **more: Decoder(m, rows, eot, cfg.compile, **more)
+    kind, number = amateur_of(cfg, model)
+    if kind == "exit":
+        more["at_exit"] = number
+    elif kind == "context":
+        more["amateur"] = start(model, context=number)
+    elif cfg.amateur or cfg.draft:
+        more["amateur" if cfg.amateur else "draft"] = start(other)
+    return start(model, **more)
+
+
+def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
+    """Return the Decoder of the settings over ids, as many rows as they need, with the files that
+    they name. stores: an ExitStack that closes what is opened."""
+    more = {"leave": make_rule(cfg, model, path)}
+    name = "amateur" if cfg.amateur else "draft"
+    named = getattr(cfg, name)
+    if named and not amateur_of(cfg, model)[0]:
+        more["other"], its = load(named, cfg.device, cfg.dtype, cfg.int8)
+        if its["tokenizer"] != ckpt["tokenizer"]:
+            raise UserError(f"{name} {named} has another tokenizer than the model; name one that "
+                            f"was trained on the same dataset")
     if cfg.memory:
         store = stores.enter_context(memory.open_store("memory", cfg.memory, model, path))
-        entries, sources = memory.open_memory(store, model, model.cfg.mem_size, cfg.memory_index)
+        more["memory"], more["sources"] = memory.open_memory(
+            store, model, model.cfg.mem_size, cfg.memory_index)
     elif ckpt["train_config"].get("stream"):  # what leaves the window is kept, as in training
-        entries = model.init_memory(1)
+        more["memory"] = model.init_memory(1)
     if cfg.knn:
         store = stores.enter_context(memory.open_store("knn", cfg.knn, model, path))
-        neighbours = memory.Neighbours.open(
+        more["neighbours"] = memory.Neighbours.open(
             store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp * model.cfg.n_embd, cfg.device,
             model.cfg.vocab_size)
-    decoder = start(model, at_exit=number if amateur == "exit" else 0, leave=rule, memory=entries,
-                    sources=sources, neighbours=neighbours, **others)
-    return decoder.select([0] * (1 if way is Beams else cfg.best_of or cfg.n))
+    decoder = make_decoder(cfg, model, [ids], eot, **more)
+    return decoder.select([0] * (1 if cfg.beams else cfg.best_of or cfg.n))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1526,11 +1413,7 @@ def learn(cfg, *files):
     model, ckpt, path = open_model(cfg)
     tok, texts = tokenizer_of(ckpt, path), []
     for name in files:  # all that may be wrong with them is found before anything is written
-        text = "".join(prepare.pieces(name))
-        if prepare.END in text:
-            print(f"{config.visible(name)} has {prepare.END} in it, which is read as letters; give "
-                  f"each text a file of its own", file=sys.stderr)
-        texts.append((name, encode(tok, text, name)))
+        texts.append((name, encode(tok, "".join(prepare.pieces(name)), name)))
         if len(texts[-1][1]) < 2:
             raise UserError(f"{name} holds fewer than 2 tokens; give a longer text")
     with memory.open_store(kind, target, model, path, write=True) as store:
@@ -1546,7 +1429,7 @@ def inspect(cfg, path="", action="stats", *words):
     if not path or action not in memory.ACTIONS:
         raise UserError(f"memory takes a store and one of {', '.join(memory.ACTIONS)}, as python "
                         f"sample.py memory facts.db list")
-    if "limit" in given(cfg) and action != "list":
+    if cfg.limit != SampleConfig.limit and action != "list":
         raise UserError(f"limit is for list, not {action}; leave it out")
     check_utf8(" ".join(words), f"what {action} takes")
     memory.inspect(path, action, words, cfg.limit)
@@ -1559,16 +1442,14 @@ COMMANDS = {  # what each does, and the settings that it takes besides out_dir
 
 
 def main(argv):
-    values, words = config.parse(argv, SampleConfig, doc=__doc__, words=list(COMMANDS),
-                                 free=list(COMMANDS))
+    values, words = config.parse(argv, SampleConfig, doc=__doc__, words=COMMANDS, free=COMMANDS)
     cfg = config.build(SampleConfig, **values)
     if words:
         run, taken = COMMANDS[words[0]]
-        for name in given(cfg):
-            if name not in ("out_dir", *taken.split()):
-                raise UserError(f"{name} does nothing in {words[0]}; leave it out")
+        for name in sorted(values.keys() - {"out_dir", *taken.split()}):
+            raise UserError(f"{name} does nothing in {words[0]}; leave it out")
         return run(cfg, *words[1:])
-    if "limit" in given(cfg):
+    if "limit" in values:
         raise UserError("limit is for python sample.py memory FILE list; leave it out")
     try:
         with contextlib.ExitStack() as stores:
@@ -1582,43 +1463,41 @@ def main(argv):
 def decode(cfg, stores):
     """Print text by the settings. stores: an ExitStack that closes what is opened."""
     model, ckpt, path = open_model(cfg)
-    tok, mcfg, way = tokenizer_of(ckpt, path), model.cfg, way_of(cfg)
+    tok, mcfg = tokenizer_of(ckpt, path), model.cfg
     prompt, ids = read_prompt(cfg.prompt, tok)
     if cfg.stop_at_end and tok.eot is None:
         raise UserError(f"{path} was trained on one text without an end, and would never stop "
                         f"there; leave stop_at_end out, or train on several texts, such as python "
                         f"prepare.py --input=ONE --input=TWO")
-    check_page(cfg.trace_html)
+    if cfg.trace_html:
+        check_page(cfg.trace_html)
     think = think_tokens(cfg, mcfg, tok, path)
     ids += [mcfg.think_token] * cfg.n_think
-    way.check(cfg, model, path)
-    decoder = make_decoder(cfg, model, ckpt, path, ids, tok.eot, stores)
+    decoder = open_decoder(cfg, model, ckpt, path, ids, tok.eot, stores)
     generator = torch.Generator(device=cfg.device).manual_seed(cfg.seed)
-    run = way(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
+    run = way_of(cfg)(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
     scored = "" if ckpt.get("val_loss") is None else f", val loss {ckpt['val_loss']:.4f}"
-    print(config.visible(f"[{path}, step {ckpt['step']}{scored}]"), file=sys.stderr)
+    config.note(f"[{path}, step {ckpt['step']}{scored}]")
     if cfg.soft and not mcfg.soft_rate:
-        print("[this model never read soft tokens in training; expect poor text, or train one with "
-              "python train.py --soft_rate=0.3]", file=sys.stderr)
+        config.note("[this model never read soft tokens in training; expect poor text, or train "
+                    "one with python train.py --soft_rate=0.3]")
     used = collections.Counter()  # (store, id) of what was found
     if cfg.interactive:
         converse(decoder, cfg, tok, mcfg, prompt, generator, think, used)
     else:
         print("" if cfg.json else on_screen(prompt), end="", flush=True)
         found = cfg.trace and bool(decoder.sources or decoder.neighbours)
-        page = [[] for _ in range(cfg.n)] if cfg.trace_html or found else None
-        write(run.generate(), cfg, tok, mcfg, prompt, used, page)
-        lines = decoder.plan_lines(tok) if cfg.trace and not (cfg.beams or cfg.best_of) else []
-        if lines:
-            print("\n" + "\n".join(lines))
-        for piece, made in page[0] if found else ():
+        samples = write(run.generate(), cfg, tok, mcfg, prompt, used, bool(cfg.trace_html) or found)
+        plans = cfg.trace and not (cfg.beams or cfg.best_of)
+        for line in decoder.plan_lines(tok) if plans else ():
+            print(line)
+        for piece, made in samples[0] if found else ():
             if made.found:
-                entries = " | ".join(f"{i} {text!r}" for i, text in retrieved(made))
-                print(f"{piece!r:>12} | {entries}")
+                print(f"{piece!r:>12}", *retrieved(made), sep=" | ")
         if run.report:
-            print(run.report, file=sys.stderr)
+            config.note(run.report)
         if cfg.trace_html:
-            write_page(cfg.trace_html, prompt, page, mcfg)
+            write_page(cfg.trace_html, prompt, samples, mcfg)
     memory.count_uses(used)
     return 0
 

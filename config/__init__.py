@@ -64,6 +64,11 @@ def visible(text):
     return "".join(c if harmless(c) else c.encode("unicode_escape").decode() for c in text)
 
 
+def note(text):
+    """Print something to the user beside the output, on standard error."""
+    print(visible(text), file=sys.stderr)
+
+
 warnings.filterwarnings("ignore", module="<unknown>")  # what Python says of a text that `ast` reads
 
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -179,12 +184,10 @@ def coerce(key, value, kind):
 
 SAME = {"lr": "learning_rate", "num_samples": "n", "start": "prompt"}  # other names, understood
 
-LIKE = {  # what other programs call something like a setting
+LIKE = {  # what other programs call a setting, where the letters do not tell
     "accum": "gradient_accumulation_steps", "bs": "batch_size", "checkpoint": "out_dir",
     "ckpt": "out_dir", "context_length": "block_size", "d_model": "n_embd", "depth": "n_layer",
     "dim": "n_embd", "file": "input", "heads": "n_head", "hidden_size": "n_embd",
-    "iters": "max_iters", "max_length": "max_new_tokens", "max_steps": "max_iters",
-    "max_tokens": "max_new_tokens", "num_heads": "n_head", "num_layers": "n_layer",
     "out": "out_dir", "resume": "init_from", "seq_len": "block_size", "steps": "max_iters",
     "temp": "temperature", "wd": "weight_decay"}
 
@@ -232,15 +235,16 @@ def presets():
         yield os.path.relpath(path), doc.partition("\n")[0], read_preset(path).keys()
 
 
-def letters(cls):
-    """Return [(letter, meaning)] of what may stand in `layers`, by the docstring of cls's file."""
-    doc = sys.modules[cls.__module__].__doc__ or ""
-    return re.findall(r"^    (\( \)|\S) +(\S.*)$", doc, re.M)
+def letters(classes):
+    """Return [(letter, meaning)] of what may stand in `layers`, by the docstrings of the files of
+    these classes."""
+    docs = [sys.modules[cls.__module__].__doc__ or "" for cls in classes]
+    return re.findall(r"^    (\( \)|\S) +(\S.*)$", "\n".join(docs), re.M)
 
 
 def show_help(doc, classes):
     """Print what a program does and its settings, under headings, as wide as the terminal."""
-    width, fields = shutil.get_terminal_size((100, 24)).columns, {}
+    width, rows, sections = shutil.get_terminal_size((100, 24)).columns, {}, {}
 
     def show(text):
         column = re.match(r" *\S.*?   +| *", text).end()  # of what is wrapped
@@ -256,24 +260,20 @@ def show_help(doc, classes):
     for line in inspect.cleandoc(doc or "").splitlines():
         show(line)
     print("\nSettings are given as --key=value or --key value, or as lines of a preset file.")
-    sections = {"the first to know": []}
     for cls in classes:
         options = getattr(sys.modules[cls.__module__], "CHOICES", {})
         for heading, meanings in described(cls).items():
             for name, meaning in meanings.items():
                 if any(str(option) not in meaning for option in options.get(name, ())):
                     meaning += f" ({' | '.join(map(str, options[name]))})"
-                title = "the first to know" if name in BASIC else heading
-                sections.setdefault(title, []).append(
-                    (f"--{name}={getattr(cls, name)!r}", meaning))
-                fields[name] = cls
-    first = lambda row: BASIC.index(row[0][2:].partition("=")[0])
-    sections["the first to know"].sort(key=first)
-    for heading, rows in sections.items():
-        show_table(heading, rows)
-    if "layers" in fields:
-        show_table("letters of layers", letters(fields["layers"]))
-    show_table("presets", [row[:2] for row in presets() if row[2] <= fields.keys()])
+                rows[name] = f"--{name}={getattr(cls, name)!r}", meaning
+                sections.setdefault(heading, []).append(name)
+    show_table("the first to know", [rows[name] for name in BASIC if name in rows])
+    for heading, names in sections.items():
+        show_table(heading, [rows[name] for name in names if name not in BASIC])
+    if "layers" in rows:
+        show_table("letters of layers", letters(classes))
+    show_table("presets", [row[:2] for row in presets() if row[2] <= rows.keys()])
 
 
 class Given(dict):
@@ -323,7 +323,7 @@ def parse(argv, *classes, doc="", words=(), free=()):
                 name = known(key, arg)
                 preset[name] = coerce(name, value, kinds[name])
             given = over(given, preset)
-        elif words is None or arg in words:
+        elif arg in words:
             found.append(arg)
         else:
             raise UserError(stray(arg, words, kinds))
@@ -368,13 +368,17 @@ def build(cls, **values):
 
 
 def check(cfg, choices, ranges):
-    """Raise ValueError unless settings of cfg are one of their choices {name: values} and within
-    their ranges {name: (lowest, highest)}."""
+    """Raise ValueError unless settings of cfg are one of their choices {name: values}, where
+    every:N stands for any number from 1 on, and as they are by default or within their ranges
+    {name: (lowest, highest)}."""
     for name, options in choices.items():
-        if getattr(cfg, name) not in options:
-            raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(cfg, name)!r}")
+        value = getattr(cfg, name)
+        if re.sub(":[1-9][0-9]{0,17}$", ":N", value) not in options:
+            named = ", ".join(filter(None, options))
+            raise ValueError(f"{name} is one of {named}, not {value!r}")
     for name, (low, high) in ranges.items():
-        within(cfg, low, high, name)
+        if getattr(cfg, name) != getattr(type(cfg), name):
+            within(cfg, low, high, name)
 
 
 def idle(cfg, *mechanisms):
@@ -393,14 +397,27 @@ def refuse_idle(named, *pairs):
             raise UserError(f"{name} has nothing to work on; it needs {needs}")
 
 
-def within(cfg, low=None, high=None, *names):
-    """Raise ValueError unless each named setting of cfg lies in [low, high]; None: no bound."""
+def within(cfg, low, high, *names):
+    """Raise ValueError unless each named setting of cfg lies in [low, high]."""
     for name in names:
         value = getattr(cfg, name)
-        # (NaN is outside too)
-        if not ((low is None or value >= low) and (high is None or value <= high)):
-            raise ValueError(f"{name} must be at least {low}, not {value}" if high is None else
-                             f"{name} must lie between {low} and {high}, not {value}")
+        if not low <= value <= high:  # (NaN is outside too)
+            raise ValueError(f"{name} must lie between {low} and {high}, not {value}")
+
+
+def find_device(name):
+    """Return the device that a setting names, with auto a GPU where there is one; UserError where
+    it is not to be had."""
+    import torch
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as e:  # each kind of device fails in a way of its own
+        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); give --device=cpu, "
+                        f"or leave it out") from None
+    return name
 
 
 @functools.lru_cache
