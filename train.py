@@ -551,9 +551,15 @@ def start_wandb(tcfg):
     return lambda step, values: wandb.log(values, step=step), wandb.finish
 
 
+# what logs beside log.csv where NAME_log asks for it: what returns (a function of a step and its
+# values, one for the end), and what a user does where that fails
+LOGGERS = {"tensorboard": (start_tensorboard, "pip install tensorboard"),
+           "wandb": (start_wandb, "pip install wandb and run wandb login")}
+
+
 class Log:
-    """log.csv in out_dir, and tensorboard and wandb when they are asked for. Rank 0 only. What
-    fails in the course of a run is said once and left out.
+    """log.csv in out_dir, and LOGGERS that are asked for. Rank 0 only. What fails in the course of
+    a run is said once and left out.
 
     log.csv has FIELDS, and a column for whatever else was logged (train_NAME: the mean since the
     last row of a loss that is not cross-entropy), which is added when it first comes."""
@@ -561,38 +567,45 @@ class Log:
               "step_seconds"]
 
     def __init__(self, tcfg):
-        """Start tensorboard and wandb, which may fail; log.csv is not touched."""
-        self.path, self.loggers, self.closers = os.path.join(tcfg.out_dir, "log.csv"), {}, {}
-        for name, start in (("tensorboard", start_tensorboard), ("wandb", start_wandb)):
+        """Start LOGGERS, which may fail; log.csv is not touched."""
+        self.path, self.fields = os.path.join(tcfg.out_dir, "log.csv"), self.FIELDS
+        self.loggers = {}
+        for name, (start, todo) in LOGGERS.items():
             if getattr(tcfg, f"{name}_log"):
                 try:
-                    self.loggers[name], self.closers[name] = start(tcfg)
+                    self.loggers[name] = start(tcfg)
                 except Exception as e:  # whatever they raise
-                    self.close()
-                    todo = (f"pip install {name}" if isinstance(e, ImportError) else
-                            "run wandb login" if name == "wandb" else "install it again")
                     raise UserError(f"{name} did not start ({summary(e)}); {todo}, or leave "
                                     f"{name}_log out") from None
 
     def begin(self, step, scored):
-        """Begin log.csv; that of a resumed run keeps its rows of training up to `step`, and of
+        """Begin log.csv; one that is there keeps its rows of training up to `step`, and of
         validation up to step `scored`."""
-        self.fields, rows = self.FIELDS, []
+        rows = []
         try:
-            if step and os.path.lexists(self.path):
-                self.fields, rows = self.read(self.path)
-        except (OSError, ValueError) as e:
+            if os.path.lexists(self.path):
+                rows = [row for row in self.read()
+                        if int(row["step"]) <= (step if row["train_loss"] else scored)]
+        except (OSError, ValueError, KeyError, csv.Error) as e:
             names = (f"{self.path}.damaged{i}" for i in itertools.count(1))
             kept = next(name for name in names if not os.path.lexists(name))
             os.rename(self.path, kept)
             say(f"{self.path} cannot be read ({summary(e)}); it is kept as {kept}, and the log "
                 f"begins anew", sys.stderr)
-        self.rewrite([row for row in rows
-                      if int(row["step"]) <= (step if row["train_loss"] else scored)])
-        self.loggers["log.csv"] = self.write
+        self.rewrite(rows)
+        self.loggers["log.csv"] = self.write, lambda: None
+
+    def read(self):
+        """Return the rows of log.csv as dicts of strings; raise an error where it is something
+        else."""
+        with open(self.path, newline="", encoding="utf-8") as f:
+            whole, _, _ = f.read().rpartition("\n")  # the last row may have been cut short
+        fields, *rows = csv.reader(whole.splitlines())
+        return [dict(zip(fields, row, strict=True)) for row in rows]
 
     def rewrite(self, rows):
-        """Write log.csv anew, with all fields and these rows."""
+        """Write log.csv anew, with these rows and a column for all that they have."""
+        self.fields = list(dict.fromkeys(itertools.chain(self.fields, *rows)))
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, self.fields)
         table.writeheader()
@@ -600,75 +613,51 @@ class Log:
         with prepare.replacing(self.path) as f:
             f.write(text.getvalue().encode())
 
-    @classmethod
-    def read(cls, path):
-        """Return (fields, rows) of a log.csv, rows as dicts of strings; raise OSError or ValueError
-        where it is something else."""
-        if not os.path.isfile(path):
-            raise ValueError("it is not a file")
-        try:
-            with open(path, newline="", encoding="utf-8") as f:
-                fields, *rows = list(csv.reader(f)) or [[]]
-        except csv.Error as e:
-            raise ValueError(str(e)) from None
-        if fields[:2] != cls.FIELDS[:2] or len({*fields}) < len(fields):
-            raise ValueError("its columns have other names")
-        if rows and len(rows[-1]) < len(fields):  # the machine stopped while it was written
-            rows.pop()
-        before = 0
-        for row in rows:
-            numbers = all(math.isfinite(float(v)) for v in row if v)
-            if len(row) != len(fields) or not row[0].isdecimal() or not numbers:
-                raise ValueError(f"a row is {','.join(row)[:80]!r}")
-            if int(row[0]) < before:
-                raise ValueError("its steps do not follow one another")
-            before = int(row[0])
-        return fields, [dict(zip(fields, row)) for row in rows]
-
     def write(self, step, values):
         """Append a row to log.csv, which may have been taken away with its folder."""
         prepare.make_dir(os.path.dirname(self.path))
-        added = [name for name in values if name not in self.fields]
-        if added or not os.path.exists(self.path):
-            rows = self.read(self.path)[1] if os.path.exists(self.path) else []
-            self.fields = self.fields + added
-            self.rewrite(rows)
-        with open(self.path, "a", newline="", encoding="utf-8") as f:
-            row = {"step": step, **{k: f"{v:.8g}" for k, v in values.items()}}
-            csv.DictWriter(f, self.fields).writerow(row)
+        row = {"step": step, **{k: f"{v:.8g}" for k, v in values.items()}}
+        if not os.path.exists(self.path):
+            self.rewrite([row])
+        elif not row.keys() <= {*self.fields}:
+            self.rewrite([*self.read(), row])
+        else:
+            with open(self.path, "a", newline="", encoding="utf-8") as f:
+                csv.DictWriter(f, self.fields).writerow(row)
+
+    def attempt(self, name, do, *args):
+        try:
+            do(*args)
+        except Exception as e:  # a full disk or a lost network is no reason to lose the run
+            del self.loggers[name]
+            say(f"{name} takes no more ({summary(e)}); training goes on without it", sys.stderr)
 
     def __call__(self, step, **values):
-        for name, log in list(self.loggers.items()):
-            try:
-                log(step, values)
-            except Exception as e:  # a full disk or a lost network is no reason to lose the run
-                del self.loggers[name]
-                say(f"{name} takes no more ({summary(e)}); training goes on without it", sys.stderr)
+        for name, (log, _) in list(self.loggers.items()):
+            self.attempt(name, log, step, values)
 
     def close(self):
-        for name, close in self.closers.items():
-            try:
-                close()
-            except Exception as e:
-                say(f"{name} did not close ({summary(e)})", sys.stderr)
+        for name, (_, close) in list(self.loggers.items()):
+            self.attempt(name, close)
 
 
 class RunFiles:
-    """The files of a run in out_dir: the last checkpoint, the one before it, the best, the log, the
-    thresholds of exits that bench.py calibrates; and the lock of the process that writes them."""
-    NAMES = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.csv", "exits.json"
+    """The files of a run in out_dir: the last checkpoint, the one before it, the best, the
+    thresholds of exits that bench.py calibrates, the log; and the lock of the process that writes
+    them."""
+    NAMES = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "exits.json", "log.csv"
 
     def __init__(self, out_dir):
         self.out_dir, self.lock_file = out_dir, None
-        paths = [os.path.join(out_dir, name) for name in self.NAMES]
-        self.paths, (self.last, self.previous, self.best, self.log) = paths, paths[:4]
-        # of the checkpoints that this run has written, or goes on from: the step of the last, None
-        # without one, and validation losses, None where the weights were not scored
-        self.last_step = self.last_val_loss = self.best_val_loss = None
+        self.paths = [os.path.join(out_dir, name) for name in self.NAMES]
+        self.last, self.previous, self.best, *_ = self.paths
+        # of the checkpoints that this run has written, or goes on from: the step of the last, and
+        # {path: validation loss, None where the weights were not scored}
+        self.last_step, self.val_losses = None, {}
 
     def checkpoints(self):
         """Return the paths of those that exist, in the order in which a run goes on from them."""
-        return [p for p in (self.last, self.previous, self.best) if os.path.exists(p)]
+        return [p for p in self.paths[:3] if os.path.exists(p)]
 
     def resumes(self, init_from):
         """Return whether a start goes on with this run."""
@@ -678,7 +667,7 @@ class RunFiles:
         """Return (checkpoint, its path) that the run goes on from: the last, or where that is
         damaged the one before, or else the best; raise UserError where there is none."""
         error = None
-        for path in [self.last, *[p for p in self.checkpoints() if p != self.last]]:
+        for path in self.checkpoints() or [self.last]:
             try:
                 saved = prepare.load_checkpoint(path)
             except UserError as e:
@@ -708,31 +697,22 @@ class RunFiles:
 
     def check_new(self, tcfg):
         """Refuse to begin a run where there is one, unless that is to be overwritten."""
-        found = [p for p in self.paths if os.path.lexists(p)]
-        if tcfg.init_from == "auto" and found == [self.log]:  # of a run killed before it saved
-            with contextlib.suppress(OSError, ValueError):
-                Log.read(self.log)
-                found = []
-        if found and not tcfg.overwrite:
+        found = [os.path.basename(p) for p in self.paths if os.path.lexists(p)]
+        killed = tcfg.init_from == "auto" and found == ["log.csv"]  # before it saved anything
+        if found and not killed and not tcfg.overwrite:
             resume = "go on with it by --init_from=resume, " if self.checkpoints() else ""
-            names = ", ".join(map(os.path.basename, found))
-            raise UserError(f"{self.out_dir} has a run ({names}); {resume}choose another "
-                            f"--out_dir, or delete it by --overwrite")
+            raise UserError(f"{self.out_dir} has a run ({', '.join(found)}); {resume}choose "
+                            f"another --out_dir, or delete it by --overwrite")
 
     def clear(self):
-        """Delete the run."""
-        for path in self.paths:
-            try:
+        """Delete the run but for its log, which is begun anew."""
+        for path in self.paths[:-1]:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            except FileNotFoundError:
-                pass
-            except OSError as e:
-                raise UserError(f"{path} cannot be deleted ({e.strerror}); choose another "
-                                f"--out_dir") from None
 
     def save(self, place, state, is_best):
         """Save the last checkpoint on rank 0, and a copy as the best."""
-        step, val_loss = state["step"], state["val_loss"]
+        step = state["step"]
 
         def write():
             if not os.path.exists(os.path.join(self.out_dir, "lock")):  # the folder was taken away
@@ -740,9 +720,9 @@ class RunFiles:
             prepare.save_checkpoint(self.last, state, demote=self.last_step != step,
                                     is_best=is_best)
         place.on_rank_zero(write)
-        self.last_step, self.last_val_loss = step, val_loss
-        if is_best:
-            self.best_val_loss = val_loss
+        self.last_step = step
+        for path in (self.last, self.best) if is_best else (self.last,):
+            self.val_losses[path] = state["val_loss"]
 
 
 class StopSignal:
@@ -1305,14 +1285,15 @@ class Training:
         self.progress = p = Progress(**{k: saved[k] for k in vars(self.progress)})
         if p.step >= self.tcfg.max_iters:
             p.validated = None  # the last validation is done again
+        files.val_losses[path] = saved["val_loss"]
         if path == files.last:
-            files.last_step, files.last_val_loss = p.step, saved["val_loss"]
+            files.last_step = p.step
         # the best may be later than the state that is gone on from
         if math.isfinite(p.best_val_loss) and os.path.exists(files.best):
             with contextlib.suppress(UserError):
                 best = prepare.load_checkpoint(files.best)
                 p.best_val_loss = min(p.best_val_loss, best["best_val_loss"])
-                files.best_val_loss = best["val_loss"]
+                files.val_losses[files.best] = best["val_loss"]
 
     def begin_log(self):
         """Return the Log, begun; a run that is there and not resumed is deleted."""
@@ -1473,17 +1454,11 @@ class Training:
             self.say(f"val loss {val_loss:.4f} is no better than guessing among {V} tokens "
                      f"({math.log(V):.4f}): lower --learning_rate{muon}, or train longer "
                      f"(--max_iters)")
-        path, saved_val_loss = None, files.last_val_loss
-        if files.last_step is not None:
-            path = files.last
-            if os.path.exists(files.best):
-                path, saved_val_loss = files.best, files.best_val_loss
-                if saved_val_loss is None:
-                    saved_val_loss = p.best_val_loss
+        path = next((p for p in (files.best, files.last) if p in files.val_losses), None)
         return dict(val_loss=val_loss, best_val_loss=p.best_val_loss, step=p.step, curve=curve,
                     step_seconds=p.step_seconds, stopped=stopped, path=path,
-                    saved_val_loss=saved_val_loss, compile_seconds=self.compile_seconds,
-                    params=self.run.model.num_params(),
+                    saved_val_loss=files.val_losses.get(path),
+                    compile_seconds=self.compile_seconds, params=self.run.model.num_params(),
                     seconds=time.perf_counter() - self.started)
 
 
