@@ -4,6 +4,7 @@ Bottom-up: exact search and an index for very many keys; the Store, one file of 
 texts into one, for the memory of blocks M or as a datastore; what opens one for a model; and the
 work of `python sample.py memory FILE list|show|forget|prune|stats`.
 """
+import bisect
 import collections
 import contextlib
 import itertools
@@ -172,7 +173,7 @@ class Store:
     holds. A new one needs them all."""
 
     def __init__(self, path, model=None, kind=None, key=None, value=None, write=False):
-        self.path, self.depth, self.lock, self.db = str(path), 0, None, None
+        self.path, self.lock, self.db = str(path), None, None
         wanted = {"format": STORE_FORMAT, "kind": kind, "model": model,
                   "key": key and f"{key[0]} {key[1]}", "value": value and f"{value[0]} {value[1]}"}
         if os.path.isdir(path):
@@ -207,12 +208,11 @@ class Store:
         """Make the tables of a new store, and write what it is."""
         if None in facts.values():
             raise UserError(f"store {self.path} is empty; python sample.py learn fills it")
-        self.db.execute("BEGIN")
-        for table in TABLES:
-            self.db.execute(table)
-        self.db.execute("INSERT INTO facts (value) VALUES ('')")
-        self.put_facts({**facts, "next": 1, "n": 0})
-        self.db.commit()
+        with self.batch():
+            for table in TABLES:
+                self.db.execute(table)
+            self.db.execute("INSERT INTO facts (value) VALUES ('')")
+            self.put_facts({**facts, "next": 1, "n": 0})
 
     def recognize(self):
         """Read what the store is. sqlite3.DatabaseError unless the file has our tables, each page
@@ -279,20 +279,14 @@ class Store:
 
     @contextlib.contextmanager
     def batch(self):
-        """Write what happens inside together when the outermost batch ends, or take it back if it
-        fails."""
-        self.depth += 1
-        try:
-            with self.explained():
-                yield
-                if self.depth == 1:
-                    self.db.commit()
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self.db.rollback()
-            raise
-        finally:
-            self.depth -= 1
+        """See the store as of one moment, and write what happens inside together when the outermost
+        batch ends, or take it back if it fails."""
+        if self.db.in_transaction:
+            yield
+            return
+        with self.explained(), self.db:
+            self.db.execute("BEGIN")
+            yield
 
     def read_facts(self):
         """Return what a store is, the next id, and how many entries it has, n, so that one that a
@@ -361,20 +355,14 @@ class Store:
     def sound(self):
         """Yield lists of all Entries in the order of their ids, as of one moment. UserError names
         damaged ones, or says that some are lost."""
-        wrong, n, alone = [], 0, not self.db.in_transaction
-        with self.explained():
-            try:
-                if alone:
-                    self.db.execute("BEGIN")
-                written = self.read_facts()["n"]
-                for some in self.entries():
-                    n += len(some)
-                    wrong += [e.id for e in some if not self.intact(e)]
-                    if not wrong:
-                        yield some
-            finally:
-                if alone:
-                    self.db.rollback()
+        wrong, n = [], 0
+        with self.batch():
+            for some in self.entries():
+                n += len(some)
+                wrong += [e.id for e in some if not self.intact(e)]
+                if not wrong:
+                    yield some
+            written = self.read_facts()["n"]
         self.refuse(wrong)
         if n != written:
             raise self.damaged(f"it has {n:,} of its {written:,} entries")
@@ -442,21 +430,19 @@ class Store:
         """Return the ids of the entries that bring back a piece of this text: one stands on the
         bytes start to stop of its source, of which it keeps the last few, so what comes after
         tells where the text stood."""
-        raw, ends = text.encode(), collections.defaultdict(set)
+        raw, ends, ids = text.encode(), collections.defaultdict(set), []
         for e in (e for some in self.sound() for e in some if text in e.text):
             kept = e.text.encode()
             first = e.stop - len(kept) + len(raw)
             for match in re.finditer(b"(?=" + re.escape(raw) + b")", kept):  # may overlap
                 ends[e.source].add(first + match.start())
-        ids = []
-        for source, places in ends.items():
-            rows = self.db.execute("SELECT id, start, stop FROM entries WHERE source = ?",
-                                   (source,))
-            i, start, stop = np.array(list(rows)).T
-            places = np.array(sorted(places))
-            # the first that ends behind where an entry starts
-            near = places[np.searchsorted(places, start, side="right").clip(max=len(places) - 1)]
-            ids += i[(near > start) & (near - len(raw) < stop)].tolist()
+        ends = {source: sorted(places) for source, places in ends.items()}
+        for id_, source, start, stop in self.db.execute(
+                "SELECT id, source, start, stop FROM entries"):
+            places = ends.get(source, [])
+            at = bisect.bisect_right(places, start)  # the first that ends behind where it starts
+            if at < len(places) and places[at] - len(raw) < stop:
+                ids.append(id_)
         return ids
 
     def prune(self, n):
@@ -474,9 +460,9 @@ class Store:
         n = sum(map(len, self.sound()))
         layers = self.db.execute("SELECT layer, COUNT(*), SUM(uses > 0), SUM(uses) FROM entries "
                                  "GROUP BY layer").fetchall()
-        files = [f for f in (self.path, f"{self.path}-wal") if os.path.exists(f)]
-        return {**self.facts, "bytes": sum(map(os.path.getsize, files)), "entries": n,
-                "layers": layers}
+        size, = self.db.execute("SELECT page_count * page_size FROM pragma_page_count, "
+                                "pragma_page_size").fetchone()
+        return {**self.facts, "bytes": size, "entries": n, "layers": layers}
 
 
 def open_store(kind, target, model, path, write=False):
