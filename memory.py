@@ -334,11 +334,11 @@ class Store:
         self.db.executemany(f"REPLACE INTO entries ({COLUMNS}) VALUES ({marks})",
                             ((*entry, checksum(*entry)) for entry in entries))
 
-    def entries(self, where="", *values, size=4096):
+    def entries(self, where="", *values):
         """Yield lists of Entry in the order of their ids."""
         with self.explained():
             rows = self.db.execute(f"SELECT {COLUMNS} FROM entries {where} ORDER BY id", values)
-            while some := rows.fetchmany(size):
+            while some := rows.fetchmany(4096):
                 yield [Entry(*row) for row in some]
 
     def entry(self, id_):
@@ -747,11 +747,11 @@ def show(store, words, limit):
         if e is None:
             raise UserError(f"store {store.path} has no entry {i}; list shows which there are")
         print(entry_line(store, e, width=10 ** 9))
-        parts = ("key", e.key, store.key_type), ("value", e.value, store.value_type)
-        for name, raw, kind in parts if store.intact(e) else ():
-            values = np.frombuffer(raw, kind)
-            first = " ".join(f"{v:.4g}" for v in values[:8])
-            print(f"{name:>9}  {len(values)} x {kind.name}: {first}{' ...' * (len(values) > 8)}")
+        numbers = store.columns([e] if store.intact(e) else [])
+        for name in ("keys", "values"):
+            for row in numbers[name]:
+                first = " ".join(f"{v:.4g}" for v in row[:8])
+                print(f"{name:>9}  {len(row)} x {row.dtype.name}: {first}{' ...' * (len(row) > 8)}")
 
 
 def forget(store, words, limit):
