@@ -4,6 +4,7 @@ Bottom-up: exact search and an index for very many keys; the Store, one file of 
 texts into one, for the memory of blocks M or as a datastore; what opens one for a model; and the
 work of `python sample.py memory FILE list|show|forget|prune|stats`.
 """
+import bisect
 import collections
 import contextlib
 import itertools
@@ -113,24 +114,20 @@ class Clusters:
 # the store: entries with a key, a value and the text they came from, in one file of SQL
 
 
-COLUMNS = ("id, layer, head, key, value, text, source, start, stop, checksum, "
-           "uses, worth, last, use_checksum")
-USE_COLUMNS = "id, layer, uses, worth, last, use_checksum"
+COLUMNS = ("id, layer, head, key, value, text, source, start, stop, "
+           "uses, worth, last, checksum")
 Entry = collections.namedtuple("Entry", COLUMNS)
-TABLES = ("CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+TABLES = ("CREATE TABLE facts (value TEXT NOT NULL)",
           "CREATE TABLE entries (id INTEGER PRIMARY KEY, layer INTEGER NOT NULL, "
           "head INTEGER NOT NULL, source INTEGER NOT NULL, start INTEGER NOT NULL, "
-          "stop INTEGER NOT NULL, checksum INTEGER NOT NULL, uses INTEGER NOT NULL, "
-          "worth REAL NOT NULL, last REAL NOT NULL, use_checksum INTEGER NOT NULL, "
-          "key BLOB NOT NULL, value BLOB NOT NULL, text TEXT NOT NULL)")
-SCHEMA = {("table", "facts", TABLES[0]), ("table", "entries", TABLES[1]),
-          ("index", "sqlite_autoindex_facts_1", None)}
-FACTS = "format", "kind", "model", "key", "value"  # what never changes about a store
-STORE_FORMAT = "3"
+          "stop INTEGER NOT NULL, uses INTEGER NOT NULL, worth REAL NOT NULL, last REAL NOT NULL, "
+          "checksum INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, text TEXT NOT NULL)")
+SCHEMA = {("table", "facts", TABLES[0]), ("table", "entries", TABLES[1])}
+STORE_FORMAT = "4"
 DAMAGE = sqlite3.DatabaseError, UnicodeError  # what reading a damaged file may raise
 HALF_LIFE = 7 * 24 * 3600.0  # seconds after which a use counts half when entries are pruned
 LEARN_AGAIN = "learn its texts with this model, into a new file"
-MAX_TEXT = 2 ** 16  # bytes of an entry, besides its key and its value
+MAX_ENTRY = 2 ** 20  # bytes
 KNN_LAYER = -1  # the layer of output vectors in a datastore
 
 
@@ -140,7 +137,7 @@ def connect(path, write):
     name = urllib.parse.quote(os.fsencode(os.path.abspath(path)))
     db = sqlite3.connect(f"file:{name}?mode={'rwc' if write else 'rw'}", uri=True, timeout=10)
     db.text_factory = lambda raw: raw.decode(errors="replace")  # the checksum finds damaged text
-    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 16 * MAX_TEXT)
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_ENTRY)
     db.execute("PRAGMA trusted_schema = OFF")
     empty = not db.execute("PRAGMA schema_version").fetchone()[0]
     if write and empty:
@@ -150,30 +147,12 @@ def connect(path, write):
     return db, empty
 
 
-def checksum(id_, layer, head, key, value, text, source, start, stop):
-    """Return the CRC-32 of what an entry holds: it finds every flipped bit and every damage of up
-    to 32 bits in a row."""
-    text = f"{id_} {layer} {head} {len(key)} {source} {start} {stop} {text}"
-    return zlib.crc32(text.encode(), zlib.crc32(value, zlib.crc32(key)))
-
-
-def use_checksum(*uses):
-    """Return the CRC-32 of how an entry was used: id, layer, uses, worth, last."""
-    return zlib.crc32("{} {} {} {} {}".format(*uses).encode())
-
-
-def uses_intact(*row):
-    """Tell whether USE_COLUMNS of an entry are as they were written, of their types too."""
-    *uses, found = row
-    _, _, n, worth, last = uses
-    return [type(v) for v in uses] == [int, int, int, float, float] and \
-        use_checksum(*uses) == found and 0 <= n < 2 ** 53 and 0 < worth < 2 ** 53 and \
-        0 <= last < 2 ** 36  # (a time before the year 4147)
-
-
-def facts_checksum(facts):
-    """Return the CRC-32 of what does not change in the facts of a store."""
-    return str(zlib.crc32(str([facts.get(k) for k in FACTS]).encode()))
+def checksum(*entry):
+    """Return the CRC-32 of an Entry without its own, types included: it finds every flipped bit and
+    every damage of up to 32 bits in a row."""
+    id_, layer, head, key, value, *others = entry
+    numbers = id_, layer, head, len(key), others
+    return zlib.crc32(repr(numbers).encode(), zlib.crc32(value, zlib.crc32(key)))
 
 
 def shape_of(text):
@@ -185,7 +164,7 @@ def shape_of(text):
 class Store:
     """Entries of a memory or a datastore on disk, one file, as numpy arrays to the outside. Each
     belongs to a layer and a head, and has a key (D,), a value (E,), the end of the text that led
-    to it, where in that text it stands, how often and when last it was used, and checksums. One
+    to it, where in that text it stands, how often and when last it was used, and a checksum. One
     process writes at a time, any number read and see what is committed. What `batch` writes is on
     the disk when it ends, whole, or not at all; so a process may be killed at any moment.
 
@@ -194,7 +173,7 @@ class Store:
     holds. A new one needs them all."""
 
     def __init__(self, path, model=None, kind=None, key=None, value=None, write=False):
-        self.path, self.depth, self.lock, self.db = str(path), 0, None, None
+        self.path, self.lock, self.db = str(path), None, None
         wanted = {"format": STORE_FORMAT, "kind": kind, "model": model,
                   "key": key and f"{key[0]} {key[1]}", "value": value and f"{value[0]} {value[1]}"}
         if os.path.isdir(path):
@@ -216,15 +195,11 @@ class Store:
             self.check(wanted)
             if write:
                 self.db.execute("PRAGMA journal_mode = WAL")
-        except OSError as e:
+        except (OSError, *DAMAGE) as e:
             self.close()
-            raise UserError(f"store {path} cannot be opened ({e.strerror or e}); choose another "
-                            f"place") from None
-        except DAMAGE as e:
-            self.close()
-            raise UserError(f"{path} is not a store of this project, or it is damaged "
-                            f"({summary(e)}); nothing in it was changed, name another "
-                            f"file") from None
+            raise UserError(f"{path} cannot be opened ({summary(e)}): it is not a store of this "
+                            f"project, or damaged, or its folder takes no files; nothing in it was "
+                            f"changed, name another file") from None
         except UserError:
             self.close()
             raise
@@ -233,18 +208,18 @@ class Store:
         """Make the tables of a new store, and write what it is."""
         if None in facts.values():
             raise UserError(f"store {self.path} is empty; python sample.py learn fills it")
-        facts = {**facts, "checksum": facts_checksum(facts), "state": ""}
-        self.db.execute("BEGIN")
-        for table in TABLES:
-            self.db.execute(table)
-        self.db.executemany("INSERT INTO facts (name, value) VALUES (?, ?)", facts.items())
-        self.put_state({"next": 1, "counts": {}})
-        self.db.commit()
+        with self.batch():
+            for table in TABLES:
+                self.db.execute(table)
+            self.db.execute("INSERT INTO facts (value) VALUES ('')")
+            self.put_facts({**facts, "next": 1, "n": 0})
 
     def recognize(self):
         """Read what the store is. sqlite3.DatabaseError unless the file has our tables, each page
         in its place, and nothing else: a view or a trigger of somebody else's is never run."""
-        schema = set(self.db.execute("SELECT type, name, sql FROM sqlite_master LIMIT 4"))
+        # (what has no SQL are the indexes that SQLite makes for itself)
+        schema = set(self.db.execute("SELECT type, name, sql FROM sqlite_master "
+                                     "WHERE sql NOTNULL LIMIT 3"))
         if schema != SCHEMA:
             if {row[:2] for row in schema} == {row[:2] for row in SCHEMA}:
                 raise UserError(f"store {self.path} was made by another version of this program; "
@@ -253,22 +228,18 @@ class Store:
         found = self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if found != "ok":
             raise sqlite3.DatabaseError(found)
-        self.facts = dict(self.db.execute("SELECT name, value FROM facts LIMIT 8"))
-        if set(self.facts) != {*FACTS, "checksum", "state"} or \
-                self.facts["checksum"] != facts_checksum(self.facts):
-            raise sqlite3.DatabaseError("the checksum of its facts does not fit")
+        self.facts = self.read_facts()
         try:
             self.D, self.key_type = shape_of(self.facts["key"])
             self.E, self.value_type = shape_of(self.facts["value"])
-        except AttributeError:
+        except (AttributeError, TypeError, KeyError):
             raise sqlite3.DatabaseError("it says nothing of its keys and values") from None
         self.sizes = self.D * self.key_type.itemsize, self.E * self.value_type.itemsize
-        self.db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, sum(self.sizes) + MAX_TEXT)
 
     def check(self, wanted):
         """Raise UserError unless the store is what is wanted."""
         for name, value in wanted.items():
-            found = self.facts[name]
+            found = self.facts.get(name)
             if value is not None and found != value:
                 raise UserError(f"store {self.path} " + (
                     f"belongs to another model ({found}, this one is {value}); {LEARN_AGAIN}"
@@ -308,55 +279,34 @@ class Store:
 
     @contextlib.contextmanager
     def batch(self):
-        """Write what happens inside together when the outermost batch ends, or take it back if it
-        fails."""
-        self.depth += 1
-        try:
-            with self.explained():
-                yield
-                if self.depth == 1:
-                    self.db.commit()
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self.db.rollback()
-            raise
-        finally:
-            self.depth -= 1
+        """See the store as of one moment, and write what happens inside together when the outermost
+        batch ends, or take it back if it fails."""
+        if self.db.in_transaction:
+            yield
+            return
+        with self.explained(), self.db:
+            self.db.execute("BEGIN")
+            yield
 
-    @contextlib.contextmanager
-    def snapshot(self):
-        """Read what is read inside as of one moment, whoever writes."""
-        with self.explained():
-            alone = not self.db.in_transaction
-            if alone:
-                self.db.execute("BEGIN")
-            try:
-                yield
-            finally:
-                if alone and self.db.in_transaction:
-                    self.db.rollback()
-
-    def state(self):
-        """Return what changes about a store as a whole: the next id, and how many entries each
-        layer has, so that one that a damaged page hides is missed."""
+    def read_facts(self):
+        """Return what a store is, the next id, and how many entries it has, n, so that one that a
+        damaged page hides is missed."""
         try:
-            row = self.db.execute("SELECT value FROM facts WHERE name = 'state'").fetchone()
-            state = prepare.unseal(row[0])
-            if all(type(n) is int and 0 <= n < 2 ** 53 and int(layer) < 2 ** 31
-                   for layer, n in (("0", state["next"]), *state["counts"].items())):
-                return state
-        except (ValueError, TypeError, KeyError, AttributeError):
+            (value,), = self.db.execute("SELECT value FROM facts LIMIT 2")
+            facts = prepare.unseal(value)
+            if all(type(facts[k]) is int and 0 <= facts[k] < 2 ** 53 for k in ("next", "n")):
+                return facts
+        except (ValueError, TypeError, KeyError):
             pass
-        raise sqlite3.DatabaseError("what it says of its entries cannot be read") from None
+        raise sqlite3.DatabaseError("what it says of its entries cannot be read")
 
-    def put_state(self, state):
-        sealed = prepare.seal(state).decode()
-        self.db.execute("UPDATE facts SET value = ? WHERE name = 'state'", (sealed,))
+    def put_facts(self, facts):
+        self.db.execute("UPDATE facts SET value = ?", (prepare.seal(facts).decode(),))
 
     def count(self):
         """Return how many entries the store says that it has."""
         with self.explained():
-            return sum(self.state()["counts"].values())
+            return self.read_facts()["n"]
 
     def add(self, layer, heads, keys, values, texts, now=None, spans=None, source=None):
         """Write n entries of a layer: heads (n,), keys (n, D), values (n, E) and n texts. Return
@@ -370,41 +320,52 @@ class Store:
         if spans is None:
             spans = [(0, len(text.encode())) for text in texts]
         with self.batch():
-            state = self.state()
-            ids = range(state["next"], state["next"] + n)
-            rows = zip(ids, [layer] * n, np.asarray(heads).tolist(), map(bytes, keys),
-                       map(bytes, values), texts, ids if source is None else [source] * n,
-                       *zip(*np.asarray(spans).tolist()))
-            self.db.executemany(
-                f"INSERT INTO entries ({COLUMNS}) VALUES ({', '.join('?' * len(Entry._fields))})",
-                ((*row, checksum(*row), *uses, use_checksum(row[0], layer, *uses)) for row in rows))
-            counts = {**state["counts"]}
-            counts[str(layer)] = counts.get(str(layer), 0) + n
-            self.put_state({"next": ids.stop, "counts": counts})
+            facts = self.read_facts()
+            ids = range(facts["next"], facts["next"] + n)
+            self.put(zip(ids, [layer] * n, np.asarray(heads).tolist(), map(bytes, keys),
+                         map(bytes, values), texts, ids if source is None else [source] * n,
+                         *zip(*np.asarray(spans).tolist()), *([use] * n for use in uses)))
+            self.put_facts({**facts, "next": ids.stop, "n": facts["n"] + n})
         return np.array(ids)
 
-    def entries(self, where="", *values, size=4096):
+    def put(self, entries):
+        """Write each Entry, given without its checksum, in the place of one of the same id."""
+        marks = ", ".join("?" * len(Entry._fields))
+        self.db.executemany(f"REPLACE INTO entries ({COLUMNS}) VALUES ({marks})",
+                            ((*entry, checksum(*entry)) for entry in entries))
+
+    def entries(self, where="", *values):
         """Yield lists of Entry in the order of their ids."""
         with self.explained():
             rows = self.db.execute(f"SELECT {COLUMNS} FROM entries {where} ORDER BY id", values)
-            while some := rows.fetchmany(size):
+            while some := rows.fetchmany(4096):
                 yield [Entry(*row) for row in some]
 
     def entry(self, id_):
         """Return the Entry of an id, None where there is none."""
         return next(self.entries("WHERE id = ?", int(id_)), [None])[0]
 
-    def uses_of(self, id_):
-        """Return USE_COLUMNS of an id, None where there is none."""
-        where = f"SELECT {USE_COLUMNS} FROM entries WHERE id = ?"
-        return self.db.execute(where, (id_,)).fetchone()
-
     def intact(self, entry):
         """Tell whether an Entry is as it was written."""
-        content, (found, *uses) = entry[:9], entry[9:]
-        return [type(v) for v in content] == [int] * 3 + [bytes] * 2 + [str] + [int] * 3 and \
-            checksum(*content) == found and uses_intact(*entry[:2], *uses) and \
-            (len(entry.key), len(entry.value)) == self.sizes and 0 <= entry.head < 2 ** 31
+        *content, found = entry
+        blobs = entry.key, entry.value
+        return all(type(b) is bytes for b in blobs) and tuple(map(len, blobs)) == self.sizes and \
+            checksum(*content) == found and entry.worth > 0 and 0 <= entry.last < 2 ** 36
+
+    def sound(self):
+        """Yield lists of all Entries in the order of their ids, as of one moment. UserError names
+        damaged ones, or says that some are lost."""
+        wrong, n = [], 0
+        with self.batch():
+            for some in self.entries():
+                n += len(some)
+                wrong += [e.id for e in some if not self.intact(e)]
+                if not wrong:
+                    yield some
+            written = self.read_facts()["n"]
+        self.refuse(wrong)
+        if n != written:
+            raise self.damaged(f"it has {n:,} of its {written:,} entries")
 
     def refuse(self, ids, why="the checksum does not fit"):
         """Raise UserError that names these damaged entries, where there are some."""
@@ -413,11 +374,6 @@ class Store:
             raise UserError(f"store {self.path} has a damaged entry ({ids[0]}{more}: {why}); take "
                             f"it out with python sample.py memory {shlex.quote(self.path)} forget "
                             f"{' '.join(map(str, ids[:20]))}")
-
-    def refuse_incomplete(self, layer, n, written):
-        """Raise UserError where a layer has lost entries, or has more than were written."""
-        if n != written:
-            raise self.damaged(f"layer {layer} has {n:,} of its {written:,} entries")
 
     def columns(self, some):
         """Return a list of Entry as arrays."""
@@ -430,35 +386,16 @@ class Store:
 
     def arrays(self, layer):
         """Return all entries of a layer in the order of their ids: {"ids" (n,), "head" (n,),
-        "keys" (n, D), "values" (n, E), "uses" (n,), "last" (n,)}. UserError names a damaged one."""
-        parts, wrong = [self.columns([])], []
-        with self.snapshot():
-            for some in self.entries("WHERE layer = ?", layer):
-                wrong += [e.id for e in some if not self.intact(e)]
-                if not wrong:
-                    parts.append(self.columns(some))
-            written = self.state()["counts"].get(str(layer), 0)
-        self.refuse(wrong)
+        "keys" (n, D), "values" (n, E), "uses" (n,), "last" (n,)}. UserError where any entry of the
+        store is damaged or lost."""
+        parts = [self.columns([])]
+        for some in self.sound():
+            parts.append(self.columns([e for e in some if e.layer == layer]))
         found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        if len(found["ids"]) != written:
-            self.uses()  # names an entry that says another layer
-        self.refuse_incomplete(layer, len(found["ids"]), written)
         for k in ("keys", "values"):
             endless = ~np.isfinite(found[k]).all(1)
             self.refuse(found["ids"][endless].tolist(), "no finite numbers")
         return found
-
-    def uses(self):
-        """Return (n, 5): id, layer, uses, what they are worth and when the last one was, of all
-        entries in the order of their ids. UserError names damaged entries and incomplete layers."""
-        with self.snapshot():
-            rows = self.db.execute(f"SELECT {USE_COLUMNS} FROM entries ORDER BY id").fetchall()
-            written = self.state()["counts"]
-        self.refuse([row[0] for row in rows if not uses_intact(*row)])
-        counts = collections.Counter(row[1] for row in rows)
-        for layer in {*counts, *map(int, written)}:
-            self.refuse_incomplete(layer, counts[layer], written.get(str(layer), 0))
-        return np.array([row[:5] for row in rows], float).reshape(-1, 5)
 
     def texts(self, ids):
         """Return the texts of entries; "" for one that is not there any more, or is damaged."""
@@ -470,79 +407,62 @@ class Store:
         since 1970. What their uses are worth halves every HALF_LIFE."""
         now = time.time() if now is None else float(now)
         with self.batch():
-            for i, times in zip(map(int, ids), np.broadcast_to(n, len(ids)).tolist()):
-                row = self.uses_of(i)
-                if row:
-                    self.refuse([i] * (not uses_intact(*row)))
-                    _, layer, uses, worth, last, _ = row
-                    worth = worth * 2 ** (min(last - now, 0) / HALF_LIFE) + times
-                    used = uses + times, worth, max(now, last)
-                    self.db.execute(
-                        "UPDATE entries SET uses = ?, worth = ?, last = ?, use_checksum = ? "
-                        "WHERE id = ?", (*used, use_checksum(i, layer, *used), i))
+            for i, times in zip(ids, np.broadcast_to(n, len(ids)).tolist()):
+                e = self.entry(i)
+                if e:
+                    self.refuse([e.id] * (not self.intact(e)))
+                    worth = e.worth * 2 ** (min(e.last - now, 0) / HALF_LIFE) + times
+                    used = e._replace(uses=e.uses + times, worth=worth, last=max(now, e.last))
+                    self.put([used[:-1]])
 
     def forget(self, what):
         """Take out entries by id, or all that bring back a piece of this text, wherever it was
         read. Return how many there were."""
         with self.batch():
-            state = self.state()
-            gone, counts = collections.Counter(), state["counts"]
-            for i in self.within(what) if isinstance(what, str) else map(int, what):
-                row = self.uses_of(i)
-                if row:  # a damaged one may say another layer than its own
-                    layers = row[1], *map(int, counts)
-                    layer = next((k for k in layers if uses_intact(i, k, *row[2:])), row[1])
-                    gone[str(layer)] += 1
-                self.db.execute("DELETE FROM entries WHERE id = ?", (i,))
-            counts = {layer: n - gone[layer] for layer, n in counts.items()}
-            self.put_state({**state, "counts": counts})
-        return gone.total()
-
-    def matching(self, text):
-        """Yield each Entry that has this text in its own, and each damaged one."""
-        for some in self.entries():
-            yield from (e for e in some if not self.intact(e) or text in e.text)
+            ids = self.within(what) if isinstance(what, str) else what
+            delete = "DELETE FROM entries WHERE id = ?"
+            gone = sum(self.db.execute(delete, (int(i),)).rowcount for i in ids)
+            facts = self.read_facts()
+            self.put_facts({**facts, "n": facts["n"] - gone})
+        return gone
 
     def within(self, text):
         """Return the ids of the entries that bring back a piece of this text: one stands on the
         bytes start to stop of its source, of which it keeps the last few, so what comes after
         tells where the text stood."""
-        raw, ends = text.encode(), collections.defaultdict(set)
-        found = list(self.matching(text))
-        self.refuse([e.id for e in found if not self.intact(e)])
-        for e in found:
+        raw, ends, ids = text.encode(), collections.defaultdict(set), []
+        for e in (e for some in self.sound() for e in some if text in e.text):
             kept = e.text.encode()
             first = e.stop - len(kept) + len(raw)
             for match in re.finditer(b"(?=" + re.escape(raw) + b")", kept):  # may overlap
                 ends[e.source].add(first + match.start())
-        ids = []
-        for source, places in ends.items():
-            rows = self.db.execute("SELECT id, start, stop FROM entries WHERE source = ?",
-                                   (source,))
-            i, start, stop = np.array(list(rows)).T
-            places = np.array(sorted(places))
-            # the first that ends behind where an entry starts
-            near = places[np.searchsorted(places, start, side="right").clip(max=len(places) - 1)]
-            ids += i[(near > start) & (near - len(raw) < stop)].tolist()
+        ends = {source: sorted(places) for source, places in ends.items()}
+        for id_, source, start, stop in self.db.execute(
+                "SELECT id, source, start, stop FROM entries"):
+            places = ends.get(source, [])
+            at = bisect.bisect_right(places, start)  # the first that ends behind where it starts
+            if at < len(places) and places[at] - len(raw) < stop:
+                ids.append(id_)
         return ids
 
     def prune(self, n):
         """Keep the n entries whose uses, the writing counted as one, are worth most: LRFU (Lee et
         al. 2001), each use counts half a HALF_LIFE later. Return how many went."""
         with self.batch():
-            ids, _, _, worth, last = self.uses().T
-            rank = np.log2(worth) + last / HALF_LIFE  # the order is the same at any time
-            return self.forget(ids[np.argsort(rank, kind="stable")[:max(len(ids) - n, 0)]])
+            # (their order is the same at any time)
+            ranks = sorted((math.log2(e.worth) + e.last / HALF_LIFE, e.id)
+                           for some in self.sound() for e in some)
+            return self.forget([id_ for _, id_ in ranks[:max(len(ranks) - n, 0)]])
 
     def stats(self):
         """Return what the store says of itself, and its size: facts, bytes, entries, and a list
         of (layer, entries, used ones, uses)."""
-        _, layer, uses, *_ = self.uses().T
-        each = [(int(i), uses[layer == i].astype(int)) for i in np.unique(layer)]
-        layers = [(i, len(u), int((u > 0).sum()), int(u.sum())) for i, u in each]
-        files = [f for f in (self.path, f"{self.path}-wal") if os.path.exists(f)]
-        return {**self.facts, "bytes": sum(map(os.path.getsize, files)), "entries": len(uses),
-                "layers": layers}
+        n = sum(map(len, self.sound()))
+        layers = self.db.execute("SELECT layer, COUNT(*), SUM(uses > 0), SUM(uses) FROM entries "
+                                 "GROUP BY layer").fetchall()
+        size, = self.db.execute("SELECT page_count * page_size FROM pragma_page_count, "
+                                "pragma_page_size").fetchone()
+        return {**self.facts, "bytes": size, "entries": n, "layers": layers}
 
 
 def open_store(kind, target, model, path, write=False):
@@ -766,7 +686,7 @@ def learn(store, model, tok, ids):
     Return how many entries there are."""
     ending, spans = passages(tok, ids)
     with store.batch():
-        source = store.state()["next"]
+        source = store.read_facts()["next"]
 
         def add(layer, head, keys, values, places):
             """Add entries of one head with keys (n, D), values (n, E), at these places (n,)."""
@@ -811,7 +731,8 @@ def entry_line(store, e, width=70):
 
 def list_entries(store, words, limit):
     """Print the first entries, or the first that have a text in them; damaged ones always."""
-    found = store.matching(" ".join(words))
+    text = " ".join(words)
+    found = (e for some in store.entries() for e in some if not store.intact(e) or text in e.text)
     print(f"{'id':>9}  {'layer':>5} {'head':>4} {'uses':>6}  {'last used':16}  text")
     for e in itertools.islice(found, limit or None):
         print(entry_line(store, e))
@@ -826,11 +747,11 @@ def show(store, words, limit):
         if e is None:
             raise UserError(f"store {store.path} has no entry {i}; list shows which there are")
         print(entry_line(store, e, width=10 ** 9))
-        parts = ("key", e.key, store.key_type), ("value", e.value, store.value_type)
-        for name, raw, kind in parts if store.intact(e) else ():
-            values = np.frombuffer(raw, kind)
-            first = " ".join(f"{v:.4g}" for v in values[:8])
-            print(f"{name:>9}  {len(values)} x {kind.name}: {first}{' ...' * (len(values) > 8)}")
+        numbers = store.columns([e] if store.intact(e) else [])
+        for name in ("keys", "values"):
+            for row in numbers[name]:
+                first = " ".join(f"{v:.4g}" for v in row[:8])
+                print(f"{name:>9}  {len(row)} x {row.dtype.name}: {first}{' ...' * (len(row) > 8)}")
 
 
 def forget(store, words, limit):

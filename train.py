@@ -20,7 +20,6 @@ import itertools
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -193,19 +192,16 @@ class Place:
 def ranks():
     """Return (rank, processes, rank on this machine, processes on this machine) as torchrun says,
     or else 0, 1, 0, 1; raise UserError where only half of that is said, or nonsense."""
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
-    if not any(n in os.environ for n in names):
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    if not any(n in os.environ for n in names[:3]):
         return 0, 1, 0, 1
     env = {"LOCAL_WORLD_SIZE": "1", **os.environ}
     with contextlib.suppress(KeyError, ValueError):
-        rank, world, local_rank, local_world = (int(env[n]) for n in (*names, "LOCAL_WORLD_SIZE"))
-        addressed = world == 1 or env["MASTER_ADDR"] and env["MASTER_PORT"]
-        if 0 <= rank < world and 0 <= local_rank and 0 < local_world <= world and addressed:
+        rank, world, local_rank, local_world = (int(env[n]) for n in names)
+        if 0 <= rank < world and 0 <= local_rank and 0 < local_world <= world:
             return rank, world, local_rank, local_world
-    names += ["MASTER_ADDR", "MASTER_PORT"]
-    values = ", ".join(f"{n} = {os.environ.get(n)!r}" for n in names)
-    raise UserError(f"the environment makes this process one of several, but not wholly "
-                    f"({values}); start several with torchrun, or unset these variables")
+    raise UserError(f"{', '.join(names)} do not say together which of how many processes this is; "
+                    f"start several with torchrun, or unset these variables")
 
 
 def find_place(tcfg):
@@ -215,23 +211,13 @@ def find_place(tcfg):
     if name == "auto":  # several processes want a GPU each, or none
         mps = torch.backends.mps.is_available() and world == 1
         name = "cuda" if n_gpu >= local_world else "mps" if mps else "cpu"
-    kind = name.partition(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device is one of auto, cpu, cuda (or one of several, as cuda:1) and mps, "
-                        f"not {name!r}")
     if world > 1 and (name == "mps" or (name == "cuda" and n_gpu < local_world)):
         raise UserError(f"{local_world} processes cannot each have a {name} device here; start "
                         f"fewer, or use --device=cpu")
-    try:
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"torch {torch.__version__} finds no CUDA")
-        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-        if kind == "cuda":
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, AttributeError) as e:  # a torch without CUDA lacks some
-        raise UserError(f"device {name!r} is not to be had here ({summary(e)}); use --device=auto "
-                        f"or cpu") from None
+    device = torch.device(config.find_device(f"cuda:{local_rank}" if name == "cuda" else name))
+    kind = device.type
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -449,8 +435,7 @@ class Muon(torch.optim.Optimizer):
     a matrix that has more rows than columns is transposed first."""
     QUINTIC = (3.4445, -4.7750, 2.0315)
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, ns_steps=5,
-                 dtype=torch.bfloat16):
+    def __init__(self, params, lr, momentum, weight_decay, ns_steps, dtype=torch.bfloat16):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
         super().__init__(params, defaults)
         # of the iterations: bf16 is enough, fp32 lets runs of several shapes agree closely
@@ -496,19 +481,13 @@ class Muon(torch.optim.Optimizer):
                     target.add_(update, alpha=-group["lr"] * scale)
 
 
-def param_groups(model, tcfg):
-    """Return {optimizer group: parameters}, by what each parameter states; with optimizer = adamw
-    matrices are among the tables."""
+def make_optimizers(model, tcfg):
+    """Return AdamW, and Muon where it has something to do, for the groups that parameters state
+    (without Muon matrices are among the tables); each group has its peak_lr."""
     groups = {name: [] for name in GROUPS}
     for p in model.parameters():
         matrix = p.group == "matrix" and tcfg.optimizer != "muon"
         groups["table" if matrix else p.group].append(p)
-    return groups
-
-
-def make_optimizers(model, tcfg):
-    """Return AdamW, and Muon where it has something to do; each group has its peak_lr."""
-    groups = param_groups(model, tcfg)
     adam = [dict(params=groups["table"], weight_decay=tcfg.weight_decay),
             dict(params=groups["gain"], weight_decay=0.0),
             dict(params=groups["values"], weight_decay=0.0, lr=tcfg.learning_rate * tcfg.value_lr)]
@@ -559,9 +538,15 @@ def start_wandb(tcfg):
     return lambda step, values: wandb.log(values, step=step), wandb.finish
 
 
+# what logs beside log.csv where NAME_log asks for it: what returns (a function of a step and its
+# values, one for the end), and what a user does where that fails
+LOGGERS = {"tensorboard": (start_tensorboard, "pip install tensorboard"),
+           "wandb": (start_wandb, "pip install wandb and run wandb login")}
+
+
 class Log:
-    """log.csv in out_dir, and tensorboard and wandb when they are asked for. Rank 0 only. What
-    fails in the course of a run is said once and left out.
+    """log.csv in out_dir, and LOGGERS that are asked for. Rank 0 only. What fails in the course of
+    a run is said once and left out.
 
     log.csv has FIELDS, and a column for whatever else was logged (train_NAME: the mean since the
     last row of a loss that is not cross-entropy), which is added when it first comes."""
@@ -569,38 +554,45 @@ class Log:
               "step_seconds"]
 
     def __init__(self, tcfg):
-        """Start tensorboard and wandb, which may fail; log.csv is not touched."""
-        self.path, self.loggers, self.closers = os.path.join(tcfg.out_dir, "log.csv"), {}, {}
-        for name, start in (("tensorboard", start_tensorboard), ("wandb", start_wandb)):
+        """Start LOGGERS, which may fail; log.csv is not touched."""
+        self.path, self.fields = os.path.join(tcfg.out_dir, "log.csv"), self.FIELDS
+        self.loggers = {}
+        for name, (start, todo) in LOGGERS.items():
             if getattr(tcfg, f"{name}_log"):
                 try:
-                    self.loggers[name], self.closers[name] = start(tcfg)
+                    self.loggers[name] = start(tcfg)
                 except Exception as e:  # whatever they raise
-                    self.close()
-                    todo = (f"pip install {name}" if isinstance(e, ImportError) else
-                            "run wandb login" if name == "wandb" else "install it again")
                     raise UserError(f"{name} did not start ({summary(e)}); {todo}, or leave "
                                     f"{name}_log out") from None
 
     def begin(self, step, scored):
-        """Begin log.csv; that of a resumed run keeps its rows of training up to `step`, and of
+        """Begin log.csv; one that is there keeps its rows of training up to `step`, and of
         validation up to step `scored`."""
-        self.fields, rows = self.FIELDS, []
+        rows = []
         try:
-            if step and os.path.lexists(self.path):
-                self.fields, rows = self.read(self.path)
-        except (OSError, ValueError) as e:
+            if os.path.lexists(self.path):
+                rows = [row for row in self.read()
+                        if int(row["step"]) <= (step if row["train_loss"] else scored)]
+        except (OSError, ValueError, KeyError, csv.Error) as e:
             names = (f"{self.path}.damaged{i}" for i in itertools.count(1))
             kept = next(name for name in names if not os.path.lexists(name))
             os.rename(self.path, kept)
             say(f"{self.path} cannot be read ({summary(e)}); it is kept as {kept}, and the log "
                 f"begins anew", sys.stderr)
-        self.rewrite([row for row in rows
-                      if int(row["step"]) <= (step if row["train_loss"] else scored)])
-        self.loggers["log.csv"] = self.write
+        self.rewrite(rows)
+        self.loggers["log.csv"] = self.write, lambda: None
+
+    def read(self):
+        """Return the rows of log.csv as dicts of strings; raise an error where it is something
+        else."""
+        with open(self.path, newline="", encoding="utf-8") as f:
+            whole, _, _ = f.read().rpartition("\n")  # the last row may have been cut short
+        fields, *rows = csv.reader(whole.splitlines())
+        return [dict(zip(fields, row, strict=True)) for row in rows]
 
     def rewrite(self, rows):
-        """Write log.csv anew, with all fields and these rows."""
+        """Write log.csv anew, with these rows and a column for all that they have."""
+        self.fields = list(dict.fromkeys(itertools.chain(self.fields, *rows)))
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, self.fields)
         table.writeheader()
@@ -608,75 +600,51 @@ class Log:
         with prepare.replacing(self.path) as f:
             f.write(text.getvalue().encode())
 
-    @classmethod
-    def read(cls, path):
-        """Return (fields, rows) of a log.csv, rows as dicts of strings; raise OSError or ValueError
-        where it is something else."""
-        if not os.path.isfile(path):
-            raise ValueError("it is not a file")
-        try:
-            with open(path, newline="", encoding="utf-8") as f:
-                fields, *rows = list(csv.reader(f)) or [[]]
-        except csv.Error as e:
-            raise ValueError(str(e)) from None
-        if fields[:2] != cls.FIELDS[:2] or len({*fields}) < len(fields):
-            raise ValueError("its columns have other names")
-        if rows and len(rows[-1]) < len(fields):  # the machine stopped while it was written
-            rows.pop()
-        before = 0
-        for row in rows:
-            numbers = all(math.isfinite(float(v)) for v in row if v)
-            if len(row) != len(fields) or not row[0].isdecimal() or not numbers:
-                raise ValueError(f"a row is {','.join(row)[:80]!r}")
-            if int(row[0]) < before:
-                raise ValueError("its steps do not follow one another")
-            before = int(row[0])
-        return fields, [dict(zip(fields, row)) for row in rows]
-
     def write(self, step, values):
         """Append a row to log.csv, which may have been taken away with its folder."""
         prepare.make_dir(os.path.dirname(self.path))
-        added = [name for name in values if name not in self.fields]
-        if added or not os.path.exists(self.path):
-            rows = self.read(self.path)[1] if os.path.exists(self.path) else []
-            self.fields = self.fields + added
-            self.rewrite(rows)
-        with open(self.path, "a", newline="", encoding="utf-8") as f:
-            row = {"step": step, **{k: f"{v:.8g}" for k, v in values.items()}}
-            csv.DictWriter(f, self.fields).writerow(row)
+        row = {"step": step, **{k: f"{v:.8g}" for k, v in values.items()}}
+        if not os.path.exists(self.path):
+            self.rewrite([row])
+        elif not row.keys() <= {*self.fields}:
+            self.rewrite([*self.read(), row])
+        else:
+            with open(self.path, "a", newline="", encoding="utf-8") as f:
+                csv.DictWriter(f, self.fields).writerow(row)
+
+    def attempt(self, name, do, *args):
+        try:
+            do(*args)
+        except Exception as e:  # a full disk or a lost network is no reason to lose the run
+            del self.loggers[name]
+            say(f"{name} takes no more ({summary(e)}); training goes on without it", sys.stderr)
 
     def __call__(self, step, **values):
-        for name, log in list(self.loggers.items()):
-            try:
-                log(step, values)
-            except Exception as e:  # a full disk or a lost network is no reason to lose the run
-                del self.loggers[name]
-                say(f"{name} takes no more ({summary(e)}); training goes on without it", sys.stderr)
+        for name, (log, _) in list(self.loggers.items()):
+            self.attempt(name, log, step, values)
 
     def close(self):
-        for name, close in self.closers.items():
-            try:
-                close()
-            except Exception as e:
-                say(f"{name} did not close ({summary(e)})", sys.stderr)
+        for name, (_, close) in list(self.loggers.items()):
+            self.attempt(name, close)
 
 
 class RunFiles:
-    """The files of a run in out_dir: the last checkpoint, the one before it, the best, the log, the
-    thresholds of exits that bench.py calibrates; and the lock of the process that writes them."""
-    NAMES = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.csv", "exits.json"
+    """The files of a run in out_dir: the last checkpoint, the one before it, the best, the
+    thresholds of exits that bench.py calibrates, the log; and the lock of the process that writes
+    them."""
+    NAMES = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "exits.json", "log.csv"
 
     def __init__(self, out_dir):
         self.out_dir, self.lock_file = out_dir, None
-        paths = [os.path.join(out_dir, name) for name in self.NAMES]
-        self.paths, (self.last, self.previous, self.best, self.log) = paths, paths[:4]
-        # of the checkpoints that this run has written, or goes on from: the step of the last, None
-        # without one, and validation losses, None where the weights were not scored
-        self.last_step = self.last_val_loss = self.best_val_loss = None
+        self.paths = [os.path.join(out_dir, name) for name in self.NAMES]
+        self.last, self.previous, self.best, *_ = self.paths
+        # of the checkpoints that this run has written, or goes on from: the step of the last, and
+        # {path: validation loss, None where the weights were not scored}
+        self.last_step, self.val_losses = None, {}
 
     def checkpoints(self):
         """Return the paths of those that exist, in the order in which a run goes on from them."""
-        return [p for p in (self.last, self.previous, self.best) if os.path.exists(p)]
+        return [p for p in self.paths[:3] if os.path.exists(p)]
 
     def resumes(self, init_from):
         """Return whether a start goes on with this run."""
@@ -686,7 +654,7 @@ class RunFiles:
         """Return (checkpoint, its path) that the run goes on from: the last, or where that is
         damaged the one before, or else the best; raise UserError where there is none."""
         error = None
-        for path in [self.last, *[p for p in self.checkpoints() if p != self.last]]:
+        for path in (self.last, self.previous, self.best):
             try:
                 saved = prepare.load_checkpoint(path)
             except UserError as e:
@@ -716,31 +684,22 @@ class RunFiles:
 
     def check_new(self, tcfg):
         """Refuse to begin a run where there is one, unless that is to be overwritten."""
-        found = [p for p in self.paths if os.path.lexists(p)]
-        if tcfg.init_from == "auto" and found == [self.log]:  # of a run killed before it saved
-            with contextlib.suppress(OSError, ValueError):
-                Log.read(self.log)
-                found = []
-        if found and not tcfg.overwrite:
+        found = [os.path.basename(p) for p in self.paths if os.path.lexists(p)]
+        killed = tcfg.init_from == "auto" and found == ["log.csv"]  # before it saved anything
+        if found and not killed and not tcfg.overwrite:
             resume = "go on with it by --init_from=resume, " if self.checkpoints() else ""
-            names = ", ".join(map(os.path.basename, found))
-            raise UserError(f"{self.out_dir} has a run ({names}); {resume}choose another "
-                            f"--out_dir, or delete it by --overwrite")
+            raise UserError(f"{self.out_dir} has a run ({', '.join(found)}); {resume}choose "
+                            f"another --out_dir, or delete it by --overwrite")
 
     def clear(self):
-        """Delete the run."""
-        for path in self.paths:
-            try:
+        """Delete the run but for its log, which is begun anew."""
+        for path in self.paths[:-1]:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            except FileNotFoundError:
-                pass
-            except OSError as e:
-                raise UserError(f"{path} cannot be deleted ({e.strerror}); choose another "
-                                f"--out_dir") from None
 
     def save(self, place, state, is_best):
         """Save the last checkpoint on rank 0, and a copy as the best."""
-        step, val_loss = state["step"], state["val_loss"]
+        step = state["step"]
 
         def write():
             if not os.path.exists(os.path.join(self.out_dir, "lock")):  # the folder was taken away
@@ -748,9 +707,9 @@ class RunFiles:
             prepare.save_checkpoint(self.last, state, demote=self.last_step != step,
                                     is_best=is_best)
         place.on_rank_zero(write)
-        self.last_step, self.last_val_loss = step, val_loss
-        if is_best:
-            self.best_val_loss = val_loss
+        self.last_step = step
+        for path in (self.last, self.best) if is_best else (self.last,):
+            self.val_losses[path] = state["val_loss"]
 
 
 class StopSignal:
@@ -769,12 +728,11 @@ class StopSignal:
                 self.before[s] = signal.signal(s, self.handle)
 
     def handle(self, number, frame):
-        if self.number and self.alone:
-            os._exit(128 + number)
-        if not self.number and os.environ.get("RANK", "0") == "0":
-            more = b"; a second signal ends at once" if self.alone else b""
+        if self.alone:
+            if self.number:
+                os._exit(128 + number)
             with contextlib.suppress(AttributeError, OSError, ValueError):  # no standard error
-                os.write(sys.__stderr__.fileno(), b"stopping" + more + b"\n")
+                os.write(sys.__stderr__.fileno(), b"stopping; a second signal ends at once\n")
         self.number = self.number or number
 
     def restore(self):
@@ -836,14 +794,6 @@ class Runner:
                             f"{place.world} processes in whole micro-steps; choose multiples")
         # before torch.compile, whose workers take the cores while they start
         self.peak = matmul_peak(place)
-        with torch.device("meta"):
-            size = 4 * 4 * GPT(mcfg, None).num_params()  # bytes of weights, gradients, two moments
-        with contextlib.suppress(ValueError, AttributeError, OSError):  # not all systems tell
-            room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            if place.device.type == "cpu" and size > room:
-                raise UserError(f"a model of {size / 16:,.0f} parameters takes "
-                                f"{size / 2 ** 30:,.0f} GB to train, and this machine has "
-                                f"{room / 2 ** 30:,.0f}; lower n_embd, n_layer or vocab_size")
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
         self.model.dtype = place.dtype
         self.optimizers = make_optimizers(self.model, tcfg)
@@ -870,16 +820,6 @@ class Runner:
         names = inspect.signature(DDP).parameters
         name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in names)
         return DDP(module, **{name: False})
-
-    def grow(self, weights, exactly):
-        """Take the weights of a checkpoint, which need not have levels, attention to their plans or
-        an exit's classifier, unless `exactly`: those add nothing before they are trained. Return
-        how many numbers were not in it; raise RuntimeError where it does not fit."""
-        new = {n: p.detach() for n, p in self.model.named_parameters()
-               if n not in weights and not exactly and
-               (n.startswith(("levels.", "sure.")) or ".cross." in n or ".ln_x." in n)}
-        self.model.load_state_dict({**new, **weights})
-        return sum(p.numel() for p in new.values())
 
     def mfu(self, seconds):
         """Return the share of the matmul peak that a step of so many seconds reaches; a teacher's
@@ -1031,18 +971,16 @@ class Runner:
             share = score.float().softmax(-1).flatten()
             weights[memories.index(memory)].index_add_(0, slots.flatten(), share)
 
-        hooks = [m.register_forward_pre_hook(count) for m in memories]
+        some = itertools.islice(data.eval_batches(self.place, self.micro, self.n_rows), batches)
         self.model.eval()
-        try:
-            some = data.eval_batches(self.place, self.micro, self.n_rows)
-            for x, _, h, _ in itertools.islice(some, batches):
+        with contextlib.ExitStack() as hooks:
+            for m in memories:
+                hooks.enter_context(m.register_forward_pre_hook(count))
+            for x, _, h, _ in some:
                 x, h = x.to(self.place.device), h.to(self.place.device)
                 # uncompiled: hooks would have it compiled anew
                 self.model(x, history=h if self.mcfg.n_slot else None)
-        finally:
-            self.model.train()
-            for hook in hooks:
-                hook.remove()
+        self.model.train()
         share = weights / weights.sum(1, keepdim=True)
         entropy = torch.special.entr(share).sum(1).mean().item()
         return {"slots_used": (weights > 0).float().mean().item(),
@@ -1067,11 +1005,11 @@ def find_teacher(tcfg, data):
     path = prepare.checkpoint_path(tcfg.teacher)
     if not os.path.exists(path):
         folder = os.path.dirname(path) or "."
-        preset = os.path.join("config", os.path.basename(os.path.abspath(folder)) + ".py")
-        known = os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), preset))
-        more = preset if known else f"--out_dir={shlex.quote(folder)}"
-        raise UserError(f"teacher {path} is not there; train it first (python train.py {more} "
-                        f"--dataset={shlex.quote(tcfg.dataset)}), or name another checkpoint")
+        preset = os.path.join("config", os.path.basename(folder) + ".py")
+        known = os.path.exists(os.path.join(os.path.dirname(__file__), preset))
+        how = preset if known else f"--out_dir={shlex.quote(folder)}"
+        raise UserError(f"teacher {path} is not there; train it first (python train.py {how}), or "
+                        f"name another checkpoint")
     saved = prepare.load_checkpoint(path)
     if saved["data"]["tokenizer"] != data["tokenizer"]:
         raise UserError(f"teacher {path} was trained with another tokenizer than that of dataset "
@@ -1091,17 +1029,14 @@ def with_stored(m, t):
     files = RunFiles(out_dir)
     if not files.resumes(init_from):
         return m, t
-    saved, path = files.load_last()
+    saved, _ = files.load_last()
     both = []
     for cls, given, stored, leave in (
             (GPTConfig, m, "model_config", ("vocab_size", "n_layer")),
             (TrainConfig, t, "train_config", OF_A_START)):
         kinds = typing.get_type_hints(cls)
-        try:
-            old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items()
-                   if k in kinds and k not in leave}
-        except UserError as e:
-            raise UserError(f"checkpoint {path} is damaged: {e}; take another") from None
+        old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items()
+               if k in kinds and k not in leave}
         both.append(config.over(old, given))
     return both
 
@@ -1124,85 +1059,58 @@ def other_tokenizer(path, theirs, ours, tcfg):
             f"make it again with {prepare.command(file, '--overwrite')}")
 
 
-def differences(saved, now, names=None):
-    """Return what differs between two flat dicts, in all keys or those named, as `key: saved ->
-    now` strings."""
-    names = sorted(names or saved.keys() | now.keys())
-    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in names if saved.get(k) != now.get(k)]
+def differences(saved, now):
+    """Return {name: (saved value, value now)} of what differs between two flat dicts."""
+    return {k: (saved.get(k), now.get(k)) for k in sorted(saved.keys() | now.keys())
+            if saved.get(k) != now.get(k)}
 
 
 def check_resumed(saved, path, tcfg, mcfg, data, say):
     """Raise UserError where a checkpoint is of another run than the settings and data say; say
     which settings the run goes on with that it did not have."""
-    now, fixed, model = vars(tcfg), ("optimizer", "stream"), settings(mcfg)
-    before = {k: saved["train_config"].get(k, getattr(TrainConfig, k)) for k in now}
-    defaults = {k: getattr(GPTConfig, k) for k in model}  # (a setting may be newer than the run)
-    wrong = (differences({**defaults, **saved["model_config"]}, model)
-             + differences(saved["data"], data) + differences(before, now, fixed))
-    if wrong:
-        names = {line.partition(":")[0] for line in wrong}
-        todo = ("name the teacher that it learned from" if "teacher" in names else
-                "make the dataset again as it was" if names & data.keys() else
-                "leave these settings out")
-        raise UserError(f"{path} does not fit this run ({'; '.join(wrong)}); {todo}, or give "
-                        f"another --out_dir to train another model")
-    for line in differences(before, now, now.keys() - {*fixed, *WITHOUT_EFFECT}):
-        say(f"going on with another {line}")
-    if any(before[k] != now[k] for k in ("eval_tokens", "score_last")):
+    defaults = {**settings(GPTConfig()), **vars(TrainConfig())}  # (some are newer than the run)
+    before = {**defaults, **saved["model_config"], **saved["train_config"], **saved["data"]}
+    changed = differences(before, {**settings(mcfg), **vars(tcfg), **data})
+    if any(k in changed for k in ("eval_tokens", "score_last")):
         saved["best_val_loss"] = math.inf  # of other tokens
+    free = (saved["train_config"].keys() | vars(tcfg).keys()) - {"optimizer", "stream", "teacher"}
+    wrong = [f"{k}: {old!r} -> {now!r}" for k, (old, now) in changed.items() if k not in free]
+    if wrong:
+        raise UserError(f"{path} does not fit this run ({'; '.join(wrong)}); leave these settings "
+                        f"out, or make the dataset again as it was, or give another --out_dir to "
+                        f"train another model")
+    for k, (old, now) in changed.items():
+        if k not in WITHOUT_EFFECT:
+            say(f"going on with another {k}: {old!r} -> {now!r}")
 
 
-def own_settings(saved, mcfg):
-    """Name the flags by which mcfg would have the shape of a checkpoint's model; "" where it
-    has."""
-    flags, of_data = [], ("n_layer", "vocab_size", "eot", "space", "think_token")
-    for k, v in saved["model_config"].items():
-        if k not in of_data and v != settings(mcfg).get(k):
-            value = ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
-            flags.append(f"--{k}={shlex.quote(value)}")
-    return f"give its own settings, {' '.join(flags)}" if flags else ""
-
-
-def checked(saved, like):
-    """Return a tree of dicts and tensors of a checkpoint with its tensors copied; raise ValueError
-    unless it has the keys, shapes and types of `like`, and all numbers are finite: kernels trust
-    them."""
-    if isinstance(like, dict):
-        if saved.keys() != like.keys():
-            raise ValueError("it has other parts")
-        return {k: checked(saved[k], v) for k, v in like.items()}
-    if not (torch.is_tensor(saved) and saved.shape == like.shape and saved.dtype == like.dtype
-            and saved.isfinite().all()):
-        raise ValueError("a part of it is of another size or kind, or not finite")
-    return saved.clone(memory_format=torch.contiguous_format)
+def shapes(tree):
+    """Return a dict of dicts of tensors with (shape, type) in the place of each tensor."""
+    return {k: shapes(v) if isinstance(v, dict) else (v.shape, v.dtype) for k, v in tree.items()}
 
 
 def restore_optimizer(optimizer, saved, step):
     """Give an optimizer the state of one that took `step` steps, but the rates of the settings;
-    raise ValueError unless it has, for each parameter, what a step leaves."""
-    own = optimizer.state_dict()["param_groups"]
-    members = lambda groups: [g["params"] for g in groups]
-    if members(saved["param_groups"]) != members(own):
-        raise ValueError("its optimizers have other parameters")
-    like = {}
-    for i, p in enumerate(itertools.chain(*members(optimizer.param_groups)) if step else ()):
+    raise ValueError unless it has, for each parameter, what a step leaves: kernels trust it."""
+    own, like = optimizer.state_dict()["param_groups"], {}
+    parameters = itertools.chain(*(g["params"] for g in optimizer.param_groups))
+    for i, p in enumerate(parameters if step else ()):
         like[i] = {"momentum": p} if isinstance(optimizer, Muon) else \
             {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
-    optimizer.load_state_dict({"state": checked(saved["state"], like), "param_groups": own})
+    if shapes(saved["state"]) != shapes(like):
+        raise ValueError("its optimizers have other parts")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
 def restore_memory(run, saved):
-    """Give the memories of a Runner its rows of what a checkpoint has of all. Return False where
-    there are more rows or fewer; raise ValueError where it does not fit."""
-    n_rows = {len(t) for tensors in saved.values() for t in tensors}
-    if len(n_rows) == 1 and n_rows != {run.n_rows}:
-        return False
-    own = {i: dict(enumerate((m.keys, m.values, m.usage))) for i, m in run.memory.items()}
-    rows = {i: {k: t[run.slice] for k, t in enumerate(tensors)} for i, tensors in saved.items()}
-    for i, tensors in checked(rows, own).items():
-        for k, t in tensors.items():
-            own[i][k].copy_(t)
-    return True
+    """Give the memories of a Runner its rows of what a checkpoint has of all; raise ValueError
+    where it does not fit."""
+    for i, m in run.memory.items():
+        for own, of_all in zip((m.keys, m.values, m.usage), saved[i], strict=True):
+            rows = of_all[run.slice]
+            if len(of_all) != run.n_rows or (rows.shape, rows.dtype) != (own.shape, own.dtype):
+                raise ValueError("its memories are of other rows or sizes")
+            own.copy_(rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1248,12 +1156,15 @@ class Training:
         if saved:
             self.load_weights(saved, path)
         if teacher:
-            self.learn_from(teacher, clone=not saved)
+            weights = self.run.learn_from(teacher, tcfg.teacher)
+            weights = {} if saved else weights
+            self.run.model.load_state_dict(weights, strict=False)
+            n = sum(p.numel() for p in weights.values())
+            say(f"learning from {tcfg.teacher}; {n:,} weights start as its own")
         if self.resumed:
             self.restore(saved, path)
-        self.first_step = self.progress.step
         self.curve, self.compile_seconds = [], 0.0
-        self.interval_seconds, self.interval_steps = 0.0, 0  # of steps since the last log line
+        self.interval_seconds = []  # of each step since the last log line, but the first
         self.on_gpu, self.pending = self.place.device.type == "cuda", []  # steps not read yet
         self.maker, self.coming = ThreadPoolExecutor(1), {}  # of batches
         held.callback(self.maker.shutdown)
@@ -1283,27 +1194,24 @@ class Training:
         return saved, path
 
     def load_weights(self, saved, path):
-        """Take the weights of a checkpoint."""
+        """Take the weights of a checkpoint, which need not have levels, attention to their plans or
+        an exit's classifier: those add nothing before they are trained."""
+        model, weights = self.run.model, saved["model"]
+        new = {n: p.detach() for n, p in model.named_parameters() if n not in weights and
+               (n.startswith(("levels.", "sure.")) or ".cross." in n or ".ln_x." in n)}
         try:
-            grown = self.run.grow(saved["model"], exactly=self.resumed)
-        except (RuntimeError, ValueError) as e:
-            wrong = own_settings(saved, self.mcfg) or summary(e)
+            model.load_state_dict({**new, **weights})
+        except RuntimeError as e:
+            of_data, flags = ("n_layer", "vocab_size", "eot", "space", "think_token"), []
+            for k, (old, _) in differences(saved["model_config"], settings(self.mcfg)).items():
+                if k not in of_data:
+                    value = ",".join(map(str, old)) if isinstance(old, tuple) else str(old)
+                    flags.append(f"--{k}={shlex.quote(value)}")
+            wrong = f"give its own settings, {' '.join(flags)}" if flags else summary(e)
             raise UserError(f"{path} is of another shape: {wrong}") from None
-        if grown:
-            self.say(f"{path} has none of {grown:,} new parameters, which add nothing at first")
-
-    def learn_from(self, teacher, clone):
-        """Take the teacher, with clone also its weights as far as they fit."""
-        weights = self.run.learn_from(teacher, self.tcfg.teacher)
-        text = f"learning from {self.tcfg.teacher}"
-        if self.run.replaced:
-            blocks = ", ".join(map(str, self.run.replaced))
-            text += f", whose feed-forward layers {blocks} are replaced"
-        if clone:
-            self.run.model.load_state_dict(weights, strict=False)
-            n = sum(p.numel() for p in weights.values())
-            text += f"; {n:,} weights start as its own"
-        self.say(text)
+        if new:
+            n = sum(p.numel() for p in new.values())
+            self.say(f"{path} has none of {n:,} new parameters, which add nothing at first")
 
     def restore(self, saved, path):
         """Go on where a checkpoint of this run is: optimizers, memories, Progress."""
@@ -1311,9 +1219,7 @@ class Training:
         try:
             for o, state in zip(run.optimizers, saved["optimizers"], strict=True):
                 restore_optimizer(o, state, saved["step"])
-            if run.memory and not restore_memory(run, saved["memory"]):
-                self.say(f"{path} has memories of other rows than these {run.n_rows}; they begin "
-                         f"empty")
+            restore_memory(run, saved["memory"])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise UserError(f"{path} cannot be gone on with ({summary(e)}); begin another run "
                             f"from its weights, with --init_from={shlex.quote(path)} and another "
@@ -1321,14 +1227,15 @@ class Training:
         self.progress = p = Progress(**{k: saved[k] for k in vars(self.progress)})
         if p.step >= self.tcfg.max_iters:
             p.validated = None  # the last validation is done again
+        files.val_losses[path] = saved["val_loss"]
         if path == files.last:
-            files.last_step, files.last_val_loss = p.step, saved["val_loss"]
+            files.last_step = p.step
         # the best may be later than the state that is gone on from
         if math.isfinite(p.best_val_loss) and os.path.exists(files.best):
             with contextlib.suppress(UserError):
                 best = prepare.load_checkpoint(files.best)
                 p.best_val_loss = min(p.best_val_loss, best["best_val_loss"])
-                files.best_val_loss = best["val_loss"]
+                files.val_losses[files.best] = best["val_loss"]
 
     def begin_log(self):
         """Return the Log, begun; a run that is there and not resumed is deleted."""
@@ -1359,10 +1266,8 @@ class Training:
     def stop_for(self, what, bad=""):
         """Raise UserError for a number that is not finite, with the last good checkpoint, not
         `bad`."""
-        good = [p for p in (self.files.last, self.files.best, self.files.previous)
-                if os.path.exists(p) and p != bad]
-        last = f"the last good checkpoint is {good[0]}" if good else \
-            "there is no checkpoint of this run yet"
+        good = [p for p in self.files.checkpoints() if p != bad]
+        last = f"the last good checkpoint is {good[0]}" if good else "there is none saved"
         raise UserError(f"step {self.progress.step}: {what}; {last}; lower the learning rates or "
                         f"check the data")
 
@@ -1409,16 +1314,14 @@ class Training:
         begins = self.train_data.begins(p.step, run.slice, run.n_rows) if run.memory else None
         self.pending.append((p.step, *run.step(p.step, *self.batch(p.step), begins)))
         p.step += 1
-        first = p.step == self.first_step + 1
-        self.settle(leave=int(self.on_gpu and not first))
+        self.settle(leave=int(self.on_gpu and self.compile_seconds > 0))
         seconds = time.perf_counter() - start
-        if first:
+        if self.compile_seconds:
+            p.step_seconds += seconds
+            self.interval_seconds.append(seconds)
+        else:
             self.compile_seconds = seconds
             self.say(f"first step {seconds:.1f} s{' with compiling' if run.compiled else ''}")
-        else:
-            p.step_seconds += seconds
-            self.interval_seconds += seconds
-            self.interval_steps += 1
 
     def settle(self, leave=0):
         """Read what steps gave, all but the last `leave`, which a GPU may still compute."""
@@ -1433,30 +1336,24 @@ class Training:
             self.progress.interval_losses.append(losses)
 
     def log_losses(self):
-        """Log the means of all losses since the last time; print cross-entropy, and of the others
-        what fits into a line."""
+        """Log and print the means of all losses since the last time."""
         p, run = self.progress, self.run
         self.settle()
-        each = self.interval_seconds / self.interval_steps if self.interval_steps else \
-            self.compile_seconds
+        each = np.mean(self.interval_seconds or self.compile_seconds)
         means = {}
         for name in p.interval_losses[-1]:
             values = [losses[name] for losses in p.interval_losses if name in losses]
             means[name] = sum(values) / len(values)
         ce = means.pop("ce")
-        line = (f"step {p.step}/{self.tcfg.max_iters}: loss {ce:.4f}, {run.tokens / each:,.0f} "
-                f"tokens/s, mfu {run.mfu(each):.0%}, "
-                f"{clock(time.perf_counter() - self.started)} elapsed, "
-                f"{clock((self.tcfg.max_iters - p.step) * each)} to go")
-        width = shutil.get_terminal_size((120, 24)).columns
-        for name, value in means.items():
-            more = f", {name} {value:.4f}"
-            line += more if len(line + more) <= width else ""
-        self.say(line)
+        self.say(f"step {p.step}/{self.tcfg.max_iters}: loss {ce:.4f}, {run.tokens / each:,.0f} "
+                 f"tokens/s, mfu {run.mfu(each):.0%}, "
+                 f"{clock(time.perf_counter() - self.started)} elapsed, "
+                 f"{clock((self.tcfg.max_iters - p.step) * each)} to go"
+                 + "".join(f", {name} {value:.4f}" for name, value in means.items()))
         self.log(p.step, train_loss=ce, lr=run.optimizers[0].param_groups[0]["lr"],
                  tokens_per_s=run.tokens / each, mfu=run.mfu(each), step_seconds=p.step_seconds,
                  **{f"train_{name}": value for name, value in means.items()})
-        self.interval_seconds, self.interval_steps, p.interval_losses = 0.0, 0, []
+        self.interval_seconds, p.interval_losses = [], []
 
     def validate(self, done):
         """Score the validation split, log and save; done: at the end, all of it. Return False where
@@ -1506,21 +1403,13 @@ class Training:
         p, files, curve, V = self.progress, self.files, self.curve, self.mcfg.vocab_size
         val_loss = curve[-1][2] if curve else None
         if curve and not stopped and val_loss >= math.log(V):
-            muon = " and --muon_lr" if self.tcfg.optimizer == "muon" else ""
             self.say(f"val loss {val_loss:.4f} is no better than guessing among {V} tokens "
-                     f"({math.log(V):.4f}): lower --learning_rate{muon}, or train longer "
-                     f"(--max_iters)")
-        path, saved_val_loss = None, files.last_val_loss
-        if files.last_step is not None:
-            path = files.last
-            if os.path.exists(files.best):
-                path, saved_val_loss = files.best, files.best_val_loss
-                if saved_val_loss is None:
-                    saved_val_loss = p.best_val_loss
+                     f"({math.log(V):.4f}): lower learning_rate and muon_lr, or train longer")
+        path = next((p for p in (files.best, files.last) if p in files.val_losses), None)
         return dict(val_loss=val_loss, best_val_loss=p.best_val_loss, step=p.step, curve=curve,
                     step_seconds=p.step_seconds, stopped=stopped, path=path,
-                    saved_val_loss=saved_val_loss, compile_seconds=self.compile_seconds,
-                    params=self.run.model.num_params(),
+                    saved_val_loss=files.val_losses.get(path),
+                    compile_seconds=self.compile_seconds, params=self.run.model.num_params(),
                     seconds=time.perf_counter() - self.started)
 
 
