@@ -1317,6 +1317,8 @@ def test_eval_tokens(tmp_path, monkeypatch):
     assert r["best_val_loss"] == c["best_val_loss"] == min(losses[:2])
     again, _ = run(tmp_path, eval_tokens=40, init_from="resume", max_iters=7)
     assert again["best_val_loss"] == scores[-2][1] != min(losses)
+    refused(lambda n: run(tmp_path / "c", dict(block_size=64), dataset="chain", eval_tokens=n), 3,
+            "first 3 tokens", "eval_tokens")
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -1500,11 +1502,12 @@ def test_whole_split_scored_once(row):
         k: int(v) for k, v in (word.split("=") for word in row.split())}
     model = dict(block_size=given["T"], history=given["H"], aggregate=int(given["H"] > 0))
     d = split("val", model, score_last=given["last"], stream=given["stream"])
+    end = given["n"] + 1 if given["n"] else None
     for world in (1, 3):
         places = [dataclasses.replace(CPU, rank=rank, world=world) for rank in range(world)]
         batches = [b for place in places for b in d.eval_batches(place, 5, 30, given["n"])]
         got = torch.cat([y[y >= 0] for _, y, *_ in batches])
-        assert sorted(got.tolist()) == sorted(d.tokens[1:given["n"] + 1 or None].tolist())
+        assert sorted(got.tolist()) == sorted(d.tokens[1:end].tolist())
 
 
 def places_of(d, rows):
@@ -2995,7 +2998,6 @@ train {ON} {TINY}
   --history=16 --n_span=3 --span=4 --teacher={O}/strong --block_size=17 => block_size of at most 16
   --teacher={O}/strong --dataset=chain --block_size=64 => another tokenizer | 'chain'
   --teacher={O}/memory => remember | --stream
-  --dataset=chain --block_size=64 --eval_tokens=3 => first 3 tokens | eval_tokens
 train --init_from=resume
   --out_dir={S}/none => cannot be read
 train --init_from=resume --out_dir={O}/weak
