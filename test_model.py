@@ -1654,14 +1654,6 @@ def lesson(r, x, y, h):
     return out.loss, out.losses
 
 
-def test_a_clone_has_nothing_to_learn(teacher):
-    """With the teacher's own layers a student is the teacher, and no gradient says otherwise."""
-    r, (x, y, h) = learner(teacher)
-    loss, losses = lesson(r, x, y, h)
-    assert abs(loss.item()) < 1e-6 and loss == losses["teacher"] and r.replaced == {}
-    assert r.step(0, x, y, h, 64)[1] < 1e-5
-
-
 @pytest.mark.parametrize("more, pairs", [
     ("layers=FAF", {0: 0, 2: 2}), ("layers=F.A", {0: 0}), ("layers=F(A)AF", {0: 0, 2: 3}),
     ("layers=AAF n_mlp=-1,0,0", {2: 2}), ("layers=FAF n_embd=16", {})])
