@@ -7,6 +7,7 @@ character a block:
 
     A   causal self-attention + MLP
     R   gated linear recurrence + MLP
+    D   gated delta rule + MLP
     G   GRU + MLP
     F   causal self-attention + featural memory: learned slots in place of the MLP
     M   causal self-attention + associative memory: entries written while reading
@@ -61,7 +62,9 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (-1, 2 ** 20, "n_mlp"),
     (0, 2 ** 20, "history"),
     (1, 2 ** 20, "block_size n_mem"),
+    (2, 8, "n_gram"),
     (0, 2 ** 24, "vocab_size space mem_size"),
+    (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"))
 
 
@@ -120,6 +123,9 @@ class GPTConfig:
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
+    # n-grams
+    n_gram: tuple[int, ...] = ()  # tables of hashed n-grams of these lengths, added to embeddings
+    n_gram_size: int = 16384  # rows of each table
     # slots
     history: int = 0  # tokens before the window that are compressed into context slots
     aggregate: int = 0  # 1: a slot with the decayed mean of the whole history
@@ -148,7 +154,7 @@ class GPTConfig:
                 each = value if isinstance(value, tuple) else (value,)
                 kinds = (int,) if whole else (int, float)
                 inside = all(type(v) in kinds and low <= v <= high for v in each)  # NaN is not
-                if not inside or not (each or name == "space"):
+                if not inside or not (each or name in ("space", "n_gram")):
                     raise ValueError(f"{name} must be a {'whole ' * whole}number between {low} and "
                                      f"{high:,}, not {value!r}")
         if self.n_embd % 2:
@@ -178,7 +184,7 @@ class GPTConfig:
                 (has("R"), "a block R in layers", "gate"),
                 (self.attending(), "a block that attends (A, F or M) in layers",
                  "n_kv_head head_dim qk_norm"),
-                (has("ARG"), "a block with an MLP (A, R or G) in layers", "mlp n_mlp"),
+                (has("ARDG"), "a block with an MLP (A, R, D or G) in layers", "mlp n_mlp"),
                 (has("("), "a level, ( ), in layers",
                  "share_levels chunk plan concept concept_weight horizon"),
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
@@ -196,6 +202,7 @@ class GPTConfig:
                 (self.semantic_weight, "a semantic_weight above 0", "semantic"),
                 (self.semantic_weight and self.semantic == "soft_ce",
                  "semantic = soft_ce and its weight", "semantic_temp"),
+                (self.n_gram, "an n_gram", "n_gram_size"),
                 (self.n_think, "n_think above 0", "think_token")):
             for name in () if useful else names.split():
                 if getattr(self, name) != getattr(GPTConfig, name):
@@ -842,6 +849,90 @@ class Recurrence(Layer):
         return self.c_proj(h.to(x.dtype) * F.silu(out))
 
 
+def delta_scan(q, k, v, beta, log_keep, doc, size=32):
+    """Return what queries read of a state that follows the delta rule: (B, H, T, D).
+
+    q, k, v (B, H, T, D); beta, log_keep (B, H, T); doc (B, T) numbers of documents. Pieces of
+    `size` steps are each one triangular system, and only what they hand on goes step by step (the
+    WY form of Yang et al. 2024, arXiv:2406.06484).
+    """
+    (B, H, T, D), n = q.shape, -(-q.size(2) // size)
+    pad = lambda t: F.pad(t, (0, 0) * (t.dim() - 3) + (0, n * size - T))
+    q, k, v, beta, g = (pad(t).unflatten(2, (n, size)) for t in (q, k, v, beta, log_keep))
+    g = g.cumsum(-1)  # (B, H, n, size) logs of what is kept since the piece began
+    doc = F.pad(doc, (0, n * size - T), value=-1).view(B, 1, n, size)
+    before = F.pad(doc[..., :-1, -1:], (0, 0, 1, 0), value=-1)  # the document that a piece finds
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    sees = causal & (doc[..., None] == doc[..., None, :])
+    kept = (g[..., None] - g[..., None, :]).masked_fill(~sees, float("-inf")).exp()
+    found = g.exp() * (doc == before)  # (B, H, n, size) how much of the state that it finds is left
+    system = beta[..., None] * (k @ k.mT * kept).tril(-1)
+    right = beta[..., None] * torch.cat((v, found[..., None] * k), -1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    new, taken = solved.split(D, dim=-1)
+    inside, reads, hands_on = q @ k.mT * kept, q * found[..., None], k * kept[..., -1, :, None]
+    state, out = q.new_zeros(B, H, D, D), []
+    for i in range(n):
+        values = new[:, :, i] - taken[:, :, i] @ state
+        out.append(reads[:, :, i] @ state + inside[:, :, i] @ values)
+        state = found[:, :, i, -1:, None] * state + hands_on[:, :, i].mT @ values
+    return torch.cat(out, 2)[:, :, :T]
+
+
+class DeltaRule(Layer):
+    """A gated delta rule: S_t = a_t S_{t-1} + b_t k_t (v_t - a_t k_t S_{t-1}), read as q_t S_t.
+
+    (Gated DeltaNet, Yang et al. 2024, arXiv:2412.06464, without its convolutions.) What a key held
+    is replaced, not added to. b_t in (0, 2): a state may change its sign, and so count (Grazzi et
+    al. 2024, arXiv:2411.12537). Documents begin with S = 0. (B, L, C) -> (B, L, C).
+    """
+
+    def __init__(self, cfg, i):
+        super().__init__()
+        (self.n_head, _, self.head_dim), C = cfg.heads(i), cfg.n_embd
+        width = self.n_head * self.head_dim
+        self.c_in = Linear(C, (width,) * 4, cfg.bias)  # queries, keys, values, what is read
+        self.c_gate = Linear(C, 2 * self.n_head, group="table")
+        self.rate = parameter(self.n_head, init=lambda p, cfg, g: p.uniform_(2.0, 6.0, generator=g))
+        self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
+
+    def init_cache(self, B, L, like):
+        return Cache.empty(like, B, L, S=(self.n_head, self.head_dim, self.head_dim, torch.float32))
+
+    def forward(self, x, seq, aux, cache=None):
+        B, L, _ = x.shape
+        *qkv, out = self.c_in(x).chunk(4, dim=-1)
+        q, k, v = (t.view(B, L, self.n_head, -1).transpose(1, 2).float() for t in qkv)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        beta, keep = self.c_gate(x).float().transpose(1, 2).chunk(2, dim=1)  # (B, H, L)
+        beta, log_keep = 2 * beta.sigmoid(), F.logsigmoid(keep + self.rate[:, None])
+        starts = torch.zeros(B, L, dtype=torch.bool, device=x.device)
+        if seq.doc_start is not None:
+            starts = seq.doc_start
+        if cache is None:
+            y = delta_scan(q, k, v, beta, log_keep, starts.cumsum(1))
+        else:
+            y = self.step_by_step(q, k, v, beta, log_keep.exp(), starts, seq.pos, cache)
+        y = rms_norm(y).transpose(1, 2).flatten(2)
+        return self.c_proj(y.to(x.dtype) * F.silu(out))
+
+    def step_by_step(self, q, k, v, beta, keep, starts, pos, cache):
+        """Do as delta_scan does, from the state in a cache on, and write there each that follows."""
+        S, states = cache.before("S", pos), []  # (B, H, D, D)
+        keep = keep.masked_fill(starts[:, None], 0.0)
+        for t in range(q.size(2)):
+            S = keep[:, :, t, None, None] * S
+            error = v[:, :, t] - (k[:, :, t, :, None] * S).sum(-2)
+            S = S + (beta[:, :, t, None] * k[:, :, t])[..., None] * error[..., None, :]
+            states.append(S)
+        states = torch.stack(states, 1)
+        cache.write(pos, S=states)
+        return torch.einsum("bhtd,bthde->bhte", q, states)
+
+    def flops(self, L):  # a state is decayed, read twice and written once a step
+        return super().flops(L) + 24 * L * self.n_head * self.head_dim ** 2
+
+
 class GRU(Layer):
     """A GRU (Cho et al. 2014, arXiv:1406.1078), torch's own: not linear, so one step after another.
 
@@ -1333,7 +1424,7 @@ def mlp(cfg, i):
 
 
 BLOCKS = {  # character: (mixer, feed-forward layer)
-    "A": (Attention, mlp), "R": (Recurrence, mlp), "G": (GRU, mlp),
+    "A": (Attention, mlp), "R": (Recurrence, mlp), "D": (DeltaRule, mlp), "G": (GRU, mlp),
     "F": (Attention, FeaturalMemory), "M": (Attention, AssociativeMemory)}
 
 
@@ -1903,6 +1994,45 @@ class Level(Stack):
 
 
 # --------------------------------------------------------------------------------------------------
+# n-grams
+
+
+class NGrams(nn.Module):
+    """Tables that know common strings: the n-gram that ends at a token has a vector of its own.
+
+    Strings share a row where their hashes meet (after Engram, Cheng et al. 2026, arXiv:2601.07372).
+    None reaches beyond the window or the document. ids (B, T) -> (B, T, C).
+
+    Example, n_gram = (2, 3): behind "the" stand the vectors of "he" and of "the".
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.lengths, self.rows, self.eot = cfg.n_gram, cfg.n_gram_size, cfg.eot
+        self.tables = nn.ModuleList(Embedding(self.rows, cfg.n_embd, init=ZEROS)
+                                    for _ in self.lengths)
+
+    def forward(self, ids, pos=None, cache=None):
+        """Return their sum; with a cache of ids (B, T) is at places pos (B, T) of the window."""
+        T, total, hashed, later = ids.size(1), 0, ids, ids
+        whole = torch.ones_like(ids, dtype=torch.bool)
+        if cache is not None:
+            cache.write(pos, ids=ids)
+        for n in range(2, max(self.lengths) + 1):
+            if cache is None:
+                earlier = F.pad(ids, (n - 1, 0), value=-1)[:, :T]
+            else:
+                place = pos - n + 1
+                earlier = cache["ids"].gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
+            whole = whole & (earlier >= 0) & (later != self.eot)  # (an end begins a document)
+            hashed, later = (hashed * 1_000_003 + earlier + 1) % (2 ** 31 - 1), earlier
+            for length, table in zip(self.lengths, self.tables):
+                if length == n:
+                    total = total + table(hashed % self.rows) * whole[..., None]
+        return total
+
+
+# --------------------------------------------------------------------------------------------------
 # context slots
 
 
@@ -2298,6 +2428,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         self.cfg, self.n_slot = cfg, cfg.n_slot
         self.wte = Embedding(V, C)
         self.wpe = Embedding(cfg.block_size, C, init=normal(0.1)) if cfg.pos == "learned" else None
+        self.n_grams = NGrams(cfg) if cfg.n_gram else None
         self.slots = Slots(cfg) if cfg.n_slot else None
         self.drop = nn.Dropout(cfg.dropout)
         self.embed_norm = RMSNorm(cfg) if cfg.embed_norm else nn.Identity()
@@ -2416,8 +2547,10 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
                 window[name][:, S:] = t
             place = torch.arange(window["fixed"].size(1), device=device)
             window["fixed"][:] = place < S + known[:, None]
+        like = torch.empty(0, device=device)
+        if self.n_grams is not None:
+            caches.append(Cache.empty(like, B, self.cfg.block_size, ids=(torch.long,)))
         if self.cfg.n_think:
-            like = torch.empty(0, device=device)
             caches.append(Cache.empty(like, B, L, p=(V,), count=(torch.long,)))
         return State(torch.zeros(B, dtype=torch.long, device=device), caches, L, memory=memory)
 
@@ -2446,11 +2579,15 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         symbols soft tokens stand for; None: the likeliest.
         """
         cfg, x, begins = self.cfg, self.wte(tokens), state is None or not state.begun
+        place = torch.arange(tokens.size(1), device=x.device).expand(tokens.shape[:2])
+        if not begins:
+            place = (place + state.pos[:, None] - self.n_slot).clamp(max=cfg.block_size - 1)
         if self.wpe is not None:
-            place = torch.arange(tokens.size(1), device=x.device)
-            if not begins:
-                place = (place + state.pos[:, None] - self.n_slot).clamp(max=cfg.block_size - 1)
             x = x + self.wpe(place)
+        if self.n_grams is not None:
+            cache = None if state is None else state.caches[len(self.order)]
+            x = x + self.n_grams(tokens.argmax(-1) if tokens.is_floating_point() else tokens, place,
+                                 cache)
         if self.slots is not None and begins:
             if history is None:
                 history = torch.full((len(x), cfg.history), -1, device=x.device)

@@ -104,6 +104,10 @@ soft_rate+think+slots+enrich+value_embed: SLOTS soft_rate=0.3 n_think=2 think_to
    n_value_embed=1
 recurrent: layers=RR gate=positive
 recurrent_complex: layers=RR gate=complex pos=none eot=-1
+delta: layers=DA
+delta+slots+think: SLOTS layers=D n_think=2 think_token=3
+n_grams: n_gram=2,3 n_gram_size=50
+n_grams+slots+soft_rate+words: SLOTS WORDS layers=(D)A n_gram=3 n_gram_size=64 soft_rate=0.3
 gru: layers=GA
 level: layers=(A)A
 level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
@@ -445,7 +449,7 @@ def test_every_parameter_trains(name):
     optimizers, parameters = train.make_optimizers(m, TrainConfig()), dict(m.named_parameters())
     rates = [(id(p), g["lr"]) for o in optimizers for g in o.param_groups for p in g["params"]]
     rate = lambda n, p: 0.008 if n.endswith("values.weight") else 0.004 if (
-        p.dim() != 2 or re.search(r"embed|head|wte|wpe|point|sure", n)) else 0.02
+        p.dim() != 2 or re.search(r"embed|head|wte|wpe|point|sure|gate|tables", n)) else 0.02
     assert sorted(rates) == sorted((id(p), rate(n, p)) for n, p in parameters.items())
     depth = max(n.count("levels.") for n in parameters)
     kinds = {"ce", *["semantic"] * bool(m.cfg.semantic_weight),
