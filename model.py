@@ -66,6 +66,8 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 2 ** 24, "vocab_size space mem_size"),
     (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"))
+SWITCHES = ("share_levels enrich mem_drop mem_noise mem_straight exit_rate exit_keys "
+            "exit_classifier")  # refused where they have nothing to work on
 
 
 @dataclass
@@ -165,6 +167,9 @@ class GPTConfig:
             raise ValueError(f"n_layer says {self.n_layer} blocks, and layers = {self.layers} has "
                              f"{len(self.letters)}; leave one of them out")
         self.n_layer = len(self.letters)
+        for name, needs in self.idle():
+            if name in SWITCHES.split():
+                raise ValueError(f"{name} has nothing to work on; it needs {needs}")
         for mechanism in CHECKED:
             mechanism.check(self)
         if self.tie and self.init == "fan_in" and not self.embed_norm:
@@ -177,7 +182,8 @@ class GPTConfig:
     def idle(self):
         """Yield (name, what it needs) of each setting that was changed and has nothing to work on.
 
-        Settings that several models share may well have; one that a command line names may not.
+        Sizes and kinds that several models share may well have; SWITCHES, and whatever a command
+        line names, may not.
         """
         has = lambda letters: bool(set(letters) & set(self.layers))
         for useful, needs, names in (
@@ -2249,7 +2255,7 @@ class EarlyExit:
         for i in (i for i, c in enumerate(cfg.layers) if c == "."):
             layers = sum(item != "." for item in parse_layers(cfg.layers[:i]))
             self.exits[layers] = sum(c in BLOCKS for c in cfg.layers[:i])
-        self.sure = ExitClassifier(cfg) if self.exits and cfg.exit_classifier else None
+        self.sure = ExitClassifier(cfg) if cfg.exit_classifier else None
         self.segments = list(itertools.pairwise((0, *self.exits, len(self.order))))
         self.exits_rotate = cfg.exit_loss == "rotate" and len(self.exits) > 1
         self.exits_train = bool(self.exits) and (cfg.exit_weight > 0 or cfg.exit_classifier)
