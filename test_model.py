@@ -267,6 +267,31 @@ def test_nothing_sees_its_future_in_bf16(name):
 
 
 @invariant
+def test_nothing_waits_for_the_device(name):
+    """On the meta device, which holds no numbers, whatever asks for one raises: training,
+    evaluation, and decoding with memories. A GRU alone asks where documents begin, and an exit
+    whether all left."""
+    m = make(name, awake=False).to("meta")
+    if "G" in m.cfg.layers:
+        return
+    to_meta = lambda t: None if t is None else t.to("meta")
+    x, h, draw = map(to_meta, (*inputs(m), m.draw_step(0, 0)))
+    memory = m.init_memory(3)
+    out = m(x, x, history=h, step_draw=draw, memory=memory or None)
+    out.loss.backward()
+    for i, written in out.memory_writes.items():
+        memory[i].write(written)
+    with torch.inference_mode():
+        m.eval()(x, x, history=h)
+        state = m.init_state(3, memory=memory)
+        for t in x.split((5, 1, 1, m.cfg.block_size - 7), 1):
+            m(t, history=None if state.begun else h, state=state)
+        m.leave_window(state, torch.full((3,), 4, device="meta"))
+        state.rollback(1)
+        state.select(torch.zeros(2, dtype=torch.long, device="meta"))
+
+
+@invariant
 def test_training_differs_from_evaluation_only_where_it_says_so(name):
     """Validation takes the graph of training unless the model says that training is random."""
     m = certain(make(name))
