@@ -276,12 +276,12 @@ def start_run(m, t, profiled=False):
     tcfg.max_iters = NEVER  # constant learning rate
     rows = [t.pin_memory() if run.place.device.type == "cuda" else t for t in (x, y, h)]
     CHILD.update(run=run, step=lambda: run.step(0, *rows)[1])
-    return {"params": run.model.num_params(), "compile": seconds(lambda: CHILD["step"]().tolist()),
-            "tokens": run.tokens}
+    first = seconds(lambda: CHILD["step"]().tolist())
+    return {"params": run.model.num_params(), "compile": first, "tokens": run.tokens}
 
 
 def run_steps(n):
-    """Return the seconds of a step: the median of n, or on a GPU, which works behind, their mean."""
+    """Return the seconds of a step: the median of n, or their mean on a GPU, which lags behind."""
     if CHILD["run"].place.device.type != "cuda":
         return median(seconds(CHILD["step"]) for _ in range(n))
     return seconds(lambda: [CHILD["step"]() for _ in range(n)][-1].tolist()) / n
@@ -988,7 +988,7 @@ def gpu_equals_cpu(cfg, device):
     rows = [{"row": name, **on_both(name, device)} for name in tests.VARIANTS]
     worst = {k: max(rows, key=lambda row: row[k]) for k in ("logits", "loss", "gradients",
                                                             "decoding")}
-    yield Table(f"{len(rows)} rows of VARIANTS, {device} against CPU, fp32: the largest differences",
+    yield Table(f"{len(rows)} rows of VARIANTS, {device} against CPU, fp32: largest differences",
                 [{"of": k, "row": row["row"], "difference": row[k]} for k, row in worst.items()])
 
 
@@ -1009,8 +1009,8 @@ def compiled_difference(name, device):
     return {"row": name, "loss": apart(a, b), "gradients": apart(grads, grads2)}
 
 
-COMPILED = ("nanogpt", "slots", "hierarchy", "level+slots+nanogpt", "featural", "associative", "exits",
-            "recurrent_complex")
+COMPILED = ("nanogpt", "slots", "hierarchy", "level+slots+nanogpt", "featural", "associative",
+            "exits", "recurrent_complex", "delta", "n_grams")
 
 
 def gpu_compiled(cfg, device):
@@ -1061,13 +1061,16 @@ def gpu_training(cfg, device):
                      "peak TFLOP/s": a["peak"] / 1e12, "peak MB": a["peak MB"],
                      "first step s": a["compile"],
                      "nanoGPT / it": compare(times["nanoGPT's model, AdamW"], t)})
-    yield Table(f"a training step, {shape.split(' --vocab')[0]}: compiled, bf16, random tokens", rows)
+    title = f"a training step, {shape.split(' --vocab')[0]}: compiled, bf16, random tokens"
+    yield Table(title, rows)
 
 
 MIXERS = {"A": "--layers=AAAAAA", "R": "--layers=RRRRRR", "R and A": "--layers=RRARRA",
           "level of 4": "--layers=RR(AAAA)R", "level by words": "--layers=(AA)AAAA --chunk=space",
           "F": "--layers=AAFAAF", "M": "--layers=AAMAAM", "exits": "--layers=AA.AA.AA",
-          "slots": "--layers=AAAAAA --history=1024 --aggregate=1 --n_segment=2 --n_span=16 --span=4"}
+          "slots": "--layers=AAAAAA --history=1024 --aggregate=1 --n_segment=2 --n_span=16 "
+                   "--span=4",
+          "D": "--layers=DDDDDD", "n-grams": "--layers=AAAAAA --n_gram=2,3"}
 
 
 def gpu_mixers(cfg, device):

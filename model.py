@@ -899,7 +899,8 @@ class DeltaRule(Layer):
         width = self.n_head * self.head_dim
         self.c_in = Linear(C, (width,) * 4, cfg.bias)  # queries, keys, values, what is read
         self.c_gate = Linear(C, 2 * self.n_head, group="table")
-        self.rate = parameter(self.n_head, init=lambda p, cfg, g: p.uniform_(2.0, 6.0, generator=g))
+        law = lambda p, cfg, generator: p.uniform_(2.0, 6.0, generator=generator)
+        self.rate = parameter(self.n_head, init=law)  # of keeping, when x says nothing
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
 
     def init_cache(self, B, L, like):
@@ -923,7 +924,7 @@ class DeltaRule(Layer):
         return self.c_proj(y.to(x.dtype) * F.silu(out))
 
     def step_by_step(self, q, k, v, beta, keep, starts, pos, cache):
-        """Do as delta_scan does, from the state in a cache on, and write there each that follows."""
+        """Do as delta_scan does, from the state in a cache on; write there what each step leaves."""
         S, states = cache.before("S", pos), []  # (B, H, D, D)
         keep = keep.masked_fill(starts[:, None], 0.0)
         for t in range(q.size(2)):
@@ -2164,19 +2165,22 @@ class SoftTokens:
         """Return training inputs of which a share is soft: idx (B, T) -> (B, T, V).
 
         There a token is replaced by what the model expected in its place, from a pass without
-        gradient. Where a text ends is no guess: an end stays one, and nothing becomes one.
+        gradient. It is spared most rows: all that is soft stands in a quarter of them, or as many
+        more as it takes. Where a text ends is no guess: an end stays one, and nothing becomes one.
         """
-        cfg = self.cfg
+        cfg, B = self.cfg, len(idx)
+        n = math.ceil(B * max(cfg.soft_rate, 0.25))
         with torch.no_grad():
-            logits = self.to_logits(self.hidden(idx, history))
+            logits = self.to_logits(self.hidden(idx[:n], None if history is None else history[:n]))
             if cfg.eot >= 0:
                 logits[..., cfg.eot] = float("-inf")
             p = logits.softmax(-1)
-        soft = torch.rand(idx.shape, device=idx.device) < cfg.soft_rate
-        soft = soft & (idx != cfg.think_token) & (idx != cfg.eot)
-        hard = F.one_hot(idx, cfg.vocab_size).to(p.dtype)
-        later = torch.where(soft[:, 1:, None], p[:, :-1], hard[:, 1:])
-        return torch.cat((hard[:, :1], later), dim=1)  # nothing is expected in the first place
+        soft = torch.rand(n, idx.size(1), device=idx.device) < cfg.soft_rate * B / n
+        soft = soft & (idx[:n] != cfg.think_token) & (idx[:n] != cfg.eot)
+        soft[:, 0] = False  # nothing is expected there
+        tokens = F.one_hot(idx, cfg.vocab_size).to(p.dtype)
+        mixed = torch.where(soft[..., None], p.roll(1, 1), tokens[:n])
+        return torch.cat((mixed, tokens[n:]))
 
     def think(self, tokens, history, state, **more):
         """Return tokens (B, T, V) in which thoughts stand, and think tokens so far (B, T).

@@ -10,8 +10,7 @@
                                                   the same text, sooner
     python sample.py --beams=8                    the likeliest text; --best_of=8: the likeliest
                                                   of 8 samples
-    python sample.py --soft --collapse=entropy --trace
-                                                  tokens stay soft until the model is sure
+    python sample.py --soft --trace               tokens stay soft while they lie near symbols
     python sample.py --interactive                go on from what is typed, turn by turn
     python sample.py learn --knn=works.db FILE... read texts into a datastore, without a gradient;
                                                   --knn=works.db then uses it
@@ -71,7 +70,7 @@ class SampleConfig:
     soft: bool = False  # the next input is an expected embedding until it collapses to a symbol
     soft_top_k: int = 0  # soft: over the k most likely tokens; 0: over those that the filters keep
     gumbel: float = 0.0  # soft: temperature of a Gumbel-softmax on each soft token; 0: no noise
-    collapse: str = "entropy"  # always | never | every:N | entropy (sure) | distance (off tokens)
+    collapse: str = "distance"  # always | never | every:N | distance (off tokens) | entropy (sure)
     collapse_threshold: float = -1.0  # entropy: below which (-1: 0.5); distance: above (-1: 0.1)
     collapse_by: str = "nearest"  # what soft tokens become: nearest | context (drawn in one pass)
     collapse_back: int = -1  # collapse only the last n earlier soft tokens; -1: all, 0: none
@@ -168,7 +167,7 @@ class SampleConfig:
 CHOICES = {
     "exit": ("", "softmax", "margin", "cosine", "classifier"),
     "collapse_by": ("nearest", "context"),
-    "collapse": ("always", "never", "entropy", "distance", "every:N"),
+    "collapse": ("distance", "entropy", "always", "never", "every:N"),
     "dtype": ("float32", "bfloat16"),
 }
 COUNT, SIZE, SHARE, STRENGTH = (0, 10_000), (0, 2 ** 62), (0, 1), (0, 1000)
