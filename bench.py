@@ -1189,7 +1189,9 @@ CLAIMS["think"] = Trial(
      "(AA)AAAA by words": "--layers=(AA)AAAA --chunk=space" + EQUAL,
      "(AA)AAAA by 4": "--layers=(AA)AAAA --chunk=4" + EQUAL,
      "RR(AAAA)R by words": "--layers=RR(AAAA)R --chunk=space" + EQUAL,
-     "RRARRA": "--layers=RRARRA" + EQUAL},
+     "RRARRA": "--layers=RRARRA" + EQUAL, "DDADDA": "--layers=DDADDA" + EQUAL,
+     "AAAAAA with n-grams": "--layers=AAAAAA --n_gram=2,3" + EQUAL,
+     "(AA)AAAA by words with n-grams": "--layers=(AA)AAAA --chunk=space --n_gram=2,3" + EQUAL},
     "--n_head=4 --n_embd=256 --block_size=1024 --batch_size=16 --max_iters=600" + ONCE,
     columns=("val loss", "difference", "sd of it", "spread", "steps", "params M", "step time",
              "ms a step"))
@@ -1251,6 +1253,18 @@ CLAIMS["cipher"] = Trial(
                "uncompressed": f"{NO_SLOTS} --block_size=272 --score_last=16"},
     "config/cipher.py --after=above_floor" + ONCE,
     columns=("val loss", "spread", "above_floor", "ms a step"),
+    derived={"gap closed": gap("no history", "uncompressed")}, timing="all")
+
+CLAIMS["topic"] = Trial(
+    "the topic task, where only the mean of what lies far behind the window helps: each kind of "
+    "slot alone, and an ordinary window, above the floor", "topic, 2 layers, 600 steps of 32 x 16",
+    {"no history": "", "aggregate": "--history=256 --aggregate=1",
+     "2 segments": "--history=256 --n_segment=2",
+     "64 spans of 4": "--history=256 --n_span=64 --span=4",
+     "uncompressed": "--block_size=272 --score_last=16",
+     "uncompressed, all scored": "--block_size=272 --batch_size=4 --seconds_of=aggregate"},
+    SLOT_MODEL + " --dataset=topic --n_layer=2 --batch_size=32 --max_iters=600 "
+    "--after=above_floor", columns=("val loss", "spread", "above_floor", "steps", "ms a step"),
     derived={"gap closed": gap("no history", "uncompressed")}, timing="all")
 
 CLAIMS["soft"] = Trial(

