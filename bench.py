@@ -24,7 +24,9 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -42,13 +44,14 @@ import config  # before torch: it sets the allocator's switches
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributions import Bernoulli, Binomial, kl_divergence
 
 import memory
 import prepare
 import sample
 import train
 from config import UserError
-from model import FeaturalMemory, GPT, GPTConfig, Level, Linear, rms_norm
+from model import GPT, GPTConfig, Level, Linear
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -66,7 +69,6 @@ class BenchConfig:
     jobs: int = 2  # trainings at once where only losses count, sharing the cores
     dataset: str = "shakespeare"  # dataset of a claim that trains
     data_dir: str = "data"  # where datasets are kept
-    figure: str = ""  # concepts: draw the samples of the fork task into this SVG file
     out_dir: str = ""  # keep the runs of a claim here; default: a temporary folder
 
     def __post_init__(self):
@@ -79,22 +81,15 @@ class BenchConfig:
 
 @dataclass
 class Table:
-    """Rows {column: value} under a title. `figures` are {arm: {metric: [a value per seed]}}; where
-    a claim does not state them they are the numbers of the rows, by the words of each."""
+    """Rows {column: value} under a title."""
     title: str
     rows: list
-    figures: dict = None
+    figures: dict = field(default_factory=dict)  # {arm: {metric: [a value per seed]}}
     note: str = ""  # a sentence below it
 
-    def __post_init__(self):
-        self.columns = list(dict.fromkeys(k for row in self.rows for k in row))
-        if self.figures is None:
-            self.figures = {}
-            for row in self.rows:
-                arm = ", ".join(v for v in row.values() if isinstance(v, str)) or self.title
-                for k, v in row.items():
-                    if is_number(v):
-                        self.figures.setdefault(arm, {}).setdefault(k, []).append(v)
+    @property
+    def columns(self):
+        return list(dict.fromkeys(k for row in self.rows for k in row))
 
 
 def is_number(value):
@@ -146,28 +141,23 @@ def git(*argv):
 
 
 def save(cfg, claim, tables, words, took):
-    """Write docs/results/CLAIM.json. Its title, note and mechanism stay where they were written by
-    hand."""
+    """Write docs/results/CLAIM.json. What was written into it by hand stays."""
     path, old = os.path.join(HERE, "docs", "results", f"{claim}.json"), {}
     with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
         old = json.load(f)
-    figures = {}
-    for table in tables:
-        for arm, metrics in table.figures.items():
-            figures.setdefault(arm, {}).update(metrics)
-    new = {"claim": claim, "order": old.get("order", 10 * len(CLAIMS)),
-           "title": old.get("title") or tables[0].title,
-           "question": old.get("question") or question(CLAIMS.get(claim, mine)),
+    by_hand = "order", "title", "question", "note", "mechanism"
+    new = {"claim": claim, "order": 10 * len(CLAIMS), "title": tables[0].title,
+           "question": question(CLAIMS.get(claim, mine)),
            "command": f"python bench.py {claim} {shlex.join(words)}".strip(),
            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain")),
            "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
            "torch": torch.__version__, "seeds": cfg.seeds, "seconds": took,
-           "note": old.get("note") or " ".join(t.note for t in tables if t.note),
+           "note": " ".join(t.note for t in tables if t.note),
            "tables": [{"title": t.title, "columns": t.columns,
                        "rows": [[row.get(k, "") for k in t.columns] for row in t.rows]}
-                      for t in tables], "figures": figures}
-    if "mechanism" in old:
-        new["mechanism"] = old["mechanism"]
+                      for t in tables],
+           "figures": {arm: f for t in tables for arm, f in t.figures.items()},
+           **{k: old[k] for k in by_hand if old.get(k)}}
     new = json.loads(json.dumps(new), parse_float=lambda digits: float(f"{float(digits):.6g}"))
     prepare.make_dir(os.path.dirname(path))
     with prepare.replacing(path) as f:
@@ -383,7 +373,7 @@ class Trial:
             self.arms = {flags or "defaults": flags for flags in self.arms}
 
     def __call__(self, cfg):
-        """Yield the table of a self."""
+        """Yield the table of the arms."""
         cfg = dataclasses.replace(cfg, seeds=self.seeds or cfg.seeds,
                                   jobs=1 if self.alone else cfg.jobs)
         arms = {name: f"{self.base} {flags}" for name, flags in self.arms.items()}
@@ -393,14 +383,15 @@ class Trial:
         figures = over_seeds(cfg, arms, 0 if self.alone else share_of_cores(cfg), self.cold)
         baseline = self.baseline or next(iter(arms))
         for name, f in figures.items():
-            f["spread"] = [max(f["val loss"]) - min(f["val loss"])]
             if times:
                 f["ms a step"] = [1000 * median(times[name])]
                 f["step time"] = [compare(times[name], times[baseline])]
-            other = figures.get(parse_arm(arms[name])[2].get("against", baseline))
-            if other:
-                f["difference"] = [a - b for a, b in zip(f["val loss"], other["val loss"])]
-                f["sd of it"] = [stdev(f["difference"])] if len(f["difference"]) > 1 else []
+            other = figures[parse_arm(arms[name])[2].get("against", baseline)]
+            if f["val loss"]:
+                f["spread"] = [max(f["val loss"]) - min(f["val loss"])]
+            f["difference"] = less(f, other)
+            if len(f["difference"]) > 1:
+                f["sd of it"] = [stdev(f["difference"])]
         for k, compute in self.derived.items():
             for f in figures.values():
                 value = compute(f, figures)
@@ -411,6 +402,11 @@ class Trial:
                 for name, f in figures.items()]
         yield Table(f"{self.title} ({cfg.dataset}, {cfg.seeds} seeds, baseline: {baseline})", rows,
                     figures)
+
+
+def less(a, b):
+    """Return by how much the losses of one arm are above those of another, seed by seed."""
+    return [x - y for x, y in zip(a["val loss"], b["val loss"])]
 
 
 def gap(none, all_):
@@ -456,7 +452,7 @@ def over_seeds(cfg, arms, threads=0, cold=False):
     per seed]}}."""
     pool = ThreadPoolExecutor(cfg.jobs)
     own = {name: parse_arm(flags)[2] for name, flags in arms.items()}
-    figures = {}
+    figures = {name: {"val loss": []} for name in arms}
     try:
         runs = [(name, pool.submit(fit, cfg, flags, seed, threads, cold))
                 for seed in range(1, cfg.seeds + 1) for name, flags in arms.items()
@@ -468,7 +464,7 @@ def over_seeds(cfg, arms, threads=0, cold=False):
                 value = run[measure]
                 row.update(value if isinstance(value, dict) else {measure: value})
             for k, v in row.items():
-                figures.setdefault(name, {}).setdefault(k, []).append(v)
+                figures[name].setdefault(k, []).append(v)
     finally:
         pool.shutdown(cancel_futures=True)
     return figures
@@ -660,27 +656,27 @@ def explained(run, data):
 
 
 @torch.inference_mode()
-def fork_samples(cfg, model, n=500):
-    """Return where samples of the next concept lie on the line through the two that may come (-1
-    and 1), and how far beside it, in units of half their distance."""
-    tokens = split_ids(cfg, "val", "fork")
+def two_futures(run, data, n=500):
+    """Return where samples of the next concept lie on the line through the two that may come in the
+    task fork (at -1 and 1), as shares of three parts of it."""
+    model, n = run.model.eval(), min(n, (data.n - 63) // 64)
     torch.manual_seed(0)
-    n = min(n, (len(tokens) - 63) // 64)
-    x = torch.from_numpy(tokens[63:63 + 64 * n]).view(n, 64)  # from an end of text on
-    level = model.concepts(x)[-1]
-    first = x.view(n, 16, 4)[:, :, 0]
+    tokens = data.tokens[63:63 + 64 * n].astype(np.int64)  # from an end of text on
+    x = torch.from_numpy(tokens).view(n, 64).to(run.place.device)
+    level, first = model.concepts(x)[-1], x[:, ::4]
     a, b = (level.concepts[first == i].mean(0) for i in (1, 5))  # abcd, efgh
     half, drawn = (b - a) / 2, level.level.head.sample(level.u)[:, 2:-1, 0].flatten(0, 1)
     t = (drawn - (a + b) / 2) @ half / half.square().sum()
-    beside = (drawn - (a + b) / 2 - t[:, None] * half).norm(dim=-1).mean() / half.norm()
-    return t.numpy(), beside.item()
+    share = lambda part: part.float().mean().item()
+    return {"first mode": share(t < -0.5), "middle": share(t.abs() <= 0.5),
+            "second mode": share(t > 0.5)}
 
 
 MEASURES = {"history_shuffled": ablated(shuffle_history),
             "slots_empty": ablated(lambda h: torch.full_like(h, -1)),
             "plan_shuffled": without_plan("shuffled"), "plan_zeroed": without_plan("zeroed"),
-            "concepts": explained, "wrong_distance": wrong_distance, "two_steps": two_steps,
-            "hops": by_hops, "lengths": by_length, "dense_M": dense,
+            "concepts": explained, "two_futures": two_futures, "wrong_distance": wrong_distance,
+            "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
             "usage": lambda run, data: run.usage(data),
             "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
 
@@ -704,28 +700,21 @@ def the_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def transformers_gpt2(cfg, prompt, n_room):
-    """Return function(n) -> seconds a token of transformers' GPT-2 with its KV cache at our
-    shape, in bf16 on a GPU."""
+def transformers_gpt2(cfg, prompt):
+    """Return what decode_arms says of transformers' GPT-2 with its KV cache at our shape, in bf16
+    on a GPU."""
     from transformers import GPT2Config, GPT2LMHeadModel
     device = the_device()
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
         n_layer=cfg.n_layer, n_head=cfg.heads(0)[0], bos_token_id=0, eos_token_id=0)).eval()
     model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    ids = torch.tensor([prompt], device=device)
 
-    @torch.inference_mode()
-    def run(n):
-        ids = torch.tensor([prompt], device=device)
-        cache = model(ids, use_cache=True).past_key_values
-
-        def push():
-            nonlocal cache
-            out = model(ids[:, :1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            out.logits.argmax(-1).item()
-        return seconds(push, min(n, n_room))
-    return run
+    def start():
+        cache = model(ids, use_cache=True).past_key_values  # (grows with each call)
+        return lambda: model(ids[:, :1], past_key_values=cache).logits.argmax(-1).item()
+    return start
 
 
 CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of blocks, of the head
@@ -736,13 +725,12 @@ CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of b
     "cache, compiled, int8": (torch.bfloat16, True, True, 1, 2)}
 
 
-def decode_arms(m, more=False):
-    """Return {name: function(n) -> seconds a token} for one shape with random weights, one row,
-    positions half way into the window: recomputing the window in fp32, and the first of CACHED;
-    with `more` all of these, and transformers' GPT-2 where that package is installed."""
-    cfg, device = stand_in(m), the_device()
-    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
-    n_room = cfg.block_size - len(prompt) - 1
+def decode_arms(cfg, prompt, more=False):
+    """Return {name: start} of ways to decode one row with random weights, where start() reads the
+    prompt and returns a function that decodes a token: recomputing the window in fp32, and the
+    first of CACHED; with `more` all of these, and transformers' GPT-2 where that package is
+    installed."""
+    device = the_device()
 
     def cached(dtype, compile, int8, *_):
         model = GPT(cfg).eval().to(device, dtype)
@@ -750,29 +738,37 @@ def decode_arms(m, more=False):
         model = sample.to_int8(model) if int8 else model
         decoder = sample.Decoder(model, [prompt], compile=compile)
 
-        def run(n):
+        def start():
             decoder.rows = [([], list(prompt))]
             decoder.prefill()
-            return seconds(lambda: decoder.push([1]).argmax().item(), min(n, n_room))
-        return run
+            return lambda: decoder.push([1]).argmax().item()
+        return start
 
     model = GPT(cfg).eval().to(device)
     window = torch.randint(cfg.vocab_size, (1, cfg.block_size), device=device)
-    recompute = torch.inference_mode()(lambda: model(window).logits[0, -1].argmax().item())
-    arms = {"recomputing": lambda n: seconds(recompute, n)}
+    arms = {"recomputing": lambda: lambda: model(window).logits[0, -1].argmax().item()}
     for name, how in CACHED.items():
         if name == "cache" or (more and not (how[2] and device == "cuda")):  # (int8 is of CPUs)
             arms[name] = cached(*how)
     if more and importlib.util.find_spec("transformers"):
-        arms["transformers GPT-2"] = transformers_gpt2(cfg, prompt, n_room)
+        arms["transformers GPT-2"] = transformers_gpt2(cfg, prompt)
     return arms
 
 
 def decode_times(m, rounds, more=False):
-    arms = decode_arms(m, more)
-    for run in arms.values():
-        run(1)  # compile
-    return turns(arms, rounds, lambda run, n: run(n), 0.5)
+    """Return {name: [seconds a token per round]} of decode_arms for one shape, from half a window
+    on, in turns."""
+    cfg = stand_in(m)
+    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
+
+    @torch.inference_mode()
+    def run(start, n):
+        return seconds(start(), min(n, cfg.block_size - len(prompt) - 1))
+
+    arms = decode_arms(cfg, prompt, more)
+    for start in arms.values():
+        run(start, 1)  # compile
+    return turns(arms, rounds, run, 0.5)
 
 
 def all_presets(cfg):
@@ -824,9 +820,8 @@ def decode(cfg):
         model = GPT(stand_in(m))
         inside = sum(p.numel() for p in model.blocks.parameters())
         head = model.lm_head.weight.numel()
-        before = bandwidth()
+        bytes_a_second = bandwidth()
         times = decode_times(m, cfg.rounds, more=True)
-        bytes_a_second = max(before, bandwidth())
         for name, t in times.items():
             row = {"size": size, "decoding": name, "tokens/s": 1 / median(t),
                    "/ recomputing": compare(times["recomputing"], t)}
@@ -843,86 +838,22 @@ def decode(cfg):
 
 
 def profile():
-    """Profile a step of the CHILD. Return {"rows": time by operator, the compiler's own kernels by
-    name, "parts": seconds by what they are for}. Attention is the batched products and the kernels
-    with a softmax; inside an optimizer's step everything is the optimizer's."""
+    """Return the rows of a step of the CHILD: time by operator, the compiler's own kernels by
+    name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
         CHILD["step"]()
     operators = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in operators)
-    parts = dict.fromkeys(("optimizer", "attention", "matrix products", "elementwise", "rest"), 0.0)
-
-    def part_of(event):
-        outer = event
-        while outer is not None and not outer.name.startswith("Optimizer.step"):
-            outer = outer.cpu_parent
-        name = event.name
-        tests = (outer is not None, "bmm" in name or "softmax" in name,
-                 name in ("aten::mm", "aten::addmm"), "cpp_fused" in name, True)
-        return list(parts)[tests.index(True)]
-
-    for event in p.events():
-        parts[part_of(event)] += event.self_cpu_time_total / 1e6
-    rows = [{"operator": e.key[:70], "ms": e.self_cpu_time_total / 1000,
+    return [{"operator": e.key[:70], "ms": e.self_cpu_time_total / 1000,
              "share": e.self_cpu_time_total / total, "calls": e.count} for e in operators[:15]]
-    return {"rows": rows, "parts": parts}
-
-
-def profile_arm(arm, n):
-    """Return the seconds of an arm's step (median of n), n profiles of one, and its share of the
-    matmul peak."""
-    child = Arm()
-    child.ask(start_run, *arm, True)
-    a_step = child.ask(run_steps, n)
-    profiles = [child.ask(profile) for _ in range(n)]
-    mfu = child.ask(end_run, a_step)["MFU"]
-    child.close()
-    return a_step, profiles, mfu
 
 
 def profile_presets(cfg):
     for name in cfg.presets or ["softar_shakespeare"]:
-        _, profiles, _ = profile_arm(read_arm(f"config/{name}.py"), 2)
-        yield Table(f"one step of {name}", profiles[-1]["rows"])
-
-
-def parts(cfg):
-    """where a training step's time goes at three sizes: attention, products, elementwise,
-    optimizer, data"""
-    rows = []
-    third = {"6 layers, 256 wide, 16 x 256":
-             "--n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_size=16"}
-    for size, shape in {**SIZES, **third}.items():
-        m, t = read_arm(shape)
-        a_step, profiles, mfu = profile_arm((m, t), cfg.rounds)
-        tcfg = TrainConfig(**t, dataset=cfg.dataset, data_dir=cfg.data_dir)
-        data, steps = train.Data(tcfg, GPTConfig(**m), "train"), itertools.count()
-        part = {k: median(p["parts"][k] for p in profiles) for k in profiles[0]["parts"]}
-        part["data"] = seconds(lambda: data.batch(next(steps), slice(None), tcfg.batch_size), 20)
-        total = sum(part.values())
-        rows.append({"size": size, "ms a step": 1000 * a_step,
-                     **{k: f"{v / total:.1%}" for k, v in part.items()},
-                     "share of matmul peak": mfu})
-    yield Table("where a step's time goes (torch profiler; medians)", rows)
-
-
-def blocks(cfg):
-    """time of a training step of each block at windows of 256, 1,024 and 4,096 tokens, 4,096
-    tokens a step"""
-    rows, windows = [], (256, 1024, 4096)
-    for layers in ("AA", "RR", "GG"):  # a few processes at a time
-        arms = {T: read_arm(f"--n_embd=128 --n_head=4 --layers={layers} --block_size={T} "
-                            f"--batch_size={4096 // T}") for T in windows}
-        ms = {T: 1000 * median(t) for T, t in step_times(arms, min(cfg.rounds, 3))[0].items()}
-        rows.append({"layers": layers, **{f"ms at {T:,}": ms[T] for T in windows},
-                     "4,096 / 256": ms[4096] / ms[256]})
-    yield Table("time of a training step by window, 128 wide, 4,096 tokens a step", rows)
-
-
-def resident_mb():
-    """Return the memory of this process now."""
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+        child = Arm()
+        child.ask(start_run, *read_arm(f"config/{name}.py"), True)
+        yield Table(f"one step of {name}", child.ask(profile))
+        child.close()
 
 
 def stream(cfg, total=100_000, block=20_000):
@@ -932,12 +863,11 @@ def stream(cfg, total=100_000, block=20_000):
     for name, flags in (("AA with slots, history 256", "config/softar_shakespeare.py --layers=AA"),
                         ("AA", "--layers=AA"), ("RR", "--layers=RR")):
         m, _ = read_arm(f"--block_size=256 --n_embd=128 --n_head=4 {flags}")
-        steps, done = start_decoding(GPT(stand_in(m)).eval(), [[1]], total).generate(), 0
-        for i in (1000, *range(block, total + 1, block)):
-            a_token = seconds(lambda: next(steps), i - done)
-            rows.append({"model": name, "tokens": i, "memory MB": resident_mb(),
+        steps = start_decoding(GPT(stand_in(m)).eval(), [[1]], total).generate()
+        for tokens in range(block, total + 1, block):
+            a_token = seconds(lambda: next(steps), block)
+            rows.append({"model": name, "tokens": tokens, "peak MB": peak_mb(),
                          "ms a token": 1000 * a_token})
-            done = i
     yield Table("one stream, 2 layers, 128 wide, window 256, random weights", rows)
 
 
@@ -1146,8 +1076,8 @@ def gpu(cfg):
 # -------------------------------------------------------------------------------------------------
 # claims that train, as data
 
-CLAIMS = {"presets": all_presets, "speed": speed, "parts": parts, "decode": decode,
-          "blocks": blocks, "stream": stream, "gpu": gpu}
+CLAIMS = {"presets": all_presets, "speed": speed, "decode": decode, "stream": stream,
+          "gpu": gpu}
 
 ONCE = f" --eval_interval={NEVER} --log_interval=500"  # validate at the end alone
 SMALL = "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12" + ONCE
@@ -1174,12 +1104,20 @@ CLAIMS["a100"] = Trial(
     "the bar: 1.4697 in 18 steps of config/nanogpt.py",
     {"ours": "config/shakespeare.py", "nanogpt": "config/nanogpt.py --seeds=0"}, baseline="nanogpt",
     columns=OF_SEEDS, timing="all", alone=True,
-    derived={"as nanoGPT steps": lambda f, _: [n * f["step time"][0] for n in f["steps"]],
+    derived={"as nanoGPT steps":
+             lambda f, _: [n * f["step time"][0] for n in f.get("steps", ())],
              "a nanoGPT step, s": lambda f, _: f["ms a step"][0] / f["step time"][0] / 1000})
 
 CLAIMS["best"] = Trial(
     "the lowest loss within 15 minutes: config/shakespeare_best.py", "the lowest loss",
     ("config/shakespeare_best.py",), columns=OF_SEEDS, timing="", alone=True)
+
+CLAIMS["blocks"] = Trial(
+    "time of a training step of each block at windows of 256, 1,024 and 4,096 tokens, 4,096 tokens "
+    "a step", "time of a training step by window, 128 wide, 4,096 tokens a step",
+    {f"{layers}, {T:,}": f"--layers={layers} --block_size={T} --batch_size={4096 // T}"
+     for layers in ("AA", "RR", "GG") for T in (256, 1024, 4096)},
+    "--n_embd=128 --n_head=4 --seeds=0", columns=("ms a step", "step time"), timing="all")
 
 EQUAL = " --seconds_of=AAAAAA"
 CLAIMS["think"] = Trial(
@@ -1353,39 +1291,19 @@ CONCEPTS = Trial(
     columns=("val loss", "spread", *PLAN, "R2 over the mean", "R2 over copying"))
 
 
+FORK = Trial(
+    "", "fork: samples of the next concept, which is one of two (at -1 and 1), evenly",
+    {kind: f"--concept={kind}" for kind in ("mse", "energy", "flow")},
+    LEVELS + " --layers='(AA)A' --dataset=fork --block_size=64 --batch_size=32 --max_iters=400 "
+             "--concept_weight=0.1 --after=two_futures", timing="",
+    columns=("first mode", "middle", "second mode"))
+
+
 def concepts(cfg):
     """how well the next concept is predicted, what a plan is worth, and whether two futures stay
     two"""
     yield from CONCEPTS(cfg)
-    make_task(cfg, "fork")
-    rows, samples = [], {}
-    for kind in ("mse", "energy", "flow"):
-        run = fit(cfg, f"{LEVELS} --layers='(AA)A' --dataset=fork --block_size=64 --batch_size=32 "
-                       f"--max_iters=400 --concept={kind} --concept_weight=0.1")
-        samples[kind], beside = fork_samples(cfg, sample.load(run["out_dir"])[0])
-        first, second = (samples[kind] < -0.5).mean().item(), (samples[kind] > 0.5).mean().item()
-        rows.append({"head": kind, "first mode": first, "middle": 1 - first - second,
-                     "second mode": second, "distance beside the line": beside})
-    if cfg.figure:
-        draw(cfg.figure, samples)
-    yield Table("fork: samples of the next concept, which is one of two (at -1 and 1), evenly",
-                rows)
-
-
-def draw(path, samples):
-    """Draw histograms side by side, as SVG: {title: positions on the line}."""
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{240 * len(samples)}" height="160" '
-           f'font-family="sans-serif" font-size="12">']
-    text = '<text x="{}" y="{}" text-anchor="middle">{}</text>'
-    for i, (title, t) in enumerate(samples.items()):
-        counts, x0 = np.histogram(t, 40, (-2, 2))[0], 240 * i + 20
-        out.append(text.format(x0 + 100, 16, title))
-        for j, height in enumerate(100 * counts / counts.max()):
-            out.append(f'<rect x="{x0 + 5 * j}" y="{130 - height:.1f}" width="4" '
-                       f'height="{height:.1f}" fill="steelblue"/>')
-        out += [text.format(x0 + 50 * (v + 2), 146, v) for v in (-1, 0, 1)]
-    with prepare.replacing(path) as f:
-        f.write("\n".join([*out, "</svg>"]).encode())
+    yield from FORK(cfg)
 
 
 CLAIMS["concepts"] = concepts
@@ -1469,30 +1387,25 @@ def learn_pairs(kind, n, scale, steps=1000, batch=512, seed=1):
 def random_pairs():
     """Return the table of how many random pairs one layer learns, at equal FLOPs a position: sizes
     double until fewer than 90% are right at every learning rate."""
-    memory = dict(layers="F", n_embd=32, n_mem=4096, mem_head=2, mem_top=8, mem_dim=32)
-    attention = 2 * 4 * 32 ** 2 + 4 * 32  # of one position, which stands in flops and is not run
-    make = lambda kind: GPT(GPTConfig(vocab_size=256, n_head=1, **kind))
-    flops = lambda kind: make(kind).flops(1) / 3 - attention
-    width, rows = round(flops(memory) / (4 * 32)), []
-    mlp = dict(layers="A", n_embd=32, n_mlp=width)
-    for name, kind in ((f"MLP, {width} wide", mlp), ("F, 4,096 slots", memory)):
-        size = sum(p.numel() for p in make(kind).blocks[0].mlp.parameters())
-        row = {"layer": name, "FLOPs": flops(kind), "params": size, "ms a step": 0.0, "learned": 0}
+    rows = []
+    for name, kind in (("MLP, 120 wide", dict(layers="A", n_mlp=120)),
+                       ("F, 4,096 slots", dict(layers="F", n_mem=4096, mem_head=2, mem_top=8,
+                                               mem_dim=32))):
+        kind["n_embd"] = 32
+        model = GPT(GPTConfig(vocab_size=256, n_head=1, **kind))
+        row = {"layer": name, "FLOPs, with attention's": model.flops(1) / 3,
+               "params": sum(p.numel() for p in model.blocks[0].mlp.parameters()), "learned": 0}
         for n in (2 ** i for i in range(10, 17)):
-            right, start = [], time.perf_counter()
-            for scale in (1.0, 0.25, 4.0):
-                right.append(learn_pairs(kind, n, scale))
-                if right[-1] >= 0.99:
-                    row["learned"] = n
-                    break
-            row["ms a step"] = (time.perf_counter() - start) / len(right)  # s of 1,000 steps
-            row[f"{n:,}"] = max(right)
-            if max(right) < 0.9:
+            learn = lambda: max(learn_pairs(kind, n, scale) for scale in (0.25, 1.0, 4.0))
+            right, took = timed(learn)
+            row.update({"ms a step": took / 3, f"{n:,}": right})  # (of 1,000)
+            if right >= 0.99:
+                row["learned"] = n
+            if right < 0.9:
                 break
         rows.append(row)
-    ratios = {k: rows[1][k] / rows[0][k] for k in ("FLOPs", "params", "learned", "ms a step")}
     return Table("random pairs learned to 99% in 1,000 steps of 512; share right by their number, "
-                 "best of 3 learning rates", [*rows, {"layer": "F / MLP", **ratios}])
+                 "best of 3 learning rates", rows)
 
 
 CLAIMS["featural"] = featural
@@ -1506,11 +1419,14 @@ OF_BOTH = {"n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_
            "max_iters", "dataset", "data_dir", "out_dir", "device", "dtype", "compile"}
 
 
-def verdict(differences):
-    """Return "better", "worse" or "no difference" of paired differences in loss."""
-    if abs(mean(differences)) <= 2 * stdev(differences):
-        return "no difference"
-    return "better" if mean(differences) < 0 else "worse"
+def verdict(above):
+    """Return what an idea is if the plain model's losses are so far above its own, seed by
+    seed."""
+    difference, sd = mean(above), stdev(above)
+    word = "better" if difference > 0 else "worse"
+    if abs(difference) <= 2 * sd:
+        word = "no different"
+    return f"{word} ({-difference:+.4f}, sd {sd:.4f})"
 
 
 def mine(cfg, presets, settings):
@@ -1529,20 +1445,15 @@ def mine(cfg, presets, settings):
     config.refuse_idle(idea, *mcfg.idle(), *tcfg.idle(mcfg))
     if "layers" in idea:
         plain += f" --layers={'A' * mcfg.n_layer}"
-    paired = lambda f, arms: [a - b for a, b in zip(arms["yours"]["val loss"], f["val loss"])]
     trial = Trial(
         "", f"{as_flags(idea)} beside {'A' * mcfg.n_layer if 'layers' in idea else 'none of it'}: "
         f"{mcfg.n_embd} wide, {tcfg.batch_size} x {mcfg.block_size} tokens a step, "
         f"{tcfg.max_iters} steps; --max_iters, --seeds, --dataset and sizes change that",
-        {"plain": plain,
-         "plain, the seconds of yours": plain + " --time_of=plain --seconds_of=yours",
-         "yours": yours}, columns=("val loss", "spread", "steps", "params M", "step time"),
-        derived={"yours less this": paired, "sd": lambda f, arms: stdev(paired(f, arms)),
-                 "yours is": lambda f, arms: verdict(paired(f, arms))})
+        {"yours": yours, "plain": plain,
+         "plain, the seconds of yours": plain + " --time_of=plain --seconds_of=yours"})
     for table in trial(cfg):
-        steps, seconds = (f"{row['yours is']} ({row['yours less this']:+.4f}, sd {row['sd']:.4f})"
-                          for row in table.rows[:2])
-        table.rows[2]["yours is"] = ""
+        steps, seconds = (verdict(table.figures[name]["difference"]) for name in trial.arms
+                          if name != "yours")
         table.note = (f"Yours is {steps} at equal steps, and {seconds} at equal seconds of steps: "
                       f"better or worse is |mean(d)| > 2 sd(d), with d the difference in "
                       f"validation loss of two models of one seed, over {cfg.seeds} seeds, and sd "
@@ -1597,26 +1508,22 @@ def held_out(ckpt, data_dir, sequences, length, seed=1337):
     return rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
 
 
-def start_decoding(model, prompts, n, flags="", other=None, compile=False, leave=None, eot=None):
-    """Return the way of sample.py that its flags ask for, to write n tokens behind each prompt;
-    `other` is the model that they name as amateur or draft."""
+def start_decoding(model, prompts, n, flags="", **more):
+    """Return the way of sample.py that its flags ask for, to write n tokens behind each prompt.
+    more: arguments of sample.make_decoder."""
     cfg = sample.SampleConfig(max_new_tokens=n,
                               **config.parse(shlex.split(flags), sample.SampleConfig)[0])
-    decoder = lambda m, **more: sample.Decoder(m, prompts, eot, compile, **more)
-    kind, _, number = cfg.amateur.partition(":")
-    amateur = {"context": lambda: decoder(model, context=int(number)),
-               "model": lambda: decoder(other)}.get(kind, lambda: None)()
-    if cfg.exit:
-        leave = sample.exit_rule(model, cfg.exit, cfg.exit_threshold)
-    expert = decoder(model, at_exit=int(number) if kind == "exit" else 0, leave=leave,
-                     amateur=amateur, draft=decoder(other) if cfg.draft else None)
-    return sample.way_of(cfg)(expert, cfg, torch.Generator().manual_seed(1))
+    more = {"leave": sample.make_rule(cfg, model, ""), **more}
+    decoder = sample.make_decoder(cfg, model, prompts, **more)
+    return sample.way_of(cfg)(decoder, cfg, torch.Generator().manual_seed(1))
 
 
-def write(model, prompts, n, *flags, **more):
-    """Return the rows of GeneratedToken that start_decoding gives."""
-    way = start_decoding(model, prompts, n, *flags, **more)
-    return sample.gather(way.generate(), len(prompts))
+def write(model, prompts, n, flags="", **more):
+    """Return the rows of GeneratedToken that start_decoding gives, and prompts and tokens as rows
+    of ids."""
+    way = start_decoding(model, prompts, n, flags, **more)
+    written = sample.gather(way.generate(), len(prompts))
+    return written, [p + [t.token for t in row] for p, row in zip(prompts, written)]
 
 
 class Critic:
@@ -1634,8 +1541,9 @@ class Critic:
         on."""
         nats = []
         for part in torch.tensor(texts).split(64):
-            logp = self.model(part[:, :-1]).logits.log_softmax(-1)
-            nats += (-logp.gather(2, part[:, 1:, None])[:, skip - 1:, 0]).mean(1).tolist()
+            logits = self.model(part[:, :-1]).logits.transpose(1, 2)  # (B, V, T)
+            each = F.cross_entropy(logits, part[:, 1:], reduction="none")
+            nats += each[:, skip - 1:].mean(1).tolist()
         return nats
 
     def windows(self, ids):
@@ -1671,10 +1579,10 @@ def coherence(cfg, total=20_000):
     figures = lambda ids: {**critic.words(ids), "judge": critic.windows(ids)}
     rows = [{"text": "human (validation split)", **figures(val)}]
     for flags in (f"--soft --collapse={c}" for c in ("always", "entropy", "distance", "never")):
-        written = write(model, [val[:1]] * cfg.seeds, total, flags, eot=critic.tok.eot)
+        streams = write(model, [val[:1]] * cfg.seeds, total, flags, eot=critic.tok.eot)
         rows.append({"text": flags, **means([
-            {**figures([t.token for t in row]), "share soft": mean(t.soft for t in row)}
-            for row in written])})
+            {**figures(ids[1:]), "share soft": mean(t.soft for t in made)}
+            for made, ids in zip(*streams)])})
     yield Table(f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds}", rows)
 
 
@@ -1685,29 +1593,24 @@ def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
     rows = []
     for dtype, compile in types or itertools.product(("float32", "bfloat16"), (False, True)):
         model, draft = (sample.load(path, dtype=dtype)[0] for path in (folder, other or folder))
+        ways, texts = {}, {}
 
-        def start(flags, n):
-            return start_decoding(model, prompts, n, flags, draft, compile)
+        def pace(name, _):
+            """Write a text. Return the seconds a token, without those of reading the prompt."""
+            flags = f"{arms[name]} --compile={compile}"
+            ways[name] = start_decoding(model, prompts, n, flags, other=draft)
+            text, took = timed(lambda: sample.gather(ways[name].generate(), 1)[0])
+            texts[name] = text
+            return took / len(text)
 
-        def pace(flags, _):
-            """Return the seconds a token of at least n tokens behind the first, which the prompt
-            gives."""
-            steps, count = start(flags, NEVER).generate(), 0
-            next(steps)
-            t0 = time.perf_counter()
-            while count < n:
-                count += len(next(steps)[0])
-            return (time.perf_counter() - t0) / count
-
-        times = turns(arms, cfg.rounds, pace, 0.0)
-        for name, flags in arms.items():
-            way = start(flags, n)
-            depth = [t.depth or model.cfg.n_layer for t in sample.gather(way.generate(), 1)[0]]
+        times = turns({name: name for name in arms}, cfg.rounds, pace)
+        for name in arms:
+            depth = [t.depth or model.cfg.n_layer for t in texts[name]]
             row = {"decoding": name, "type": dtype + ", compiled" * compile, "blocks": mean(depth),
                    "tokens/s": 1 / median(times[name]),
                    "x": compare(times[next(iter(arms))], times[name])}
-            if isinstance(way, sample.Speculation):
-                row["accepted"] = way.accepted / way.proposed
+            if isinstance(ways[name], sample.Speculation):
+                row["accepted"] = ways[name].accepted / ways[name].proposed
             rows.append(row)
     return rows
 
@@ -1719,25 +1622,15 @@ def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
 
 @dataclass
 class CalibrateConfig:
-    out_dir: str = ""  # a checkpoint file or its folder; default: the newest under out/
-    exit: str = "softmax"  # softmax | margin | cosine | classifier
     risk: float = 0.02  # share of tokens that may differ from the last layer's first choice
     confidence: float = 0.95  # chance that the risk is kept
     sequences: int = 1000  # how many stretches of held-out text
     length: int = 64  # tokens in each
     data_dir: str = "data"  # where datasets are kept
-    seed: int = 1337  # of the choice of stretches
-    device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | mps
-    dtype: str = "float32"  # float32 | bfloat16
-    int8: bool = False  # blocks' matrices as 8-bit integers, with dtype = bfloat16 on a CPU
 
     def __post_init__(self):
-        share, count = (1e-6, 1 - 1e-6), (1, 2 ** 31)
-        config.check(self, {"exit": sample.CONFIDENCE}, {
-            "risk": share, "confidence": share, "sequences": count, "length": count})
-        # the rest is checked as decoding checks it
-        self.decoding = sample.SampleConfig(**{k: getattr(self, k) for k in (
-            "out_dir", "exit", "seed", "device", "dtype", "int8")})
+        config.within(self, 1e-6, 1 - 1e-6, "risk", "confidence")
+        config.within(self, 1, 2 ** 31, "sequences", "length")
 
 
 # from strict to loose
@@ -1767,15 +1660,11 @@ def p_value(loss, n, risk):
     expectation above risk: the smaller of the bounds of Hoeffding and of Bentkus."""
     if loss >= risk:
         return 1.0
-    kl = loss * math.log(loss / risk) if loss else 0.0
-    kl += (1 - loss) * math.log((1 - loss) / (1 - risk))
-
-    def log_pmf(k):
-        ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-        return ways + k * math.log(risk) + (n - k) * math.log(1 - risk)
-
-    below = sum(math.exp(log_pmf(k)) for k in range(math.ceil(n * loss - 1e-9) + 1))
-    return min(math.exp(-n * kl), math.e * below, 1.0)
+    chance = torch.tensor(risk, dtype=torch.float64)
+    kl = kl_divergence(Bernoulli(torch.tensor(loss).to(chance)), Bernoulli(chance))
+    counts = torch.arange(math.ceil(n * loss - 1e-9) + 1)
+    below = Binomial(n, chance).log_prob(counts.to(chance)).exp().sum()
+    return min((-n * kl).exp().item(), math.e * below.item(), 1.0)
 
 
 def loosest_safe(risks, risk, confidence):
@@ -1788,17 +1677,23 @@ def loosest_safe(risks, risk, confidence):
 
 
 def calibrate(argv):
-    """find and store the loosest exit_threshold that keeps a risk on held-out text"""
-    cfg = config.build(CalibrateConfig, **config.parse(argv, CalibrateConfig,
-                                                       doc=calibrate.__doc__)[0])
-    model, ckpt, path = sample.open_model(cfg.decoding)
-    sample.check_exits(model, cfg.exit)
+    """find and store the loosest exit_threshold that keeps a risk on held-out text; of decoding's
+    settings it takes out_dir, exit (default: softmax), seed, device, dtype and int8"""
+    own, given, _ = config.parse(argv, CalibrateConfig, sample.SampleConfig,
+                                 doc=calibrate.__doc__)
+    for name in given.keys() - {"out_dir", "exit", "seed", "device", "dtype", "int8"}:
+        raise UserError(f"{name} does nothing in calibrate; leave it out")
+    cfg = config.build(CalibrateConfig, **own)
+    decoding = config.build(sample.SampleConfig,
+                            **{**given, "exit": given.get("exit") or "softmax"})
+    kind, (model, ckpt, path) = decoding.exit, sample.open_model(decoding)
+    sample.check_exits(model, kind)
     stored = sample.stored_thresholds(path)
     if cfg.length > model.cfg.block_size:
         raise UserError(f"length ({cfg.length}) is larger than the model's block_size "
                         f"({model.cfg.block_size}); give less")
-    rows = held_out(ckpt, cfg.data_dir, cfg.sequences, cfg.length, cfg.seed)[:cfg.sequences]
-    risks, depth = exit_risks(model, rows.to(cfg.decoding.device), cfg.exit)
+    rows = held_out(ckpt, cfg.data_dir, cfg.sequences, cfg.length, decoding.seed)[:cfg.sequences]
+    risks, depth = exit_risks(model, rows.to(decoding.device), kind)
     chosen = loosest_safe(risks, cfg.risk, cfg.confidence)
     observed, blocks = risks.mean(0).tolist(), depth.mean(0).tolist()
     for i, threshold in enumerate(THRESHOLDS):
@@ -1809,11 +1704,11 @@ def calibrate(argv):
                         f"on {len(rows)} sequences; ask for more risk, or give more sequences")
     found = {"threshold": THRESHOLDS[chosen], "risk": cfg.risk, "confidence": cfg.confidence,
              "sequences": len(rows), "length": cfg.length, "observed": observed[chosen],
-             "blocks": blocks[chosen], "of": sample.model_id(cfg, path)}
+             "blocks": blocks[chosen], "of": sample.model_id(decoding, path)}
     target = sample.thresholds_path(path)
     with prepare.replacing(target) as f:
-        f.write(prepare.seal({**stored, cfg.exit: found}))
-    print(config.visible(f"{target}: {cfg.exit} {THRESHOLDS[chosen]:.4f}"))
+        f.write(prepare.seal({**stored, kind: found}))
+    print(config.visible(f"{target}: {kind} {THRESHOLDS[chosen]:.4f}"))
     return 0
 
 
@@ -1828,60 +1723,38 @@ def random_exits(model, depth):
     return lambda h, before: torch.rand(h.shape[:2], generator=g) < chance
 
 
-def broken_promises(risks, repetitions):
-    """Return how often a threshold that was calibrated on 500 random sequences for a risk of 2%
-    exceeds it on the others."""
-    g, broken = torch.Generator().manual_seed(0), 0
-    for _ in range(repetitions):
-        order = torch.randperm(len(risks), generator=g)
-        i = loosest_safe(risks[order[:500]], 0.02, 0.95)
-        broken += i >= 0 and risks[order[500:], i].mean().item() > 0.02
-    return broken
-
-
 @torch.inference_mode()
-def exits(cfg, repetitions=100, n=200):
-    """early exit: blocks, disagreement and a judge's loss over thresholds, beside random exits;
-    calibration"""
+def exits(cfg, n=200):
+    """early exit: blocks, disagreement and a judge's loss over thresholds, and as calibrated for a
+    risk of 2%, beside random exits"""
     model, ckpt = sample.load(kept(cfg, "exits", EXITS), dtype="bfloat16")
-    critic, rows = Critic(cfg), held_out(ckpt, cfg.data_dir, 1000, 64)[:3000]
-    prompts, table, promises = rows[-32:, :32].tolist(), [], []
+    critic, rows, table = Critic(cfg), held_out(ckpt, cfg.data_dir, 1000, 64)[:3000], []
+    fresh = rows[-500:]  # what nothing is calibrated on
+    prompts, full = fresh[-32:, :32].tolist(), model(fresh).logits.argmax(-1)
 
-    def add(name, blocks, differ, rule):
-        written = write(model, prompts, n, leave=rule)
-        texts = [p + [t.token for t in row] for p, row in zip(prompts, written)]
-        depth = mean(t.depth or model.cfg.n_layer for row in written for t in row)
-        table.append({"rule": name, "blocks": blocks, "differ": differ,
-                      "judge": mean(critic.nats(texts, 32)), "blocks when writing": depth})
+    def add(name, rule):
+        """Add a row. Return how many blocks it runs."""
+        logits, depth = model.forward_with_exits(fresh, rule)
+        written, texts = write(model, prompts, n, leave=rule)
+        table.append({"rule": name, "blocks": depth.float().mean().item(),
+                      "differ": (logits.argmax(-1) != full).float().mean().item(),
+                      "judge": mean(critic.nats(texts, 32)),
+                      "blocks when writing": mean(t.depth for row in written for t in row)})
+        return table[-1]["blocks"]
 
-    add("every block", float(model.cfg.n_layer), 0.0, None)
+    add("every block", sample.exit_rule(model, "softmax", 1.0))
     for kind in sample.CONFIDENCE:
-        risks, depth = exit_risks(model, rows if kind == "softmax" else rows[:1000], kind)
-        half = len(risks) // 2
-        fresh_risk, fresh_depth = risks[half:].mean(0).tolist(), depth[half:].mean(0).tolist()
-        loosest = loosest_safe(risks[:half], 0.02, 0.95)
-        row = {"confidence by": kind, "calibrated on": half, "threshold at 2%": "none"}
-        if loosest >= 0:
-            row.update({"threshold at 2%": THRESHOLDS[loosest],
-                        "blocks": fresh_depth[loosest],
-                        "observed on fresh text": fresh_risk[loosest]})
-        row["repetitions under 2%"] = repetitions - broken_promises(risks, repetitions)
-        promises.append(row)
+        calibrating = rows[:1500 if kind == "softmax" else 500]
+        loosest = loosest_safe(exit_risks(model, calibrating, kind)[0], 0.02, 0.95)
         for i in sorted({max(loosest, 0), *((3, 5, 9, 15) if kind == "softmax" else (9,))}):
             name = f"{kind} > {THRESHOLDS[i]:.3g}" + " (2% risk)" * (i == loosest)
-            rule = sample.exit_rule(model, kind, THRESHOLDS[i])
-            add(name, fresh_depth[i], fresh_risk[i], rule)
+            blocks = add(name, sample.exit_rule(model, kind, THRESHOLDS[i]))
             if kind == "softmax":
-                rule = random_exits(model, fresh_depth[i])
-                logits, deep = model.forward_with_exits(rows[-500:], rule)
-                differ = logits.argmax(-1) != model(rows[-500:]).logits.argmax(-1)
-                add(f"random, as deep as {name}", deep.float().mean().item(),
-                    differ.float().mean().item(), rule)
+                add(f"random, as deep as {name}", random_exits(model, blocks))
     human = mean(critic.nats(held_out(ckpt, cfg.data_dir, 100, 32 + n)[:500].tolist(), 32))
-    yield Table(f"calibration: risk 2%, confidence 95%, sequences of 64; on as many fresh ones, "
-                f"and {repetitions} repetitions with 500", promises)
-    yield Table(f"early exit, 6 layers, bf16 (judge: nats a character on 32 texts of {n}; human "
-                f"text {human:.3f})", table)
+    yield Table(f"early exit, 6 layers, bf16; risk 2% at 95% confidence on 1,500 texts of 64 "
+                f"(softmax; 500 for others), figures on 500 others (judge: nats a character on 32 "
+                f"texts of {n}; human text {human:.3f})", table)
 
 
 def exit_speed(cfg, n=200):
@@ -1892,45 +1765,21 @@ def exit_speed(cfg, n=200):
         {"every block": "", **arms}, n))
 
 
-def speculate(cfg, n=1000, rows=10):
-    """self-speculation at 12 layers, 512 wide: the same greedy text, acceptance, speed; and a
-    small draft model"""
+def speculate(cfg, n=300):
+    """self-speculation at 12 layers, 512 wide, and a small draft model: acceptance, speed"""
     folder = kept(cfg, "deep", "--layers=AA.AAAAAAAAAA --exit_distill=0.5 --n_embd=512 --n_head=8 "
                                "--batch_size=8 --max_iters=400" + ONCE)
     small = kept(cfg, "small", "--n_layer=2 --n_head=4 --n_embd=128 --max_iters=600" + ONCE, seed=3)
-    prompts = split_ids(cfg, "val")[:5000 * rows].reshape(rows, -1)[:, :100].tolist()
-    drafts = {f"{k} ahead, {name}": f"--speculate={k} {flag}" for k in (3, 5)
-              for name, flag in (("exit 2", "--draft_exit=2"), ("small model", "--draft=small"))}
-    model, draft = (sample.load(path)[0] for path in (folder, small))
-    texts = {name: [[t.token for t in row]
-                    for row in write(model, prompts, n, f"{flags} --temperature=0", other=draft)]
-             for name, flags in [("plain", ""), *list(drafts.items())[:2]]}
-    yield same_text(model, prompts, texts)
-    table = []
+    prompt, rows = split_ids(cfg, "val")[:100].tolist(), []
+    arms = {"plain": "",
+            **{f"{k} ahead, {name}": f"--speculate={k} {flag}" for k in (3, 5)
+               for name, flag in (("exit 2", "--draft_exit=2"), ("small model", "--draft=small"))}}
     for t in (0.0, 0.8):
-        arms = {f"{name}, temperature {t}": f"{flags} --temperature={t}"
-                for name, flags in {"plain": "", **drafts}.items()}
-        table += decoding_speed(cfg, folder, prompts[:1], arms, 300, small,
-                                (("float32", False), ("bfloat16", True)))
-    yield Table("speculation, 12 layers, 512 wide, one row", table)
-
-
-@torch.inference_mode()
-def same_text(model, prompts, texts):
-    """Return the table of whether greedy texts are those of plain decoding, and where not, how
-    near the two likeliest tokens were."""
-    plain, rows = texts.pop("plain"), []
-    for name, others in texts.items():
-        gaps = []
-        for prompt, a, b in zip(prompts, plain, others):
-            if a != b:
-                same = os.path.commonprefix([a, b])
-                first, second = sample.Decoder(model, [prompt + same]).logits[0].topk(2).values
-                gaps.append((first - second).item())
-        rows.append({"draft": name, "texts": len(plain), "tokens each": len(plain[0]),
-                     "differing texts": len(gaps),
-                     "widest gap where they first differ": max(gaps, default=0.0)})
-    return Table("greedy text beside that of plain decoding, fp32, across folds", rows)
+        at_t = {f"{name}, temperature {t}": f"{flags} --temperature={t}"
+                for name, flags in arms.items()}
+        rows += decoding_speed(cfg, folder, [prompt], at_t, n, small,
+                               (("float32", False), ("bfloat16", True)))
+    yield Table("speculation, 12 layers, 512 wide, one row", rows)
 
 
 # contrastive decoding
@@ -1941,7 +1790,7 @@ def contrast(cfg, n=200, length=192, skip=64):
     a judge"""
     model, ckpt = sample.load(kept(cfg, "exits", EXITS))
     flags = "--n_layer=2 --n_head=2 --n_embd=64 --max_iters=300" + ONCE
-    weak = sample.load(kept(cfg, "weak", flags, 3))
+    weak = sample.load(kept(cfg, "weak", flags, 3))[0]
     critic, rows = Critic(cfg), held_out(ckpt, cfg.data_dir, n, skip + length)[:n].tolist()
     prompts = [row[:skip] for row in rows]
     arms = {"greedy": "--temperature=0", "nucleus 0.95": "--top_p=0.95",
@@ -1952,23 +1801,21 @@ def contrast(cfg, n=200, length=192, skip=64):
             "contrast, last 8 tokens": "--amateur=context:8",
             **{f"sweep: exit after 2, {k} {v}": f"--amateur=exit:2 --{k}={v}"
                for k, v in (("beta", 0.25), ("beta", 1.0), ("alpha", 0.3))}}
-    texts = {"human": [row[skip:] for row in rows]}
+    texts = {"human": rows}
     for name, flags in arms.items():
-        written = write(model, prompts, length, f"--temperature=1 {flags}", other=weak[0])
-        texts[name] = [[t.token for t in row] for row in written]
-    figures = {name: [{**critic.words(text, cut=True), "judge": nats} for text, nats in zip(
-        each, critic.nats([p + text for p, text in zip(prompts, each)], skip))]
-        for name, each in texts.items()}
-    paired = []
+        _, texts[name] = write(model, prompts, length, f"--temperature=1 {flags}", other=weak)
+    figures = {name: [{**critic.words(text[skip:], cut=True), "judge": nats}
+                      for text, nats in zip(each, critic.nats(each, skip))]
+               for name, each in texts.items()}
+    table = []
     for name, each in figures.items():
-        row = {"decoding": name}
-        for k in each[0]:
+        row = {"decoding": name, **means(each)}
+        for k in ("known words", "judge"):
             d = np.array([a[k] - b[k] for a, b in zip(each, figures["nucleus 0.95"])])
-            row[k] = f"{d.mean():+.3f} +- {1.96 * d.std(ddof=1) / len(d) ** 0.5:.3f}"
-        paired.append(row)
-    yield Table("the same, less nucleus 0.95 after the same prompt: mean and 95% interval", paired)
-    yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5",
-                [{"decoding": name, **means(each)} for name, each in figures.items()])
+            row[f"{k} - nucleus"] = f"{d.mean():+.3f} +- {1.96 * d.std(ddof=1) / n ** 0.5:.3f}"
+        table.append(row)
+    yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5; "
+                f"less nucleus 0.95 after the same prompt: mean and 95% interval", table)
 
 
 CLAIMS.update(coherence=coherence, exits=exits, exit_speed=exit_speed, speculate=speculate,
@@ -1976,141 +1823,40 @@ CLAIMS.update(coherence=coherence, exits=exits, exit_speed=exit_speed, speculate
 
 
 # -------------------------------------------------------------------------------------------------
-# search, stores and memories
-
-
-@torch.inference_mode()
-def text_keys(cfg, n_query, n_key):
-    """Return {kind: (queries of held-out text, keys of training text)}, 64 wide, of a small model:
-    what its head reads, through a random projection, and the queries and keys of an attention
-    head, before they are turned by their place."""
-    flags = "--n_layer=4 --n_head=2 --n_embd=128 --max_iters=400" + ONCE
-    model, g = sample.load(kept(cfg, "keys", flags))[0], torch.Generator().manual_seed(0)
-    hidden, qkv, kinds = [], [], {"hidden": [], "attention": []}
-    model.lm_head.register_forward_pre_hook(lambda _, x: hidden.append(x[0]))
-    model.blocks[2].attn.c_attn.register_forward_hook(lambda _, x, y: qkv.append(y))
-    shrink = torch.linalg.qr(torch.randn(128, 64, generator=g))[0]
-    for split, n, head in (("val", n_query, 0), ("train", n_key, 2)):  # (2 of q, 2 of k)
-        windows = torch.from_numpy(split_ids(cfg, split)).unfold(0, 256, 256)
-        for part in windows[torch.randperm(len(windows), generator=g)][:n // 256].split(32):
-            model(part)
-        kinds["hidden"].append(rms_norm(torch.cat(hidden).view(-1, 128) @ shrink))
-        kinds["attention"].append(rms_norm(torch.cat(qkv).view(-1, 6, 64)[:, head].contiguous()))
-        hidden.clear()
-        qkv.clear()
-    return kinds
-
-
-def recall(q, keys, places):
-    """Return the share of the places (Q, k) found for queries q whose keys score as high as the
-    k-th best does, up to rounding."""
-    longest, good = keys.norm(dim=-1).max(), []
-    for x, found in zip(q.split(256), places.split(256)):
-        scores = x @ keys.t()
-        rounding = 1e-6 * x.norm(dim=-1, keepdim=True) * longest
-        least = scores.topk(found.size(1))[0][:, -1:] - rounding
-        good.append((scores.gather(1, found) >= least).float().mean().item())
-    return mean(good)
-
-
-def product_keys(N, k, Q, g):
-    """Return the search of a FeaturalMemory of N random slots for its own queries, and those
-    queries (Q, 64) and all the keys (N, 64) that it stands for."""
-    layer = FeaturalMemory(GPTConfig(vocab_size=2, n_embd=64, n_head=1, layers="F", n_mem=N,
-                                     mem_head=1, mem_top=k), 0)
-    layer.c_q.weight.copy_(torch.eye(64))
-    layer.keys.normal_(generator=g)
-    first, second = rms_norm(layer.keys[0]) * 32 ** -0.5
-    pairs = first.repeat_interleave(layer.side, 0), second.repeat(layer.side, 1)
-    keys = torch.cat(pairs, dim=-1)
-    q = rms_norm(torch.randn(Q, 2, 32, generator=g)).flatten(1)
-    return lambda q: layer.find(q[None])[0][0, :, 0], q, keys
-
-
-def searches(keys, k):
-    """Return {name: function(queries) -> places of their k keys} of exact and approximate
-    searches, and the seconds that the index takes to build."""
-    index, build = timed(lambda: memory.Clusters(keys))
-    ways = {"exact": lambda q: memory.search(q, keys, k)[1],
-            "product and topk":
-                lambda q: torch.cat([(x @ keys.t()).topk(k)[1] for x in q.split(512)]),
-            **{f"clusters, {n} lists": lambda q, n=n: index.search(q, k, n)[1]
-               for n in (16, 32, 64)}}
-    if importlib.util.find_spec("faiss"):  # pip install faiss-cpu
-        import faiss
-        flat = faiss.IndexFlatIP(64)
-        flat.add(keys.numpy())
-        ways["faiss, flat"] = lambda q: torch.from_numpy(flat.search(q.numpy(), k)[1])
-    return ways, {"build, s": build, "index, MB": index.keys.nbytes / 2 ** 20}
-
-
-@torch.inference_mode()
-def retrieval(cfg, Q=4096, N=65536, k=32):
-    """32 of 4K to 256K keys for 1, 64 and 4,096 queries: exact, faiss, product keys, clusters:
-    recall, time, memory"""
-    g, rows = torch.Generator().manual_seed(0), []
-    find, q, keys = product_keys(N, k, Q, g)
-    kinds = {"grid": (q, keys), "Gaussian": [torch.randn(n, 64, generator=g) for n in (Q, N)]}
-    for kind, (q, keys) in text_keys(cfg, Q, 4 * N).items():
-        for n in (N // 16, N // 4, N, 4 * N) if kind == "attention" else (N,):
-            kinds[f"{kind}, {n:,}"] = q, keys[:n].clone()
-    for kind, (q, keys) in kinds.items():
-        ways, index = searches(keys, k)
-        if kind == "grid":
-            compiled = torch.compile(find, fullgraph=True, dynamic=False)
-            ways.update({"product keys": find, "product keys, compiled": compiled})
-        times = {n: turns(ways, cfg.rounds, lambda way, i: seconds(lambda: way(q[:n]), i), 0.2)
-                 for n in (1, 64, Q)}
-        for name, way in ways.items():
-            row = {"keys": kind, "search": name, "recall": recall(q[:256], keys, way(q[:256]))}
-            for n, t in times.items():
-                row[f"{n:,} queries, ms"] = 1000 * median(t[name])
-                row[f"x exact, {n:,}"] = compare(t["exact"], t[name])
-            row.update(index if "clusters" in name else {}, MB=keys.nbytes / 2 ** 20)
-            rows.append(row)
-    yield Table(f"{k} nearest keys, fp32, {torch.get_num_threads()} threads", rows)
-
-
-# a store whose writers are killed
+# memories: a store whose writers are killed, facts told once, kNN-LM
 
 STORED = dict(model="nobody", kind="memory", key=(64, "float32"), value=(64, "float32"))
 
 
-def batches(first, last, n=200):
-    """Return entries of the batches from first on of a store that is written to be killed: keys,
-    values, texts."""
-    keys, values = np.concatenate([
-        np.random.default_rng(b).standard_normal((2, n, 64), np.float32)
-        for b in range(first, last)], 1)
-    return keys, values, [f"entry {i} of batch {b}" for b in range(first, last) for i in range(n)]
+def batch_of(b, n=200):
+    """Return the entries of a batch of a store that is written to be killed: keys and values
+    (n, 64), texts."""
+    keys, values = np.random.default_rng(b).standard_normal((2, n, 64), np.float32)
+    return keys, values, [f"entry {i} of batch {b}" for i in range(n)]
 
 
 def write_on(path):
-    """Be the child of kill_writers: write batch after batch into a store, the uses of the batch
-    before along with it, and say so before and after, until killed."""
+    """Be the child of kill_writers: write batch after batch into a store, and say so before and
+    after, until killed."""
     with memory.Store(path, **STORED, write=True) as store:
         for b in itertools.count(store.stats()["entries"] // 200):
-            keys, values, texts = batches(b, b + 1)
             print("begin", b, flush=True)
-            with store.batch():
-                ids = store.add(0, [0] * len(texts), keys, values, texts)
-                if b:
-                    store.touch(ids - len(texts))
+            store.add(0, [0] * 200, *batch_of(b))
             print("done", b, flush=True)
 
 
 def found_in(path):
-    """Return how many entries a store holds, and whether it is sound and they are what was
-    written."""
-    with memory.Store(path, STORED["model"]) as store:
+    """Return how many batches a store holds, and whether they are whole and as they were
+    written. (A store checks itself when it is opened.)"""
+    with memory.Store(path) as store:
         arrays, texts = store.arrays(0), [e.text for part in store.entries() for e in part]
-        sound = store.db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
     if not texts:
-        return 0, sound
-    keys, values, wanted = batches(0, -(-len(texts) // 200))
-    uses = np.arange(len(wanted)) < len(wanted) - 200  # (those of the last batch are not used yet)
-    return len(texts), sound and texts == wanted and all(map(
-        np.array_equal, (arrays["keys"], arrays["values"], arrays["uses"]), (keys, values, uses)))
+        return 0, True
+    n = math.ceil(len(texts) / 200)
+    keys, values, wanted = zip(*map(batch_of, range(n)))
+    return n, (texts == list(itertools.chain(*wanted))
+               and np.array_equal(arrays["keys"], np.concatenate(keys))
+               and np.array_equal(arrays["values"], np.concatenate(values)))
 
 
 def kill_writers(path, kills, seed=0):
@@ -2119,10 +1865,9 @@ def kill_writers(path, kills, seed=0):
     g, total = np.random.default_rng(seed), dict.fromkeys(
         ("kills", "in the middle of a batch", "batches told committed", "of them lost",
          "damaged or half written"), 0)
+    child = [sys.executable, "-c", "import bench, sys; bench.write_on(sys.argv[1])", path]
     for _ in range(kills):
-        child = "import bench, sys; bench.write_on(sys.argv[1])"
-        writer = subprocess.Popen([sys.executable, "-c", child, path], cwd=HERE,
-                                  stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(child, cwd=HERE, stdout=subprocess.PIPE, text=True)
         lines = [writer.stdout.readline()]
         time.sleep(g.uniform(0, 0.25))
         writer.kill()
@@ -2134,7 +1879,7 @@ def kill_writers(path, kills, seed=0):
         total["kills"] += 1
         total["in the middle of a batch"] += what == "begin"
         total["batches told committed"] = committed
-        total["of them lost"] += max(committed - n_found // 200, 0)
+        total["of them lost"] += max(committed - n_found, 0)
         total["damaged or half written"] += not whole
     return total
 
@@ -2142,10 +1887,8 @@ def kill_writers(path, kills, seed=0):
 def crash(cfg, kills=50):
     """a store whose writer is killed 50 times in the middle of writing: nothing committed is lost,
     nothing is half written"""
-    path = os.path.join(scratch(), "store.db")
-    figures = kill_writers(path, kills)
-    yield Table("SIGKILL while writing, then read by another process",
-                [{**figures, "MB": os.path.getsize(path) / 2 ** 20}])
+    figures = kill_writers(os.path.join(scratch(), "store.db"), kills)
+    yield Table("SIGKILL while writing, then read by another process", [figures])
 
 
 # facts
@@ -2157,20 +1900,17 @@ def as_text_of(facts, mark="!"):
 
 
 @torch.inference_mode()
-def answers(model, tok, facts, stored, rows=64):
+def answers(model, tok, facts, stored):
     """Return the share of facts whose whole value is the likeliest text behind the question, which
     follows 6 unrelated facts: each token of it the likeliest behind those before, as greedy
     decoding has it."""
     right, others = 0, prepare.random_facts(np.random.default_rng(0), 6)
     decoder = sample.Decoder(model, [tok.encode("\n" + as_text_of(others))], memory=stored)
-    for i in range(0, len(facts), rows):
-        texts = [torch.tensor(tok.encode(as_text_of([fact], "?"))) for fact in facts[i:i + rows]]
-        state = decoder.state.select(torch.zeros(len(texts), dtype=torch.long))
-        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        guesses = model(ids, state=state).logits.argmax(-1)
-        for text, guess, (_, value) in zip(texts, guesses, facts[i:]):
-            n = len(text) - len(value) - 1
-            right += torch.equal(guess[n - 1:len(text) - 1], text[n:])
+    for fact in facts:
+        text = torch.tensor([tok.encode(as_text_of([fact], "?"))])
+        guesses = model(text, state=decoder.state.select(torch.tensor([0]))).logits.argmax(-1)
+        n = text.size(1) - len(fact[1]) - 1  # where the value begins, which a line end follows
+        right += torch.equal(guesses[0, n - 1:-1], text[0, n:])
     return right / len(facts)
 
 
@@ -2185,21 +1925,23 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
         order = np.random.default_rng(0).permutation(size)
         asked = [known[i] for i in order[:n // 4 if large else n]]  # (seconds each)
         found, read = timed(lambda: memory.absorb(model, tok.encode("\n" + as_text_of(known))))
-        n_entries = max(len(keys) for heads in found.values() for keys, *_ in heads)
-        # an index takes as much room again, and more
-        for how in ("exact", "cleared") if large else ("exact", "index", "cleared"):
+        makes = {"exact": lambda: memory.build_memory(model, found),
+                 "index": lambda: memory.build_memory(model, found, indexes={
+                     i: [memory.Clusters(keys) for keys, *_ in heads]
+                     for i, heads in found.items()}),
+                 "cleared": dict}
+        if large:  # an index takes as much room again, and more
+            del makes["index"]
+        for how, make in makes.items():
             decoder = stored = None  # the one before goes first
-            stored, made = timed(lambda: {} if how == "cleared" else memory.build_memory(
-                model, found, indexes=None if how == "exact" else {
-                    i: [memory.Clusters(keys) for keys, *_ in heads]
-                    for i, heads in found.items()}))
+            stored, made = timed(make)
             decoder = sample.Decoder(model, [tok.encode("\n?")], memory=stored)
+            stores = [m.store for m in stored.values()]
             rows.append({
-                "facts": size, "memory": how, "entries": n_entries if stored else 0,
-                "GB": sum(t.nbytes for m in stored.values()
-                          for t in (m.store.keys, m.store.values)) / 1e9,
-                "questions": len(asked),
-                "right": answers(model, tok, asked, stored, max(1, min(64, 2 ** 22 // n_entries))),
+                "facts": size, "memory": how,
+                "entries": max((store.keys.size(2) for store in stores), default=0),
+                "GB": sum(store.keys.nbytes + store.values.nbytes for store in stores) / 1e9,
+                "questions": len(asked), "right": answers(model, tok, asked, stored),
                 "read s": read, "made s": made,
                 "ms a token": 1000 * median(seconds(lambda: decoder.push([4])) for _ in range(20))})
             print(rows[-1], file=sys.stderr)  # (the largest takes a quarter of an hour, and 18 GB)
@@ -2211,32 +1953,28 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
 
 LAMBDAS = torch.linspace(0, 0.8, 21)
 TEMPERATURES = [2.0 ** i for i in range(-7, 2)]  # times the channels
-NEIGHBOURS = (16, 64, 256)
-
-
 def tuned(logp, distances, hits, C, fits):
-    """Return the weight, temperature and k of a kNN-LM that are best where fits (n,) says, and the
+    """Return the weight and temperature of a kNN-LM that are best where fits (n,) says, and the
     nats (n,) of each place with them. logp (n,): of the right token by the model; distances, hits
-    (n, K): of the entries found, and whether the right token stood behind each."""
+    (n, k): of the entries found, and whether the right token stood behind each."""
     found = []
-    for k, temperature in itertools.product(NEIGHBOURS, TEMPERATURES):
-        p = ((-distances[:, :k] / (C * temperature)).softmax(1) * hits[:, :k]).sum(1)
+    for temperature in TEMPERATURES:
+        p = ((-distances / (C * temperature)).softmax(1) * hits).sum(1)
         nats = -torch.lerp(logp.exp(), p, LAMBDAS[:, None]).log()  # (weights, n)
         loss, i = nats[:, fits].mean(1).min(0)
-        found.append((round(loss.item(), 7), LAMBDAS[i].item(), temperature, k, nats[i]))
+        found.append((loss.item(), LAMBDAS[i].item(), temperature, nats[i]))
     return min(found, key=lambda f: f[0])[1:]
 
 
 def behind(h, places, k, size=64):
     """Return squared distances and rows (n, k) of the entries of a text h (N, C) nearest to each
     of its places, of those before the place alone."""
-    found = []
+    found, rows = [], torch.arange(len(h))
     for p in places.split(size):
-        keys = h[:p[-1]].float()
-        later = torch.arange(len(keys)) >= p[:, None]
-        distances = torch.cdist(h[p].float(), keys).square().masked_fill(later, math.inf)
+        distances = torch.cdist(h[p].float(), h.float()).square()
+        distances = distances.masked_fill(rows >= p[:, None], math.inf)
         found.append(distances.topk(k, largest=False))
-    return [torch.cat(t) for t in zip(*found)]
+    return map(torch.cat, zip(*found))
 
 
 @torch.inference_mode()
@@ -2245,7 +1983,7 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     different halves"""
     folder = judge_folder(cfg)
     model, ckpt = sample.load(folder)
-    tok, C, K = prepare.Tokenizer(ckpt["tokenizer"]), model.cfg.n_embd, max(NEIGHBOURS)
+    tok, C, K = prepare.Tokenizer(ckpt["tokenizer"]), model.cfg.n_embd, 256
     train_ids, val_ids = (split_ids(cfg, split).tolist() for split in ("train", "val"))
     target = torch.tensor(val_ids[1:])
     # what is scored: places evenly over the split, of which the first half tunes
@@ -2257,15 +1995,11 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     rows = [{"datastore": "none", "val loss": -logp[~fits].mean().item()}]
 
     def add(name, entries, distances, tokens, **more):
-        weight, temperature, k, nats = tuned(logp, distances, tokens == right, C, fits)
+        weight, temperature, nats = tuned(logp, distances, tokens == right, C, fits)
         gain = (-logp - nats)[~fits]
         rows.append({"datastore": name, "entries": entries, "lambda": weight, "temp": temperature,
-                     "k": k, "val loss": nats[~fits].mean().item(), "gain": gain.mean().item(),
+                     "val loss": nats[~fits].mean().item(), "gain": gain.mean().item(),
                      "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more})
-
-    def find(near, own=False):
-        found = [near.find(h[p], p if own else None) for p in places.split(256)]
-        return [torch.cat(t) for t in zip(*found)]
 
     one_by_one, path = itertools.cycle(places.split(1)), os.path.join(scratch(), "knn.db")
     model_id = prepare.checkpoint_id(prepare.checkpoint_path(folder))
@@ -2273,25 +2007,20 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
         for before, size in itertools.pairwise((0, *sizes)):
             memory.learn(store, model, tok, train_ids[before:size + 1])
             near, read = timed(lambda: memory.Neighbours.open(store, K, 0.25, 10.0))
-            distances, found = find(near)
-            times = turns({"find": lambda: near.find(h[next(one_by_one)])}, cfg.rounds, least=0.5)
+            distances, found = map(torch.cat, zip(*(near.find(h[p]) for p in places.split(256))))
+            a_token = seconds(lambda: near.find(h[next(one_by_one)]), 50)
             add("training text", size, distances, near.tokens[found],
-                **{"ms a token": 1000 * median(times["find"]),
-                   "MB": store.stats()["bytes"] / 2 ** 20, "read, s": read})
+                **{"ms a token": 1000 * a_token, "MB": store.stats()["bytes"] / 2 ** 20,
+                   "read, s": read})
     shuffled = near.tokens[torch.randperm(size, generator=torch.Generator().manual_seed(0))]
     add("training text, its tokens shuffled", size, distances, shuffled[found])
-    recent, earlier = behind(h, places, K)
-    add("this text, before the place", len(h), recent, target[earlier])
-    both, order = torch.cat((distances, recent), 1).sort(1)
-    tokens = torch.cat((near.tokens[found], target[earlier]), 1).gather(1, order)
-    add("both", size + len(h), both[:, :K], tokens[:, :K])
-    distances, found = find(memory.Neighbours(h, target, K, 0.25, 10.0), own=True)
-    add("this text but for the place: its future too", len(h), distances, target[found])
+    distances, found = behind(h, places, K)
+    add("this text, before the place", len(h), distances, target[found])
     yield Table(f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of "
                 f"the validation split, scored on {n:,} of the other", rows)
 
 
-CLAIMS.update(retrieval=retrieval, crash=crash, facts=facts, knn=knn)
+CLAIMS.update(crash=crash, facts=facts, knn=knn)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2342,10 +2071,10 @@ def render_record(r):
 
 def render_mechanisms(records):
     """Return README's table of mechanisms."""
-    found = [{**r["mechanism"], "claim": r["claim"]} for r in records if r.get("mechanism")]
-    rows = []
-    for m in sorted(found, key=lambda m: m["order"]):
-        link = f"[{m['name']}](docs/RESULTS.md#{m['claim']})"
+    found, rows = [r for r in records if r.get("mechanism")], []
+    for r in sorted(found, key=lambda r: r["mechanism"]["order"]):
+        m = r["mechanism"]
+        link = f"[{m['name']}](docs/RESULTS.md#{r['claim']})"
         rows.append((link, m["flags"], m["does"], m["verdict"], m["figure"]))
     return to_table(("mechanism", "flags", "what it does", "verdict", "figure"), rows)
 
@@ -2353,17 +2082,16 @@ def render_mechanisms(records):
 def read_records(root):
     """Return {file name: record} of docs/results; UserError names a file that is no record."""
     records = {}
-    for path in sorted(glob.glob(os.path.join(root, "docs", "results", "*.json"))):
-        name = os.path.basename(path)
-        wanted = {"entries"} if name == "log.json" else RECORD_FIELDS
+    for path in sorted(pathlib.Path(root, "docs", "results").glob("*.json")):
+        wanted = {"entries"} if path.name == "log.json" else RECORD_FIELDS
         try:
-            with open(path, encoding="utf-8") as f:
-                records[name] = json.load(f)
-            missing = wanted - records[name].keys()
+            record = json.loads(path.read_text(encoding="utf-8"))
+            missing = wanted - record.keys()
         except (ValueError, AttributeError) as e:
             raise UserError(f"record {path} cannot be read ({e})") from None
         if missing:
             raise UserError(f"record {path} has no {', '.join(sorted(missing))}")
+        records[path.name] = record
     return records
 
 
@@ -2375,12 +2103,13 @@ def rendered(root):
     contents = "".join(f"- [{r['title']}](#{r['claim']})\n" for r in claims) + "\n"
     columns = ("what", "measured", "commit")
     log = to_table(columns, [[e[k] for k in columns] for e in entries])
-    with open(os.path.join(root, "README.md"), encoding="utf-8") as f:
-        before, start, rest = f.read().partition("<!-- render: mechanisms -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    readme = before + start + render_mechanisms(claims) + end + after
+    readme, n = re.subn("(<!-- render: mechanisms -->\n).*?(<!-- end -->)",
+                        lambda marks: marks[1] + render_mechanisms(claims) + marks[2],
+                        pathlib.Path(root, "README.md").read_text(encoding="utf-8"), flags=re.S)
+    if not n:
+        raise UserError("README.md has no lines <!-- render: mechanisms --> and <!-- end -->")
     return {"docs/RESULTS.md": RESULTS_HEAD + contents + "\n".join(map(render_record, claims)),
-            "docs/LOG.md": LOG_HEAD + log, "README.md": readme if start and end else None}
+            "docs/LOG.md": LOG_HEAD + log, "README.md": readme}
 
 
 def render(argv, root=HERE):
@@ -2393,23 +2122,18 @@ def render(argv, root=HERE):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"the records in docs/results cannot be rendered: "
                         f"{type(e).__name__} {e}") from None
-    if files["README.md"] is None:
-        raise UserError("README.md has no lines <!-- render: mechanisms --> and <!-- end -->")
-    stale = []
+    stale = 0
     for name, text in files.items():
-        path = os.path.join(root, name)
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                if f.read() == text:
-                    continue
-        stale.append(name)
-        if not argv:
-            with open(path, "w", encoding="utf-8", newline="\n") as f:
-                f.write(text)
-    verb = "is not what the records give; run python bench.py render" if argv else "written"
-    for name in stale:
-        print(f"{name}: {verb}")
-    return int(bool(argv and stale))
+        path = pathlib.Path(root, name)
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        if argv:
+            stale = 1
+            print(f"{name}: is not what the records give; run python bench.py render")
+        else:
+            path.write_text(text, encoding="utf-8", newline="\n")
+            print(f"{name}: written")
+    return stale
 
 
 # -------------------------------------------------------------------------------------------------
