@@ -1193,6 +1193,22 @@ CLAIMS["cipher"] = Trial(
     columns=("val loss", "spread", "above_floor", "ms a step"),
     derived={"gap closed": gap("no history", "uncompressed")}, timing="all")
 
+CLAIMS["n_grams"] = Trial(
+    "tables of hashed n-grams at the embedding: 500 and 3,000 steps, and a plain model that gets "
+    "their seconds", "hashed n-grams, 4 layers, 128 wide, 12 x 64",
+    {"500 steps": "", "n_gram = 2": "--n_gram=2", "n_gram = 2,3": "--n_gram=2,3",
+     "n_gram = 2,3,4": "--n_gram=2,3,4", "plain, seconds of 2,3": "--seconds_of='n_gram = 2,3'",
+     "3,000 steps": "--max_iters=3000",
+     "n_gram = 2,3, 3,000 steps": "--n_gram=2,3 --max_iters=3000 --against='3,000 steps'"},
+    SMALL + " --max_iters=500")
+
+CLAIMS["delta"] = Trial(
+    "the gated delta rule beside attention, the linear recurrence and the GRU, at equal steps and "
+    "in the seconds of attention", "mixers, 4 layers, 128 wide, 12 x 64, 500 steps",
+    {**{f"{c * 4}": f"--layers={c * 4}" for c in "ARDG"}, "DDAD": "--layers=DDAD",
+     "RRAR": "--layers=RRAR", "DDDD, seconds of AAAA": "--layers=DDDD --seconds_of=AAAA"},
+    SMALL + " --max_iters=500", baseline="AAAA")
+
 CLAIMS["topic"] = Trial(
     "the topic task, where only the mean of what lies far behind the window helps: each kind of "
     "slot alone, and an ordinary window, above the floor", "topic, 2 layers, 600 steps of 32 x 16",

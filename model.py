@@ -855,7 +855,7 @@ class Recurrence(Layer):
         return self.c_proj(h.to(x.dtype) * F.silu(out))
 
 
-def delta_scan(q, k, v, beta, log_keep, doc, size=32):
+def delta_scan(q, k, v, beta, log_keep, doc, size=64):
     """Return what queries read of a state that follows the delta rule: (B, H, T, D).
 
     q, k, v (B, H, T, D); beta, log_keep (B, H, T); doc (B, T) numbers of documents. Pieces of
