@@ -1012,7 +1012,7 @@ def gpu_mixers(cfg, device):
     times, about = step_times(arms, cfg.rounds, together=device == "cuda")
     yield Table(f"a training step of each mechanism, {shape}",
                 [{"arm": f"{k}: {MIXERS[k]}", "ms a step": 1000 * median(t),
-                  "tokens/s": about[k]["tokens"] / median(t), "MFU": about[k]["MFU"],
+                  "tokens/s": about[k]["tokens"] / median(t),
                   "of A's time": compare(t, times["A"]), "peak MB": about[k]["peak MB"],
                   "first step s": about[k]["compile"]} for k, t in times.items()])
 

@@ -1190,7 +1190,8 @@ TASKS = {"cipher": (cipher, 3600, 400), "topic": (topic, 3600, 400),
 
 def task_settings(task):
     """Return the names of a task's settings."""
-    return "n_docs", "seed", *{"cipher": ["doc_len"], "topic": ["doc_len"], "chain": ["n_pause"]}.get(task, ())
+    own = {"cipher": ["doc_len"], "topic": ["doc_len"], "chain": ["n_pause"]}
+    return "n_docs", "seed", *own.get(task, ())
 
 
 def prepare_task(task, cfg, folder):
