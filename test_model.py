@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import zipfile
 from unittest import mock
 
@@ -1163,6 +1164,20 @@ def test_cipher_task():
     assert mask.tolist() == [False] * 10000 + [True] * 10000
 
 
+def test_topic_task():
+    """Letters of one document are of one topic, whose entropy is the floor; half is scored."""
+    letters, notes, document = prepare.topic(prepare.PrepareConfig(doc_len=20000),
+                                             np.random.default_rng(1))
+    p = []
+    for ids, mask in (document(True), document(True)):
+        assert mask.sum() == 10000 and not mask[:10000].any()
+        p += [np.bincount(half, minlength=len(letters)) / 10000 for half in (ids[:10000],
+                                                                             ids[10000:])]
+    away = lambda a, b: np.abs(a - b).sum()
+    assert away(p[0], p[1]) < 0.1 < 0.25 < min(away(p[0], p[2]), away(p[1], p[3]))
+    assert -(p[0] * np.log(p[0])).sum() == pytest.approx(notes["entropy_rate"], abs=0.05)
+
+
 def test_facts_task():
     """What is asked is what was told, and scored with the end of its line."""
     (_, text, scored), = documents("facts", 1)
@@ -1678,6 +1693,17 @@ def learner(teacher, model=None, **t):
     return r, data.batch(0, slice(0, 4), 4)
 
 
+def test_use_of_memories_is_measured(teacher):
+    """The share of slots found, and the entropy of their use: all alike is 1, one slot alone 0."""
+    r, _ = learner(teacher, {**FEATURAL, "layers": "FAF"})
+    every, none = torch.arange(64).view(4, 16), torch.zeros(4, 16)
+    for block, slots in ((0, none.long()), (2, every)):
+        r.model.blocks[block].mlp.find = lambda x, slots=slots: tuple(
+            f.expand(*x.shape[:2], 4, 16) for f in (slots, none))
+    assert r.usage(split("val", SLOTS)) == pytest.approx(
+        {"slots_used": (1 + 1 / 64) / 2, "slot_entropy": 0.5}, abs=1e-5)
+
+
 def lesson(r, x, y, h):
     """Return (loss, losses by name) of a batch, with those that the teacher adds."""
     out = r.distillation(x, y, h, r.taught(x, h))
@@ -1763,6 +1789,63 @@ def test_tokenizers_round_trip():
     tok = prepare.Tokenizer(prepare.tokenizer_spec("char", "abc", eot=True))
     assert tok.eot == 3 and tok.n_vocab == 4
     refused(tok.encode, "axy", "'x' 'y'", "python prepare.py --tokenizer=byte --input=FILE")
+
+
+def test_public_token_files(tmp_path):
+    """Those with a header and those without are the same tokens; what is cut off is refused."""
+    tokens = {"val": np.arange(300) % 257, "train": np.arange(5000) % 256}
+    for name, ids in tokens.items():
+        head = np.zeros(256, "<i4")
+        head[:3] = 20240520, 1, len(ids)
+        (tmp_path / f"a_{name}.bin").write_bytes(head.tobytes() + ids.astype("<u2").tobytes())
+        (tmp_path / f"b_{name}.bin").write_bytes(ids.astype("<u2").tobytes())
+    (tmp_path / "cut_val.bin").write_bytes((tmp_path / "a_val.bin").read_bytes()[:-2])
+
+    def prepared(name, *files, tokenizer="byte"):
+        quiet(prepare.main, ["--tokenizer=" + tokenizer, f"--name={name}",
+                             f"--data_dir={tmp_path}", *[f"--input={tmp_path}/{f}" for f in files]])
+        meta = prepare.open_dataset(name, str(tmp_path))
+        return meta["bytes"], *(prepare.open_bin(tmp_path / name / f"{s}.bin")[0][:].tolist()
+                                for s in ("train", "val"))
+    want = {"train": 5000, "val": 301}, *(tokens[s].tolist() for s in ("train", "val"))
+    assert prepared("a", "a_train.bin", "a_val.bin") == want  # (an end of text is two bytes)
+    assert prepared("b", "b_val.bin", "b_train.bin") == want
+    for val, word in (("cut_val.bin", "no whole file"), ("b_train.bin", "val in its name"),
+                      ("no_val.bin", "no_val.bin")):
+        refused(lambda val: prepared("c", "a_train.bin", val), val, word)
+    refused(lambda kind: prepared("c", "a_train.bin", "a_val.bin", tokenizer=kind), "char",
+            "--tokenizer")
+
+
+def test_tracing_a_plan(tmp_path):
+    run(tmp_path, dict(layers="(A)A"))
+    out = quiet(sample.main, [f"--out_dir={tmp_path}", "--prompt=the ", "--max_new_tokens=20",
+                              "--trace"])
+    assert "planned | written" in out and len([s for s in out.splitlines() if " | '" in s]) >= 3
+
+
+@pytest.mark.parametrize("more", [[], ["--soft"]])
+def test_decoding_takes_no_more_memory_as_it_goes_on(more, trained, monkeypatch):
+    """Of 20,000 tokens nothing is kept once they are shown."""
+    used = []
+
+    def steps(*_):
+        for i in range(20_000):
+            if i in (1000, 19_990):
+                used.append(tracemalloc.get_traced_memory()[0])
+            yield [[sample.GeneratedToken(1, bool(more), 1.5, [-1], -2.0)]]
+    for way in (sample.Plain, sample.Soft):
+        monkeypatch.setattr(way, "generate", steps)
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    tracemalloc.start()
+    sample.main([f"--out_dir={trained}/ending", "--prompt=a", *more])
+    tracemalloc.stop()
+    assert used[1] - used[0] < 20_000
+
+
+def test_versions_of_torch():
+    config.check_torch("2.11.0+cu130")
+    refused(config.check_torch, "2.8.1", "2.8.1", "requirements.txt")
 
 
 def test_tiktoken_ranks_come_from_a_server(tmp_path, monkeypatch):

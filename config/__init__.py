@@ -467,6 +467,13 @@ def failure(error):
             f"to it and try again")
 
 
+def check_torch(version):
+    """Raise UserError where a version of torch is older than this code can work with."""
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 9):
+        raise UserError(f"torch {version} is too old: 2.11 (on a GPU) and 2.13 were tested; pip "
+                        f"install -r requirements.txt")
+
+
 def run(main):
     """main(argv) as a program. Exit code 2 and one sentence for a UserError, where memory is not
     enough, and for a file or an output that fails; 130 when interrupted; 141 when nobody reads the
@@ -481,6 +488,8 @@ def run(main):
     code, why = 0, ""
     try:
         try:
+            if "torch" in sys.modules:
+                check_torch(sys.modules["torch"].__version__)
             code = main(sys.argv[1:])
         except SystemExit as e:  # --help
             code = e.code
