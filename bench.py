@@ -1161,6 +1161,26 @@ CLAIMS["slots"] = Trial(
     ("val loss", "spread", "steps", "step time", "history_shuffled", "slots_empty"),
     {"gap closed": gap("a no history", "c uncompressed")}, timing="all")
 
+
+def kinds_of_slots(T):
+    """Return the arms of each kind of slot alone, and of all, in front of a window of T tokens."""
+    H = max(64, T // 16 * 16)
+    spans = f"--n_span=16 --span={H // 16}"
+    kinds = {"aggregate": "--aggregate=1", "2 segments": "--n_segment=2", "16 spans": spans,
+             "all": f"--aggregate=1 --n_segment=2 {spans}"}
+    size = f"--block_size={T} --batch_size={2048 // T}"
+    return {f"window {T}: none": size,
+            **{f"window {T}: {kind}": f"{size} --history={H} {flags} --against='window {T}: none'"
+               for kind, flags in kinds.items()}}
+
+
+CLAIMS["kinds"] = Trial(
+    "each kind of slot alone, at windows of 16, 100 and 256 tokens behind a history of 64, 96 and "
+    "256", "kinds of slots, 2 layers, 128 wide, 600 steps of about 2,048 tokens",
+    {**kinds_of_slots(16), **kinds_of_slots(100), **kinds_of_slots(256)},
+    SLOT_MODEL + " --n_layer=2 --max_iters=600", columns=("val loss", "difference", "sd of it"),
+    timing="")
+
 CLAIMS["variants"] = Trial(
     "each flag of the plain model switched, one at a time: loss and time of a step",
     "flags, 4 layers, 128 wide, 12 x 64, 500 steps",
@@ -1594,7 +1614,8 @@ def coherence(cfg, total=20_000):
     critic, val = Critic(cfg), split_ids(cfg, "val")[:total].tolist()
     figures = lambda ids: {**critic.words(ids), "judge": critic.windows(ids)}
     rows = [{"text": "human (validation split)", **figures(val)}]
-    for flags in (f"--soft --collapse={c}" for c in ("always", "entropy", "distance", "never")):
+    for flags in (f"--soft --collapse={c}" for c in (
+            "always", "entropy", "entropy --collapse_which=far", "distance", "never")):
         streams = write(model, [val[:1]] * cfg.seeds, total, flags, eot=critic.tok.eot)
         rows.append({"text": flags, **means([
             {**figures(ids[1:]), "share soft": mean(t.soft for t in made)}

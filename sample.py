@@ -73,6 +73,7 @@ class SampleConfig:
     collapse: str = "distance"  # always | never | every:N | distance (off tokens) | entropy (sure)
     collapse_threshold: float = -1.0  # entropy: below which (-1: 0.5); distance: above (-1: 0.1)
     collapse_by: str = "nearest"  # what soft tokens become: nearest | context (drawn in one pass)
+    collapse_which: str = "all"  # of earlier soft tokens: all | far (less than 0.7 like any symbol)
     collapse_back: int = -1  # collapse only the last n earlier soft tokens; -1: all, 0: none
     n_think: int = 0  # think tokens after the prompt, for a model trained with n_think
     think_after: str = ""  # and after each occurrence of this text; max_new_tokens counts them
@@ -131,15 +132,16 @@ class SampleConfig:
             (not self.beams, "draws, and beams look for the likeliest text",
              "temperature top_k top_p min_p repetition_penalty think_after"),
             (self.soft, "soft tokens: --soft",
-             "soft_top_k gumbel collapse collapse_threshold collapse_by collapse_back"),
+             "soft_top_k gumbel collapse collapse_threshold collapse_by collapse_which "
+             "collapse_back"),
             (self.collapse != "always", "soft tokens, and with collapse = always there are none",
-             "soft_top_k gumbel collapse_by collapse_back"),
+             "soft_top_k gumbel collapse_by collapse_which collapse_back"),
             (self.collapse != "never", "soft tokens that collapse, and with collapse = never none "
-             "does", "collapse_by collapse_back"),
+             "does", "collapse_by collapse_which collapse_back"),
             (self.collapse in ("entropy", "distance"), "collapse = entropy or distance",
              "collapse_threshold"),
             (self.collapse_back, "earlier soft tokens, and collapse_back = 0 leaves those as they "
-             "are", "collapse_by"),
+             "are", "collapse_by collapse_which"),
             (self.collapse_by == "nearest" or not self.knn, "the model alone to draw from with "
              "collapse_by = context", "knn"),
             (self.exit, "early exits, such as --exit=softmax", "exit_threshold exit_decay"),
@@ -166,7 +168,7 @@ class SampleConfig:
 
 CHOICES = {
     "exit": ("", "softmax", "margin", "cosine", "classifier"),
-    "collapse_by": ("nearest", "context"),
+    "collapse_by": ("nearest", "context"), "collapse_which": ("all", "far"),
     "collapse": ("distance", "entropy", "always", "never", "every:N"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -827,6 +829,7 @@ class Soft(Plain):
     def generate(self):
         """Yield tokens; one that will be chosen in context comes when it has collapsed."""
         cfg, d, table = self.cfg, self.decoder, self.decoder.model.wte.weight.detach().float()
+        self.table = table
         waiting = [[] for _ in d.rows]
         holds = cfg.collapse_by == "context" and cfg.collapse != "never"
         for step in range(cfg.max_new_tokens):
@@ -865,6 +868,9 @@ class Soft(Plain):
         for b in rows:
             window = d.rows[b][1]
             for at in sorted(d.soft[b])[-max(cfg.collapse_back, 0):]:
+                near = similarity(d.soft[b][at][None], self.table).max() >= 0.7
+                if near and cfg.collapse_which == "far":
+                    continue
                 token = window[at]
                 if logits is not None and at:
                     p = distribution(logits[b, at - 1:at].float(), cfg)

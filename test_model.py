@@ -2234,6 +2234,8 @@ def test_what_is_shown_of_each_token(decode, trained, tmp_path):
     # what had been soft collapsed first
     assert [t["soft_behind"] for t in made[:6]] == [[], [-1], [], [], [-1], []]
     assert lines(*soft, "--collapse_back=1")[2]["soft_behind"] == [-2]
+    stay = lines(*soft, "--soft_top_k=1", "--collapse_which=far")[2]["soft_behind"]
+    assert sorted(stay) == [-2, -1]  # each is one symbol, and near it
     made = lines("--exit=classifier", "--exit_threshold=0.5", "--exit_decay=4")
     assert len(made) == 40 and {t["depth"] for t in made} <= {1, 2, 3}
     made = [t["drafted"] for t in lines("--speculate=4", "--draft_exit=2")]
@@ -2638,10 +2640,11 @@ soft_top_k=2 gumbel=1 collapse_threshold=1 collapse_by=context collapse_back=1 c
 temperature=0: top_k=3 top_p=0.9 min_p=0.1 best_of=2 soft=True
 beams=2: top_k=3 top_p=0.9 min_p=0.1 temperature=0.5 repetition_penalty=1.1 think_after=x
 soft=True collapse=always: soft_top_k=2 gumbel=1 collapse_threshold=1 collapse_by=context
-   collapse_back=1
+   collapse_back=1 collapse_which=far
 soft=True collapse=never: collapse_threshold=1 collapse_by=context collapse_back=1
+   collapse_which=far
 soft=True collapse=every:2: collapse_threshold=1
-soft=True collapse_back=0: collapse_by=context
+soft=True collapse_back=0: collapse_by=context collapse_which=far
 soft=True knn=k: collapse_by=context
 knn=k knn_lambda=0: knn_k=3 knn_temp=1
 knn=k knn_k=1: knn_temp=1
