@@ -1081,6 +1081,7 @@ CLAIMS = {"presets": all_presets, "speed": speed, "decode": decode, "stream": st
 
 ONCE = f" --eval_interval={NEVER} --log_interval=500"  # validate at the end alone
 SMALL = "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12" + ONCE
+MINE = SMALL + " --max_iters=500 --compile=False"  # (a compile takes longer than these steps)
 NO_SLOTS = "--history=0 --aggregate=0 --n_segment=0 --n_span=0 --span=0"
 OF_SEEDS = ("val loss", "spread", "best on the way", "steps", "seconds of steps", "first step",
             "process seconds")
@@ -1178,7 +1179,8 @@ CLAIMS["kinds"] = Trial(
     "each kind of slot alone, at windows of 16, 100 and 256 tokens behind a history of 64, 96 and "
     "256", "kinds of slots, 2 layers, 128 wide, 600 steps of about 2,048 tokens",
     {**kinds_of_slots(16), **kinds_of_slots(100), **kinds_of_slots(256)},
-    SLOT_MODEL + " --n_layer=2 --max_iters=600", columns=("val loss", "difference", "sd of it"),
+    SLOT_MODEL + " --n_layer=2 --max_iters=600 --compile=False",
+    columns=("val loss", "difference", "sd of it"),
     timing="")
 
 CLAIMS["variants"] = Trial(
@@ -1220,14 +1222,14 @@ CLAIMS["n_grams"] = Trial(
      "n_gram = 2,3,4": "--n_gram=2,3,4", "plain, seconds of 2,3": "--seconds_of='n_gram = 2,3'",
      "3,000 steps": "--max_iters=3000",
      "n_gram = 2,3, 3,000 steps": "--n_gram=2,3 --max_iters=3000 --against='3,000 steps'"},
-    SMALL + " --max_iters=500")
+    MINE)
 
 CLAIMS["delta"] = Trial(
     "the gated delta rule beside attention, the linear recurrence and the GRU, at equal steps and "
     "in the seconds of attention", "mixers, 4 layers, 128 wide, 12 x 64, 500 steps",
     {**{f"{c * 4}": f"--layers={c * 4}" for c in "ARDG"}, "DDAD": "--layers=DDAD",
      "RRAR": "--layers=RRAR", "DDDD, seconds of AAAA": "--layers=DDDD --seconds_of=AAAA"},
-    SMALL + " --max_iters=500", baseline="AAAA")
+    MINE, baseline="AAAA")
 
 CLAIMS["topic"] = Trial(
     "the topic task, where only the mean of what lies far behind the window helps: each kind of "
@@ -1237,7 +1239,7 @@ CLAIMS["topic"] = Trial(
      "64 spans of 4": "--history=256 --n_span=64 --span=4",
      "uncompressed": "--block_size=272 --score_last=16",
      "uncompressed, all scored": "--block_size=272 --batch_size=4 --seconds_of=aggregate"},
-    SLOT_MODEL + " --dataset=topic --n_layer=2 --batch_size=32 --max_iters=600 "
+    SLOT_MODEL + " --dataset=topic --n_layer=2 --batch_size=32 --max_iters=600 --compile=False "
     "--after=above_floor", columns=("val loss", "spread", "above_floor", "steps", "ms a step"),
     derived={"gap closed": gap("no history", "uncompressed")}, timing="all")
 
@@ -1245,7 +1247,7 @@ CLAIMS["soft"] = Trial(
     "the token after next, behind a soft step, a sampled one and the exact sum, with and without "
     "soft inputs in training", "nats of the token after next, 1,500 steps of 12 x 64",
     [f"--soft_rate={rate}" for rate in (0.0, 0.1, 0.3, 1.0)],
-    SMALL + " --max_iters=1500 --after=two_steps", timing="",
+    SMALL + " --max_iters=1500 --compile=False --after=two_steps", timing="",
     columns=("val loss", "spread", "soft step", "sampled step", "exact sum", "gap closed"))
 
 SEMANTIC = ("--semantic=cos", "--semantic=mse", "--semantic=soft_ce",
@@ -1450,7 +1452,6 @@ CLAIMS["featural"] = featural
 # -------------------------------------------------------------------------------------------------
 # an idea of the reader's own
 
-MINE = SMALL + " --max_iters=500 --compile=False"  # (a compile takes longer than these steps)
 OF_BOTH = {"n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps",
            "max_iters", "dataset", "data_dir", "out_dir", "device", "dtype", "compile"}
 
