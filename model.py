@@ -182,15 +182,18 @@ class GPTConfig:
     def idle(self):
         """Yield (name, what it needs) of each setting that was changed and has nothing to work on.
 
-        Sizes and kinds that several models share may well have; SWITCHES, and whatever a command
-        line names, may not.
+        Sizes may be left in a preset where nothing uses them; SWITCHES, and settings named on the
+        command line, may not.
         """
         has = lambda letters: bool(set(letters) & set(self.layers))
         for useful, needs, names in (
                 (has("R"), "a block R in layers", "gate"),
                 (self.attending(), "a block that attends (A, F or M) in layers",
-                 "n_kv_head head_dim qk_norm"),
-                (has("ARDG"), "a block with an MLP (A, R, D or G) in layers", "mlp n_mlp"),
+                 "n_kv_head qk_norm"),
+                (self.attending() or has("D"), "a block with heads (A, D, F or M) in layers",
+                 "head_dim"),
+                (any(BLOCKS[c][1] is mlp for c in self.letters), "a block with an MLP (A, R, D or "
+                 "G) in layers", "mlp n_mlp"),
                 (has("("), "a level, ( ), in layers",
                  "share_levels chunk plan concept concept_weight horizon"),
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
@@ -230,7 +233,8 @@ class GPTConfig:
 
     def attending(self):
         """Return the numbers of the blocks that attend to something, by heads."""
-        return [i for i, c in enumerate(self.letters) if c in "AFM" or self.plan == "cross"]
+        cross = self.plan == "cross"
+        return [i for i, c in enumerate(self.letters) if cross or BLOCKS[c][0] is Attention]
 
     def most_chunks(self, depth, length=None):
         """Return how many chunks levels of this depth close at most over `length` tokens.
@@ -858,30 +862,34 @@ class Recurrence(Layer):
 def delta_scan(q, k, v, beta, log_keep, doc, size=64):
     """Return what queries read of a state that follows the delta rule: (B, H, T, D).
 
-    q, k, v (B, H, T, D); beta, log_keep (B, H, T); doc (B, T) numbers of documents. Pieces of
-    `size` steps are each one triangular system, and only what they hand on goes step by step (the
-    WY form of Yang et al. 2024, arXiv:2406.06484).
+    q, k, v (B, H, T, D); beta, log_keep (B, H, T); doc (B, T) numbers of documents. The steps of a
+    piece are solved together (the WY form of Yang et al. 2024, arXiv:2406.06484). With G_t what is
+    kept from the start of the piece to step t, and S_0 the state that it finds,
+
+        S_t = G_t S_0 + sum over i <= t of (G_t / G_i) k_i w_i
+        w_t + b_t sum over i < t of (G_t / G_i) (k_t k_i) w_i = b_t (v_t - G_t k_t S_0)
+
+    which is one triangular system, linear in S_0: w = own - back S_0.
     """
     (B, H, T, D), n = q.shape, -(-q.size(2) // size)
     pad = lambda t: F.pad(t, (0, 0) * (t.dim() - 3) + (0, n * size - T))
     q, k, v, beta, g = (pad(t).unflatten(2, (n, size)) for t in (q, k, v, beta, log_keep))
-    g = g.cumsum(-1)  # (B, H, n, size) logs of what is kept since the piece began
+    g = g.cumsum(-1)  # (B, H, n, size) log G_t
     doc = F.pad(doc, (0, n * size - T), value=-1).view(B, 1, n, size)
     before = F.pad(doc[..., :-1, -1:], (0, 0, 1, 0), value=-1)  # the document that a piece finds
-    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    sees = causal & (doc[..., None] == doc[..., None, :])
-    kept = (g[..., None] - g[..., None, :]).masked_fill(~sees, float("-inf")).exp()
-    found = g.exp() * (doc == before)  # (B, H, n, size) how much of the state that it finds is left
-    system = beta[..., None] * (k @ k.mT * kept).tril(-1)
-    right = beta[..., None] * torch.cat((v, found[..., None] * k), -1)
+    sees = (doc[..., None] == doc[..., None, :]).tril()
+    since = (g[..., None] - g[..., None, :]).masked_fill(~sees, float("-inf")).exp()  # G_t / G_i
+    start = (g.exp() * (doc == before))[..., None]  # G_t, 0 once another document has begun
+    system = beta[..., None] * (k @ k.mT * since)
+    right = beta[..., None] * torch.cat((v, start * k), -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    new, taken = solved.split(D, dim=-1)
-    inside, reads, hands_on = q @ k.mT * kept, q * found[..., None], k * kept[..., -1, :, None]
-    state, out = q.new_zeros(B, H, D, D), []
+    own, back = solved.chunk(2, -1)
+    from_old, from_new, to_next = q * start, q @ k.mT * since, k * since[..., -1, :, None]
+    S, out = q.new_zeros(B, H, D, D), []
     for i in range(n):
-        values = new[:, :, i] - taken[:, :, i] @ state
-        out.append(reads[:, :, i] @ state + inside[:, :, i] @ values)
-        state = found[:, :, i, -1:, None] * state + hands_on[:, :, i].mT @ values
+        w = own[:, :, i] - back[:, :, i] @ S
+        out.append(from_old[:, :, i] @ S + from_new[:, :, i] @ w)
+        S = start[:, :, i, -1:] * S + to_next[:, :, i].mT @ w
     return torch.cat(out, 2)[:, :, :T]
 
 
@@ -902,6 +910,13 @@ class DeltaRule(Layer):
         law = lambda p, cfg, generator: p.uniform_(2.0, 6.0, generator=generator)
         self.rate = parameter(self.n_head, init=law)  # of keeping, when x says nothing
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
+
+    @staticmethod
+    def check(cfg):
+        for i, c in enumerate(cfg.letters):
+            if c == "D" and cfg.heads(i)[2] < 1:
+                raise ValueError(f"n_embd ({cfg.n_embd}) has no channel for each of the "
+                                 f"{cfg.heads(i)[0]} heads in layer {i}; lower n_head")
 
     def init_cache(self, B, L, like):
         return Cache.empty(like, B, L, S=(self.n_head, self.head_dim, self.head_dim, torch.float32))
@@ -994,9 +1009,14 @@ class GRU(Layer):
 # feed-forward layers
 
 
+def swiglu(x):
+    up, gate = x.chunk(2, dim=-1)
+    return up * F.silu(gate)
+
+
 ACTIVATIONS = {  # relu2: So et al. 2021, arXiv:2109.08668; swiglu: Shazeer 2020, arXiv:2002.05202
     "relu2": lambda x: F.relu(x).square(), "gelu": F.gelu,
-    "swiglu": lambda x: (lambda up, gate: up * F.silu(gate))(*x.chunk(2, dim=-1))}
+    "swiglu": swiglu}
 
 
 class MLP(Layer):
@@ -2005,9 +2025,9 @@ class Level(Stack):
 
 
 class NGrams(nn.Module):
-    """Tables that know common strings: the n-gram that ends at a token has a vector of its own.
+    """A learned vector for each common n-gram, added at its last token.
 
-    Strings share a row where their hashes meet (after Engram, Cheng et al. 2026, arXiv:2601.07372).
+    N-grams whose hashes collide share a row (after Engram, Cheng et al. 2026, arXiv:2601.07372).
     None reaches beyond the window or the document. ids (B, T) -> (B, T, C).
 
     Example, n_gram = (2, 3): behind "the" stand the vectors of "he" and of "the".
@@ -2022,7 +2042,7 @@ class NGrams(nn.Module):
     def forward(self, ids, pos=None, cache=None):
         """Return their sum; with a cache of ids (B, T) is at places pos (B, T) of the window."""
         T, total, hashed, later = ids.size(1), 0, ids, ids
-        whole = torch.ones_like(ids, dtype=torch.bool)
+        inside = torch.ones_like(ids, dtype=torch.bool)
         if cache is not None:
             cache.write(pos, ids=ids)
         for n in range(2, max(self.lengths) + 1):
@@ -2031,11 +2051,11 @@ class NGrams(nn.Module):
             else:
                 place = pos - n + 1
                 earlier = cache["ids"].gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
-            whole = whole & (earlier >= 0) & (later != self.eot)  # (an end begins a document)
+            inside = inside & (earlier >= 0) & (later != self.eot)  # (an end begins a document)
             hashed, later = (hashed * 1_000_003 + earlier + 1) % (2 ** 31 - 1), earlier
             for length, table in zip(self.lengths, self.tables):
                 if length == n:
-                    total = total + table(hashed % self.rows) * whole[..., None]
+                    total = total + table(hashed % self.rows) * inside[..., None]
         return total
 
 
@@ -2165,8 +2185,9 @@ class SoftTokens:
         """Return training inputs of which a share is soft: idx (B, T) -> (B, T, V).
 
         There a token is replaced by what the model expected in its place, from a pass without
-        gradient. It is spared most rows: all that is soft stands in a quarter of them, or as many
-        more as it takes. Where a text ends is no guess: an end stays one, and nothing becomes one.
+        gradient. To keep that pass cheap, all soft positions lie in the first quarter of the rows
+        (or in a share soft_rate of them, if that is more).
+        Where a text ends is no guess: an end stays one, and nothing becomes one.
         """
         cfg, B = self.cfg, len(idx)
         n = math.ceil(B * max(cfg.soft_rate, 0.25))
@@ -2589,6 +2610,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         symbols soft tokens stand for; None: the likeliest.
         """
         cfg, x, begins = self.cfg, self.wte(tokens), state is None or not state.begun
+        likeliest = tokens.argmax(-1) if tokens.is_floating_point() else tokens
         place = torch.arange(tokens.size(1), device=x.device).expand(tokens.shape[:2])
         if not begins:
             place = (place + state.pos[:, None] - self.n_slot).clamp(max=cfg.block_size - 1)
@@ -2596,8 +2618,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             x = x + self.wpe(place)
         if self.n_grams is not None:
             cache = None if state is None else state.caches[len(self.order)]
-            x = x + self.n_grams(tokens.argmax(-1) if tokens.is_floating_point() else tokens, place,
-                                 cache)
+            x = x + self.n_grams(likeliest, place, cache)
         if self.slots is not None and begins:
             if history is None:
                 history = torch.full((len(x), cfg.history), -1, device=x.device)
@@ -2610,8 +2631,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         # what layers may know of them
         S, more, pos, capacity = x.size(1) - tokens.size(1), {}, None, 0
         if cfg.eot >= 0 or self.ends_word is not None:
-            if ids is None:
-                ids = tokens.argmax(-1) if tokens.is_floating_point() else tokens
+            ids = likeliest if ids is None else ids
             if cfg.eot >= 0:
                 more["doc_start"] = F.pad(ids == cfg.eot, (S, 0))
             if self.ends_word is not None:
@@ -2637,10 +2657,10 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if should_exit is not None:
             depth = torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
         for first, last in self.segments:
-            if first:
+            if first:  # an exit stands here
                 at_exits.append(x)
-            if first and self.cfg.exit_keys and seq.kv_input is None:
-                seq = replace(seq, kv_input=x)
+                if self.cfg.exit_keys and seq.kv_input is None:
+                    seq = replace(seq, kv_input=x)
             if first and should_exit is not None:
                 now = should_exit(x)
                 exited = now if exited is None else exited | now
@@ -2757,7 +2777,7 @@ CHOICES = {
     "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
     "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
     "exit_loss": ("depth", "rotate")}
-CHECKED = (Level, FeaturalMemory, AssociativeMemory, Attention, Slots, EmbeddingHead,
+CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, Slots, EmbeddingHead,
            EarlyExit)
 
 

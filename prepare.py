@@ -6,9 +6,11 @@
                                                      documents
     python prepare.py --separator='<|endoftext|>' --input=gpt2.txt   documents end there in a text
     python prepare.py --tokenizer=gpt2               any tiktoken encoding instead of characters
-    python prepare.py --tokenizer=gpt2 --input=fineweb_val_000000.bin --input=...
-                                                     public token files, of modded-nanogpt or of
-                                                     nanoGPT; those with val in their name validate
+    python prepare.py --tokenizer=gpt2 --name=fineweb --input=fineweb_val_000000.bin --input=...
+                                                     token files that others published, such as
+                                                     modded-nanogpt's (its data/ has a script that
+                                                     fetches them) or nanoGPT's; those with val in
+                                                     their name validate
     python prepare.py cipher                         a synthetic task; others: topic, chain, plan,
                                                      fork, parity, even_pairs, cycle_navigation,
                                                      modular_arithmetic, reverse_string, facts

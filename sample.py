@@ -1485,7 +1485,7 @@ def decode(cfg, stores):
     config.note(f"[{path}, step {ckpt['step']}{scored}]")
     if cfg.soft and not mcfg.soft_rate:
         config.note("[this model never read soft tokens in training; expect poor text, or train "
-                    "one with python train.py --soft_rate=0.3]")
+                    "one with python train.py --soft_rate=0.1]")
     used = collections.Counter()  # (store, id) of what was found
     if cfg.interactive:
         converse(decoder, cfg, tok, mcfg, prompt, generator, think, used)

@@ -7,8 +7,8 @@
 
 A row of a batch is a function of (seed, step, row) and of nothing that was drawn before, so a run
 that was stopped goes on exactly as if it had not been, and any number of processes computes the
-same thing (dropout, soft inputs and the noise of concept heads alone are drawn by micro-step and
-rank).
+same thing (but for what the forward draws: dropout, soft inputs, noise, which are drawn by
+micro-step and rank).
 """
 import contextlib
 import csv
@@ -55,8 +55,8 @@ RANGES = {"batch_size": (1, 2 ** 20), "gradient_accumulation_steps": (1, 2 ** 20
 class TrainConfig:
     # training
     max_iters: int = 750  # optimizer steps
-    batch_size: int = 16  # rows a micro-step, over all processes
-    gradient_accumulation_steps: int = 1  # micro-steps a step, over all processes
+    batch_size: int = 16  # rows of a micro-step
+    gradient_accumulation_steps: int = 1  # times batch_size: rows of a step, over all processes
     optimizer: str = "muon"  # muon (matrices inside blocks and slots; AdamW for the rest) | adamw
     learning_rate: float = 4e-3  # of AdamW
     value_lr: float = 2.0  # of the values of featural memories, times learning_rate
@@ -320,7 +320,7 @@ class Data:
             raise UserError(f"n_think needs a dataset with a think token, such as python "
                             f"prepare.py chain makes, or one of the dataset's {self.n_vocab} ids "
                             f"as --think_token, not {think}")
-        begins_again = any(map(ends_with_document, mcfg.layers))  # with a document
+        begins_again = any(map(ends_with_document, mcfg.layers)) or mcfg.n_gram or mcfg.soft_rate
         if eot < 0 and begins_again and self.eot is not None:
             eot = self.eot
         if "(" in mcfg.layers and mcfg.chunk.startswith("space"):

@@ -1,4 +1,4 @@
-"""A GPT of 124M parameters in its blocks and head, on FineWeb's public token files, for GPUs.
+"""A GPT of GPT-2's size (124M in blocks and head) on FineWeb's public token files, for GPUs.
 Half a million tokens a step; python prepare.py --help says how to make the dataset."""
 out_dir = "out/gpt2_124m"
 dataset = "fineweb"
