@@ -596,13 +596,14 @@ class Cache:
 class State:
     """What decoding carries from one forward to the next, made by GPT.init_state.
 
-    `pos` (B,) counts the positions that each row has filled; `caches` has one Cache a layer. Every
-    shape stays as it is, so that a decoding step compiles once; that no row outgrows `capacity` is
+    `pos` (B,) counts the positions that each row has filled; `caches` has one Cache a layer, and
+    `own` those of what stands before all layers, by name: "n_grams", "thoughts". Every shape stays
+    as it is, so that a decoding step compiles once; that no row outgrows `capacity` is
     for the caller to see to.
     """
 
-    def __init__(self, pos, caches, capacity, begun=False, memory=None):
-        self.pos, self.caches, self.capacity = pos, caches, capacity
+    def __init__(self, pos, caches, capacity, begun=False, memory=None, own=None):
+        self.pos, self.caches, self.capacity, self.own = pos, caches, capacity, own or {}
         self.begun = begun  # the slots are in
         self.memory = memory or {}  # {block: Memory} that blocks M read
 
@@ -619,7 +620,8 @@ class State:
     def select(self, rows):
         """Return the state of these rows (a LongTensor; a row may be taken several times)."""
         return State(self.pos[rows], [None if c is None else c.select(rows) for c in self.caches],
-                     self.capacity, self.begun, {i: m.select(rows) for i, m in self.memory.items()})
+                     self.capacity, self.begun, {i: m.select(rows) for i, m in self.memory.items()},
+                     {name: c.select(rows) for name, c in self.own.items()})
 
 
 @dataclass(frozen=True)
@@ -641,6 +643,12 @@ class Sequence:
     kv_input: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: x
     layer_mask: torch.Tensor | None = None  # (n_layer,) 0 for a block that is left out; None: none
     memory: dict | None = None  # {block: Memory} that blocks M read
+
+    def starts(self, x):
+        """Return (B, L) True where a document begins among x (B, L, C)."""
+        if self.doc_start is not None:
+            return self.doc_start
+        return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
 
     @classmethod
     def of(cls, x, rope_table, front, pos=None, capacity=0, begins=True, **more):
@@ -667,7 +675,7 @@ class Layer(nn.Module):
 
     A layer that carries nothing from position to position has init_cache give None.
     """
-    ends_with_document = True  # what it carries: a dataset tells it then where documents begin
+    ends_with_document = True  # it carries state, which the start of a document must reset
 
     @staticmethod
     def check(cfg):
@@ -815,7 +823,7 @@ class Recurrence(Layer):
         C, self.turns = cfg.n_embd, cfg.gate == "complex"
         self.squash = torch.tanh if cfg.gate == "real" else torch.sigmoid
         self.c_in = Linear(C, (C, C, C), cfg.bias)  # values, gates, what is read
-        rates = C // 2 if self.turns else C  # of keeping, when x says nothing: from few to hundreds
+        rates = C // 2 if self.turns else C  # gate bias: from a few steps to hundreds
         self.rate = parameter(rates, init=lambda p, cfg, g: p.uniform_(0.0, 3.0, generator=g))
         self.c_proj = Linear(C, C, cfg.bias, init=RESIDUAL)
         stops = 2.0 + torch.arange(C // 2) % 8 if self.turns else None
@@ -855,7 +863,7 @@ class Recurrence(Layer):
             h = rotate(h, cos, sin)
         if cache is not None:
             cache.write(seq.pos, h=h)
-        h = rms_norm(h, eps=1e-16)  # what has faded evenly still says what it said
+        h = rms_norm(h, eps=1e-16)  # tiny eps: what decayed evenly keeps its direction
         return self.c_proj(h.to(x.dtype) * F.silu(out))
 
 
@@ -908,7 +916,7 @@ class DeltaRule(Layer):
         self.c_in = Linear(C, (width,) * 4, cfg.bias)  # queries, keys, values, what is read
         self.c_gate = Linear(C, 2 * self.n_head, group="table")
         law = lambda p, cfg, generator: p.uniform_(2.0, 6.0, generator=generator)
-        self.rate = parameter(self.n_head, init=law)  # of keeping, when x says nothing
+        self.rate = parameter(self.n_head, init=law)  # gate bias
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
 
     @staticmethod
@@ -928,9 +936,7 @@ class DeltaRule(Layer):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         beta, keep = self.c_gate(x).float().transpose(1, 2).chunk(2, dim=1)  # (B, H, L)
         beta, log_keep = 2 * beta.sigmoid(), F.logsigmoid(keep + self.rate[:, None])
-        starts = torch.zeros(B, L, dtype=torch.bool, device=x.device)
-        if seq.doc_start is not None:
-            starts = seq.doc_start
+        starts = seq.starts(x)
         if cache is None:
             y = delta_scan(q, k, v, beta, log_keep, starts.cumsum(1))
         else:
@@ -976,10 +982,7 @@ class GRU(Layer):
     def forward(self, x, seq, aux, cache=None):
         v = x.to(self.rnn.weight_ih_l0.dtype)  # torch's own takes no other
         before = None if cache is None else cache.before("h", seq.pos).to(v.dtype)
-        starts = seq.doc_start
-        if starts is None:
-            starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        h = self.documents(v, starts, before)
+        h = self.documents(v, seq.starts(x), before)
         if cache is not None:
             cache.write(seq.pos, h=h)
         return self.c_proj(h.to(x.dtype))
@@ -1098,8 +1101,8 @@ class FeaturalMemory(Layer):
 class Memory:
     """The entries of one block M: keys and values (B, H, N, D), and their usage (B, H, N).
 
-    usage counts how often and how lately an entry was read, and is 0 where there is none (LRFU, Lee
-    et al. 2001). Blocks read it; only `write` changes it. One row may stand for all (B = 1).
+    usage counts how often and how recently an entry was read, and is 0 where there is none (LRFU,
+    Lee et al. 2001). Blocks read it; only `write` changes it. One row may stand for all (B = 1).
     """
     keys: torch.Tensor
     values: torch.Tensor
@@ -1228,8 +1231,8 @@ class AssociativeMemory(Layer):
         self.cfg, self.i = cfg, i
         self.c_q, self.c_k, self.c_v = (Linear(C, H * D, cfg.bias) for _ in range(3))
         self.c_k.weight.seeded_as = "c_k", "c_q"  # what asks alike is alike from the start
-        self.scale = parameter(H, init=ONES)  # of cosines, in tens, and by the log of the entries
-        self.null_logit = parameter(H, init=ONES)  # the cosine of "nothing", in halves
+        self.scale = parameter(H, init=ONES)  # logit = 10 scale log(entries + 2) cosine
+        self.null_logit = parameter(H, init=ONES)  # twice the cosine that "nothing" counts as
         self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, cfg.bias, init=RESIDUAL)
 
     @staticmethod
@@ -1885,9 +1888,7 @@ class Level(Stack):
         if cache is not None:
             last = {name: cache.before(name, pos) for name in last}
         at = torch.arange(T, device=device)
-        doc_start = torch.zeros(B, T, dtype=torch.bool, device=device)
-        if seq.doc_start is not None:
-            doc_start = seq.doc_start[:, S:]
+        doc_start = seq.starts(x)[:, S:]
         starts = doc_start | F.pad(seq.word_end[:, :-1], (1, 0)) if self.words else doc_start
         start = torch.where(starts, at, -1).cummax(1).values  # of the running chunk; -1: before
         place = torch.where(start >= 0, at - start, last["next_place"][:, None] + at)
@@ -2217,7 +2218,7 @@ class SoftTokens:
         count, first = thinks.cumsum(1), hard[:, :1]
         has_past = torch.zeros_like(thinks[:, :1])  # an output before the first place
         if state is not None and state.begun:
-            pos, thoughts = state.pos[:, None], state.caches[-1]
+            pos, thoughts = state.pos[:, None], state.own["thoughts"]
             has_past = pos > self.cfg.n_slot
             first = thoughts.before("p", pos)[:, None]
             count = count + thoughts.before("count", pos)[:, None] * has_past
@@ -2236,7 +2237,7 @@ class SoftTokens:
         """Keep in a state what was put out over its last positions, and the count (B, T)."""
         T = logits.size(1)
         pos = state.pos[:, None] - T + torch.arange(T, device=logits.device)
-        state.caches[-1].write(pos, p=logits.softmax(-1), count=count)
+        state.own["thoughts"].write(pos, p=logits.softmax(-1), count=count)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2578,12 +2579,13 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
                 window[name][:, S:] = t
             place = torch.arange(window["fixed"].size(1), device=device)
             window["fixed"][:] = place < S + known[:, None]
-        like = torch.empty(0, device=device)
+        like, own = torch.empty(0, device=device), {}
         if self.n_grams is not None:
-            caches.append(Cache.empty(like, B, self.cfg.block_size, ids=(torch.long,)))
+            own["n_grams"] = Cache.empty(like, B, self.cfg.block_size, ids=(torch.long,))
         if self.cfg.n_think:
-            caches.append(Cache.empty(like, B, L, p=(V,), count=(torch.long,)))
-        return State(torch.zeros(B, dtype=torch.long, device=device), caches, L, memory=memory)
+            own["thoughts"] = Cache.empty(like, B, L, p=(V,), count=(torch.long,))
+        pos = torch.zeros(B, dtype=torch.long, device=device)
+        return State(pos, caches, L, memory=memory, own=own)
 
     # -- the forward
 
@@ -2617,7 +2619,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if self.wpe is not None:
             x = x + self.wpe(place)
         if self.n_grams is not None:
-            cache = None if state is None else state.caches[len(self.order)]
+            cache = None if state is None else state.own["n_grams"]
             x = x + self.n_grams(likeliest, place, cache)
         if self.slots is not None and begins:
             if history is None:
