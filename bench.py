@@ -1216,19 +1216,20 @@ CLAIMS["cipher"] = Trial(
     derived={"gap closed": gap("no history", "uncompressed")}, timing="all")
 
 CLAIMS["n_grams"] = Trial(
-    "tables of hashed n-grams at the embedding: 500 and 3,000 steps, and a plain model that gets "
-    "their seconds", "hashed n-grams, 4 layers, 128 wide, 12 x 64",
+    "tables of hashed n-grams at the embedding: 500 steps, 2,000 steps (one seed), and a plain "
+    "model that gets their seconds", "hashed n-grams, 4 layers, 128 wide, 12 x 64",
     {"500 steps": "", "n_gram = 2": "--n_gram=2", "n_gram = 2,3": "--n_gram=2,3",
      "n_gram = 2,3,4": "--n_gram=2,3,4", "plain, seconds of 2,3": "--seconds_of='n_gram = 2,3'",
-     "3,000 steps": "--max_iters=3000",
-     "n_gram = 2,3, 3,000 steps": "--n_gram=2,3 --max_iters=3000 --against='3,000 steps'"},
+     "2,000 steps": "--max_iters=2000 --seeds=1 --time_of='500 steps'",
+     "n_gram = 2,3, 2,000 steps": "--n_gram=2,3 --max_iters=2000 --seeds=1 --against='2,000 steps' "
+                                  "--time_of='n_gram = 2,3'"},
     MINE)
 
 CLAIMS["delta"] = Trial(
     "the gated delta rule beside attention, the linear recurrence and the GRU, at equal steps and "
     "in the seconds of attention", "mixers, 4 layers, 128 wide, 12 x 64, 500 steps",
     {**{f"{c * 4}": f"--layers={c * 4}" for c in "ARDG"}, "DDAD": "--layers=DDAD",
-     "RRAR": "--layers=RRAR", "DDDD, seconds of AAAA": "--layers=DDDD --seconds_of=AAAA"},
+     "DDDD, seconds of AAAA": "--layers=DDDD --seconds_of=AAAA"},
     MINE, baseline="AAAA")
 
 CLAIMS["topic"] = Trial(
