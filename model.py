@@ -922,9 +922,10 @@ class DeltaRule(Layer):
     @staticmethod
     def check(cfg):
         for i, c in enumerate(cfg.letters):
-            if c == "D" and cfg.heads(i)[2] < 1:
-                raise ValueError(f"n_embd ({cfg.n_embd}) has no channel for each of the "
-                                 f"{cfg.heads(i)[0]} heads in layer {i}; lower n_head")
+            h, _, d = cfg.heads(i)
+            if c == "D" and (h < 1 or d * h != cfg.n_embd and not cfg.head_dim):
+                raise ValueError(f"n_embd ({cfg.n_embd}) is not a multiple of n_head ({h}); set "
+                                 f"head_dim to choose one")
 
     def init_cache(self, B, L, like):
         return Cache.empty(like, B, L, S=(self.n_head, self.head_dim, self.head_dim, torch.float32))
@@ -2040,6 +2041,12 @@ class NGrams(nn.Module):
         self.tables = nn.ModuleList(Embedding(self.rows, cfg.n_embd, init=ZEROS)
                                     for _ in self.lengths)
 
+    @staticmethod
+    def check(cfg):
+        if len({*cfg.n_gram}) < len(cfg.n_gram) or max(cfg.n_gram, default=0) > cfg.block_size:
+            raise ValueError(f"n_gram gives lengths, each once and at most block_size "
+                             f"({cfg.block_size}), not {cfg.n_gram}")
+
     def forward(self, ids, pos=None, cache=None):
         """Return their sum; with a cache of ids (B, T) is at places pos (B, T) of the window."""
         T, total, hashed, later = ids.size(1), 0, ids, ids
@@ -2779,8 +2786,8 @@ CHOICES = {
     "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
     "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
     "exit_loss": ("depth", "rotate")}
-CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, Slots, EmbeddingHead,
-           EarlyExit)
+CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
+           EmbeddingHead, EarlyExit)
 
 
 def settings(cfg):

@@ -1231,7 +1231,8 @@ def main(argv):
         raise UserError(f"one dataset at a time, not {' and '.join([*words, *cfg.input])}; call "
                         f"prepare.py once for each")
     what = words[0] if words else "shakespeare"
-    takes = task_settings(what) if what in TASKS else \
+    shards = bool(cfg.input) and all(p.endswith(".bin") for p in cfg.input)
+    takes = task_settings(what) if what in TASKS else ("tokenizer", "input") if shards else \
         ("tokenizer", "separator", "input" if cfg.input else "source")
     for name in values.keys() - {"name", "data_dir", "overwrite", *takes}:
         if values[name] != getattr(PrepareConfig, name):
@@ -1243,7 +1244,7 @@ def main(argv):
     folder = os.path.join(cfg.data_dir, name)
     if what in TASKS:
         meta = prepare_task(what, cfg, folder)
-    elif cfg.input and all(p.endswith(".bin") for p in cfg.input):
+    elif shards:
         meta = prepare_shards(cfg.input, cfg, folder)
     else:
         paths, source = (list(cfg.input), "files") if cfg.input else fetch_shakespeare(cfg)

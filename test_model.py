@@ -3057,7 +3057,8 @@ train
   --n_layer=1000000 ; --n_layer=-1 ; --n_head=0 ; --horizon=100000 ; --dropout=nan ; --dropout=1
   --semantic_weight=-1 ; --concept_weight=0.1,nan ; --n_mlp=-2 ; --space=3,-1 ; --channel_drop=1
   --soft_rate=2 ; --batch_size=0 ; --n_value_embed=9 ; --n_kv_head=4 ; --dtype=int8
-  --history=64 --n_segment=3 => history
+  --history=64 --n_segment=3 => history ; --layers=DD --n_head=5 => n_embd | n_head
+  --n_gram=2,2 => n_gram ; --n_gram=1 => n_gram ; --n_gram=300 => n_gram ; --n_gram_size=9 => n_gram
   --n_head=5 => n_embd | n_head ; --n_head=4,2 --n_layer=2 => head_dim ; --norm=batch => norm | rms
   --tie=True --embed_norm=False => tie ; --optimizer=sgd => optimizer | adamw
   --n_mlp=1,2,3 => n_mlp | 3 ; --layers=AA --n_layer=6 => n_layer | AA ; --layers=AX => 'X' | layers

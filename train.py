@@ -1383,7 +1383,9 @@ class Training:
         self.say(line)
         self.log(p.step, val_loss=val_loss, bits_per_byte=bits, step_seconds=p.step_seconds,
                  **usage)
-        better = chosen[0] < p.best_val_loss
+        # killed between its best checkpoint and its last, a run does the step again, as well
+        again = chosen[0] == p.best_val_loss and files.last_step != p.step
+        better = chosen[0] < p.best_val_loss or again
         p.validated, p.best_val_loss = p.step, min(p.best_val_loss, chosen[0])
         if self.writes and (better or tcfg.always_save_checkpoint):
             self.save(val_loss, better)
@@ -1424,10 +1426,9 @@ def train(mcfg, tcfg, say=print):
         with contextlib.ExitStack() as held:
             return Training(mcfg, tcfg, say, held).loop()
     except RuntimeError as e:
-        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if not config.compile_failure(e):
             raise
-        raise UserError(f"torch.compile failed ({summary(e)}); train with --compile=False, at "
-                        f"about half the speed") from None
+        raise UserError(config.compile_failure(e)) from None
 
 
 def clock(seconds):

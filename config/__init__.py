@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import getpass
 import glob
 import inspect
 import math
@@ -467,6 +468,16 @@ def failure(error):
             f"to it and try again")
 
 
+def compile_failure(e):
+    """Return what to do about an error of torch's compiler, a sentence; "" for another error."""
+    if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return ""
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache)
+    return (f"torch.compile failed ({summary(e)}); leave it out with --compile=False, at about "
+            f"half the speed, or, where a compile was once killed, delete its files in {cache}")
+
+
 def check_torch(version):
     """Raise UserError where a version of torch is older than this code can work with."""
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 9):
@@ -504,11 +515,11 @@ def run(main):
     except OSError as e:
         code, why = 2, failure(e)
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
+        if not out_of_memory(e) and not compile_failure(e):
             raise
-        code, why = 2, ("there is not enough memory for this; lower batch_size, block_size, "
-                        "n_embd or n_layer (in sampling: n, beams or best_of; in preparing: "
-                        "n_docs), or close other programs")
+        code, why = 2, compile_failure(e) or (
+            "there is not enough memory for this; lower batch_size, block_size, n_embd or n_layer "
+            "(in sampling: n, beams or best_of; in preparing: n_docs), or close other programs")
     with contextlib.suppress(OSError):
         if why:
             print(f"{os.path.basename(sys.argv[0])}: {visible(why)}", file=sys.stderr)
