@@ -795,6 +795,14 @@ class Runner:
                             f"{place.world} processes in whole micro-steps; choose multiples")
         # before torch.compile, whose workers take the cores while they start
         self.peak = matmul_peak(place)
+        with torch.device("meta"):
+            size = 4 * 4 * GPT(mcfg, None).num_params()  # bytes of weights, gradients, two moments
+        with contextlib.suppress(ValueError, AttributeError, OSError):  # not all systems tell
+            room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if place.device.type == "cpu" and size > room:
+                raise UserError(f"a model of {size / 16:,.0f} parameters takes "
+                                f"{size / 2 ** 30:,.0f} GB to train, and this machine has "
+                                f"{room / 2 ** 30:,.0f}; lower n_embd, n_layer or vocab_size")
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
         self.model.dtype = place.dtype
         self.optimizers = make_optimizers(self.model, tcfg)
@@ -893,7 +901,7 @@ class Runner:
         """Take one optimizer step on this process's rows. begins (rows,): whose memory ends.
 
         Return (names of the losses, a tensor of these and the gradient's norm). Where one is not
-        finite, on any process, nothing is updated; a GPU is not waited for to see that.
+        finite, on any process, nothing is updated, except on a GPU, which is not waited for.
         """
         place, tcfg, step_draw, losses = self.place, self.tcfg, self.draw(step), []
         denom = place.all_sum((y >= 0).sum().to(place.device)) / place.world  # DDP takes the mean
