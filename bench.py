@@ -777,6 +777,11 @@ def all_presets(cfg):
     rows = []
     for name in cfg.presets or sorted(os.path.basename(p)[:-3] for p in files):
         m, t = read_arm(f"config/{name}.py")
+        tcfg = TrainConfig(**t)
+        rows_a_step = tcfg.batch_size * tcfg.gradient_accumulation_steps
+        if rows_a_step * GPTConfig(**m).block_size > 10 ** 5 and not torch.cuda.is_available():
+            print(f"{name} is left out: so many tokens a step want a GPU", file=sys.stderr)
+            continue
         print(f"measuring {name} ...", file=sys.stderr)
         row = {"preset": name, **train_speed(m, t, cfg.rounds)}
         times = decode_times(m, cfg.rounds)
