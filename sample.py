@@ -828,8 +828,8 @@ class Soft(Plain):
 
     def generate(self):
         """Yield tokens; one that will be chosen in context comes when it has collapsed."""
-        cfg, d, table = self.cfg, self.decoder, self.decoder.model.wte.weight.detach().float()
-        self.table = table
+        cfg, d = self.cfg, self.decoder
+        self.table = table = d.model.wte.weight.detach().float()
         waiting = [[] for _ in d.rows]
         holds = cfg.collapse_by == "context" and cfg.collapse != "never"
         for step in range(cfg.max_new_tokens):
@@ -868,8 +868,8 @@ class Soft(Plain):
         for b in rows:
             window = d.rows[b][1]
             for at in sorted(d.soft[b])[-max(cfg.collapse_back, 0):]:
-                near = similarity(d.soft[b][at][None], self.table).max() >= 0.7
-                if near and cfg.collapse_which == "far":
+                if cfg.collapse_which == "far" and \
+                        similarity(d.soft[b][at][None], self.table).max() >= 0.7:
                     continue
                 token = window[at]
                 if logits is not None and at:

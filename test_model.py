@@ -538,7 +538,7 @@ concept_weight=0.3 share_levels=True chunk=2 chunk=3 chunk=space chunk=space,2 c
 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2 mem_noise=0.1 mem_straight=True
 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse semantic=soft_ce semantic_weight=0.1
 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5 exit_rate=0.5 exit_keys=True
-exit_classifier=True exit_loss=rotate layer_drop=0.3
+exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3 n_gram=4 n_gram_size=9
 """  # what random settings choose from
 
 
@@ -548,7 +548,7 @@ def random_settings(seed):
 
     def stack(depth):
         items = [f"({stack(depth + 1)})" if depth < 2 and rng.random() < 0.2
-                 else rng.choice(list("AAARRGFM")) for _ in range(rng.integers(1, 5 - depth))]
+                 else rng.choice(list("AAARRDGFM")) for _ in range(rng.integers(1, 5 - depth))]
         return ("." if depth == 0 and rng.random() < 0.3 else "").join(items)
 
     while True:
