@@ -1910,9 +1910,11 @@ class Level(Stack):
         closed_docs = torch.where(closed_docs < 0, last["closed_docs"][:, None], closed_docs)
         ends = (chunk[:, None] == m) & closes[:, None]
         doc = (ends * docs[:, None]).sum(-1)
-        chunks = Chunks(place, torch.where(closes, 0, place + 1), closes, ends, count, docs,
-                        closed_docs, last["count"], ends.any(-1), (ends * at).sum(-1), doc,
-                        torch.cat((last["closed_docs"][:, None], doc[:, :-1]), 1))
+        chunks = Chunks(
+            place=place, next_place=torch.where(closes, 0, place + 1), closes=closes, ends=ends,
+            count=count, docs=docs, closed_docs=closed_docs, n_before=last["count"],
+            exists=ends.any(-1), end=(ends * at).sum(-1), doc=doc,
+            doc_before=torch.cat((last["closed_docs"][:, None], doc[:, :-1]), 1))
         if cache is not None:
             cache.write(pos, **{name: getattr(chunks, name) for name in last})
         return chunks
