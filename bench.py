@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import datetime
 import glob
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -69,7 +70,7 @@ class BenchConfig:
     jobs: int = 2  # trainings at once where only losses count, sharing the cores
     dataset: str = "shakespeare"  # dataset of a claim that trains
     data_dir: str = "data"  # where datasets are kept
-    out_dir: str = ""  # keep the runs of a claim here; default: a temporary folder
+    out_dir: str = ""  # keep a claim's runs here, and go on from them; default: a temporary folder
 
     def __post_init__(self):
         config.within(self, 1, 10_000, "rounds", "seeds", "jobs")
@@ -379,7 +380,9 @@ class Trial:
         arms = {name: f"{self.base} {flags}" for name, flags in self.arms.items()}
         for flags in arms.values():
             make_task(cfg, read_arm(flags)[1].get("dataset", cfg.dataset))
-        times = time_arms(cfg, self, arms) if self.timing else {}
+        times = {}
+        if self.timing:
+            times, arms = once(cfg, str(arms), lambda: time_arms(cfg, self, arms))
         figures = over_seeds(cfg, arms, 0 if self.alone else share_of_cores(cfg), self.cold)
         baseline = self.baseline or next(iter(arms))
         for name, f in figures.items():
@@ -428,6 +431,21 @@ def make_task(cfg, name):
         prepare.main([task, f"--name={name}", f"--data_dir={cfg.data_dir}", *more])
 
 
+def once(cfg, name, compute):
+    """Return compute(), plain data, or what it gave under that name where cfg.out_dir keeps it."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    path = os.path.join(cfg.out_dir, f"{digest}.json")
+    if cfg.out_dir and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    result = compute()
+    if cfg.out_dir:
+        prepare.make_dir(cfg.out_dir)
+        with prepare.replacing(path) as f:
+            f.write(json.dumps(result).encode())
+    return result
+
+
 def fit(cfg, flags="", seed=1, threads=0, cold=False, **more):
     """Train one arm in a process of its own, cold: with an empty compiler cache. Return what
     train_arm returns, and "wall", the seconds of the whole process."""
@@ -451,10 +469,14 @@ def over_seeds(cfg, arms, threads=0, cold=False):
     """Train each of {name: flags} for each seed, cfg.jobs at once. Return {name: {metric: [a value
     per seed]}}."""
     pool = ThreadPoolExecutor(cfg.jobs)
+
+    def run_once(flags, seed):
+        return once(cfg, f"{flags} {seed}", lambda: fit(cfg, flags, seed, threads, cold))
+
     own = {name: parse_arm(flags)[2] for name, flags in arms.items()}
     figures = {name: {"val loss": []} for name in arms}
     try:
-        runs = [(name, pool.submit(fit, cfg, flags, seed, threads, cold))
+        runs = [(name, pool.submit(run_once, flags, seed))
                 for seed in range(1, cfg.seeds + 1) for name, flags in arms.items()
                 if seed <= own[name].get("seeds", seed)]
         for name, run in runs:
@@ -471,8 +493,8 @@ def over_seeds(cfg, arms, threads=0, cold=False):
 
 
 def time_arms(cfg, trial, arms):
-    """Return {name: [seconds a step per round]} of a trial's arms, and give those with `seconds_of`
-    their steps."""
+    """Return {name: [seconds a step per round]} of a trial's arms, and the arms, where those with
+    `seconds_of` have their steps."""
     parsed = {name: parse_arm(flags) for name, flags in arms.items()}
     own = {name: (m, t) for name, (m, t, more) in parsed.items() if "time_of" not in more}
     times, _ = step_times(own, min(cfg.rounds, 3), 4.0 if trial.alone else 1.0,
@@ -480,11 +502,12 @@ def time_arms(cfg, trial, arms):
                           torch.cuda.is_available())
     for name, (_, t, more) in parsed.items():
         times[name] = times[more.get("time_of", name)]
+    arms = dict(arms)
     for name, (_, t, more) in parsed.items():
         if "seconds_of" in more:
             ratio = compare(times[more["seconds_of"]], times[name])
             arms[name] += f" --max_iters={round(t.get('max_iters', TrainConfig.max_iters) * ratio)}"
-    return times
+    return times, arms
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1057,25 +1080,17 @@ def gpu(cfg):
     the main job; --out_dir keeps parts that are done"""
     device = the_device()
     for part in GPU_PARTS:
-        path = cfg.out_dir and os.path.join(cfg.out_dir, f"{part.__name__}.json")
-        if path and os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                yield from (Table(**t) for t in json.load(f))
-            continue
         print(f"{part.__name__} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
-            tables = list(part(cfg, device))
+            tables = once(cfg, part.__name__, lambda: [
+                {"title": t.title, "rows": t.rows} for t in part(cfg, device)])
         except Exception as e:  # the other parts are worth having
             traceback.print_exc()
             yield Table(f"{part.__name__} failed", [{"error": f"{type(e).__name__}: {e}"[:200]}])
             continue
         print(f"{part.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        if path:
-            prepare.make_dir(cfg.out_dir)
-            with open(path, "w", encoding="utf-8") as f:
-                json.dump([{"title": t.title, "rows": t.rows} for t in tables], f)
-        yield from tables
+        yield from (Table(**t) for t in tables)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1126,19 +1141,19 @@ CLAIMS["blocks"] = Trial(
     "--n_embd=128 --n_head=4 --seeds=0", columns=("ms a step", "step time"), timing="all")
 
 EQUAL = " --seconds_of=AAAAAA"
+WORDS = "--layers=(AA)AAAA --chunk=space" + EQUAL
 CLAIMS["think"] = Trial(
     "does a level above the tokens pay: 6 layers, 256 wide, a window of 1,024 characters, each arm "
     "for the seconds of the flat model's steps", "thinking above the token, at equal seconds",
-    {"AAAAAA": "--layers=AAAAAA", "AAAA, fewer layers, more steps": "--layers=AAAA" + EQUAL,
-     "(AA)AAAA by words": "--layers=(AA)AAAA --chunk=space" + EQUAL,
-     "(AA)AAAA by 4": "--layers=(AA)AAAA --chunk=4" + EQUAL,
-     "RR(AAAA)R by words": "--layers=RR(AAAA)R --chunk=space" + EQUAL,
-     "RRARRA": "--layers=RRARRA" + EQUAL, "DDADDA": "--layers=DDADDA" + EQUAL,
-     "AAAAAA with n-grams": "--layers=AAAAAA --n_gram=2,3" + EQUAL,
-     "(AA)AAAA by words with n-grams": "--layers=(AA)AAAA --chunk=space --n_gram=2,3" + EQUAL},
-    "--n_head=4 --n_embd=256 --block_size=1024 --batch_size=16 --max_iters=600" + ONCE,
-    columns=("val loss", "difference", "sd of it", "spread", "steps", "params M", "step time",
-             "ms a step"))
+    {"AAAAAA": "--layers=AAAAAA", "(AA)AAAA by words": WORDS,
+     "RR(AAAA)R by words": "--layers=RR(AAAA)R --chunk=space --seeds=1" + EQUAL,
+     "RRARRA": "--layers=RRARRA --seeds=1" + EQUAL,
+     "(AA)AAAA by words, n-grams": "--n_gram=2,3 --seeds=1 " + WORDS,
+     "AAAAAA, n-grams": "--layers=AAAAAA --n_gram=2,3 --seeds=1" + EQUAL,
+     "(AA)AAAA by 4": "--layers=(AA)AAAA --chunk=4 --seeds=1" + EQUAL,
+     "AAAA": "--layers=AAAA --seeds=1" + EQUAL},
+    "--n_head=4 --n_embd=256 --block_size=1024 --batch_size=4 --max_iters=1200" + ONCE,
+    columns=(*COMPARED, "ms a step"))
 
 SLOT_MODEL = ("--n_layer=4 --n_head=4 --n_embd=128 --block_size=16 --batch_size=64 "
               "--max_iters=1500 --history_drop=0" + ONCE)
