@@ -1147,6 +1147,7 @@ CLAIMS["think"] = Trial(
     "for the seconds of the flat model's steps", "thinking above the token, at equal seconds",
     {"AAAAAA": "--layers=AAAAAA", "(AA)AAAA by words": WORDS,
      "RR(AAAA)R by words": "--layers=RR(AAAA)R --chunk=space --seeds=1" + EQUAL,
+     "RR(AAA)RA by words": "--layers=RR(AAA)RA --chunk=space --seeds=1" + EQUAL,
      "RRARRA": "--layers=RRARRA --seeds=1" + EQUAL,
      "(AA)AAAA by words, n-grams": "--n_gram=2,3 --seeds=1 " + WORDS,
      "AAAAAA, n-grams": "--layers=AAAAAA --n_gram=2,3 --seeds=1" + EQUAL,
