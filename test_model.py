@@ -1742,6 +1742,15 @@ def test_what_a_teacher_adds_is_its_formula(more, pairs, teacher):
     assert all(r.model.blocks[i].mlp.c_proj.weight.grad.any() for i in pairs)
 
 
+def test_a_student_starts_as_its_teacher_unless_told_otherwise(teacher, tmp_path):
+    still = dict(max_iters=1, learning_rate=1e-12, min_lr=0.0, muon_lr=0.0)
+    losses = [run(tmp_path / str(i), dict(SLOTS, layers="AAA"), **still, **t)[0]["val_loss"]
+              for i, t in enumerate((dict(teacher=teacher), dict(init_from=teacher),
+                                     dict(teacher=teacher, teacher_start=False), {}))]
+    assert losses[0] == pytest.approx(losses[1]) and losses[2] == pytest.approx(losses[3])
+    assert losses[0] < losses[2] - 0.1
+
+
 def test_a_compiled_run_learns_the_same(teacher, tmp_path, monkeypatch):
     """Teacher and student are one graph each, what their layers give included."""
     whole = functools.partial(torch.compile, backend="eager", fullgraph=True)

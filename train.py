@@ -73,7 +73,8 @@ class TrainConfig:
     lr_decay_iters: int = 0  # step at which min_lr is reached; 0: max_iters
     min_lr: float = 0.0  # AdamW's rate at the end; Muon's falls by the same factor
     cooldown: float = 0.8  # share of the run that wsd cools down over
-    teacher: str = ""  # PATH of a model to learn from, and to start from as far as its weights fit
+    teacher: str = ""  # PATH of a model to learn from
+    teacher_start: bool = True  # start from the teacher's weights, as far as they fit
     distill: float = 1.0  # with a teacher, weight: of the divergence from its distribution
     distill_match: float = 1.0  # likewise: of giving what replaced feed-forward layers gave
     distill_ce: float = 0.0  # likewise: of the text itself
@@ -124,7 +125,8 @@ class TrainConfig:
         on, beside a model of mcfg."""
         return config.idle(
             self,
-            (self.teacher, "a teacher (--teacher=PATH)", "distill distill_match distill_ce"),
+            (self.teacher, "a teacher (--teacher=PATH)",
+             "teacher_start distill distill_match distill_ce"),
             (self.optimizer == "muon", "optimizer = muon", "muon_lr momentum ns_steps"),
             (self.decay_lr, "decay_lr = True", "schedule lr_decay_iters min_lr"),
             (self.decay_lr and self.schedule == "wsd", "schedule = wsd, and decay_lr", "cooldown"),
@@ -1166,7 +1168,7 @@ class Training:
             self.load_weights(saved, path)
         if teacher:
             weights = self.run.learn_from(teacher, tcfg.teacher)
-            weights = {} if saved else weights
+            weights = weights if tcfg.teacher_start and not saved else {}
             self.run.model.load_state_dict(weights, strict=False)
             n = sum(p.numel() for p in weights.values())
             say(f"learning from {tcfg.teacher}; {n:,} weights start as its own")
