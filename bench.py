@@ -1339,6 +1339,16 @@ CLAIMS["levels"] = Trial(
      "(AA)AAAA, a leak": "--layers='(AA)AAAA' --leak='one ahead' --seeds=1 --time_of='(AA)AAAA'"},
     LEVELS + " --seconds_of=AAAAAA")
 
+WIDE = {"level 1.5 times as wide": "--level_embd=192", "level twice as wide": "--level_embd=256"}
+CLAIMS["levels_more"] = Trial(
+    "what a word level gains by width, beside as many parameters as more blocks in it; by sharing "
+    "its blocks, a level above it, and sums that are bound", "word levels, 128 wide, 8 x 256",
+    {"(A)AA": "", **WIDE, **{k: f"--layers='{k}'" for k in ("(AA)AA", "(AAA)AA", "(AAAA)AA")},
+     "(A)AA, seconds of twice as wide": "--time_of='(A)AA' --seconds_of='level twice as wide'",
+     "(A)AA, share_levels": "--share_levels", "(A)AA, plain sums": "--chunk_binding=False",
+     "((A)A)AA, 4 words": "--layers='((A)A)AA' --chunk=space,4", "AAA": "--layers=AAA"},
+    LEVELS + " --max_iters=500 --compile=False --layers='(A)AA' --chunk=space")
+
 PLAN = ("plan_shuffled", "plan_zeroed")
 PLAN_TASK = "--layers='(AA)A' --dataset=plan --block_size=72 --batch_size=32 --max_iters=600"
 CONCEPTS = Trial(

@@ -57,7 +57,7 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
     (1, 2 ** 12, "n_head horizon mem_head mem_top mem_dim"),
-    (0, 2 ** 16, "mem_shift n_span span"),
+    (0, 2 ** 16, "mem_shift n_span span level_embd"),
     (1, 2 ** 16, "n_embd mem_chunk"),
     (-1, 2 ** 20, "n_mlp"),
     (0, 2 ** 20, "history"),
@@ -97,6 +97,8 @@ class GPTConfig:
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
     horizon: int = 1  # concepts that are predicted ahead
+    level_embd: int | tuple[int, ...] = 0  # channels in levels, one or per depth; 0: as below
+    chunk_binding: bool = True  # turn each position of a chunk by its place (False: a plain sum)
     share_levels: bool = False  # levels run the blocks of the token level: one set of weights
     eot: int = -1  # id that ends a document, where memory of the past ends; -1: the dataset's
     space: tuple[int, ...] = ()  # ids that end a word, for chunk = space; (): the dataset's
@@ -195,7 +197,8 @@ class GPTConfig:
                 (any(BLOCKS[c][1] is mlp for c in self.letters), "a block with an MLP (A, R, D or "
                  "G) in layers", "mlp n_mlp"),
                 (has("("), "a level, ( ), in layers",
-                 "share_levels chunk plan concept concept_weight horizon"),
+                 "share_levels chunk level_embd chunk_binding plan concept concept_weight "
+                 "horizon"),
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
                 (has("F"), "a block F in layers", "n_mem"),
                 (has("M"), "a block M in layers",
@@ -254,6 +257,16 @@ class GPTConfig:
 
     def level_weight(self, depth):
         return self.per_layer("concept_weight", depth - 1)
+
+    def widened(self, width):
+        """Return these settings for blocks of `width` channels: as many more heads, wider MLPs."""
+        def grown(v):
+            if isinstance(v, tuple):
+                return tuple(map(grown, v))
+            return v if v < 1 else max(1, v * width // self.n_embd)
+
+        names = "n_head", "n_kv_head", "n_mlp"
+        return replace(self, n_embd=width, **{name: grown(getattr(self, name)) for name in names})
 
     def heads(self, i):
         """Return (query heads, key and value heads, head_dim) of block i."""
@@ -472,13 +485,13 @@ def split_heads(x, head_dim, norm=False, rope=None):
     return x if rope is None else rotate(x, *rope)
 
 
-def binding(places, C):
+def binding(places, C, bound=True):
     """Return cos and sin (places, C/2) of a rotary binding: a vector is turned by its place.
 
     So order survives a sum (in the manner of Plate 1995). Angles spread evenly over (0, pi): sums
-    of vectors at different places are orthogonal on average.
+    of vectors at different places are orthogonal on average. Not bound: nothing turns.
     """
-    turn = math.pi * (torch.arange(C // 2) + 0.5) / (C // 2)
+    turn = bound * math.pi * (torch.arange(C // 2) + 0.5) / (C // 2)
     turn = torch.outer(torch.arange(places, dtype=torch.float32), turn)
     return turn.cos(), turn.sin()
 
@@ -1775,7 +1788,8 @@ class Level(Stack):
     c_i = norm(sum_j turn(x_j, place j)); the layers inside run over (bos, c_0, .., c_{n-1}) and
     give u_0 .. u_n; position t outside reads u_i with i = the number of chunks closed up to and
     including t, so nothing sees its future. u_i also predicts c_i, the concept that is not
-    complete yet. A document without a closed chunk reads u_0 (with plan = add).
+    complete yet. A document without a closed chunk reads u_0 (with plan = add). With level_embd
+    concepts go in, and states come out, through a matrix each.
     x (B, L, C) -> (B, L, C).
 
     Example, chunk = 2: tokens a b c d e, chunks (a b) (c d); a reads u_0, b and c read u_1 (made of
@@ -1788,25 +1802,29 @@ class Level(Stack):
     def __init__(self, cfg, tree, depth, shared):
         super().__init__()
         C, chunks = cfg.n_embd, cfg.chunk.split(",")
+        width = cfg.per_layer("level_embd", depth - 1) or C
         chunk = chunks[min(depth, len(chunks)) - 1]
         self.chunk, self.words, self.horizon = chunk, chunk == "space", cfg.horizon
         self.name, self.weight = f"concept_{depth}", cfg.level_weight(depth)
         self.capacity = cfg.most_chunks(depth)
         self.room = self.capacity + 2  # of caches: for bos, and a place that nobody reads
-        self.bos = parameter(C, init=EMBEDDING)
+        self.n_embd, self.bos = C, parameter(width, init=EMBEDDING)
+        # a level of another width has a door: for concepts, and for its states
+        self.c_in, self.c_out = (Linear(*way, cfg.bias) if width != C else None
+                                 for way in ((C, width), (width, C)))
         self.ln = NORMS[cfg.norm](cfg)
         self.tell = Linear(C, C, cfg.bias, init=ZEROS) if cfg.plan == "add" else None
         needed = self.weight > 0 or self.tell is None
         self.head = CONCEPT_HEADS[cfg.concept](cfg) if needed else None
-        cos, sin = binding(64 if self.words else int(chunk), C)
+        cos, sin = binding(64 if self.words else int(chunk), C, cfg.chunk_binding)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.add_layers(cfg, tree, depth, shared)
+        self.add_layers(cfg if width == C else cfg.widened(width), tree, depth, shared)
 
     @staticmethod
     def check(cfg):
         chunks = str(cfg.chunk).replace(" ", "").split(",")
-        cfg.chunk, block_size = ",".join(chunks), cfg.block_size
+        cfg.chunk, block_size, C = ",".join(chunks), cfg.block_size, cfg.n_embd
         steps = {"(": 1, ")": -1}
         depth = max(itertools.accumulate(steps.get(c, 0) for c in cfg.layers))
         for i, c in enumerate(chunks):
@@ -1814,11 +1832,19 @@ class Level(Stack):
             if not number and not (c == "space" and i == 0):
                 raise ValueError(f"chunk is a positive number or, for the first level, space, not "
                                  f"{c!r}")
-        if isinstance(cfg.concept_weight, tuple) and len(cfg.concept_weight) != depth:
-            raise ValueError(f"concept_weight gives {len(cfg.concept_weight)} values for {depth} "
-                             f"depths of levels")
+        for name in ("concept_weight", "level_embd"):
+            value = getattr(cfg, name)
+            if isinstance(value, tuple) and len(value) != depth:
+                raise ValueError(f"{name} gives {len(value)} values for {depth} depths of levels")
         if not depth:
             return
+        for width in (cfg.per_layer("level_embd", d) for d in range(depth)):
+            if width % 2 or any(cfg.heads(i)[0] * width % C for i in range(cfg.n_layer)):
+                raise ValueError(f"level_embd ({width}) must be even and hold whole heads, of the "
+                                 f"size that n_embd ({C}) has with n_head ({cfg.n_head})")
+            if cfg.share_levels and width not in (0, C):
+                raise ValueError(f"share_levels runs blocks of {C} channels (n_embd) in the "
+                                 f"levels; leave out level_embd ({width})")
         if len(chunks) not in (1, depth):
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
         if chunks == ["space"] and depth > 1:
@@ -1852,7 +1878,7 @@ class Level(Stack):
 
     def init_cache(self, B, L, like):
         numbers = dict.fromkeys(self.CARRIED, (torch.long,))
-        C = self.bos.numel()
+        C = self.n_embd
         cache = Cache.empty(like, B, L, open_sum=(C, torch.float32), **numbers)
         states = Cache.empty(like, B, self.room, returned=(C,))
         cache.inside = [states, *self.init_caches(B, self.room, like)]
@@ -1946,6 +1972,8 @@ class Level(Stack):
         scored (B, M): how many scored tokens are in each chunk, or None.
         """
         n, exists, doc_start = int(seq.begins), chunks.exists, None
+        if self.c_in is not None:
+            concepts = self.c_in(concepts)
         if seq.begins:
             bos = self.bos.to(concepts.dtype).expand(len(concepts), 1, -1)
             concepts = torch.cat((bos, concepts), dim=1)
@@ -1965,7 +1993,8 @@ class Level(Stack):
                             doc_start=doc_start, is_token=F.pad(exists, (n, 0), value=True),
                             scored=scored, doc_ended=ended, layer_mask=seq.layer_mask,
                             memory=seq.memory)
-        return self.ln(self.run(concepts, inner, aux, caches)[0])
+        u = self.run(concepts, inner, aux, caches)[0]
+        return self.ln(u if self.c_out is None else self.c_out(u))
 
     def regress(self, u, concepts, scored, chunks, aux):
         """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, C).
@@ -2021,7 +2050,8 @@ class Level(Stack):
 
     def flops(self, L):
         inside = min(L, self.capacity) + 1
-        return 6 * inside * n_weights(self.tell, self.head) + super().flops(inside)
+        own = n_weights(self.c_in, self.c_out, self.tell, self.head)
+        return 6 * inside * own + super().flops(inside)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2096,8 +2126,7 @@ class Slots(nn.Module):
         self.empty = parameter(C, init=EMBEDDING)
         age = torch.arange(cfg.history - 1, -1, -1, dtype=torch.float32)
         self.register_buffer("decay", torch.exp(-4 * age / cfg.history), persistent=False)
-        cos, sin = binding(cfg.span, C)
-        cos, sin = (cos, sin) if cfg.span_binding else (torch.ones_like(cos), torch.zeros_like(sin))
+        cos, sin = binding(cfg.span, C, cfg.span_binding)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

@@ -114,6 +114,7 @@ level: layers=(A)A
 level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
 levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3
 levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
+levels_wide: WORDS layers=((A)R)A chunk=space,2 level_embd=64,48 plan=cross chunk_binding=False
 hierarchy: WORDS layers=R(RA)R concept=mse
 level+slots+nanogpt: SLOTS NANOGPT layers=(A)A plan=cross
 levels+gru+slots+enrich: SLOTS WORDS layers=((G)R)A chunk=space,2 plan=cross eot=7 enrich=True
@@ -535,6 +536,7 @@ norm=layer norm=scale mlp=gelu mlp=swiglu pos=learned pos=none init=gpt2 bias=Tr
 qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8 n_mlp=-1 n_mlp=24
 n_value_embed=1 plan=cross concept=mse concept=energy concept=flow concept_weight=0 horizon=2
 concept_weight=0.3 share_levels=True chunk=2 chunk=3 chunk=space chunk=space,2 chunk=2,3
+level_embd=48 level_embd=64,48 chunk_binding=False
 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2 mem_noise=0.1 mem_straight=True
 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse semantic=soft_ce semantic_weight=0.1
 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5 exit_rate=0.5 exit_keys=True
@@ -692,13 +694,15 @@ def test_slots_are_their_formulas():
 @pytest.mark.parametrize("more, text, ends", [
     ({}, [9, 8, 7, 6, 10, 11, 5, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, -6, 10, 14]),
     (WORDS, [7, 8, 1, 9, 2, 7, 7, 7, 1, 8, 8, 8, 8, 8, 1, 3], [3, 5, 9, 15]),
+    (dict(chunk_binding=False), [9, 8, 7, 6] * 4, [4, 8, 12, 16]),
     (WORDS, [7, 1] * 8, [2, 4, 6, 8])])  # words beyond a quarter of the window are none
 def test_concepts_are_bound_sums(more, text, ends):
     """An end of text begins a chunk, and drops what was open (here: minus where it does)."""
     m = make("level", n_embd=64, **more).eval()
     x, e = torch.tensor([text]), norm(m.wte.weight).detach()
+    made_of = bound if m.cfg.chunk_binding else lambda vectors: norm(vectors.sum(0))
     chunks = [(max(0, a, -a), b) for a, b in itertools.pairwise((0, *ends)) if b > 0]
-    made, want = m.concepts(x)[-1], torch.stack([bound(e[x[0, a:b]]) for a, b in chunks])
+    made, want = m.concepts(x)[-1], torch.stack([made_of(e[x[0, a:b]]) for a, b in chunks])
     agree(made.concepts[0, :len(chunks)], want, 1e-4)
     assert made.exists[0].tolist() == [i < len(chunks) for i in range(4)]
     assert made.end[0, :len(chunks)].tolist() == [b - 1 for _, b in chunks]
@@ -3087,6 +3091,9 @@ train
   --layers=A(M)A --chunk=16 => block M | 16 chunks | place 17 ; --layers=M --mem_shift=200
   --layers=AM --mem_chunk=24 => multiple ; --layers=((((((((((A => 8 levels
   --layers=(RA)AA --share_levels=True => share_levels | RA
+  --layers=(A)A --level_embd=50 => level_embd | 50 | whole heads
+  --layers=(A)A --level_embd=64,64 => level_embd | 2 values for 1
+  --layers=(A)A --level_embd=512 --share_levels=True => share_levels | n_embd
   --layers=AA --value_lr=3 => value_lr | F
   --teacher=x --distill=0 => distill_ce ; --teacher=x --distill_match=-1 => distill_match
   --distill_ce=1 => distill_ce | --teacher=
