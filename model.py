@@ -93,6 +93,7 @@ class GPTConfig:
     # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
+    # or entropy:2.5 (until the first exit is so many nats unsure) | route:4 (learned; mean length)
     plan: str = "add"  # a level hands down: add (its state) | cross (concepts to attend to)
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
@@ -242,13 +243,14 @@ class GPTConfig:
     def most_chunks(self, depth, length=None):
         """Return how many chunks levels of this depth close at most over `length` tokens.
 
-        Words beyond a quarter of the tokens close none. length: the longest that is read.
+        Words beyond a quarter of the tokens close none, nor do learned chunks far shorter than
+        they should be on average. length: the longest that is read.
         """
         if length is None:
             length = max(self.block_size, self.history if self.enrich else 0)
         chunks = self.chunk.split(",")
         for c in chunks[:depth] if len(chunks) > 1 else chunks * depth:
-            length //= 4 if c == "space" else int(c)
+            length //= parse_chunk(c)[2]
         return length
 
     def per_layer(self, name, i):
@@ -316,6 +318,26 @@ def parse_layers(layers):
 
 def is_level(item):
     return isinstance(item, list)
+
+
+def parse_chunk(c):
+    """Return (kind, number, room) of a value of `chunk`, which has room for a chunk every so many
+    positions; raise ValueError where it is none.
+
+    Example: "4" -> ("", 4, 4), "space" -> ("space", 4, 4), "route:4" -> ("route", 4, 3)
+    """
+    if c == "space":
+        return c, 4, 4
+    kind, _, number = c.rpartition(":")
+    try:
+        n = float(number) if kind == "entropy" else int(number)
+    except ValueError:
+        n = -1
+    least, room = {"": (1, n), "entropy": (0, 3), "route": (2, 3 * n // 4)}.get(kind, (n + 1, 0))
+    if not least <= n < 1e9:
+        raise ValueError(f"chunk is a positive number or, for the first level, space, entropy:2.5 "
+                         f"(nats) or route:4 (a mean length of 2 or more), not {c!r}")
+    return kind, n, room
 
 
 # --------------------------------------------------------------------------------------------------
@@ -649,7 +671,7 @@ class Sequence:
     rope_table: tuple | None  # cos and sin of all positions
     tokens: torch.Tensor | None = None  # (B, T) ids or (B, T, V) distributions
     doc_start: torch.Tensor | None = None  # (B, L) True where a document begins; None: nowhere
-    word_end: torch.Tensor | None = None  # (B, T) True where a word ends
+    word_end: torch.Tensor | None = None  # (B, T) True where a word or a learned chunk ends
     is_token: torch.Tensor | None = None  # (B, L) False for padding, which follows all else
     scored: torch.Tensor | None = None  # (B, L) scored targets there; None: there is no loss
     doc_ended: torch.Tensor | None = None  # (B,) True: another document begins after these
@@ -1781,6 +1803,40 @@ class Chunks:
 
 
 
+class Router(nn.Module):
+    """Learns where chunks end: where a position is unlike the one before it.
+
+    It ends one with probability p_t = (1 - cos(W_q x_t, W_k x_{t-1})) / 2, and does so above 1/2.
+    (H-Net, Hwang et al. 2025, arXiv:2507.07955, where such a position begins a chunk.) What the
+    level tells is weighted by how sure that was, straight-through, and a loss aims at chunks of
+    `length` positions on average. At first p_t says how far x_t is from x_{t-1}.
+    """
+    WEIGHT = 0.03  # of that loss
+
+    def __init__(self, cfg, length):
+        super().__init__()
+        C, self.length = cfg.n_embd, length
+        same = lambda p, cfg, generator: p.copy_(torch.eye(p.size(1)).repeat(2, 1))
+        self.c_qk = Linear(C, (C, C), init=same, group="table")
+
+    def forward(self, x, seq, aux, cache=None):
+        """Return seq with the ends of chunks, and how sure each position (B, L) of x is of it."""
+        q, key = self.c_qk(x).chunk(2, dim=-1)
+        before = torch.zeros_like(key[:, 0])
+        if cache is not None:
+            before = cache.before("key", seq.pos)
+            cache.write(seq.pos, key=key)
+        key = torch.cat((before[:, None], key[:, :-1]), 1).masked_fill(seq.starts(x)[..., None], 0)
+        p = (1 - F.cosine_similarity(q.float(), key.float(), dim=-1)) / 2  # a 0 ends nothing
+        ends, S = p > 0.5, seq.n_prefix
+        if seq.scored is not None:
+            # least where a share of 1 / length ends, by the mean of p too; of each row
+            f, g, N = ends[:, S:].float().mean(1), p[:, S:].mean(1), self.length
+            loss = ((N - 1) * f * g + (1 - f) * (1 - g)) * N / (N - 1)
+            aux.losses.append(("ratio", self.WEIGHT, (loss * seq.scored.sum(1)).sum()))
+        return replace(seq, word_end=ends[:, S:]), torch.where(ends, p, 1 - p).to(x.dtype)
+
+
 class Level(Stack):
     """A slower stack: next-concept prediction, and the hierarchical RNN, in one.
 
@@ -1804,7 +1860,9 @@ class Level(Stack):
         C, chunks = cfg.n_embd, cfg.chunk.split(",")
         width = cfg.per_layer("level_embd", depth - 1) or C
         chunk = chunks[min(depth, len(chunks)) - 1]
-        self.chunk, self.words, self.horizon = chunk, chunk == "space", cfg.horizon
+        kind, size, _ = parse_chunk(chunk)
+        self.words, self.horizon = bool(kind), cfg.horizon
+        self.router = Router(cfg, size) if kind == "route" else None
         self.name, self.weight = f"concept_{depth}", cfg.level_weight(depth)
         self.capacity = cfg.most_chunks(depth)
         self.room = self.capacity + 2  # of caches: for bos, and a place that nobody reads
@@ -1816,7 +1874,7 @@ class Level(Stack):
         self.tell = Linear(C, C, cfg.bias, init=ZEROS) if cfg.plan == "add" else None
         needed = self.weight > 0 or self.tell is None
         self.head = CONCEPT_HEADS[cfg.concept](cfg) if needed else None
-        cos, sin = binding(64 if self.words else int(chunk), C, cfg.chunk_binding)
+        cos, sin = binding(64 if self.words else size, C, cfg.chunk_binding)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.add_layers(cfg if width == C else cfg.widened(width), tree, depth, shared)
@@ -1828,10 +1886,8 @@ class Level(Stack):
         steps = {"(": 1, ")": -1}
         depth = max(itertools.accumulate(steps.get(c, 0) for c in cfg.layers))
         for i, c in enumerate(chunks):
-            number = c.isascii() and c.isdecimal() and len(c) < 10 and int(c) > 0
-            if not number and not (c == "space" and i == 0):
-                raise ValueError(f"chunk is a positive number or, for the first level, space, not "
-                                 f"{c!r}")
+            if parse_chunk(c)[0] and i:
+                raise ValueError(f"chunk is a number for every level but the first, not {c!r}")
         for name in ("concept_weight", "level_embd"):
             value = getattr(cfg, name)
             if isinstance(value, tuple) and len(value) != depth:
@@ -1847,9 +1903,15 @@ class Level(Stack):
                                  f"levels; leave out level_embd ({width})")
         if len(chunks) not in (1, depth):
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
-        if chunks == ["space"] and depth > 1:
-            raise ValueError("chunk = space says nothing of the levels above words; give one value "
-                             "a depth, as space,4")
+        kind = parse_chunk(chunks[0])[0]
+        if kind and len(chunks) < depth:
+            raise ValueError(f"chunk = {cfg.chunk} says nothing of the levels above words; give "
+                             f"one value a depth, as {cfg.chunk},4")
+        if kind == "entropy" and not (cfg.exit_weight and "." in cfg.layers.split("(")[0]):
+            raise ValueError("chunk = entropy reads the first exit, which has to stand before all "
+                             "levels and to be trained: layers = A.(A)A, and an exit_weight")
+        if kind == "route" and cfg.plan == "cross":
+            raise ValueError("chunk = route learns by what a level adds; use plan = add")
         if not cfg.most_chunks(depth, block_size):
             raise ValueError(f"chunk = {cfg.chunk} closes no chunk of the slowest level in a "
                              f"window of {block_size}; give a smaller one")
@@ -1877,15 +1939,18 @@ class Level(Stack):
         check_stack(cfg.tree)
 
     def init_cache(self, B, L, like):
-        numbers = dict.fromkeys(self.CARRIED, (torch.long,))
-        C = self.n_embd
-        cache = Cache.empty(like, B, L, open_sum=(C, torch.float32), **numbers)
+        sizes, C = dict.fromkeys(self.CARRIED, (torch.long,)), self.n_embd
+        if self.router is not None:
+            sizes["key"] = (C,)
+        cache = Cache.empty(like, B, L, open_sum=(C, torch.float32), **sizes)
         states = Cache.empty(like, B, self.room, returned=(C,))
         cache.inside = [states, *self.init_caches(B, self.room, like)]
         return cache
 
     def forward(self, x, seq, aux, cache=None, plan=None):
         """Return (x, Plan): x with what this level tells each position, or what it predicts."""
+        if self.router is not None:
+            seq, sure = self.router(x, seq, aux, cache)
         chunks = self.find_chunks(x, seq, cache)
         sums, inside = self.compose(x[:, seq.n_prefix:], chunks, seq, cache)
         u = None
@@ -1901,7 +1966,10 @@ class Level(Stack):
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
             if scored is not None and self.weight > 0 and cache is None:
                 self.regress(u, concepts, scored, chunks, aux)
-        return self.hand_down(x, u, chunks, seq, cache)
+        y, plan = self.hand_down(x, u, chunks, seq, cache)
+        if self.router is not None:  # straight-through: 1 times what is told, with a gradient
+            y = y + (sure - sure.detach())[..., None] * (y - x).detach()
+        return y, plan
 
     def update_cache(self, x, seq, aux, cache, plan):
         return self(x, seq, aux, cache, plan)[1]
@@ -2051,7 +2119,7 @@ class Level(Stack):
     def flops(self, L):
         inside = min(L, self.capacity) + 1
         own = n_weights(self.c_in, self.c_out, self.tell, self.head)
-        return 6 * inside * own + super().flops(inside)
+        return 6 * (inside * own + L * n_weights(self.router)) + super().flops(inside)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2319,6 +2387,8 @@ class EarlyExit:
         for i in (i for i, c in enumerate(cfg.layers) if c == "."):
             layers = sum(item != "." for item in parse_layers(cfg.layers[:i]))
             self.exits[layers] = sum(c in BLOCKS for c in cfg.layers[:i])
+        kind, limit, _ = parse_chunk(cfg.chunk.split(",")[0])
+        self.limit = limit if kind == "entropy" and self.levels else None
         self.sure = ExitClassifier(cfg) if cfg.exit_classifier else None
         self.segments = list(itertools.pairwise((0, *self.exits, len(self.order))))
         self.exits_rotate = cfg.exit_loss == "rotate" and len(self.exits) > 1
@@ -2345,6 +2415,21 @@ class EarlyExit:
         if cfg.exit_loss == "rotate":
             weight = [float(i == step % len(weight)) for i in range(len(weight))]
         return torch.cat((kept, torch.tensor(weight)))
+
+    def behind_exit(self, x, seq):
+        """Return the Sequence of the layers behind the first exit, which sees x (B, L, C).
+
+        With exit_keys they take keys from there. With chunk = entropy:limit a chunk ends where the
+        next token, as the head expects it there, has more than `limit` nats of entropy (Byte Latent
+        Transformer, Pagnoni et al. 2024, arXiv:2412.09871).
+        """
+        if self.cfg.exit_keys:
+            seq = replace(seq, kv_input=x)
+        if self.limit is not None:
+            with torch.no_grad():
+                logp = self.to_logits(self.ln_f(x[:, seq.n_prefix:])).log_softmax(-1)
+            seq = replace(seq, word_end=-(logp.exp() * logp).sum(-1) > self.limit)
+        return seq
 
     def exit_trial(self, seq, B):
         """Return should_exit(x) for training, so that layers learn to see tokens that stopped.
@@ -2411,21 +2496,20 @@ class EarlyExit:
         Return x (B, T, C), what goes on from there, and the exit's logits (B, T, V).
         """
         x, seq = self.embed(tokens, state=state)
-        x, _ = self.run(x, seq, Aux(), state.caches, last=place)
+        x = self.trunk(x, seq, Aux(), state, until=place)[0]
         return x, self.to_logits(self.ln_f(x))
 
     def forward_remainder(self, x, tokens, state, place):
         """Run the layers from an exit's place on over what forward_early left, x (B, T, C).
 
         In a state that was rolled back to before it; return logits (B, T, V). Blocks that read a
-        plan or keys from before the exit need it again: then all layers run.
+        plan, keys or ends of chunks from before the exit need it again: then all layers run.
         """
-        needs_keys = self.cfg.exit_keys and place != next(iter(self.exits))
-        if needs_keys or (self.cfg.plan == "cross" and self.levels):
+        needs_first = (self.cfg.exit_keys or self.limit is not None)
+        needs_first = needs_first and place != next(iter(self.exits))
+        if needs_first or (self.cfg.plan == "cross" and self.levels):
             return self(tokens, state=state).logits
-        seq = self.embed(tokens, state=state)[1]
-        if self.cfg.exit_keys:
-            seq = replace(seq, kv_input=x)
+        seq = self.behind_exit(x, self.embed(tokens, state=state)[1])
         x, _ = self.run(x, seq, Aux(), state.caches, first=place)
         return self.to_logits(self.ln_f(x))
 
@@ -2595,7 +2679,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if self.lm_head is None:
             head += 6 * self.wte.weight.numel()
         passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3
-        reads = passes + (len(self.exits) if cfg.exit_weight else 0)
+        reads = passes + (len(self.exits) if cfg.exit_weight else 0) + (self.limit is not None) / 3
         history = self.flops(cfg.n_slot + cfg.history) / 3 if cfg.enrich else 0
         trunk = self.flops(cfg.n_slot + cfg.block_size) * passes + history
         return head * reads + trunk / cfg.block_size
@@ -2686,8 +2770,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         return x, Sequence.of(x, table, self.n_slot, pos, capacity, begins, tokens=tokens,
                               memory=memory, **more)
 
-    def trunk(self, x, seq, aux, state=None, should_exit=None):
-        """Run x (B, L, C) through the layers, segment after segment between exits.
+    def trunk(self, x, seq, aux, state=None, should_exit=None, until=None):
+        """Run x (B, L, C) through the layers, segment after segment, up to the exit `until`.
 
         should_exit(x) says which positions (B, L) stop at an exit: they stay as they are. Return
         (x, [x at each exit], exited (B, L) or None, blocks run (B, L) or None).
@@ -2697,10 +2781,12 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if should_exit is not None:
             depth = torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
         for first, last in self.segments:
+            if first == until:
+                break
             if first:  # an exit stands here
+                if not at_exits:
+                    seq = self.behind_exit(x, seq)
                 at_exits.append(x)
-                if self.cfg.exit_keys and seq.kv_input is None:
-                    seq = replace(seq, kv_input=x)
             if first and should_exit is not None:
                 now = should_exit(x)
                 exited = now if exited is None else exited | now
