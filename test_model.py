@@ -2379,7 +2379,8 @@ def test_what_is_allowed_at_the_edges_decodes(row):
 # early exit, speculation, beams
 
 
-EXITS = ["exits", "exits_keys", "exits_distilled", "exits_rotate+layer_drop", "exits+level+slots"]
+EXITS = ["exits", "exits_keys", "exits_distilled", "exits_rotate+layer_drop", "exits+level+slots",
+         "chunks_entropy"]
 
 
 def at_exits(m, x, h=None):
@@ -2584,7 +2585,8 @@ def speculation(d, draft, **settings):
 
 
 @pytest.mark.parametrize("name, draft", [("exits", 0), ("exits_keys", 0), ("exits+level+slots", 0),
-                                         ("plain", "gru"), ("slots", "exits")])
+                                         ("chunks_entropy", 0), ("plain", "gru"),
+                                         ("slots", "exits")])
 @pytest.mark.parametrize("B", [1, 3])
 def test_speculation_is_greedy_decoding(name, draft, B):
     """Across many folds, rows of unequal length: plain decoding's text, with a repetition penalty
