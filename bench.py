@@ -175,6 +175,7 @@ class ArmConfig:
     """What an arm's flags may say besides settings of the model and of training."""
     after: tuple[str, ...] = ()  # names of MEASURES of the trained model; repeatable
     leak: str = ""  # one of ALTERED, in training too
+    drawn_ends: float = 0.0  # words and learned chunks end by this chance, whatever stands there
     seeds: int = 10_000  # at most so many of the trial's seeds; 0: the arm is timed and not trained
     seconds_of: str = ""  # the arm whose seconds this one gets: as many steps as fit them
     time_of: str = ""  # the arm whose step time stands for this one's
@@ -244,12 +245,13 @@ def begin_child(threads, env):
         torch.set_num_threads(threads)
 
 
-def train_arm(m, t, after=(), leak=""):
+def train_arm(m, t, after=(), leak="", share=0.0):
     """Train an arm in this process. Return what train.train returns, and MEASURES."""
-    say = lambda text: train.say(text, sys.stderr)
-    with altered_plans(ALTERED[leak]) if leak else contextlib.nullcontext():
-        result = train.train(config.build(GPTConfig, **m), config.build(TrainConfig, **t), say)
-    return {**result, **measure(t, after)}
+    say, off = lambda text: train.say(text, sys.stderr), contextlib.nullcontext()
+    with drawn_ends(share) if share else off:
+        with altered_plans(ALTERED[leak]) if leak else off:
+            result = train.train(config.build(GPTConfig, **m), config.build(TrainConfig, **t), say)
+        return {**result, **measure(t, after)}
 
 
 def start_run(m, t, profiled=False):
@@ -424,11 +426,24 @@ def share_of_cores(cfg):
 
 
 def make_task(cfg, name):
-    """Make the dataset of a synthetic task where it is not there yet; chain0 has no pauses."""
+    """Make the dataset of a synthetic task where it is not there yet; chain0 has no pauses, and
+    no_spaces is Shakespeare without white space."""
     task, more = ("chain", ["--n_pause=0"]) if name == "chain0" else (name, [])
-    there = os.path.exists(os.path.join(cfg.data_dir, name, "meta.json"))
-    if task in prepare.TASKS and not there:
-        prepare.main([task, f"--name={name}", f"--data_dir={cfg.data_dir}", *more])
+    if os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):
+        return
+    argv = [f"--name={name}", f"--data_dir={cfg.data_dir}", *more]
+    if task in prepare.TASKS:
+        prepare.main([task, *argv])
+    if task == "no_spaces":
+        paths = prepare.fetch_shakespeare(prepare.PrepareConfig(data_dir=cfg.data_dir))[0]
+        with tempfile.TemporaryDirectory() as folder:
+            for path in paths:
+                with open(path, encoding="utf-8") as f:
+                    text = "".join(f.read().split())
+                argv.append(f"--input={os.path.join(folder, os.path.basename(path))}")
+                with open(argv[-1].split("=")[1], "w", encoding="utf-8") as f:
+                    f.write(text)
+            prepare.main(argv)
 
 
 def once(cfg, name, compute):
@@ -453,7 +468,8 @@ def fit(cfg, flags="", seed=1, threads=0, cold=False, **more):
     folder = os.path.join(cfg.out_dir or scratch(), more.get("out_dir") or f"arm-{time.time_ns()}")
     t = {"dataset": cfg.dataset, **t, "data_dir": cfg.data_dir, "seed": seed, "out_dir": folder}
     arm = Arm(threads, **({"TORCHINDUCTOR_CACHE_DIR": scratch()} if cold else {}))
-    result, wall = timed(lambda: arm.ask(train_arm, m, t, own.get("after", ()), own.get("leak")))
+    result, wall = timed(lambda: arm.ask(train_arm, m, t, own.get("after", ()), own.get("leak"),
+                                         own.get("drawn_ends")))
     arm.close()
     if result["stopped"]:
         raise UserError("a training was stopped by a signal; so is the claim")
@@ -647,6 +663,24 @@ ALTERED = {"shuffled": lambda returned: returned.roll(1, 0), "zeroed": torch.zer
            "one ahead": lambda returned: torch.cat((returned[:, 1:], returned[:, -1:]), 1)}
 
 
+@contextlib.contextmanager
+def drawn_ends(share):
+    """Have words and learned chunks end at places of the window that are drawn once, a share of
+    all, whatever stands there."""
+    plain, drawn = Level.find_chunks, torch.rand(2 ** 16, generator=torch.Generator().manual_seed(0)) < share
+
+    def find_chunks(level, x, seq, cache):
+        if level.words:
+            ends = drawn[:x.size(1) - seq.n_prefix].to(x.device).expand(len(x), -1)
+            seq = dataclasses.replace(seq, word_end=ends)
+        return plain(level, x, seq, cache)
+    Level.find_chunks = find_chunks
+    try:
+        yield
+    finally:
+        Level.find_chunks = plain
+
+
 def without_plan(alteration):
     """Return the measure of how much the loss grows when what levels hand down is altered."""
     def growth(run, data):
@@ -679,6 +713,20 @@ def explained(run, data):
 
 
 @torch.inference_mode()
+def chunk_lengths(run, data):
+    """Return the mean length of the fastest level's chunks, and which share of the positions had
+    one close behind them (less than all where a level has no room for more)."""
+    n = positions = ends = 0
+    for x, y, h, _ in data.eval_batches(run.place, 64):
+        level = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
+        exists = level.exists & (y >= 0).any(1, keepdim=True)
+        n += exists.sum().item()
+        ends += ((level.end + 1) * exists).amax(1).sum().item()
+        positions += (y >= 0).any(1).sum().item() * x.size(1)
+    return {"chunk length": ends / n, "in chunks": ends / positions}
+
+
+@torch.inference_mode()
 def two_futures(run, data, n=500):
     """Return where samples of the next concept lie on the line through the two that may come in the
     task fork (at -1 and 1), as shares of three parts of it."""
@@ -698,7 +746,8 @@ def two_futures(run, data, n=500):
 MEASURES = {"history_shuffled": ablated(shuffle_history),
             "slots_empty": ablated(lambda h: torch.full_like(h, -1)),
             "plan_shuffled": without_plan("shuffled"), "plan_zeroed": without_plan("zeroed"),
-            "concepts": explained, "two_futures": two_futures, "wrong_distance": wrong_distance,
+            "concepts": explained, "chunks": chunk_lengths,
+            "two_futures": two_futures, "wrong_distance": wrong_distance,
             "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
             "usage": lambda run, data: run.usage(data),
             "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
@@ -1339,6 +1388,44 @@ CLAIMS["levels"] = Trial(
      "(AA)AAAA, words": "--layers='(AA)AAAA' --chunk=space",
      "(AA)AAAA, a leak": "--layers='(AA)AAAA' --leak='one ahead' --seeds=1 --time_of='(AA)AAAA'"},
     LEVELS + " --seconds_of=AAAAAA")
+
+CHUNKS = {"A.AAA, no level": "--layers=A.AAA",
+          **{f"chunk = {k}": f"--chunk={k} --after=chunks" for k in ("4", "5", "route:4")}}
+CHUNKS_BASE = LEVELS + " --max_iters=500 --compile=False --layers='A.(A)AA'"
+BY_CHUNK = (*COMPARED, "chunk length", "in chunks")
+DRAWN = "--chunk=entropy:9 --after=chunks --drawn_ends="
+SPACED = Trial(
+    "", "what makes a chunk, 4 blocks, 128 wide, 8 x 256",
+    {**CHUNKS, "chunk = space": "--chunk=space --after=chunks",
+     "chunk = entropy:2.5": "--chunk=entropy:2.5 --after=chunks",
+     "ends drawn, 1 in 5": DRAWN + "0.2",
+     "chunk = space, no exit": "--layers='A(A)AA' --chunk=space --after=chunks"},
+    CHUNKS_BASE, baseline="chunk = 4", columns=BY_CHUNK)
+UNSPACED = Trial(
+    "", "what makes a chunk of text without white space",
+    {**CHUNKS, "chunk = entropy:2.7": "--chunk=entropy:2.7 --after=chunks",
+     "ends drawn, 1 in 5": DRAWN + "0.2"},
+    CHUNKS_BASE + " --dataset=no_spaces", baseline="chunk = 4", columns=BY_CHUNK)
+
+
+def chunks(cfg):
+    """chunks that end with words, after 4 or 5 characters, where the first exit is unsure, where a
+    router learns to end them, and at random, in text with and without white space"""
+    yield from SPACED(cfg)
+    yield from UNSPACED(cfg)
+
+
+CLAIMS["chunks"] = chunks
+
+WIDE = {"level 1.5 times as wide": "--level_embd=192", "level twice as wide": "--level_embd=256"}
+CLAIMS["levels_more"] = Trial(
+    "what a word level gains by width, beside as many parameters as more blocks in it; by sharing "
+    "its blocks, a level above it, and sums that are bound", "word levels, 128 wide, 8 x 256",
+    {"(A)AA": "", **WIDE, **{k: f"--layers='{k}'" for k in ("(AA)AA", "(AAA)AA", "(AAAA)AA")},
+     "(A)AA, seconds of twice as wide": "--time_of='(A)AA' --seconds_of='level twice as wide'",
+     "(A)AA, share_levels": "--share_levels", "(A)AA, plain sums": "--chunk_binding=False",
+     "((A)A)AA, 4 words": "--layers='((A)A)AA' --chunk=space,4", "AAA": "--layers=AAA"},
+    LEVELS + " --max_iters=500 --compile=False --layers='(A)AA' --chunk=space")
 
 PLAN = ("plan_shuffled", "plan_zeroed")
 PLAN_TASK = "--layers='(AA)A' --dataset=plan --block_size=72 --batch_size=32 --max_iters=600"

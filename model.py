@@ -57,7 +57,7 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
     (1, 2 ** 12, "n_head horizon mem_head mem_top mem_dim"),
-    (0, 2 ** 16, "mem_shift n_span span"),
+    (0, 2 ** 16, "mem_shift n_span span level_embd"),
     (1, 2 ** 16, "n_embd mem_chunk"),
     (-1, 2 ** 20, "n_mlp"),
     (0, 2 ** 20, "history"),
@@ -93,10 +93,13 @@ class GPTConfig:
     # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
+    # or entropy:2.5 (until the first exit is so many nats unsure) | route:4 (learned; mean length)
     plan: str = "add"  # a level hands down: add (its state) | cross (concepts to attend to)
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
     horizon: int = 1  # concepts that are predicted ahead
+    level_embd: int | tuple[int, ...] = 0  # channels in levels, one or per depth; 0: as below
+    chunk_binding: bool = True  # turn each position of a chunk by its place (False: a plain sum)
     share_levels: bool = False  # levels run the blocks of the token level: one set of weights
     eot: int = -1  # id that ends a document, where memory of the past ends; -1: the dataset's
     space: tuple[int, ...] = ()  # ids that end a word, for chunk = space; (): the dataset's
@@ -195,7 +198,8 @@ class GPTConfig:
                 (any(BLOCKS[c][1] is mlp for c in self.letters), "a block with an MLP (A, R, D or "
                  "G) in layers", "mlp n_mlp"),
                 (has("("), "a level, ( ), in layers",
-                 "share_levels chunk plan concept concept_weight horizon"),
+                 "share_levels chunk level_embd chunk_binding plan concept concept_weight "
+                 "horizon"),
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
                 (has("F"), "a block F in layers", "n_mem"),
                 (has("M"), "a block M in layers",
@@ -239,13 +243,14 @@ class GPTConfig:
     def most_chunks(self, depth, length=None):
         """Return how many chunks levels of this depth close at most over `length` tokens.
 
-        Words beyond a quarter of the tokens close none. length: the longest that is read.
+        Words beyond a quarter of the tokens close none, nor do learned chunks far shorter than
+        they should be on average. length: the longest that is read.
         """
         if length is None:
             length = max(self.block_size, self.history if self.enrich else 0)
         chunks = self.chunk.split(",")
         for c in chunks[:depth] if len(chunks) > 1 else chunks * depth:
-            length //= 4 if c == "space" else int(c)
+            length //= parse_chunk(c)[2]
         return length
 
     def per_layer(self, name, i):
@@ -254,6 +259,16 @@ class GPTConfig:
 
     def level_weight(self, depth):
         return self.per_layer("concept_weight", depth - 1)
+
+    def widened(self, width):
+        """Return these settings for blocks of `width` channels: as many more heads, wider MLPs."""
+        def grown(v):
+            if isinstance(v, tuple):
+                return tuple(map(grown, v))
+            return v if v < 1 else max(1, v * width // self.n_embd)
+
+        names = "n_head", "n_kv_head", "n_mlp"
+        return replace(self, n_embd=width, **{name: grown(getattr(self, name)) for name in names})
 
     def heads(self, i):
         """Return (query heads, key and value heads, head_dim) of block i."""
@@ -303,6 +318,26 @@ def parse_layers(layers):
 
 def is_level(item):
     return isinstance(item, list)
+
+
+def parse_chunk(c):
+    """Return (kind, number, room) of a value of `chunk`, which has room for a chunk every so many
+    positions; raise ValueError where it is none.
+
+    Example: "4" -> ("", 4, 4), "space" -> ("space", 4, 4), "route:4" -> ("route", 4, 3)
+    """
+    if c == "space":
+        return c, 4, 4
+    kind, _, number = c.rpartition(":")
+    try:
+        n = float(number) if kind == "entropy" else int(number)
+    except ValueError:
+        n = -1
+    least, room = {"": (1, n), "entropy": (0, 3), "route": (2, 3 * n // 4)}.get(kind, (n + 1, 0))
+    if not least <= n < 1e9:
+        raise ValueError(f"chunk is a positive number or, for the first level, space, entropy:2.5 "
+                         f"(nats) or route:4 (a mean length of 2 or more), not {c!r}")
+    return kind, n, room
 
 
 # --------------------------------------------------------------------------------------------------
@@ -472,13 +507,13 @@ def split_heads(x, head_dim, norm=False, rope=None):
     return x if rope is None else rotate(x, *rope)
 
 
-def binding(places, C):
+def binding(places, C, bound=True):
     """Return cos and sin (places, C/2) of a rotary binding: a vector is turned by its place.
 
     So order survives a sum (in the manner of Plate 1995). Angles spread evenly over (0, pi): sums
-    of vectors at different places are orthogonal on average.
+    of vectors at different places are orthogonal on average. Not bound: nothing turns.
     """
-    turn = math.pi * (torch.arange(C // 2) + 0.5) / (C // 2)
+    turn = bound * math.pi * (torch.arange(C // 2) + 0.5) / (C // 2)
     turn = torch.outer(torch.arange(places, dtype=torch.float32), turn)
     return turn.cos(), turn.sin()
 
@@ -636,7 +671,7 @@ class Sequence:
     rope_table: tuple | None  # cos and sin of all positions
     tokens: torch.Tensor | None = None  # (B, T) ids or (B, T, V) distributions
     doc_start: torch.Tensor | None = None  # (B, L) True where a document begins; None: nowhere
-    word_end: torch.Tensor | None = None  # (B, T) True where a word ends
+    word_end: torch.Tensor | None = None  # (B, T) True where a word or a learned chunk ends
     is_token: torch.Tensor | None = None  # (B, L) False for padding, which follows all else
     scored: torch.Tensor | None = None  # (B, L) scored targets there; None: there is no loss
     doc_ended: torch.Tensor | None = None  # (B,) True: another document begins after these
@@ -1768,6 +1803,40 @@ class Chunks:
 
 
 
+class Router(nn.Module):
+    """Learns where chunks end: where a position is unlike the one before it.
+
+    It ends one with probability p_t = (1 - cos(W_q x_t, W_k x_{t-1})) / 2, and does so above 1/2.
+    (H-Net, Hwang et al. 2025, arXiv:2507.07955, where such a position begins a chunk.) What the
+    level tells is weighted by how sure that was, straight-through, and a loss aims at chunks of
+    `length` positions on average. At first p_t says how far x_t is from x_{t-1}.
+    """
+    WEIGHT = 0.1  # of that loss: with 0.03, as there, lengths have not settled after 500 steps
+
+    def __init__(self, cfg, length):
+        super().__init__()
+        C, self.length = cfg.n_embd, length
+        same = lambda p, cfg, generator: p.copy_(torch.eye(p.size(1)).repeat(2, 1))
+        self.c_qk = Linear(C, (C, C), init=same, group="table")
+
+    def forward(self, x, seq, aux, cache=None):
+        """Return seq with the ends of chunks, and how sure each position (B, L) of x is of it."""
+        q, key = self.c_qk(x).chunk(2, dim=-1)
+        before = torch.zeros_like(key[:, 0])
+        if cache is not None:
+            before = cache.before("key", seq.pos)
+            cache.write(seq.pos, key=key)
+        key = torch.cat((before[:, None], key[:, :-1]), 1).masked_fill(seq.starts(x)[..., None], 0)
+        p = (1 - F.cosine_similarity(q.float(), key.float(), dim=-1)) / 2  # a 0 ends nothing
+        ends, S = p > 0.5, seq.n_prefix
+        if seq.scored is not None:
+            # least where a share of 1 / length ends, by the mean of p too; of each row
+            f, g, N = ends[:, S:].float().mean(1), p[:, S:].mean(1), self.length
+            loss = ((N - 1) * f * g + (1 - f) * (1 - g)) * N / (N - 1)
+            aux.losses.append(("ratio", self.WEIGHT, (loss * seq.scored.sum(1)).sum()))
+        return replace(seq, word_end=ends[:, S:]), torch.where(ends, p, 1 - p).to(x.dtype)
+
+
 class Level(Stack):
     """A slower stack: next-concept prediction, and the hierarchical RNN, in one.
 
@@ -1775,7 +1844,8 @@ class Level(Stack):
     c_i = norm(sum_j turn(x_j, place j)); the layers inside run over (bos, c_0, .., c_{n-1}) and
     give u_0 .. u_n; position t outside reads u_i with i = the number of chunks closed up to and
     including t, so nothing sees its future. u_i also predicts c_i, the concept that is not
-    complete yet. A document without a closed chunk reads u_0 (with plan = add).
+    complete yet. A document without a closed chunk reads u_0 (with plan = add). With level_embd
+    concepts go in, and states come out, through a matrix each.
     x (B, L, C) -> (B, L, C).
 
     Example, chunk = 2: tokens a b c d e, chunks (a b) (c d); a reads u_0, b and c read u_1 (made of
@@ -1788,42 +1858,60 @@ class Level(Stack):
     def __init__(self, cfg, tree, depth, shared):
         super().__init__()
         C, chunks = cfg.n_embd, cfg.chunk.split(",")
+        width = cfg.per_layer("level_embd", depth - 1) or C
         chunk = chunks[min(depth, len(chunks)) - 1]
-        self.chunk, self.words, self.horizon = chunk, chunk == "space", cfg.horizon
+        kind, size, _ = parse_chunk(chunk)
+        self.words, self.horizon = bool(kind), cfg.horizon
+        self.router = Router(cfg, size) if kind == "route" else None
         self.name, self.weight = f"concept_{depth}", cfg.level_weight(depth)
         self.capacity = cfg.most_chunks(depth)
         self.room = self.capacity + 2  # of caches: for bos, and a place that nobody reads
-        self.bos = parameter(C, init=EMBEDDING)
+        self.n_embd, self.bos = C, parameter(width, init=EMBEDDING)
+        # a level of another width has a door: for concepts, and for its states
+        self.c_in, self.c_out = (Linear(*way, cfg.bias) if width != C else None
+                                 for way in ((C, width), (width, C)))
         self.ln = NORMS[cfg.norm](cfg)
         self.tell = Linear(C, C, cfg.bias, init=ZEROS) if cfg.plan == "add" else None
         needed = self.weight > 0 or self.tell is None
         self.head = CONCEPT_HEADS[cfg.concept](cfg) if needed else None
-        cos, sin = binding(64 if self.words else int(chunk), C)
+        cos, sin = binding(64 if self.words else size, C, cfg.chunk_binding)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.add_layers(cfg, tree, depth, shared)
+        self.add_layers(cfg if width == C else cfg.widened(width), tree, depth, shared)
 
     @staticmethod
     def check(cfg):
         chunks = str(cfg.chunk).replace(" ", "").split(",")
-        cfg.chunk, block_size = ",".join(chunks), cfg.block_size
+        cfg.chunk, block_size, C = ",".join(chunks), cfg.block_size, cfg.n_embd
         steps = {"(": 1, ")": -1}
         depth = max(itertools.accumulate(steps.get(c, 0) for c in cfg.layers))
         for i, c in enumerate(chunks):
-            number = c.isascii() and c.isdecimal() and len(c) < 10 and int(c) > 0
-            if not number and not (c == "space" and i == 0):
-                raise ValueError(f"chunk is a positive number or, for the first level, space, not "
-                                 f"{c!r}")
-        if isinstance(cfg.concept_weight, tuple) and len(cfg.concept_weight) != depth:
-            raise ValueError(f"concept_weight gives {len(cfg.concept_weight)} values for {depth} "
-                             f"depths of levels")
+            if parse_chunk(c)[0] and i:
+                raise ValueError(f"chunk is a number for every level but the first, not {c!r}")
+        for name in ("concept_weight", "level_embd"):
+            value = getattr(cfg, name)
+            if isinstance(value, tuple) and len(value) != depth:
+                raise ValueError(f"{name} gives {len(value)} values for {depth} depths of levels")
         if not depth:
             return
+        for width in (cfg.per_layer("level_embd", d) for d in range(depth)):
+            if width % 2 or any(cfg.heads(i)[0] * width % C for i in range(cfg.n_layer)):
+                raise ValueError(f"level_embd ({width}) must be even and hold whole heads, of the "
+                                 f"size that n_embd ({C}) has with n_head ({cfg.n_head})")
+            if cfg.share_levels and width not in (0, C):
+                raise ValueError(f"share_levels runs blocks of {C} channels (n_embd) in the "
+                                 f"levels; leave out level_embd ({width})")
         if len(chunks) not in (1, depth):
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
-        if chunks == ["space"] and depth > 1:
-            raise ValueError("chunk = space says nothing of the levels above words; give one value "
-                             "a depth, as space,4")
+        kind = parse_chunk(chunks[0])[0]
+        if kind and len(chunks) < depth:
+            raise ValueError(f"chunk = {cfg.chunk} says nothing of the levels above words; give "
+                             f"one value a depth, as {cfg.chunk},4")
+        if kind == "entropy" and not (cfg.exit_weight and "." in cfg.layers.split("(")[0]):
+            raise ValueError("chunk = entropy reads the first exit, which has to stand before all "
+                             "levels and to be trained: layers = A.(A)A, and an exit_weight")
+        if kind == "route" and cfg.plan == "cross":
+            raise ValueError("chunk = route learns by what a level adds; use plan = add")
         if not cfg.most_chunks(depth, block_size):
             raise ValueError(f"chunk = {cfg.chunk} closes no chunk of the slowest level in a "
                              f"window of {block_size}; give a smaller one")
@@ -1851,15 +1939,18 @@ class Level(Stack):
         check_stack(cfg.tree)
 
     def init_cache(self, B, L, like):
-        numbers = dict.fromkeys(self.CARRIED, (torch.long,))
-        C = self.bos.numel()
-        cache = Cache.empty(like, B, L, open_sum=(C, torch.float32), **numbers)
+        sizes, C = dict.fromkeys(self.CARRIED, (torch.long,)), self.n_embd
+        if self.router is not None:
+            sizes["key"] = (C,)
+        cache = Cache.empty(like, B, L, open_sum=(C, torch.float32), **sizes)
         states = Cache.empty(like, B, self.room, returned=(C,))
         cache.inside = [states, *self.init_caches(B, self.room, like)]
         return cache
 
     def forward(self, x, seq, aux, cache=None, plan=None):
         """Return (x, Plan): x with what this level tells each position, or what it predicts."""
+        if self.router is not None:
+            seq, sure = self.router(x, seq, aux, cache)
         chunks = self.find_chunks(x, seq, cache)
         sums, inside = self.compose(x[:, seq.n_prefix:], chunks, seq, cache)
         u = None
@@ -1875,7 +1966,10 @@ class Level(Stack):
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
             if scored is not None and self.weight > 0 and cache is None:
                 self.regress(u, concepts, scored, chunks, aux)
-        return self.hand_down(x, u, chunks, seq, cache)
+        y, plan = self.hand_down(x, u, chunks, seq, cache)
+        if self.router is not None:  # straight-through: 1 times what is told, with a gradient
+            y = y + (sure - sure.detach())[..., None] * (y - x).detach()
+        return y, plan
 
     def update_cache(self, x, seq, aux, cache, plan):
         return self(x, seq, aux, cache, plan)[1]
@@ -1946,6 +2040,8 @@ class Level(Stack):
         scored (B, M): how many scored tokens are in each chunk, or None.
         """
         n, exists, doc_start = int(seq.begins), chunks.exists, None
+        if self.c_in is not None:
+            concepts = self.c_in(concepts)
         if seq.begins:
             bos = self.bos.to(concepts.dtype).expand(len(concepts), 1, -1)
             concepts = torch.cat((bos, concepts), dim=1)
@@ -1965,7 +2061,8 @@ class Level(Stack):
                             doc_start=doc_start, is_token=F.pad(exists, (n, 0), value=True),
                             scored=scored, doc_ended=ended, layer_mask=seq.layer_mask,
                             memory=seq.memory)
-        return self.ln(self.run(concepts, inner, aux, caches)[0])
+        u = self.run(concepts, inner, aux, caches)[0]
+        return self.ln(u if self.c_out is None else self.c_out(u))
 
     def regress(self, u, concepts, scored, chunks, aux):
         """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, C).
@@ -2021,7 +2118,8 @@ class Level(Stack):
 
     def flops(self, L):
         inside = min(L, self.capacity) + 1
-        return 6 * inside * n_weights(self.tell, self.head) + super().flops(inside)
+        own = n_weights(self.c_in, self.c_out, self.tell, self.head)
+        return 6 * (inside * own + L * n_weights(self.router)) + super().flops(inside)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2096,8 +2194,7 @@ class Slots(nn.Module):
         self.empty = parameter(C, init=EMBEDDING)
         age = torch.arange(cfg.history - 1, -1, -1, dtype=torch.float32)
         self.register_buffer("decay", torch.exp(-4 * age / cfg.history), persistent=False)
-        cos, sin = binding(cfg.span, C)
-        cos, sin = (cos, sin) if cfg.span_binding else (torch.ones_like(cos), torch.zeros_like(sin))
+        cos, sin = binding(cfg.span, C, cfg.span_binding)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -2290,6 +2387,8 @@ class EarlyExit:
         for i in (i for i, c in enumerate(cfg.layers) if c == "."):
             layers = sum(item != "." for item in parse_layers(cfg.layers[:i]))
             self.exits[layers] = sum(c in BLOCKS for c in cfg.layers[:i])
+        kind, limit, _ = parse_chunk(cfg.chunk.split(",")[0])
+        self.limit = limit if kind == "entropy" and self.levels else None
         self.sure = ExitClassifier(cfg) if cfg.exit_classifier else None
         self.segments = list(itertools.pairwise((0, *self.exits, len(self.order))))
         self.exits_rotate = cfg.exit_loss == "rotate" and len(self.exits) > 1
@@ -2316,6 +2415,21 @@ class EarlyExit:
         if cfg.exit_loss == "rotate":
             weight = [float(i == step % len(weight)) for i in range(len(weight))]
         return torch.cat((kept, torch.tensor(weight)))
+
+    def behind_exit(self, x, seq):
+        """Return the Sequence of the layers behind the first exit, which sees x (B, L, C).
+
+        With exit_keys they take keys from there. With chunk = entropy:limit a chunk ends where the
+        next token, as the head expects it there, has more than `limit` nats of entropy (Byte Latent
+        Transformer, Pagnoni et al. 2024, arXiv:2412.09871).
+        """
+        if self.cfg.exit_keys:
+            seq = replace(seq, kv_input=x)
+        if self.limit is not None:
+            with torch.no_grad():
+                logp = self.to_logits(self.ln_f(x[:, seq.n_prefix:])).log_softmax(-1)
+            seq = replace(seq, word_end=-(logp.exp() * logp).sum(-1) > self.limit)
+        return seq
 
     def exit_trial(self, seq, B):
         """Return should_exit(x) for training, so that layers learn to see tokens that stopped.
@@ -2382,21 +2496,20 @@ class EarlyExit:
         Return x (B, T, C), what goes on from there, and the exit's logits (B, T, V).
         """
         x, seq = self.embed(tokens, state=state)
-        x, _ = self.run(x, seq, Aux(), state.caches, last=place)
+        x = self.trunk(x, seq, Aux(), state, until=place)[0]
         return x, self.to_logits(self.ln_f(x))
 
     def forward_remainder(self, x, tokens, state, place):
         """Run the layers from an exit's place on over what forward_early left, x (B, T, C).
 
         In a state that was rolled back to before it; return logits (B, T, V). Blocks that read a
-        plan or keys from before the exit need it again: then all layers run.
+        plan, keys or ends of chunks from before the exit need it again: then all layers run.
         """
-        needs_keys = self.cfg.exit_keys and place != next(iter(self.exits))
-        if needs_keys or (self.cfg.plan == "cross" and self.levels):
+        needs_first = (self.cfg.exit_keys or self.limit is not None)
+        needs_first = needs_first and place != next(iter(self.exits))
+        if needs_first or (self.cfg.plan == "cross" and self.levels):
             return self(tokens, state=state).logits
-        seq = self.embed(tokens, state=state)[1]
-        if self.cfg.exit_keys:
-            seq = replace(seq, kv_input=x)
+        seq = self.behind_exit(x, self.embed(tokens, state=state)[1])
         x, _ = self.run(x, seq, Aux(), state.caches, first=place)
         return self.to_logits(self.ln_f(x))
 
@@ -2566,7 +2679,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if self.lm_head is None:
             head += 6 * self.wte.weight.numel()
         passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3
-        reads = passes + (len(self.exits) if cfg.exit_weight else 0)
+        reads = passes + (len(self.exits) if cfg.exit_weight else 0) + (self.limit is not None) / 3
         history = self.flops(cfg.n_slot + cfg.history) / 3 if cfg.enrich else 0
         trunk = self.flops(cfg.n_slot + cfg.block_size) * passes + history
         return head * reads + trunk / cfg.block_size
@@ -2657,8 +2770,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         return x, Sequence.of(x, table, self.n_slot, pos, capacity, begins, tokens=tokens,
                               memory=memory, **more)
 
-    def trunk(self, x, seq, aux, state=None, should_exit=None):
-        """Run x (B, L, C) through the layers, segment after segment between exits.
+    def trunk(self, x, seq, aux, state=None, should_exit=None, until=None):
+        """Run x (B, L, C) through the layers, segment after segment, up to the exit `until`.
 
         should_exit(x) says which positions (B, L) stop at an exit: they stay as they are. Return
         (x, [x at each exit], exited (B, L) or None, blocks run (B, L) or None).
@@ -2668,10 +2781,12 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if should_exit is not None:
             depth = torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
         for first, last in self.segments:
+            if first == until:
+                break
             if first:  # an exit stands here
+                if not at_exits:
+                    seq = self.behind_exit(x, seq)
                 at_exits.append(x)
-                if self.cfg.exit_keys and seq.kv_input is None:
-                    seq = replace(seq, kv_input=x)
             if first and should_exit is not None:
                 now = should_exit(x)
                 exited = now if exited is None else exited | now

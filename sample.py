@@ -638,9 +638,10 @@ class Decoder:
     def plan_lines(self, tok):
         """Return for each chunk that row 0's window holds now the tokens whose composition is
         nearest to the concept that is predicted from what stands before it, beside what was
-        written; nothing where no level that stands first plans sums of tokens."""
+        written; nothing where no level that stands first plans bound sums of as many tokens."""
         level, window = self.model.order[0], self.rows[0][1]
-        if not isinstance(level, Level) or level.head is None or level.chunk == "space":
+        fixed = isinstance(level, Level) and not level.words and self.model.cfg.chunk_binding
+        if not fixed or level.head is None:
             return []
         made = self.model.concepts(torch.tensor([window], device=self.device), self.history([0]))
         made = next(m for m in made if m.level is level)

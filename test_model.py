@@ -112,9 +112,11 @@ n_grams+slots+soft_rate+words: SLOTS WORDS layers=(D)A n_gram=3 n_gram_size=64 s
 gru: layers=GA
 level: layers=(A)A
 level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
-levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3
+levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3 level_embd=64,48
 levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
 hierarchy: WORDS layers=R(RA)R concept=mse
+chunks_entropy: layers=R.(A)A.A chunk=entropy:3.06 level_embd=48
+chunks_routed: SLOTS layers=R((A)R)A chunk=route:3,2 chunk_binding=False
 level+slots+nanogpt: SLOTS NANOGPT layers=(A)A plan=cross
 levels+gru+slots+enrich: SLOTS WORDS layers=((G)R)A chunk=space,2 plan=cross eot=7 enrich=True
    n_value_embed=1
@@ -475,7 +477,7 @@ def test_every_parameter_trains(name):
     optimizers, parameters = train.make_optimizers(m, TrainConfig()), dict(m.named_parameters())
     rates = [(id(p), g["lr"]) for o in optimizers for g in o.param_groups for p in g["params"]]
     rate = lambda n, p: 0.008 if n.endswith("values.weight") else 0.004 if (
-        p.dim() != 2 or re.search(r"embed|head|wte|wpe|point|sure|gate|tables", n)) else 0.02
+        p.dim() != 2 or re.search(r"embed|head|wte|wpe|point|sure|gate|tables|router", n)) else 0.02
     assert sorted(rates) == sorted((id(p), rate(n, p)) for n, p in parameters.items())
     depth = max(n.count("levels.") for n in parameters)
     kinds = {"ce", *["semantic"] * bool(m.cfg.semantic_weight),
@@ -535,6 +537,7 @@ norm=layer norm=scale mlp=gelu mlp=swiglu pos=learned pos=none init=gpt2 bias=Tr
 qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8 n_mlp=-1 n_mlp=24
 n_value_embed=1 plan=cross concept=mse concept=energy concept=flow concept_weight=0 horizon=2
 concept_weight=0.3 share_levels=True chunk=2 chunk=3 chunk=space chunk=space,2 chunk=2,3
+level_embd=48 level_embd=64,48 chunk_binding=False chunk=route:2 chunk=route:2,3 chunk=entropy:0
 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2 mem_noise=0.1 mem_straight=True
 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse semantic=soft_ce semantic_weight=0.1
 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5 exit_rate=0.5 exit_keys=True
@@ -692,19 +695,44 @@ def test_slots_are_their_formulas():
 @pytest.mark.parametrize("more, text, ends", [
     ({}, [9, 8, 7, 6, 10, 11, 5, 12, 13, 14, 15, 16, 17, 18, 19, 20], [4, -6, 10, 14]),
     (WORDS, [7, 8, 1, 9, 2, 7, 7, 7, 1, 8, 8, 8, 8, 8, 1, 3], [3, 5, 9, 15]),
+    (dict(chunk_binding=False), [9, 8, 7, 6] * 4, [4, 8, 12, 16]),
     (WORDS, [7, 1] * 8, [2, 4, 6, 8])])  # words beyond a quarter of the window are none
 def test_concepts_are_bound_sums(more, text, ends):
     """An end of text begins a chunk, and drops what was open (here: minus where it does)."""
     m = make("level", n_embd=64, **more).eval()
     x, e = torch.tensor([text]), norm(m.wte.weight).detach()
+    made_of = bound if m.cfg.chunk_binding else lambda vectors: norm(vectors.sum(0))
     chunks = [(max(0, a, -a), b) for a, b in itertools.pairwise((0, *ends)) if b > 0]
-    made, want = m.concepts(x)[-1], torch.stack([bound(e[x[0, a:b]]) for a, b in chunks])
+    made, want = m.concepts(x)[-1], torch.stack([made_of(e[x[0, a:b]]) for a, b in chunks])
     agree(made.concepts[0, :len(chunks)], want, 1e-4)
     assert made.exists[0].tolist() == [i < len(chunks) for i in range(4)]
     assert made.end[0, :len(chunks)].tolist() == [b - 1 for _, b in chunks]
     if not more:
         read = (made.level.unbind(want) @ e.T).argmax(-1)
         assert read.tolist() == [text[a:b] for a, b in chunks]
+
+
+def test_learned_chunks_end_where_they_say():
+    """Where the first exit is unsure of the next token, or a position is unlike the one before it;
+    the router learns by its ratio and by what the level tells."""
+    m = make("chunks_entropy").eval()
+    x, _ = inputs(m)
+    p = m.to_logits(m(x).exits[0]).softmax(-1)
+    surprised = -(p * p.log()).sum(-1) > 3.06
+    r = make("level", chunk="route:3")
+    e, (w_q, w_k) = norm(r.wte(x)), r.get_parameter("levels.0.router.c_qk.weight").chunk(2)
+    q, k = e @ w_q.T, F.pad(e @ w_k.T, (0, 0, 1, 0))[:, :-1]
+    p = (1 - F.cosine_similarity(q, k.masked_fill((x == 5)[..., None], 0), dim=-1)) / 2
+    for model, ends in ((m, surprised), (r, p > 0.5)):
+        made = model.concepts(x)[-1]
+        assert 0.05 < ends.float().mean() < 0.95
+        for row, end, exists in zip(ends, made.end, made.exists):
+            assert end[exists].tolist() == row.nonzero()[:len(exists), 0].tolist()
+    losses, f, g = r(x, x).losses, (p > 0.5).float().mean(1), p.mean(1)
+    agree(losses["ratio"] * 16 / 15, ((2 * f * g + (1 - f) * (1 - g)) * 1.5).mean())  # (no target)
+    for name in ("ce", "ratio"):
+        assert torch.autograd.grad(losses[name], r.levels[0].router.c_qk.weight,
+                                   retain_graph=True)[0].any()
 
 
 @pytest.mark.parametrize("horizon", [1, 2])
@@ -2360,7 +2388,8 @@ def test_what_is_allowed_at_the_edges_decodes(row):
 # early exit, speculation, beams
 
 
-EXITS = ["exits", "exits_keys", "exits_distilled", "exits_rotate+layer_drop", "exits+level+slots"]
+EXITS = ["exits", "exits_keys", "exits_distilled", "exits_rotate+layer_drop", "exits+level+slots",
+         "chunks_entropy"]
 
 
 def at_exits(m, x, h=None):
@@ -2565,7 +2594,8 @@ def speculation(d, draft, **settings):
 
 
 @pytest.mark.parametrize("name, draft", [("exits", 0), ("exits_keys", 0), ("exits+level+slots", 0),
-                                         ("plain", "gru"), ("slots", "exits")])
+                                         ("chunks_entropy", 0), ("plain", "gru"),
+                                         ("slots", "exits")])
 @pytest.mark.parametrize("B", [1, 3])
 def test_speculation_is_greedy_decoding(name, draft, B):
     """Across many folds, rows of unequal length: plain decoding's text, with a repetition penalty
@@ -3096,6 +3126,14 @@ train
   --layers=A(M)A --chunk=16 => block M | 16 chunks | place 17 ; --layers=M --mem_shift=200
   --layers=AM --mem_chunk=24 => multiple ; --layers=((((((((((A => 8 levels
   --layers=(RA)AA --share_levels=True => share_levels | RA
+  --layers=(A)A --chunk=entropy:2 => entropy | A.(A)A ; --layers=(A)A --chunk=route:1 => route:1
+  --layers=A.(A)A --chunk=entropy:x => entropy:x ; --layers=((A)A)A --chunk=route:4 => route:4,4
+  --layers=((A)A)A --chunk=4,space => space | number ; --layers=(A)A --chunk=0x4 => 0x4
+  --layers=A.(A)A --chunk=entropy:2 --exit_weight=0 => exit_weight
+  --layers=(A)A --chunk=route:4 --plan=cross => route | plan = add
+  --layers=(A)A --level_embd=50 => level_embd | 50 | whole heads
+  --layers=(A)A --level_embd=64,64 => level_embd | 2 values for 1
+  --layers=(A)A --level_embd=512 --share_levels=True => share_levels | n_embd
   --layers=AA --value_lr=3 => value_lr | F
   --teacher=x --distill=0 => distill_ce ; --teacher=x --distill_match=-1 => distill_match
   --distill_ce=1 => distill_ce | --teacher=
