@@ -50,9 +50,9 @@ from torch.nn import functional as F
 
 
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
-    (0, 1, "aggregate soft_rate exit_distill exit_rate"),
+    (0, 1, "aggregate soft_rate exit_distill exit_rate plan_draw"),
     (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
-    (0, 1e6, "concept_weight mem_noise ce_weight semantic_weight exit_weight"),
+    (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
@@ -66,8 +66,8 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 2 ** 24, "vocab_size space mem_size"),
     (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"))
-SWITCHES = ("share_levels enrich mem_drop mem_noise mem_straight exit_rate exit_keys "
-            "exit_classifier")  # refused where they have nothing to work on
+SWITCHES = ("share_levels plan_draw plan_noise enrich mem_drop mem_noise mem_straight exit_rate "
+            "exit_keys exit_classifier")  # refused where they have nothing to work on
 
 
 @dataclass
@@ -93,7 +93,9 @@ class GPTConfig:
     # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
-    plan: str = "add"  # a level hands down: add (its state) | cross (concepts to attend to)
+    plan: str = "add"  # a level hands down: add (its state) | cross (concepts) | latent (no past)
+    plan_draw: float = 0.0  # share of training rows in which cross hands down a draw of concepts
+    plan_noise: float = 0.0  # above 0 these are the true ones, with noise of this deviation
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
     horizon: int = 1  # concepts that are predicted ahead
@@ -203,8 +205,11 @@ class GPTConfig:
                 (has("."), "an exit, . , in layers",
                  "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
                 (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
-                (self.plan == "cross" or self.concept_weight, "plan = cross or a concept_weight",
+                (self.plan != "add" or self.concept_weight, "plan = cross or a concept_weight",
                  "concept horizon"),
+                (has("(") and self.draws(), "a level with plan = cross or latent, concept = energy "
+                 "or flow, and a concept_weight", "plan_draw"),
+                (self.plan_draw, "a plan_draw", "plan_noise"),
                 (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span",
                  "enrich"),
                 (self.n_span, "spans: history, n_span and span", "span_binding"),
@@ -233,8 +238,12 @@ class GPTConfig:
 
     def attending(self):
         """Return the numbers of the blocks that attend to something, by heads."""
-        cross = self.plan == "cross"
+        cross = self.plan != "add"
         return [i for i, c in enumerate(self.letters) if cross or BLOCKS[c][0] is Attention]
+
+    def draws(self):
+        """Return whether levels can hand down draws."""
+        return self.plan != "add" and self.concept in ("energy", "flow") and self.concept_weight
 
     def most_chunks(self, depth, length=None):
         """Return how many chunks levels of this depth close at most over `length` tokens.
@@ -1491,6 +1500,8 @@ class Block(nn.Module):
         start = x
         if seq.kv_input is not None:
             seq = self.normed_kv(seq)
+        if plan is not None and plan.mask is not None:
+            seq = replace(seq, mask=plan.mask)
         x = x + self.drop(self.attn(self.ln_1(x), seq, aux, own))
         if plan is not None and self.cross is not None:
             x = x + self.drop(self.cross(self.ln_x(x), seq, seen, plan))
@@ -1542,7 +1553,7 @@ class Stack(nn.Module):
         n_states = 0
         for item in tree if shared is None else ():  # blocks first: levels may share them
             if is_level(item):
-                n_states = cfg.most_chunks(depth + 1) + 2 if cfg.plan == "cross" else 0
+                n_states = cfg.most_chunks(depth + 1) + 2 if cfg.plan != "add" else 0
             else:
                 self.blocks.append(Block(cfg, *item, n_states))
         blocks = iter(self.blocks if shared is None else shared)
@@ -1589,10 +1600,11 @@ class Stack(nn.Module):
 
 @dataclass
 class Plan:
-    """What a level hands to the blocks after it with plan = cross."""
+    """What a level hands to the blocks after it with plan = cross or latent."""
     concepts: torch.Tensor | None  # (B, M, horizon, C) predicted by M states; None: no new ones
     first: torch.Tensor | None  # (B,) which states they are: first, first + 1, ...
-    count: torch.Tensor  # (B, L) a position may read the states 0..count
+    count: torch.Tensor  # (B, L) a position may read the states 0..count, or with a mask this one
+    mask: torch.Tensor | None  # (B, 1, L, keys) True in its own chunk; None: it sees all of them
 
 
 class Cross(nn.Module):
@@ -1636,7 +1648,11 @@ class Cross(nn.Module):
                 cache.write(place.flatten(1), k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
         state = torch.arange(M, device=x.device).repeat_interleave(self.horizon)
-        y = attend(q, k, v, (state <= plan.count[..., None])[:, None], 0.0)
+        seen = state <= plan.count[..., None]
+        if plan.mask is not None:  # its chunk's own, or nothing
+            seen = F.pad(state == plan.count[..., None], (1, 0), value=True)
+            k, v = (F.pad(t, (0, 0, 1, 0)) for t in (k, v))
+        y = attend(q, k, v, seen[:, None], 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -1791,6 +1807,8 @@ class Level(Stack):
         chunk = chunks[min(depth, len(chunks)) - 1]
         self.chunk, self.words, self.horizon = chunk, chunk == "space", cfg.horizon
         self.name, self.weight = f"concept_{depth}", cfg.level_weight(depth)
+        self.draw_rate, self.noise, self.draws = cfg.plan_draw, cfg.plan_noise, False
+        self.alone = cfg.plan == "latent"
         self.capacity = cfg.most_chunks(depth)
         self.room = self.capacity + 2  # of caches: for bos, and a place that nobody reads
         self.bos = parameter(C, init=EMBEDDING)
@@ -1827,9 +1845,9 @@ class Level(Stack):
         if not cfg.most_chunks(depth, block_size):
             raise ValueError(f"chunk = {cfg.chunk} closes no chunk of the slowest level in a "
                              f"window of {block_size}; give a smaller one")
-        if cfg.share_levels and cfg.plan == "cross" and depth > 1:
-            raise ValueError("share_levels with plan = cross takes one depth of levels: nobody "
-                             "would read the slower plans")
+        if cfg.share_levels and cfg.plan != "add" and depth > 1:
+            raise ValueError(f"share_levels with plan = {cfg.plan} takes one depth of levels: "
+                             f"nobody would read the slower plans")
         if cfg.share_levels and "M" in cfg.layers:
             raise ValueError("share_levels gives one block to several levels, and a memory M "
                              "belongs to one; leave one of them out")
@@ -1839,9 +1857,14 @@ class Level(Stack):
             for i, item in enumerate(items):
                 if not is_level(item):
                     continue
-                if cfg.plan == "cross" and all(map(is_level, items[i:])):
-                    raise ValueError("plan = cross needs a block behind each level, to read its "
-                                     "plan")
+                if cfg.plan != "add" and all(map(is_level, items[i:])):
+                    raise ValueError(f"plan = {cfg.plan} needs a block behind each level, to read "
+                                     f"its plan")
+                if cfg.plan == "latent" and (
+                        i or any(k[0] not in ("A", "F") for k in items[1:])):
+                    raise ValueError(f"plan = latent takes a level first, then blocks A or F: all "
+                                     f"else in layers = {cfg.layers} carries what came before a "
+                                     f"chunk")
                 letters = [inner[0] for inner in item if not is_level(inner)]
                 if cfg.share_levels and outer[:len(letters)] != letters:
                     raise ValueError(f"share_levels runs the first token-level blocks "
@@ -1875,7 +1898,10 @@ class Level(Stack):
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
             if scored is not None and self.weight > 0 and cache is None:
                 self.regress(u, concepts, scored, chunks, aux)
-        return self.hand_down(x, u, chunks, seq, cache)
+        new = None if u is None else self.returned(u)
+        if new is not None and self.training and self.draw_rate:
+            new = self.some_drawn(new, u, concepts, chunks)
+        return self.hand_down(x, new, chunks, seq, cache)
 
     def update_cache(self, x, seq, aux, cache, plan):
         return self(x, seq, aux, cache, plan)[1]
@@ -1974,25 +2000,58 @@ class Level(Stack):
         cross-entropy does not depend on the chunk, and not at all across documents.
         """
         M, H = concepts.size(1), self.horizon
+        loss = self.head.loss(u[:, :M], self.ahead(concepts.detach().float()))
+        counts = self.ahead(scored) * self.known(chunks)
+        aux.losses.append((self.name, self.weight, (loss * counts).sum() / H))
 
-        def ahead(t):  # (B, M, ..) -> (B, M, H, ..)
-            pad = (0, 0) * (t.dim() - 2)
-            return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(H)], 2)
+    def ahead(self, t):
+        """Return what state i predicts of concepts t, the i-th on: (B, M, ..) -> (B, M, H, ..)."""
+        pad, M = (0, 0) * (t.dim() - 2), t.size(1)
+        return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(self.horizon)], 2)
 
-        same = ahead(chunks.doc) == chunks.doc_before[..., None]
-        loss = self.head.loss(u[:, :M], ahead(concepts.detach().float()))
-        aux.losses.append((self.name, self.weight, (loss * ahead(scored) * same).sum() / H))
+    def known(self, chunks):
+        """Return which of those (B, M, H) there are, in the document of the state."""
+        same = self.ahead(chunks.doc) == chunks.doc_before[..., None]
+        return same & self.ahead(chunks.exists)
 
     def returned(self, u):
-        """Return what the positions below read of states u (B, M + 1, C), one row a state."""
-        return self.head(u) if self.tell is None else self.tell(u)
+        """Return what the positions below read of states u (B, M + 1, C), one row a state.
 
-    def hand_down(self, x, u, chunks, seq, cache):
-        """Return (x with what the level tells each position, Plan). u None: no new states."""
+        With `draws`, that is for decoding, a draw of the concepts ahead: one a state, so all
+        tokens of a chunk read the same.
+        """
+        if self.tell is not None:
+            return self.tell(u)
+        return self.head.sample(u) if self.draws else self.head(u)
+
+    def some_drawn(self, points, u, concepts, chunks):
+        """Return points (B, M + 1, H, C), in a share of rows as decoding may draw them.
+
+        They are the head's draws, without a gradient. With `noise` they are the true concepts and
+        noise in their place: the tokens then learn to write what is drawn (as a latent diffusion
+        model does, Rombach et al. 2022, arXiv:2112.10752), and training alone sees its future,
+        as far as the chunk to come.
+        """
+        if self.noise:
+            true = F.pad(self.ahead(concepts), (0, 0, 0, 0, 0, 1))
+            known = F.pad(self.known(chunks), (0, 0, 0, 1))[..., None]
+            drawn = torch.where(known, true + self.noise * torch.randn_like(true), points)
+        else:
+            with torch.no_grad():
+                drawn = self.head.sample(u)
+        rows = torch.rand(len(points), 1, 1, 1, device=points.device) < self.draw_rate
+        return torch.where(rows, drawn, points)
+
+    def hand_down(self, x, new, chunks, seq, cache):
+        """Return (x with what the level tells each position, Plan). new None: no new states."""
         S, first = seq.n_prefix, chunks.n_before + 1 - int(seq.begins)
-        new = None if u is None else self.returned(u)
         if self.tell is None:  # a prefix reads u_0, as the first tokens do
-            return x, Plan(new, first, F.pad(chunks.count, (S, 0)))
+            count, mask = F.pad(chunks.count, (S, 0)), None
+            if self.alone:
+                counts = count if cache is None else cache["count"]
+                mask = (count[..., None] == counts[:, None])[:, None]  # (B, 1, L, keys)
+                mask = mask.tril() if cache is None else mask & seq.mask
+            return x, Plan(new, first, count, mask)
         # a document without a chunk yet reads u_0, as the first tokens of a text do
         count = chunks.count.masked_fill(chunks.docs > chunks.closed_docs, 0)
         count = F.pad(count, (S, 0))
@@ -2392,7 +2451,7 @@ class EarlyExit:
         plan or keys from before the exit need it again: then all layers run.
         """
         needs_keys = self.cfg.exit_keys and place != next(iter(self.exits))
-        if needs_keys or (self.cfg.plan == "cross" and self.levels):
+        if needs_keys or (self.cfg.plan != "add" and self.levels):
             return self(tokens, state=state).logits
         seq = self.embed(tokens, state=state)[1]
         if self.cfg.exit_keys:
@@ -2554,7 +2613,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def random(self):
         """Return whether training computes something else than evaluation does."""
-        names = "dropout channel_drop soft_rate layer_drop exit_rate mem_drop mem_noise"
+        names = "dropout channel_drop soft_rate layer_drop exit_rate mem_drop mem_noise plan_draw"
         return any(getattr(self.cfg, name) for name in names.split())
 
     def flops_per_token(self):
@@ -2785,7 +2844,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
 CHOICES = {
     "mlp": ACTIVATIONS, "norm": NORMS, "pos": ("rope", "learned", "none"),
-    "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
+    "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"),
+    "plan": ("add", "cross", "latent"),
     "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
     "exit_loss": ("depth", "rotate")}
 CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,

@@ -114,6 +114,8 @@ level: layers=(A)A
 level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
 levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3
 levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
+plan_draw: WORDS layers=(R)AA plan=latent concept=flow concept_weight=0.1 plan_draw=0.5
+plan_noise: layers=((A)A)A chunk=4,2 plan=latent concept=energy plan_draw=1 plan_noise=0.5
 hierarchy: WORDS layers=R(RA)R concept=mse
 level+slots+nanogpt: SLOTS NANOGPT layers=(A)A plan=cross
 levels+gru+slots+enrich: SLOTS WORDS layers=((G)R)A chunk=space,2 plan=cross eot=7 enrich=True
@@ -230,8 +232,19 @@ def without_attention(m):
 # invariants over VARIANTS
 
 
+def sight(m):
+    """Return how many tokens before its own place a change may show in training: those of the
+    chunks whose true concepts are handed down."""
+    chunks = m.cfg.chunk.split(",")
+    if not (m.training and m.cfg.plan_noise):
+        return 0
+    return m.cfg.block_size if "space" in chunks else m.cfg.horizon * math.prod(map(int, chunks))
+
+
 def leaks_nothing(m):
-    """What stands before a changed token gives the same, and what stands behind it does not."""
+    """What stands before a changed token gives the same, and what stands behind it does not.
+
+    A token that is handed the true concept of its chunk in training sees its chunk, and no more."""
     x, h = inputs(m)
     memory, atol = filled(m), 0.0
     if "G" in m.cfg.layers:  # documents that end elsewhere go through the kernel in other batches
@@ -241,11 +254,14 @@ def leaks_nothing(m):
         torch.manual_seed(1)
         return m(ids, history=h, memory=memory).logits.detach()
 
-    want = logits(x)
+    want, shows = logits(x), False
     for t in (1, 5, m.cfg.block_size - 1):
         got = logits(torch.cat((x[:, :t], (x[:, t:] + 1) % m.cfg.vocab_size), 1))
-        agree(got[:, :t], want[:, :t], atol)
+        n = max(0, t - sight(m))
+        agree(got[:, :n], want[:, :n], atol)
         assert not torch.equal(got[:, t:], want[:, t:])
+        shows = shows or not torch.equal(got[:, n:t], want[:, n:t])
+    assert shows or not sight(m)  # what training alone sees, it does see
 
 
 @invariant
@@ -533,12 +549,13 @@ def test_inductor(name):
 OPTIONS = """
 norm=layer norm=scale mlp=gelu mlp=swiglu pos=learned pos=none init=gpt2 bias=True tie=True
 qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8 n_mlp=-1 n_mlp=24
-n_value_embed=1 plan=cross concept=mse concept=energy concept=flow concept_weight=0 horizon=2
-concept_weight=0.3 share_levels=True chunk=2 chunk=3 chunk=space chunk=space,2 chunk=2,3
-mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2 mem_noise=0.1 mem_straight=True
-dropout=0.1 channel_drop=0.1 head=nearest semantic=mse semantic=soft_ce semantic_weight=0.1
-soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5 exit_rate=0.5 exit_keys=True
-exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3 n_gram=4 n_gram_size=9
+n_value_embed=1 plan=cross plan=latent concept=mse concept=energy concept=flow concept_weight=0
+horizon=2 concept_weight=0.3 plan_draw=0.5 plan_noise=0.3 share_levels=True chunk=2 chunk=3
+chunk=space chunk=space,2 chunk=2,3 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2
+mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
+semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
+exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
+n_gram=4 n_gram_size=9
 """  # what random settings choose from
 
 
@@ -743,6 +760,39 @@ def test_the_leak_test_finds_a_leak():
     m = make("level").eval()
     with bench.altered_plans(bench.ALTERED["one ahead"]), pytest.raises(AssertionError):
         leaks_nothing(m)
+
+
+@pytest.mark.parametrize("name", ["plan_draw", "plan_noise", "level_inside"])
+def test_plans_are_drawn_once_a_chunk(name, monkeypatch):
+    """Decoding draws anew at every call, and keeps it: with noise that is a function of the state,
+    decoding with draws is the full forward with draws."""
+    m = make(name, eot=-1).eval()
+    x, state = random_ids(2, 16), m.init_state(2)
+    mean = m(x).logits
+    sample.draw_plans(m)
+    a, b = m(x).logits, m(x).logits
+    assert not torch.allclose(a, b, atol=1e-3) and not torch.allclose(a, mean, atol=1e-3)
+    first = m(x[:, :2], state=state).logits  # (a chunk is open: what is drawn of it stays)
+    state.rollback(1)
+    agree(m(x[:, 1:2], state=state).logits, first[:, 1:])
+    noise = lambda *shape, **_: torch.linspace(-1, 1, shape[-1]).expand(shape)
+    monkeypatch.setattr(torch, "randn", noise)
+    state = m.init_state(2)
+    steps = [m(t, state=state).logits for t in x.split((5, 1, 1, 4, 1, 4), 1)]
+    agree(torch.cat(steps, 1), m(x).logits, 1e-4)
+    sample.draw_plans(m, False)
+    agree(m(x).logits, mean)
+
+
+def test_a_latent_token_sees_its_chunk_alone():
+    """Behind a level whose plan is silenced, a token does not know what came before its chunk."""
+    m = make("plan_noise", layers="(A)A", chunk="4", eot=-1).eval()
+    m.blocks[0].cross.c_proj.weight.data.zero_()
+    x = random_ids(1, 16)
+    other = torch.cat((random_ids(1, 7, seed=1), x[:, 7:]), 1)  # (the last of a chunk plans the next)
+    a, b = m(x).logits[0], m(other).logits[0]
+    agree(a[7:], b[7:])
+    assert (a[:7] - b[:7]).abs().amax(-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["mse", "energy", "flow"])
