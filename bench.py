@@ -635,7 +635,7 @@ def altered_plans(alter):
     """Alter what levels hand down to the stack below, (B, M + 1, ..) by how many chunks are closed:
     alter(returned)."""
     plain = Level.returned
-    Level.returned = lambda level, u: alter(plain(level, u))
+    Level.returned = lambda level, *made: alter(plain(level, *made))
     try:
         yield
     finally:
@@ -659,23 +659,30 @@ def without_plan(alteration):
 @torch.inference_mode()
 def explained(run, data):
     """Return how much of the next concept the fastest level predicts: R^2 over the mean of all
-    concepts, and over copying the last one. (cos regresses a direction: all its predictions take
-    the one length that fits best.) {} where it predicts none."""
-    if run.model.levels[0].head is None:
+    concepts, and over copying the last one; and of those behind it, over the mean, as far as it
+    looks ahead. (cos regresses a direction: all its predictions take the one length that fits
+    best.) {} where it predicts none."""
+    if not run.model.levels or run.model.levels[0].head is None:
         return {}
-    triples = []
+    H, ahead = run.mcfg.horizon, {}
     for x, y, h, _ in data.eval_batches(run.place, 64):
         level = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
-        c = level.concepts
-        good = level.exists[:, 1:] & (y >= 0).any(1, keepdim=True)  # not the rows that pad a batch
-        predicted = level.level.head(level.u)[:, 1:-1, 0]
-        triples.append((predicted[good], c[:, 1:][good].float(), c[:, :-1][good].float()))
-    p, c, last = (torch.cat(t) for t in zip(*triples))
-    if run.mcfg.concept == "cos":
-        p = F.normalize(p, dim=-1)
-        p = p * (p * c).sum() / (p * p).sum()
-    error, of_mean, of_last = ((v - c).square().sum().item() for v in (p, c.mean(0), last))
-    return {"R2 over the mean": 1 - error / of_mean, "R2 over copying": 1 - error / of_last}
+        c, p = level.concepts.float(), level.level.head(level.u).flatten(2, 3)
+        real = level.exists & (y >= 0).any(1, keepdim=True)  # not the rows that pad a batch
+        for i in range(H):
+            good = real[:, 1 + i:]
+            parts = p[:, 1:-1 - i, i], c[:, 1 + i:], c[:, :-1 - i]
+            ahead.setdefault(i, []).append([t[good] for t in parts])
+    found = {}
+    for i, parts in ahead.items():
+        p, c, last = (torch.cat(t) for t in zip(*parts))
+        if run.mcfg.concept == "cos":
+            p = F.normalize(p, dim=-1)
+            p = p * (p * c).sum() / (p * p).sum()
+        error, of_mean, of_last = ((v - c).square().sum().item() for v in (p, c.mean(0), last))
+        found[f"R2, {i + 1} on" if i else "R2 over the mean"] = 1 - error / of_mean
+        found.setdefault("R2 over copying", 1 - error / of_last)
+    return found
 
 
 def fork_line(run, data, n):
@@ -701,7 +708,7 @@ def two_futures(run, data, n=500):
     task fork (at -1 and 1), as shares of three parts of it."""
     torch.manual_seed(0)
     _, level, side = fork_line(run, data, n)
-    t = side(level.level.head.sample(level.u)[:, 2:-1, 0])
+    t = side(level.level.head.sample(level.u)[:, 2:-1, 0, 0])
     return {"first mode": share(t < -0.5), "middle": share(t.abs() <= 0.5),
             "second mode": share(t > 0.5)}
 
@@ -1464,6 +1471,25 @@ def concepts(cfg):
 
 
 CLAIMS["concepts"] = concepts
+
+ROLLED = "--plan=cross --horizon=3 --rollout=0.25"
+IN_SECONDS = " --seconds_of='rolled out, 3'"
+CLAIMS["rollout"] = Trial(
+    "plans rolled out, each concept predicted from the one before, beside as many side by side, no "
+    "plan and no level, where a chunk hangs on the one before",
+    "plan_chained: loss, and how much of the chunks ahead is explained",
+    {"no level (AAA)": "--layers=AAA",
+     "no level (AAA), the seconds of rolled out": "--layers=AAA --time_of='no level (AAA)'"
+                                                  + IN_SECONDS,
+     "a level, no plan": "--plan=add --concept_weight=0", "a level, add": "--plan=add",
+     "cross, 1": "--plan=cross", "side by side, 3": "--plan=cross --horizon=3",
+     "side by side, 3, the seconds of rolled out": "--plan=cross --horizon=3 "
+                                                   "--time_of='side by side, 3'" + IN_SECONDS,
+     "rolled out, 3": ROLLED,
+     "rolled out, 3, all rows": "--plan=cross --horizon=3 --rollout=1"},
+    f"{LEVELS} {PLAN_TASK} --dataset=plan_chained --concept_weight=0.1 --compile=False "
+    "--after=concepts",
+    columns=(*COMPARED, "R2 over the mean", "R2, 2 on", "R2, 3 on"))
 
 DRAWN = {"cross": "--plan=cross", "cross, own draws": "--plan=cross --plan_draw=1",
          "cross, true with noise": "--plan=cross --plan_draw=0.5 --plan_noise=0.5",

@@ -50,7 +50,7 @@ from torch.nn import functional as F
 
 
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
-    (0, 1, "aggregate soft_rate exit_distill exit_rate plan_draw"),
+    (0, 1, "aggregate soft_rate exit_distill exit_rate plan_draw rollout"),
     (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
     (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
@@ -66,8 +66,8 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 2 ** 24, "vocab_size space mem_size"),
     (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"))
-SWITCHES = ("share_levels plan_draw plan_noise enrich mem_drop mem_noise mem_straight exit_rate "
-            "exit_keys exit_classifier")  # refused where they have nothing to work on
+SWITCHES = ("share_levels rollout plan_draw plan_noise enrich mem_drop mem_noise mem_straight "
+            "exit_rate exit_keys exit_classifier")  # refused where they have nothing to work on
 
 
 @dataclass
@@ -99,6 +99,7 @@ class GPTConfig:
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
     horizon: int = 1  # concepts that are predicted ahead
+    rollout: float = 0.0  # above 0: each from the one before, in this share of training rows
     share_levels: bool = False  # levels run the blocks of the token level: one set of weights
     eot: int = -1  # id that ends a document, where memory of the past ends; -1: the dataset's
     space: tuple[int, ...] = ()  # ids that end a word, for chunk = space; (): the dataset's
@@ -210,6 +211,9 @@ class GPTConfig:
                 (has("(") and self.draws(), "a level with plan = cross or latent, concept = energy "
                  "or flow, and a concept_weight", "plan_draw"),
                 (self.plan_draw, "a plan_draw", "plan_noise"),
+                (has("(") and self.plan != "add" and self.horizon > 1 and self.concept_weight,
+                 "a level with plan = cross or latent, a horizon above 1, and a concept_weight",
+                 "rollout"),
                 (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span",
                  "enrich"),
                 (self.n_span, "spans: history, n_span and span", "span_binding"),
@@ -1605,6 +1609,7 @@ class Plan:
     first: torch.Tensor | None  # (B,) which states they are: first, first + 1, ...
     count: torch.Tensor  # (B, L) a position may read the states 0..count, or with a mask this one
     mask: torch.Tensor | None  # (B, 1, L, keys) True in its own chunk; None: it sees all of them
+    rolled: torch.Tensor | None  # (B, 1, horizon) which concepts of a state there are; None: all
 
 
 class Cross(nn.Module):
@@ -1648,9 +1653,12 @@ class Cross(nn.Module):
                 cache.write(place.flatten(1), k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
         state = torch.arange(M, device=x.device).repeat_interleave(self.horizon)
-        seen = state <= plan.count[..., None]
-        if plan.mask is not None:  # its chunk's own, or nothing
-            seen = F.pad(state == plan.count[..., None], (1, 0), value=True)
+        count = plan.count[..., None]
+        seen = state <= count if plan.mask is None else state == count
+        if plan.rolled is not None:
+            seen = seen & plan.rolled.repeat(1, 1, M)
+        if plan.mask is not None:  # or nothing
+            seen = F.pad(seen, (1, 0), value=True)
             k, v = (F.pad(t, (0, 0, 1, 0)) for t in (k, v))
         y = attend(q, k, v, seen[:, None], 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))
@@ -1749,7 +1757,7 @@ class FlowHead(EnergyHead):
 
     def loss(self, u, target):
         noise = torch.randn_like(target)
-        t = torch.rand(*target.shape[:2], 1, 1, device=target.device)
+        t = torch.rand(*target.shape[:-2], 1, 1, device=target.device)
         return (self.denoise(u, (1 - t) * noise + t * target, t) - target).square().mean(-1)
 
 
@@ -1760,7 +1768,7 @@ CONCEPT_HEADS = {"cos": PointHead, "mse": PointHead, "energy": EnergyHead, "flow
 class LevelOutput:
     """What a level made of its inputs. State i predicts concept i."""
     level: "Level"
-    u: torch.Tensor  # (B, M + 1, C) states
+    u: torch.Tensor  # (B, M + 1, R, C) states; R is 1, or the horizon of a rollout
     concepts: torch.Tensor  # (B, M, C)
     exists: torch.Tensor  # (B, M) which concepts there are
     end: torch.Tensor  # (B, M) where in the stack below their chunks end
@@ -1808,14 +1816,16 @@ class Level(Stack):
         self.chunk, self.words, self.horizon = chunk, chunk == "space", cfg.horizon
         self.name, self.weight = f"concept_{depth}", cfg.level_weight(depth)
         self.draw_rate, self.noise, self.draws = cfg.plan_draw, cfg.plan_noise, False
-        self.alone = cfg.plan == "latent"
+        self.alone, self.rollout = cfg.plan == "latent", cfg.rollout
         self.capacity = cfg.most_chunks(depth)
         self.room = self.capacity + 2  # of caches: for bos, and a place that nobody reads
+        self.room += cfg.horizon * bool(cfg.rollout)
         self.bos = parameter(C, init=EMBEDDING)
         self.ln = NORMS[cfg.norm](cfg)
         self.tell = Linear(C, C, cfg.bias, init=ZEROS) if cfg.plan == "add" else None
         needed = self.weight > 0 or self.tell is None
-        self.head = CONCEPT_HEADS[cfg.concept](cfg) if needed else None
+        alone = replace(cfg, horizon=1, rollout=0.0) if cfg.rollout else cfg
+        self.head = CONCEPT_HEADS[cfg.concept](alone) if needed else None
         cos, sin = binding(64 if self.words else int(chunk), C)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -1851,6 +1861,9 @@ class Level(Stack):
         if cfg.share_levels and "M" in cfg.layers:
             raise ValueError("share_levels gives one block to several levels, and a memory M "
                              "belongs to one; leave one of them out")
+        if cfg.rollout and (depth > 1 or any("M" in str(t) for t in cfg.tree if is_level(t))):
+            raise ValueError("rollout runs a level ahead from each of its states, which a memory M "
+                             "or a level inside it cannot; leave one of them out")
         outer = [item[0] for item in cfg.tree if not is_level(item)]
 
         def check_stack(items):
@@ -1885,7 +1898,7 @@ class Level(Stack):
         """Return (x, Plan): x with what this level tells each position, or what it predicts."""
         chunks = self.find_chunks(x, seq, cache)
         sums, inside = self.compose(x[:, seq.n_prefix:], chunks, seq, cache)
-        u = None
+        u, points = None, None
         # asking a GPU whether any chunk closes would wait for it
         always = cache is None or seq.begins or x.device.type != "cpu"
         always = always or torch.compiler.is_compiling()
@@ -1894,13 +1907,13 @@ class Level(Stack):
             scored = None
             if seq.scored is not None:
                 scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1)  # (B, M)
-            u = self.run_inner(concepts, scored, chunks, seq, aux, cache)
+            u, points = self.run_inner(concepts, scored, chunks, seq, aux, cache)
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
             if scored is not None and self.weight > 0 and cache is None:
                 self.regress(u, concepts, scored, chunks, aux)
-        new = None if u is None else self.returned(u)
-        if new is not None and self.training and self.draw_rate:
-            new = self.some_drawn(new, u, concepts, chunks)
+        if points is not None and self.training and self.draw_rate:
+            points = self.some_drawn(points, u, concepts, chunks)
+        new = None if u is None else self.returned(u, points)
         return self.hand_down(x, new, chunks, seq, cache)
 
     def update_cache(self, x, seq, aux, cache, plan):
@@ -1967,8 +1980,9 @@ class Level(Stack):
         return chunks.ends.to(x.dtype) @ opened, inside
 
     def run_inner(self, concepts, scored, chunks, seq, aux, cache):
-        """Run the layers inside over bos, where all begins, and concepts (B, M, C): states u.
+        """Run the layers inside over bos, where all begins, and concepts (B, M, C).
 
+        Return states (B, M + 1, R, C) and what they hand down (B, M + 1, H, C); None: themselves.
         scored (B, M): how many scored tokens are in each chunk, or None.
         """
         n, exists, doc_start = int(seq.begins), chunks.exists, None
@@ -1982,26 +1996,70 @@ class Level(Stack):
         ended = (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
         ended = ended if seq.doc_ended is None else ended | seq.doc_ended
         pos, caches = None, None
-        if cache is not None:
+        if cache is not None or self.rollout:
             place = torch.arange(concepts.size(1), device=concepts.device)
             pos = (chunks.n_before[:, None] + 1 - n + place).clamp(max=self.room - 1)
-            caches = cache.inside[1:]
+            caches = self.init_caches(len(pos), self.room, concepts) if cache is None else \
+                cache.inside[1:]
         aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
         inner = Sequence.of(concepts, seq.rope_table, 1, pos, self.room, seq.begins,
                             doc_start=doc_start, is_token=F.pad(exists, (n, 0), value=True),
                             scored=scored, doc_ended=ended, layer_mask=seq.layer_mask,
                             memory=seq.memory)
-        return self.ln(self.run(concepts, inner, aux, caches)[0])
+        u = self.ln(self.run(concepts, inner, aux, caches)[0])
+        if self.rollout:
+            return self.roll_out(u, inner, caches)
+        return u[:, :, None], None if self.tell else self.predict(u)
+
+    def predict(self, u):
+        """Return the concepts ahead (.., H, C) of states (.., C): points, or draws of them."""
+        return self.head.sample(u) if self.draws else self.head(u)
+
+    def roll_out(self, u, seq, caches):
+        """Return states (B, M + 1, H, C) and the concepts (B, M + 1, H, C) that they predict.
+
+        What state i predicts is read as the concept i by the layers inside, behind all that they
+        have read before; the state that they make of it predicts concept i + 1, and so on. Each
+        state goes on in a branch of its own, with a copy of its row's caches. In training only
+        the first rows do so, and beyond their first concept the others have none.
+        """
+        (B, M, _), n = u.shape, self.n_rolled(len(u))
+        states, points, row = [u], [self.predict(u)], torch.arange(n, device=u.device)
+        row = row.repeat_interleave(M)
+        for h in range(1, self.horizon):
+            caches = [cache.select(row) for cache in caches]
+            x = rms_norm(points[-1][:n]).to(u.dtype).flatten(0, 1)  # (n M, 1, C)
+            pos = (seq.pos[:n] + h).clamp(max=self.room - 1).view(-1, 1)
+            branch = Sequence.of(x, seq.rope_table, 1, pos, self.room, False,
+                                 layer_mask=seq.layer_mask)
+            x = self.ln(self.run(x, branch, Aux(), caches)[0]).view(n, M, -1)
+            states.append(F.pad(x, (0, 0, 0, 0, 0, B - n)))
+            points.append(self.predict(states[-1]))
+            row = torch.arange(n * M, device=u.device)
+        return torch.stack(states, 2), torch.cat(points, 2)
+
+    def n_rolled(self, B):
+        return math.ceil(B * self.rollout) if self.training else B
+
+    def rolled(self, u):
+        """Return which concepts ahead of u (B, ..) were predicted (B, 1, H); None: all of them."""
+        if not self.rollout:
+            return None
+        row = torch.arange(len(u), device=u.device)[:, None, None]
+        return (row < self.n_rolled(len(u))) | (torch.arange(self.horizon, device=u.device) == 0)
 
     def regress(self, u, concepts, scored, chunks, aux):
-        """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, C).
+        """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, R, C).
 
         A chunk counts as many times as it has scored tokens, so that the weight beside
         cross-entropy does not depend on the chunk, and not at all across documents.
         """
         M, H = concepts.size(1), self.horizon
-        loss = self.head.loss(u[:, :M], self.ahead(concepts.detach().float()))
+        target = self.ahead(concepts.detach().float()).unflatten(2, (u.size(2), -1))
+        loss = self.head.loss(u[:, :M], target).flatten(2)
         counts = self.ahead(scored) * self.known(chunks)
+        if self.rollout:
+            counts = counts * self.rolled(u)
         aux.losses.append((self.name, self.weight, (loss * counts).sum() / H))
 
     def ahead(self, t):
@@ -2014,15 +2072,9 @@ class Level(Stack):
         same = self.ahead(chunks.doc) == chunks.doc_before[..., None]
         return same & self.ahead(chunks.exists)
 
-    def returned(self, u):
-        """Return what the positions below read of states u (B, M + 1, C), one row a state.
-
-        With `draws`, that is for decoding, a draw of the concepts ahead: one a state, so all
-        tokens of a chunk read the same.
-        """
-        if self.tell is not None:
-            return self.tell(u)
-        return self.head.sample(u) if self.draws else self.head(u)
+    def returned(self, u, points):
+        """Return what the positions below read of states u (B, M + 1, R, C), one row a state."""
+        return points if self.tell is None else self.tell(u[:, :, 0])
 
     def some_drawn(self, points, u, concepts, chunks):
         """Return points (B, M + 1, H, C), in a share of rows as decoding may draw them.
@@ -2038,7 +2090,7 @@ class Level(Stack):
             drawn = torch.where(known, true + self.noise * torch.randn_like(true), points)
         else:
             with torch.no_grad():
-                drawn = self.head.sample(u)
+                drawn = self.head.sample(u).flatten(2, 3)
         rows = torch.rand(len(points), 1, 1, 1, device=points.device) < self.draw_rate
         return torch.where(rows, drawn, points)
 
@@ -2051,7 +2103,7 @@ class Level(Stack):
                 counts = count if cache is None else cache["count"]
                 mask = (count[..., None] == counts[:, None])[:, None]  # (B, 1, L, keys)
                 mask = mask.tril() if cache is None else mask & seq.mask
-            return x, Plan(new, first, count, mask)
+            return x, Plan(new, first, count, mask, self.rolled(x))
         # a document without a chunk yet reads u_0, as the first tokens of a text do
         count = chunks.count.masked_fill(chunks.docs > chunks.closed_docs, 0)
         count = F.pad(count, (S, 0))
@@ -2080,7 +2132,8 @@ class Level(Stack):
 
     def flops(self, L):
         inside = min(L, self.capacity) + 1
-        return 6 * inside * n_weights(self.tell, self.head) + super().flops(inside)
+        passes = 1 + self.rollout * (self.horizon - 1)
+        return 6 * inside * n_weights(self.tell, self.head) + super().flops(inside) * passes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2562,7 +2615,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if attending:
             angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
             length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0)
-            length += 2 * bool(self.levels)  # a level has bos
+            length += (2 + cfg.horizon) * bool(self.levels)  # a level has bos, and looks ahead
             angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
             self.register_buffer("cos", angle.cos(), persistent=False)
             self.register_buffer("sin", angle.sin(), persistent=False)
@@ -2614,7 +2667,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
     def random(self):
         """Return whether training computes something else than evaluation does."""
         names = "dropout channel_drop soft_rate layer_drop exit_rate mem_drop mem_noise plan_draw"
-        return any(getattr(self.cfg, name) for name in names.split())
+        some = self.cfg.rollout % 1  # not all rows
+        return some > 0 or any(getattr(self.cfg, name) for name in names.split())
 
     def flops_per_token(self):
         """Return floating-point operations of forward and backward per token of the window.

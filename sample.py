@@ -646,7 +646,7 @@ class Decoder:
             return []
         made = self.model.concepts(torch.tensor([window], device=self.device), self.history([0]))
         made = next(m for m in made if m.level is level)
-        points = level.unbind(level.head(made.u)[0, :, 0])  # (M + 1, chunk, C)
+        points = level.unbind(level.head(made.u)[0, :, 0, 0])  # (M + 1, chunk, C)
         near = points @ self.model.embeddings().T  # (M + 1, chunk, V)
         k, lines = near.size(1), ["", "planned | written"]
         for plan, end, exists in zip(near.argmax(-1).tolist(), made.end[0].tolist(),

@@ -44,7 +44,7 @@ import sample
 import train
 from config import UserError
 from memory import Clusters, search
-from model import BLOCKS, Aux, GPT, GPTConfig, Layer, mlp, topk
+from model import BLOCKS, Aux, GPT, GPTConfig, Layer, Sequence, mlp, topk
 from train import Data, TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -116,6 +116,7 @@ levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon
 levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
 plan_draw: WORDS layers=(R)AA plan=latent concept=flow concept_weight=0.1 plan_draw=0.5
 plan_noise: layers=((A)A)A chunk=4,2 plan=latent concept=energy plan_draw=1 plan_noise=0.5
+rollout: layers=A(RA)A chunk=3 plan=cross concept=energy horizon=3 rollout=0.5
 hierarchy: WORDS layers=R(RA)R concept=mse
 level+slots+nanogpt: SLOTS NANOGPT layers=(A)A plan=cross
 levels+gru+slots+enrich: SLOTS WORDS layers=((G)R)A chunk=space,2 plan=cross eot=7 enrich=True
@@ -550,9 +551,9 @@ OPTIONS = """
 norm=layer norm=scale mlp=gelu mlp=swiglu pos=learned pos=none init=gpt2 bias=True tie=True
 qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8 n_mlp=-1 n_mlp=24
 n_value_embed=1 plan=cross plan=latent concept=mse concept=energy concept=flow concept_weight=0
-horizon=2 concept_weight=0.3 plan_draw=0.5 plan_noise=0.3 share_levels=True chunk=2 chunk=3
-chunk=space chunk=space,2 chunk=2,3 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2
-mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
+horizon=2 concept_weight=0.3 plan_draw=0.5 plan_noise=0.3 rollout=0.5 share_levels=True chunk=2
+chunk=3 chunk=space chunk=space,2 chunk=2,3 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2
+mem_drop=0.2 mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
 semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
 exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
 n_gram=4 n_gram_size=9
@@ -735,7 +736,7 @@ def test_the_concept_loss_is_its_formula(horizon):
     y[0, 2:4] = -1  # tokens 3 and 4; the first is nobody's target
     counts, total = [1, 1, 1, 2, 2, 2, 2, 2], 0.0
     made, out = m.concepts(x)[-1], m(x, y)
-    ahead = (made.u[0] @ m.get_parameter("levels.0.head.out.weight").T).view(-1, horizon, 32)
+    ahead = (made.u[0, :, 0] @ m.get_parameter("levels.0.head.out.weight").T).view(-1, horizon, 32)
     for i, j in itertools.product(range(8), range(8)):
         if i <= j < i + horizon and max(i - 1, 0) // 4 == j // 4:
             far = (ahead[i, j - i] - made.concepts[0, j]).square().mean()
@@ -762,7 +763,7 @@ def test_the_leak_test_finds_a_leak():
         leaks_nothing(m)
 
 
-@pytest.mark.parametrize("name", ["plan_draw", "plan_noise", "level_inside"])
+@pytest.mark.parametrize("name", ["plan_draw", "plan_noise", "rollout"])
 def test_plans_are_drawn_once_a_chunk(name, monkeypatch):
     """Decoding draws anew at every call, and keeps it: with noise that is a function of the state,
     decoding with draws is the full forward with draws."""
@@ -784,12 +785,34 @@ def test_plans_are_drawn_once_a_chunk(name, monkeypatch):
     agree(m(x).logits, mean)
 
 
+def test_a_rollout_reads_what_was_predicted():
+    """The concepts ahead of a state are those of the level over the concepts before it and its own
+    predictions, one after another; rows that are not rolled out read the first alone."""
+    m = make("rollout", eot=-1, horizon=3, concept="mse").eval()
+    x, level = random_ids(3, 16), m.levels[0]
+    made, handed = m.concepts(x)[-1], []
+    with bench.altered_plans(lambda plan: handed.append(plan) or plan):
+        full = m(x).logits
+    for i in (0, 2, 5):
+        c = made.concepts[:, :i]
+        for h in range(3):
+            v = torch.cat((level.bos.expand(3, 1, -1), c), 1)
+            inner = Sequence.of(v, (m.cos, m.sin), 1)
+            u = level.ln(level.run(v, inner, Aux())[0])[:, -1]
+            agree(made.u[:, i, h], u, 1e-4)
+            agree(handed[0][:, i, h], level.head(u)[:, 0], 1e-4)
+            c = torch.cat((c, norm(level.head(u))), 1)
+    part = m.train()(x).logits  # 2 of 3 rows
+    agree(part[:2], full[:2])
+    assert not torch.allclose(part[2], full[2], atol=1e-3)
+
+
 def test_a_latent_token_sees_its_chunk_alone():
     """Behind a level whose plan is silenced, a token does not know what came before its chunk."""
     m = make("plan_noise", layers="(A)A", chunk="4", eot=-1).eval()
     m.blocks[0].cross.c_proj.weight.data.zero_()
     x = random_ids(1, 16)
-    other = torch.cat((random_ids(1, 7, seed=1), x[:, 7:]), 1)  # (the last of a chunk plans the next)
+    other = torch.cat((random_ids(1, 7, seed=1), x[:, 7:]), 1)
     a, b = m(x).logits[0], m(other).logits[0]
     agree(a[7:], b[7:])
     assert (a[:7] - b[:7]).abs().amax(-1).min() > 1e-3
@@ -3121,6 +3144,10 @@ train
   --layers=((A)A)A --chunk=space => space,4 ; --layers=((A)A)A --chunk=2,3,4 => chunk | 2 depths
   --layers=((A)A)A --concept_weight=0.1,0.2,0.3 => concept_weight | 2 depths
   --layers=(A)A --concept_weight=-1 ; --layers=(A)A --horizon=0 ; --layers=RR --eot=-5
+  --layers=A(A)A --plan=latent => latent takes a level first
+  --layers=(A)A --plan=cross --plan_draw=1 => plan_draw | energy
+  --layers=(A)A --plan=cross --rollout=1 => rollout | horizon
+  --layers=(M)A --plan=cross --horizon=2 --rollout=1 --mem_chunk=4 => rollout | memory M
   --layers=A(A) --plan=cross => plan = cross | block behind ; --layers=RR --n_value_embed=1
   --layers=((A)A)A --chunk=8,64 --block_size=256 => chunk = 8,64 | window of 256
   --layers=((A)AA)AA --share_levels=True --plan=cross => share_levels | one depth
