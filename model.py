@@ -94,8 +94,8 @@ class GPTConfig:
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
     plan: str = "add"  # a level hands down: add (its state) | cross (concepts) | latent (no past)
-    plan_draw: float = 0.0  # share of training rows in which cross hands down a draw of concepts
-    plan_noise: float = 0.0  # above 0 these are the true ones, with noise of this deviation
+    plan_draw: float = 0.0  # share of training rows that are handed a draw of the concepts ahead
+    plan_noise: float = 0.0  # above 0 they are handed the true ones, with noise of this deviation
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
     horizon: int = 1  # concepts that are predicted ahead
@@ -1824,8 +1824,8 @@ class Level(Stack):
         self.ln = NORMS[cfg.norm](cfg)
         self.tell = Linear(C, C, cfg.bias, init=ZEROS) if cfg.plan == "add" else None
         needed = self.weight > 0 or self.tell is None
-        alone = replace(cfg, horizon=1, rollout=0.0) if cfg.rollout else cfg
-        self.head = CONCEPT_HEADS[cfg.concept](alone) if needed else None
+        step = replace(cfg, horizon=1, rollout=0.0) if cfg.rollout else cfg
+        self.head = CONCEPT_HEADS[cfg.concept](step) if needed else None
         cos, sin = binding(64 if self.words else int(chunk), C)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -2009,7 +2009,7 @@ class Level(Stack):
         u = self.ln(self.run(concepts, inner, aux, caches)[0])
         if self.rollout:
             return self.roll_out(u, inner, caches)
-        return u[:, :, None], None if self.tell else self.predict(u)
+        return u[:, :, None], self.predict(u) if self.tell is None else None
 
     def predict(self, u):
         """Return the concepts ahead (.., H, C) of states (.., C): points, or draws of them."""
@@ -2039,6 +2039,7 @@ class Level(Stack):
         return torch.stack(states, 2), torch.cat(points, 2)
 
     def n_rolled(self, B):
+        """Return how many of B rows are rolled out."""
         return math.ceil(B * self.rollout) if self.training else B
 
     def rolled(self, u):

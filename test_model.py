@@ -2712,6 +2712,7 @@ soft_top_k=2 gumbel=1 collapse_threshold=1 collapse_by=context collapse_back=1 c
    knn_lambda=0.5 knn_temp=1 memory_index=True int8=True
 temperature=0: top_k=3 top_p=0.9 min_p=0.1 best_of=2 soft=True
 beams=2: top_k=3 top_p=0.9 min_p=0.1 temperature=0.5 repetition_penalty=1.1 think_after=x
+   plan_draw=True
 soft=True collapse=always: soft_top_k=2 gumbel=1 collapse_threshold=1 collapse_by=context
    collapse_back=1 collapse_which=far
 soft=True collapse=never: collapse_threshold=1 collapse_by=context collapse_back=1
@@ -3221,7 +3222,7 @@ sample
 sample --out_dir={O}/strong
   --n_think=2 => not trained to think ; --prompt='día 7' => 'í' | '7' ; --prompt= => empty
   --prompt=FILE:{S}/no => cannot be read ; --speculate=2 --draft_exit=1 => after 1 blocks | layers
-  --exit=softmax --exit_threshold=0.5 => no exits
+  --exit=softmax --exit_threshold=0.5 => no exits ; --plan_draw => plan_draw | --concept=energy
   --stop_at_end => stop_at_end | --input= ; '--stop=<|endoftext|>' => stop_at_end
   --memory_index => memory_index needs a memory ; --stop={NOT_UTF8} => stop | UTF-8
   --prompt={NOT_UTF8} => prompt | UTF-8 ; --think_after={NOT_UTF8} => think_after | UTF-8
