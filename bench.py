@@ -651,7 +651,7 @@ def altered_plans(alter):
     """Alter what levels hand down to the stack below, (B, M + 1, ..) by how many chunks are closed:
     alter(returned)."""
     plain = Level.returned
-    Level.returned = lambda level, u: alter(plain(level, u))
+    Level.returned = lambda level, *made: alter(plain(level, *made))
     try:
         yield
     finally:
@@ -693,23 +693,47 @@ def without_plan(alteration):
 @torch.inference_mode()
 def explained(run, data):
     """Return how much of the next concept the fastest level predicts: R^2 over the mean of all
-    concepts, and over copying the last one. (cos regresses a direction: all its predictions take
-    the one length that fits best.) {} where it predicts none."""
-    if run.model.levels[0].head is None:
+    concepts, and over copying the last one; and of those behind it, over the mean, as far as it
+    looks ahead. (cos regresses a direction: all its predictions take the one length that fits
+    best.) {} where it predicts none."""
+    if not run.model.levels or run.model.levels[0].head is None:
         return {}
-    triples = []
+    H, ahead = run.mcfg.horizon, {}
     for x, y, h, _ in data.eval_batches(run.place, 64):
         level = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
-        c = level.concepts
-        good = level.exists[:, 1:] & (y >= 0).any(1, keepdim=True)  # not the rows that pad a batch
-        predicted = level.level.head(level.u)[:, 1:-1, 0]
-        triples.append((predicted[good], c[:, 1:][good].float(), c[:, :-1][good].float()))
-    p, c, last = (torch.cat(t) for t in zip(*triples))
-    if run.mcfg.concept == "cos":
-        p = F.normalize(p, dim=-1)
-        p = p * (p * c).sum() / (p * p).sum()
-    error, of_mean, of_last = ((v - c).square().sum().item() for v in (p, c.mean(0), last))
-    return {"R2 over the mean": 1 - error / of_mean, "R2 over copying": 1 - error / of_last}
+        c, p = level.concepts.float(), level.level.head(level.u).flatten(2, 3)
+        real = level.exists & (y >= 0).any(1, keepdim=True)  # not the rows that pad a batch
+        for i in range(H):
+            good = real[:, 1 + i:]
+            parts = p[:, 1:-1 - i, i], c[:, 1 + i:], c[:, :-1 - i]
+            ahead.setdefault(i, []).append([t[good] for t in parts])
+    found = {}
+    for i, parts in ahead.items():
+        p, c, last = (torch.cat(t) for t in zip(*parts))
+        if run.mcfg.concept == "cos":
+            p = F.normalize(p, dim=-1)
+            p = p * (p * c).sum() / (p * p).sum()
+        error, of_mean, of_last = ((v - c).square().sum().item() for v in (p, c.mean(0), last))
+        found[f"R2, {i + 1} on" if i else "R2 over the mean"] = 1 - error / of_mean
+        found.setdefault("R2 over copying", 1 - error / of_last)
+    return found
+
+
+def fork_line(run, data, n):
+    """Return n documents of the task fork (n, 64), each from an end of text on, what the model
+    makes of them, and side(points): where points lie on the line through the two concepts that may
+    come (at -1 and 1)."""
+    n = min(n, (data.n - 63) // 64)
+    tokens = data.tokens[63:63 + 64 * n].astype(np.int64)
+    x = torch.from_numpy(tokens).view(n, 64).to(run.place.device)
+    level, first = run.model.eval().concepts(x)[-1], x[:, ::4]
+    a, b = (level.concepts[first == i].mean(0) for i in (1, 5))  # abcd, efgh
+    half = (b - a) / 2
+    return x, level, lambda points: (points - (a + b) / 2) @ half / half.square().sum()
+
+
+def share(part):
+    return part.float().mean().item()
 
 
 @torch.inference_mode()
@@ -730,24 +754,105 @@ def chunk_lengths(run, data):
 def two_futures(run, data, n=500):
     """Return where samples of the next concept lie on the line through the two that may come in the
     task fork (at -1 and 1), as shares of three parts of it."""
-    model, n = run.model.eval(), min(n, (data.n - 63) // 64)
     torch.manual_seed(0)
-    tokens = data.tokens[63:63 + 64 * n].astype(np.int64)  # from an end of text on
-    x = torch.from_numpy(tokens).view(n, 64).to(run.place.device)
-    level, first = model.concepts(x)[-1], x[:, ::4]
-    a, b = (level.concepts[first == i].mean(0) for i in (1, 5))  # abcd, efgh
-    half, drawn = (b - a) / 2, level.level.head.sample(level.u)[:, 2:-1, 0].flatten(0, 1)
-    t = (drawn - (a + b) / 2) @ half / half.square().sum()
-    share = lambda part: part.float().mean().item()
+    _, level, side = fork_line(run, data, n)
+    t = side(level.level.head.sample(level.u)[:, 2:-1, 0, 0])
     return {"first mode": share(t < -0.5), "middle": share(t.abs() <= 0.5),
             "second mode": share(t > 0.5)}
+
+
+def go_on(model, x, n):
+    """Return n tokens (B, n) that a model draws behind x (B, T), by torch's own generator."""
+    state, written = model.init_state(len(x)), []
+    for _ in range(n):
+        p = model(x, state=state).logits[:, -1].softmax(-1)
+        written.append(x := torch.multinomial(p, 1))
+    return torch.cat(written, 1)
+
+
+def with_draws(model, compute):
+    """Return {figure: value} of compute(), and where plans can be drawn those with draws."""
+    torch.manual_seed(0)
+    found = compute()
+    if model.levels and model.cfg.draws():
+        sample.draw_plans(model)
+        found |= {f"{k}, drawn": v for k, v in compute().items()}
+        sample.draw_plans(model, False)
+    return found
+
+
+@torch.inference_mode()
+def forks(run, data, n=500, chunks=7):
+    """Return of chunks that a model writes in the task fork the share that mixes the two, and of
+    the others the share that is the one that was planned (by the side that the plan lies on)."""
+    x, _, side = fork_line(run, data, n)
+
+    def written():
+        plans = []
+        with altered_plans(lambda plan: plans.append(plan[:, -1, 0]) or plan):
+            text = go_on(run.model, x[:, :32], 4 * chunks).view(len(x), chunks, 4) - 1
+        whole = (text % 4 == torch.arange(4)).all(-1) & (text // 4 == text[..., :1] // 4).all(-1)
+        planned = (side(torch.stack(plans, 1)[:, :chunks]) > 0) == (text[..., 0] == 4)
+        return {"mixed": share(~whole), "as planned": share(planned[whole])}
+    return with_draws(run.model, written)
+
+
+@torch.inference_mode()
+def brier(run, data, n=4096, rows=128):
+    """Return BrierLM (Shao et al. 2025, arXiv:2510.27688), which needs samples and no likelihood:
+    100 times the geometric mean over n = 1 to 4 of Brier-n, which is P(a = y) + P(b = y) - P(a = b)
+    for two samples a, b of the next n tokens and the true ones y; over n places of the split."""
+    g, T, model = torch.Generator().manual_seed(0), run.mcfg.block_size, run.model.eval()
+    last = torch.randint(T, data.n, (n,), generator=g).numpy()
+
+    def score():
+        total = torch.zeros(4)
+        for i in range(0, n, rows):
+            x = data.rows(last[i:i + rows], last[i:i + rows])[0].to(run.place.device)
+            cut = T - 4 - i // rows % 4  # wherever in a chunk
+            a, b = go_on(model, x[:, :cut].repeat(2, 1), 4).chunk(2)
+            y = x[:, cut:cut + 4]
+            same = [(s == t).cumprod(1).float().sum(0).cpu() for s, t in ((a, y), (b, y), (a, b))]
+            total += same[0] + same[1] - same[2]
+        each = (total / n).clamp(min=0)
+        return {"Brier-1": each[0].item(), "BrierLM": 100 * each.prod().item() ** 0.25}
+    return with_draws(model, score)
+
+
+@torch.inference_mode()
+def drawn_nats(run, data, n=16, batches=4):
+    """Return the nats a token where plans are means, where each is a draw (the mean over n draws:
+    by Jensen no less than the nats of the text that draws write), and, where a token sees its own
+    chunk's draw alone, what n draws a chunk are together worth: a closer bound of the same."""
+    model, sums, scored = run.model.eval(), torch.zeros(3), 0
+    if not (model.levels and run.mcfg.draws()):
+        return {}
+    for x, y, _, _ in itertools.islice(data.eval_batches(run.place, 64), batches):
+        def nats():
+            logits = model(x).logits.transpose(1, 2)
+            return F.cross_entropy(logits, y, ignore_index=-1, reduction="none")
+
+        made, mean_plan = model.concepts(x)[-1], nats()
+        ends = (made.end[:, :, None] <= torch.arange(x.size(1))) & made.exists[..., None]
+        sample.draw_plans(model)
+        each = torch.stack([nats() for _ in range(n)])  # (n, B, T)
+        sample.draw_plans(model, False)
+        chunk = ends.sum(1).expand_as(each)
+        of_chunks = torch.zeros_like(each).scatter_add(2, chunk, each)
+        together = math.log(n) - (-of_chunks).logsumexp(0)
+        sums += torch.stack([mean_plan.sum(), each.sum() / n, together.sum()])
+        scored += (y >= 0).sum()
+    mean_plan, drawn, together = (sums / scored).tolist()
+    return {"nats, means": mean_plan, "nats, a draw": drawn,
+            **({"nats, 16 draws": together} if run.mcfg.plan == "latent" else {})}
 
 
 MEASURES = {"history_shuffled": ablated(shuffle_history),
             "slots_empty": ablated(lambda h: torch.full_like(h, -1)),
             "plan_shuffled": without_plan("shuffled"), "plan_zeroed": without_plan("zeroed"),
-            "concepts": explained, "chunks": chunk_lengths,
-            "two_futures": two_futures, "wrong_distance": wrong_distance,
+             "concepts": explained, "chunks": chunk_lengths, "two_futures": two_futures,
+             "forks": forks, "brier": brier, "drawn_nats": drawn_nats,
+             "wrong_distance": wrong_distance,
             "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
             "usage": lambda run, data: run.usage(data),
             "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
@@ -1454,6 +1559,79 @@ def concepts(cfg):
 
 
 CLAIMS["concepts"] = concepts
+
+ROLLED = "--plan=cross --horizon=3 --rollout=0.25"
+IN_SECONDS = " --seconds_of='rolled out, 3'"
+CLAIMS["rollout"] = Trial(
+    "plans rolled out, each concept predicted from the one before, beside as many side by side, no "
+    "plan and no level, where a chunk hangs on the one before",
+    "plan_chained: loss, and how much of the chunks ahead is explained",
+    {"no level (AAA)": "--layers=AAA",
+     "no level (AAA), the seconds of rolled out": "--layers=AAA --time_of='no level (AAA)'"
+                                                  + IN_SECONDS,
+     "a level, no plan": "--plan=add --concept_weight=0", "a level, add": "--plan=add",
+     "cross, 1": "--plan=cross", "side by side, 3": "--plan=cross --horizon=3",
+     "side by side, 3, the seconds of rolled out": "--plan=cross --horizon=3 "
+                                                   "--time_of='side by side, 3'" + IN_SECONDS,
+     "rolled out, 3": ROLLED,
+     "rolled out, 3, all rows": "--plan=cross --horizon=3 --rollout=1"},
+    f"{LEVELS} {PLAN_TASK} --dataset=plan_chained --concept_weight=0.1 --compile=False "
+    "--after=concepts",
+    columns=(*COMPARED, "R2 over the mean", "R2, 2 on", "R2, 3 on"))
+
+DRAWN = {"cross": "--plan=cross", "cross, own draws": "--plan=cross --plan_draw=1",
+         "cross, true with noise": "--plan=cross --plan_draw=0.5 --plan_noise=0.5",
+         "latent": "--plan=latent", "latent, own draws": "--plan=latent --plan_draw=1",
+         "latent, true with noise": "--plan=latent --plan_draw=0.9 --plan_noise=0.5"}
+FORKS = Trial(
+    "", "fork: chunks written by means of what may come, and by draws",
+    {f"{concept}, {name}": f"--concept={concept} {flags}" for concept in ("energy", "flow")
+     for name, flags in DRAWN.items() if concept == "energy" or "true" in name},
+    LEVELS + " --layers='(A)A' --dataset=fork --block_size=64 --batch_size=32 --max_iters=400 "
+             "--concept_weight=0.1 --after=forks --compile=False", timing="",
+    columns=("val loss", "mixed", "as planned", "mixed, drawn", "as planned, drawn"))
+WRITERS = {"AAAA": "", **{f"energy, {name}": f"--layers='(AA)AA' --concept=energy {flags}"
+                          for name, flags in DRAWN.items()},
+           "flow, latent, true with noise":
+           f"--layers='(AA)AA' --concept=flow {DRAWN['latent, true with noise']}"}
+
+
+def draws(cfg, rows=64, length=192):
+    """text written from drawn ideas: chunks of two that may come, BrierLM, distinct words and
+    pairs against the loss of a judge"""
+    yield from FORKS(cfg)
+    critic, table = Critic(cfg), []
+    val = split_ids(cfg, "val")
+    starts = [val[i:i + 16].tolist() for i in range(0, rows * 1000, 1000)]
+
+    def figures(texts):
+        words = [critic.words(text[16:], cut=True) for text in texts]
+        return {"judge": mean(critic.nats(texts, 16)),
+                **{k: v for k, v in means(words).items() if k.startswith(("distinct", "known"))}}
+
+    human = [val[i:i + length + 16].tolist() for i in range(0, rows * 1000, 1000)]
+    table.append({"arm": "human (validation split)", **figures(human)})
+    for name, flags in WRITERS.items():
+        found = {}
+        for seed in range(1, cfg.seeds + 1):
+            words = f"{MINE} --concept_weight=0.1 --after=brier --after=drawn_nats {flags}"
+            run = once(cfg, f"draws {words} {seed}", lambda: fit(cfg, words, seed))
+            model, _ = sample.load(run["out_dir"])
+            ways = ["", *["--plan_draw"] * bool(model.levels and model.cfg.draws())]
+            for way in ways:
+                score = {k.removesuffix(", drawn"): v for k, v in run["brier"].items()
+                         if k.endswith(", drawn") == bool(way)}
+                nats = {} if way else {"val loss": run["val_loss"], **run["drawn_nats"]}
+                texts = write(model, starts, length, f"--temperature=1 {way}")[1]
+                found.setdefault(way, []).append({**nats, **score, **figures(texts)})
+        table += [{"arm": f"{name} {way}".strip(), **means(each)} for way, each in found.items()]
+    figures_of = {row["arm"]: {k: [v] for k, v in row.items() if k != "arm"} for row in table}
+    yield Table(f"text from 4-letter plans, {rows} texts of {length} letters, temperature 1 "
+                f"({cfg.dataset}, {cfg.seeds} seeds)", table, figures_of,
+                "`val loss` hands down means in every row, as evaluation does, and sees no future.")
+
+
+CLAIMS["draws"] = draws
 
 WORDS = "--layers='RR(RM)R' --chunk=space --mem_chunk=4 --against='RR(RM)R, words, 0' --mem_size="
 

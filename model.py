@@ -50,9 +50,9 @@ from torch.nn import functional as F
 
 
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
-    (0, 1, "aggregate soft_rate exit_distill exit_rate"),
+    (0, 1, "aggregate soft_rate exit_distill exit_rate plan_draw rollout"),
     (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
-    (0, 1e6, "concept_weight mem_noise ce_weight semantic_weight exit_weight"),
+    (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
@@ -66,8 +66,8 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 2 ** 24, "vocab_size space mem_size"),
     (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"))
-SWITCHES = ("share_levels enrich mem_drop mem_noise mem_straight exit_rate exit_keys "
-            "exit_classifier")  # refused where they have nothing to work on
+SWITCHES = ("share_levels rollout plan_draw plan_noise enrich mem_drop mem_noise mem_straight "
+            "exit_rate exit_keys exit_classifier")  # refused where they have nothing to work on
 
 
 @dataclass
@@ -94,10 +94,13 @@ class GPTConfig:
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
     # or entropy:2.5 (until the first exit is so many nats unsure) | route:4 (learned; mean length)
-    plan: str = "add"  # a level hands down: add (its state) | cross (concepts to attend to)
+    plan: str = "add"  # a level hands down: add (its state) | cross (concepts) | latent (no past)
+    plan_draw: float = 0.0  # share of training rows that are handed a draw of the concepts ahead
+    plan_noise: float = 0.0  # above 0 they are handed the true ones, with noise of this deviation
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
     horizon: int = 1  # concepts that are predicted ahead
+    rollout: float = 0.0  # above 0: each from the one before, in this share of training rows
     level_embd: int | tuple[int, ...] = 0  # channels in levels, one or per depth; 0: as below
     chunk_binding: bool = True  # turn each position of a chunk by its place (False: a plain sum)
     share_levels: bool = False  # levels run the blocks of the token level: one set of weights
@@ -207,8 +210,14 @@ class GPTConfig:
                 (has("."), "an exit, . , in layers",
                  "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
                 (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
-                (self.plan == "cross" or self.concept_weight, "plan = cross or a concept_weight",
+                (self.plan != "add" or self.concept_weight, "plan = cross or a concept_weight",
                  "concept horizon"),
+                (has("(") and self.draws(), "a level with plan = cross or latent, concept = energy "
+                 "or flow, and a concept_weight", "plan_draw"),
+                (self.plan_draw, "a plan_draw", "plan_noise"),
+                (has("(") and self.plan != "add" and self.horizon > 1 and self.concept_weight,
+                 "a level with plan = cross or latent, a horizon above 1, and a concept_weight",
+                 "rollout"),
                 (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span",
                  "enrich"),
                 (self.n_span, "spans: history, n_span and span", "span_binding"),
@@ -237,8 +246,12 @@ class GPTConfig:
 
     def attending(self):
         """Return the numbers of the blocks that attend to something, by heads."""
-        cross = self.plan == "cross"
+        cross = self.plan != "add"
         return [i for i, c in enumerate(self.letters) if cross or BLOCKS[c][0] is Attention]
+
+    def draws(self):
+        """Return whether levels can hand down draws."""
+        return self.plan != "add" and self.concept in ("energy", "flow") and self.concept_weight
 
     def most_chunks(self, depth, length=None):
         """Return how many chunks levels of this depth close at most over `length` tokens.
@@ -1526,6 +1539,8 @@ class Block(nn.Module):
         start = x
         if seq.kv_input is not None:
             seq = self.normed_kv(seq)
+        if plan is not None and plan.mask is not None:
+            seq = replace(seq, mask=plan.mask)
         x = x + self.drop(self.attn(self.ln_1(x), seq, aux, own))
         if plan is not None and self.cross is not None:
             x = x + self.drop(self.cross(self.ln_x(x), seq, seen, plan))
@@ -1577,7 +1592,7 @@ class Stack(nn.Module):
         n_states = 0
         for item in tree if shared is None else ():  # blocks first: levels may share them
             if is_level(item):
-                n_states = cfg.most_chunks(depth + 1) + 2 if cfg.plan == "cross" else 0
+                n_states = cfg.most_chunks(depth + 1) + 2 if cfg.plan != "add" else 0
             else:
                 self.blocks.append(Block(cfg, *item, n_states))
         blocks = iter(self.blocks if shared is None else shared)
@@ -1624,10 +1639,12 @@ class Stack(nn.Module):
 
 @dataclass
 class Plan:
-    """What a level hands to the blocks after it with plan = cross."""
+    """What a level hands to the blocks after it with plan = cross or latent."""
     concepts: torch.Tensor | None  # (B, M, horizon, C) predicted by M states; None: no new ones
     first: torch.Tensor | None  # (B,) which states they are: first, first + 1, ...
-    count: torch.Tensor  # (B, L) a position may read the states 0..count
+    count: torch.Tensor  # (B, L) a position may read the states 0..count, or with a mask this one
+    mask: torch.Tensor | None  # (B, 1, L, keys) True in its own chunk; None: it sees all of them
+    rolled: torch.Tensor | None  # (B, 1, horizon) which concepts of a state there are; None: all
 
 
 class Cross(nn.Module):
@@ -1671,7 +1688,14 @@ class Cross(nn.Module):
                 cache.write(place.flatten(1), k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
         state = torch.arange(M, device=x.device).repeat_interleave(self.horizon)
-        y = attend(q, k, v, (state <= plan.count[..., None])[:, None], 0.0)
+        count = plan.count[..., None]
+        seen = state <= count if plan.mask is None else state == count
+        if plan.rolled is not None:
+            seen = seen & plan.rolled.repeat(1, 1, M)
+        if plan.mask is not None:  # or nothing
+            seen = F.pad(seen, (1, 0), value=True)
+            k, v = (F.pad(t, (0, 0, 1, 0)) for t in (k, v))
+        y = attend(q, k, v, seen[:, None], 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -1768,7 +1792,7 @@ class FlowHead(EnergyHead):
 
     def loss(self, u, target):
         noise = torch.randn_like(target)
-        t = torch.rand(*target.shape[:2], 1, 1, device=target.device)
+        t = torch.rand(*target.shape[:-2], 1, 1, device=target.device)
         return (self.denoise(u, (1 - t) * noise + t * target, t) - target).square().mean(-1)
 
 
@@ -1779,7 +1803,7 @@ CONCEPT_HEADS = {"cos": PointHead, "mse": PointHead, "energy": EnergyHead, "flow
 class LevelOutput:
     """What a level made of its inputs. State i predicts concept i."""
     level: "Level"
-    u: torch.Tensor  # (B, M + 1, C) states
+    u: torch.Tensor  # (B, M + 1, R, C) states; R is 1, or the horizon of a rollout
     concepts: torch.Tensor  # (B, M, C)
     exists: torch.Tensor  # (B, M) which concepts there are
     end: torch.Tensor  # (B, M) where in the stack below their chunks end
@@ -1864,16 +1888,20 @@ class Level(Stack):
         self.words, self.horizon = bool(kind), cfg.horizon
         self.router = Router(cfg, size) if kind == "route" else None
         self.name, self.weight = f"concept_{depth}", cfg.level_weight(depth)
+        self.draw_rate, self.noise, self.draws = cfg.plan_draw, cfg.plan_noise, False
+        self.alone, self.rollout = cfg.plan == "latent", cfg.rollout
         self.capacity = cfg.most_chunks(depth)
         self.room = self.capacity + 2  # of caches: for bos, and a place that nobody reads
+        self.room += cfg.horizon * bool(cfg.rollout)
         self.n_embd, self.bos = C, parameter(width, init=EMBEDDING)
         # a level of another width has a door: for concepts, and for its states
-        self.c_in, self.c_out = (Linear(*way, cfg.bias) if width != C else None
+        self.c_in, self.c_out = (Linear(*way, cfg.bias) if width != C else nn.Identity()
                                  for way in ((C, width), (width, C)))
         self.ln = NORMS[cfg.norm](cfg)
         self.tell = Linear(C, C, cfg.bias, init=ZEROS) if cfg.plan == "add" else None
         needed = self.weight > 0 or self.tell is None
-        self.head = CONCEPT_HEADS[cfg.concept](cfg) if needed else None
+        step = replace(cfg, horizon=1, rollout=0.0) if cfg.rollout else cfg
+        self.head = CONCEPT_HEADS[cfg.concept](step) if needed else None
         cos, sin = binding(64 if self.words else size, C, cfg.chunk_binding)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -1910,26 +1938,34 @@ class Level(Stack):
         if kind == "entropy" and not (cfg.exit_weight and "." in cfg.layers.split("(")[0]):
             raise ValueError("chunk = entropy reads the first exit, which has to stand before all "
                              "levels and to be trained: layers = A.(A)A, and an exit_weight")
-        if kind == "route" and cfg.plan == "cross":
+        if kind == "route" and cfg.plan != "add":
             raise ValueError("chunk = route learns by what a level adds; use plan = add")
         if not cfg.most_chunks(depth, block_size):
             raise ValueError(f"chunk = {cfg.chunk} closes no chunk of the slowest level in a "
                              f"window of {block_size}; give a smaller one")
-        if cfg.share_levels and cfg.plan == "cross" and depth > 1:
-            raise ValueError("share_levels with plan = cross takes one depth of levels: nobody "
-                             "would read the slower plans")
+        if cfg.share_levels and cfg.plan != "add" and depth > 1:
+            raise ValueError(f"share_levels with plan = {cfg.plan} takes one depth of levels: "
+                             f"nobody would read the slower plans")
         if cfg.share_levels and "M" in cfg.layers:
             raise ValueError("share_levels gives one block to several levels, and a memory M "
                              "belongs to one; leave one of them out")
+        if cfg.rollout and (depth > 1 or any("M" in str(t) for t in cfg.tree if is_level(t))):
+            raise ValueError("rollout runs a level ahead from each of its states, which a memory M "
+                             "or a level inside it cannot; leave one of them out")
         outer = [item[0] for item in cfg.tree if not is_level(item)]
 
         def check_stack(items):
             for i, item in enumerate(items):
                 if not is_level(item):
                     continue
-                if cfg.plan == "cross" and all(map(is_level, items[i:])):
-                    raise ValueError("plan = cross needs a block behind each level, to read its "
-                                     "plan")
+                if cfg.plan != "add" and all(map(is_level, items[i:])):
+                    raise ValueError(f"plan = {cfg.plan} needs a block behind each level, to read "
+                                     f"its plan")
+                if cfg.plan == "latent" and (
+                        i or any(k[0] not in ("A", "F") for k in items[1:])):
+                    raise ValueError(f"plan = latent takes a level first, then blocks A or F: all "
+                                     f"else in layers = {cfg.layers} carries what came before a "
+                                     f"chunk")
                 letters = [inner[0] for inner in item if not is_level(inner)]
                 if cfg.share_levels and outer[:len(letters)] != letters:
                     raise ValueError(f"share_levels runs the first token-level blocks "
@@ -1953,7 +1989,7 @@ class Level(Stack):
             seq, sure = self.router(x, seq, aux, cache)
         chunks = self.find_chunks(x, seq, cache)
         sums, inside = self.compose(x[:, seq.n_prefix:], chunks, seq, cache)
-        u = None
+        u, points = None, None
         # asking a GPU whether any chunk closes would wait for it
         always = cache is None or seq.begins or x.device.type != "cpu"
         always = always or torch.compiler.is_compiling()
@@ -1962,11 +1998,14 @@ class Level(Stack):
             scored = None
             if seq.scored is not None:
                 scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1)  # (B, M)
-            u = self.run_inner(concepts, scored, chunks, seq, aux, cache)
+            u, points = self.run_inner(concepts, scored, chunks, seq, aux, cache)
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
             if scored is not None and self.weight > 0 and cache is None:
                 self.regress(u, concepts, scored, chunks, aux)
-        y, plan = self.hand_down(x, u, chunks, seq, cache)
+        if points is not None and self.training and self.draw_rate:
+            points = self.some_drawn(points, u, concepts, chunks)
+        new = None if u is None else self.returned(u, points)
+        y, plan = self.hand_down(x, new, chunks, seq, cache)
         if self.router is not None:  # straight-through: 1 times what is told, with a gradient
             y = y + (sure - sure.detach())[..., None] * (y - x).detach()
         return y, plan
@@ -2035,13 +2074,13 @@ class Level(Stack):
         return chunks.ends.to(x.dtype) @ opened, inside
 
     def run_inner(self, concepts, scored, chunks, seq, aux, cache):
-        """Run the layers inside over bos, where all begins, and concepts (B, M, C): states u.
+        """Run the layers inside over bos, where all begins, and concepts (B, M, C).
 
+        Return states (B, M + 1, R, C) and what they hand down (B, M + 1, H, C); None: themselves.
         scored (B, M): how many scored tokens are in each chunk, or None.
         """
         n, exists, doc_start = int(seq.begins), chunks.exists, None
-        if self.c_in is not None:
-            concepts = self.c_in(concepts)
+        concepts = self.c_in(concepts)
         if seq.begins:
             bos = self.bos.to(concepts.dtype).expand(len(concepts), 1, -1)
             concepts = torch.cat((bos, concepts), dim=1)
@@ -2052,44 +2091,115 @@ class Level(Stack):
         ended = (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
         ended = ended if seq.doc_ended is None else ended | seq.doc_ended
         pos, caches = None, None
-        if cache is not None:
+        if cache is not None or self.rollout:
             place = torch.arange(concepts.size(1), device=concepts.device)
             pos = (chunks.n_before[:, None] + 1 - n + place).clamp(max=self.room - 1)
-            caches = cache.inside[1:]
+            caches = self.init_caches(len(pos), self.room, concepts) if cache is None else \
+                cache.inside[1:]
         aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
         inner = Sequence.of(concepts, seq.rope_table, 1, pos, self.room, seq.begins,
                             doc_start=doc_start, is_token=F.pad(exists, (n, 0), value=True),
                             scored=scored, doc_ended=ended, layer_mask=seq.layer_mask,
                             memory=seq.memory)
-        u = self.run(concepts, inner, aux, caches)[0]
-        return self.ln(u if self.c_out is None else self.c_out(u))
+        u = self.ln(self.c_out(self.run(concepts, inner, aux, caches)[0]))
+        if self.rollout:
+            return self.roll_out(u, inner, caches)
+        return u[:, :, None], self.predict(u) if self.tell is None else None
+
+    def predict(self, u):
+        """Return the concepts ahead (.., H, C) of states (.., C): points, or draws of them."""
+        return self.head.sample(u) if self.draws else self.head(u)
+
+    def roll_out(self, u, seq, caches):
+        """Return states (B, M + 1, H, C) and the concepts (B, M + 1, H, C) that they predict.
+
+        What state i predicts is read as the concept i by the layers inside, behind all that they
+        have read before; the state that they make of it predicts concept i + 1, and so on. Each
+        state goes on in a branch of its own, with a copy of its row's caches. In training only
+        the first rows do so, and beyond their first concept the others have none.
+        """
+        (B, M, _), n = u.shape, self.n_rolled(len(u))
+        states, points, row = [u], [self.predict(u)], torch.arange(n, device=u.device)
+        row = row.repeat_interleave(M)
+        for h in range(1, self.horizon):
+            caches = [cache.select(row) for cache in caches]
+            x = self.c_in(rms_norm(points[-1][:n]).to(u.dtype).flatten(0, 1))  # (n M, 1, C)
+            pos = (seq.pos[:n] + h).clamp(max=self.room - 1).view(-1, 1)
+            branch = Sequence.of(x, seq.rope_table, 1, pos, self.room, False,
+                                 layer_mask=seq.layer_mask)
+            x = self.ln(self.c_out(self.run(x, branch, Aux(), caches)[0])).view(n, M, -1)
+            states.append(F.pad(x, (0, 0, 0, 0, 0, B - n)))
+            points.append(self.predict(states[-1]))
+            row = torch.arange(n * M, device=u.device)
+        return torch.stack(states, 2), torch.cat(points, 2)
+
+    def n_rolled(self, B):
+        """Return how many of B rows are rolled out."""
+        return math.ceil(B * self.rollout) if self.training else B
+
+    def rolled(self, u):
+        """Return which concepts ahead of u (B, ..) were predicted (B, 1, H); None: all of them."""
+        if not self.rollout:
+            return None
+        row = torch.arange(len(u), device=u.device)[:, None, None]
+        return (row < self.n_rolled(len(u))) | (torch.arange(self.horizon, device=u.device) == 0)
 
     def regress(self, u, concepts, scored, chunks, aux):
-        """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, C).
+        """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, R, C).
 
         A chunk counts as many times as it has scored tokens, so that the weight beside
         cross-entropy does not depend on the chunk, and not at all across documents.
         """
         M, H = concepts.size(1), self.horizon
+        target = self.ahead(concepts.detach().float()).unflatten(2, (u.size(2), -1))
+        loss = self.head.loss(u[:, :M], target).flatten(2)
+        counts = self.ahead(scored) * self.known(chunks)
+        if self.rollout:
+            counts = counts * self.rolled(u)
+        aux.losses.append((self.name, self.weight, (loss * counts).sum() / H))
 
-        def ahead(t):  # (B, M, ..) -> (B, M, H, ..)
-            pad = (0, 0) * (t.dim() - 2)
-            return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(H)], 2)
+    def ahead(self, t):
+        """Return what state i predicts of concepts t, the i-th on: (B, M, ..) -> (B, M, H, ..)."""
+        pad, M = (0, 0) * (t.dim() - 2), t.size(1)
+        return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(self.horizon)], 2)
 
-        same = ahead(chunks.doc) == chunks.doc_before[..., None]
-        loss = self.head.loss(u[:, :M], ahead(concepts.detach().float()))
-        aux.losses.append((self.name, self.weight, (loss * ahead(scored) * same).sum() / H))
+    def known(self, chunks):
+        """Return which of those (B, M, H) there are, in the document of the state."""
+        same = self.ahead(chunks.doc) == chunks.doc_before[..., None]
+        return same & self.ahead(chunks.exists)
 
-    def returned(self, u):
-        """Return what the positions below read of states u (B, M + 1, C), one row a state."""
-        return self.head(u) if self.tell is None else self.tell(u)
+    def returned(self, u, points):
+        """Return what the positions below read of states u (B, M + 1, R, C), one row a state."""
+        return points if self.tell is None else self.tell(u[:, :, 0])
 
-    def hand_down(self, x, u, chunks, seq, cache):
-        """Return (x with what the level tells each position, Plan). u None: no new states."""
+    def some_drawn(self, points, u, concepts, chunks):
+        """Return points (B, M + 1, H, C), in a share of rows as decoding may draw them.
+
+        They are the head's draws, without a gradient. With `noise` they are the true concepts and
+        noise in their place: the tokens then learn to write what is drawn (as a latent diffusion
+        model does, Rombach et al. 2022, arXiv:2112.10752), and training alone sees its future,
+        as far as the chunk to come.
+        """
+        if self.noise:
+            true = F.pad(self.ahead(concepts), (0, 0, 0, 0, 0, 1))
+            known = F.pad(self.known(chunks), (0, 0, 0, 1))[..., None]
+            drawn = torch.where(known, true + self.noise * torch.randn_like(true), points)
+        else:
+            with torch.no_grad():
+                drawn = self.head.sample(u).flatten(2, 3)
+        rows = torch.rand(len(points), 1, 1, 1, device=points.device) < self.draw_rate
+        return torch.where(rows, drawn, points)
+
+    def hand_down(self, x, new, chunks, seq, cache):
+        """Return (x with what the level tells each position, Plan). new None: no new states."""
         S, first = seq.n_prefix, chunks.n_before + 1 - int(seq.begins)
-        new = None if u is None else self.returned(u)
         if self.tell is None:  # a prefix reads u_0, as the first tokens do
-            return x, Plan(new, first, F.pad(chunks.count, (S, 0)))
+            count, mask = F.pad(chunks.count, (S, 0)), None
+            if self.alone:
+                counts = count if cache is None else cache["count"]
+                mask = (count[..., None] == counts[:, None])[:, None]  # (B, 1, L, keys)
+                mask = mask.tril() if cache is None else mask & seq.mask
+            return x, Plan(new, first, count, mask, self.rolled(x))
         # a document without a chunk yet reads u_0, as the first tokens of a text do
         count = chunks.count.masked_fill(chunks.docs > chunks.closed_docs, 0)
         count = F.pad(count, (S, 0))
@@ -2119,7 +2229,9 @@ class Level(Stack):
     def flops(self, L):
         inside = min(L, self.capacity) + 1
         own = n_weights(self.c_in, self.c_out, self.tell, self.head)
-        return 6 * (inside * own + L * n_weights(self.router)) + super().flops(inside)
+        passes = 1 + self.rollout * (self.horizon - 1)
+        below = 6 * (inside * own + L * n_weights(self.router))
+        return below + super().flops(inside) * passes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2507,7 +2619,7 @@ class EarlyExit:
         """
         needs_first = (self.cfg.exit_keys or self.limit is not None)
         needs_first = needs_first and place != next(iter(self.exits))
-        if needs_first or (self.cfg.plan == "cross" and self.levels):
+        if needs_first or (self.cfg.plan != "add" and self.levels):
             return self(tokens, state=state).logits
         seq = self.behind_exit(x, self.embed(tokens, state=state)[1])
         x, _ = self.run(x, seq, Aux(), state.caches, first=place)
@@ -2616,7 +2728,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if attending:
             angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
             length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0)
-            length += 2 * bool(self.levels)  # a level has bos
+            length += (2 + cfg.horizon) * bool(self.levels)  # a level has bos, and looks ahead
             angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
             self.register_buffer("cos", angle.cos(), persistent=False)
             self.register_buffer("sin", angle.sin(), persistent=False)
@@ -2667,8 +2779,9 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def random(self):
         """Return whether training computes something else than evaluation does."""
-        names = "dropout channel_drop soft_rate layer_drop exit_rate mem_drop mem_noise"
-        return any(getattr(self.cfg, name) for name in names.split())
+        names = "dropout channel_drop soft_rate layer_drop exit_rate mem_drop mem_noise plan_draw"
+        some = self.cfg.rollout % 1  # not all rows
+        return some > 0 or any(getattr(self.cfg, name) for name in names.split())
 
     def flops_per_token(self):
         """Return floating-point operations of forward and backward per token of the window.
@@ -2900,7 +3013,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
 CHOICES = {
     "mlp": ACTIVATIONS, "norm": NORMS, "pos": ("rope", "learned", "none"),
-    "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
+    "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"),
+    "plan": ("add", "cross", "latent"),
     "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
     "exit_loss": ("depth", "rotate")}
 CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,

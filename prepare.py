@@ -12,8 +12,9 @@
                                                      fetches them) or nanoGPT's; those with val in
                                                      their name validate
     python prepare.py cipher                         a synthetic task; others: topic, chain, plan,
-                                                     fork, parity, even_pairs, cycle_navigation,
-                                                     modular_arithmetic, reverse_string, facts
+                                                     plan_chained, fork, parity, even_pairs,
+                                                     cycle_navigation, modular_arithmetic,
+                                                     reverse_string, facts
 
 Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their own shares) and
 meta.json.
@@ -1109,18 +1110,28 @@ def calculate(expression):
     return str(total % 5)
 
 
-def plan(cfg, rng):
+def plan(cfg, rng, chained=False):
     """Write a header of 7 letters, then the word of each: 4 letters, the same for a letter in all
     documents. Whoever writes a word must know what the header says of this chunk. (With the end of
-    text before it, a header is two chunks of 4.)"""
+    text before it, a header is two chunks of 4.) Chained: the word of the letter that lies as many
+    letters on as the last one of the word before says, so who plans two words ahead must plan the
+    first."""
     chars = "abcdefghijklmnop"
     words = rng.integers(16, size=(16, 4))
 
     def document(train):
         header = rng.integers(16, size=7)
-        return np.concatenate([header, words[header].ravel()]), np.arange(35) >= 7
+        parts, last = [header], 0
+        for letter in header:
+            parts.append(words[(letter + last) % 16])
+            last = chained * parts[-1][-1]
+        return np.concatenate(parts), np.arange(35) >= 7
 
     return chars, {}, document
+
+
+def plan_chained(cfg, rng):
+    return plan(cfg, rng, chained=True)
 
 
 def fork(cfg, rng):
@@ -1186,7 +1197,8 @@ FORMAL = {
     "reverse_string": formal("01", lambda s: s[::-1])}
 TASKS = {"cipher": (cipher, 3600, 400), "topic": (topic, 3600, 400),
          "chain": (chain, 180_000, 20_000),  # documents of a split
-         "facts": (facts, 2000, 40), "plan": (plan, 20_000, 1000), "fork": (fork, 5000, 500),
+         "facts": (facts, 2000, 40), "plan": (plan, 20_000, 1000),
+         "plan_chained": (plan_chained, 20_000, 1000), "fork": (fork, 5000, 500),
          **{name: (task, 200_000, 4600) for name, task in FORMAL.items()}}
 
 

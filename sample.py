@@ -77,6 +77,8 @@ class SampleConfig:
     collapse_back: int = -1  # collapse only the last n earlier soft tokens; -1: all, 0: none
     n_think: int = 0  # think tokens after the prompt, for a model trained with n_think
     think_after: str = ""  # and after each occurrence of this text; max_new_tokens counts them
+    # plans
+    plan_draw: bool = False  # write by draws of the concepts that levels plan, not by their means
     # exits
     exit: str = ""  # leave at the first exit sure by softmax | margin | cosine | classifier
     exit_threshold: float = -1.0  # from 0 (leave at once) to 1; -1: what bench.py calibrate stored
@@ -130,7 +132,7 @@ class SampleConfig:
             (self.temperature, "draws, and at temperature = 0 nothing is drawn",
              "top_k top_p min_p best_of soft"),
             (not self.beams, "draws, and beams look for the likeliest text",
-             "temperature top_k top_p min_p repetition_penalty think_after"),
+             "temperature top_k top_p min_p repetition_penalty think_after plan_draw"),
             (self.soft, "soft tokens: --soft",
              "soft_top_k gumbel collapse collapse_threshold collapse_by collapse_which "
              "collapse_back"),
@@ -645,7 +647,7 @@ class Decoder:
             return []
         made = self.model.concepts(torch.tensor([window], device=self.device), self.history([0]))
         made = next(m for m in made if m.level is level)
-        points = level.unbind(level.head(made.u)[0, :, 0])  # (M + 1, chunk, C)
+        points = level.unbind(level.head(made.u)[0, :, 0, 0])  # (M + 1, chunk, C)
         near = points @ self.model.embeddings().T  # (M + 1, chunk, V)
         k, lines = near.size(1), ["", "planned | written"]
         for plan, end, exists in zip(near.argmax(-1).tolist(), made.end[0].tolist(),
@@ -1277,6 +1279,13 @@ def load(path, device="cpu", dtype="float32", int8=False):
     return (to_int8(model) if int8 else model).eval(), ckpt
 
 
+def draw_plans(model, on=True):
+    """Have levels hand down draws of what they predict (by torch's own generator), or no longer."""
+    for level in model.modules():
+        if isinstance(level, Level):
+            level.draws = on
+
+
 def open_model(cfg):
     """Return (model, checkpoint, path of its file) of the settings, on the device and in the type
     that they name."""
@@ -1364,6 +1373,12 @@ def amateur_of(cfg, model):
 def make_decoder(cfg, model, rows, eot=None, other=None, **more):
     """Return the Decoder of the settings over rows of ids, beside its amateur or draft. other: the
     model of that, where it is not a part of this one; more: arguments of the Decoder."""
+    if cfg.plan_draw:
+        if not (model.levels and model.cfg.draws()):
+            raise UserError("plan_draw needs a model whose levels hand down concepts that can be "
+                            "drawn; train one with --layers='(AA)AA' --plan=cross --concept=energy")
+        torch.manual_seed(cfg.seed)
+    draw_plans(model, cfg.plan_draw)
     start = lambda m, **more: Decoder(m, rows, eot, cfg.compile, **more)
     kind, number = amateur_of(cfg, model)
     if kind == "exit":

@@ -44,7 +44,7 @@ import sample
 import train
 from config import UserError
 from memory import Clusters, search
-from model import BLOCKS, Aux, GPT, GPTConfig, Layer, mlp, topk
+from model import BLOCKS, Aux, GPT, GPTConfig, Layer, Sequence, mlp, topk
 from train import Data, TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -114,6 +114,9 @@ level: layers=(A)A
 level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
 levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3 level_embd=64,48
 levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
+plan_draw: WORDS layers=(R)AA plan=latent concept=flow concept_weight=0.1 plan_draw=0.5
+plan_noise: layers=((A)A)A chunk=4,2 plan=latent concept=energy plan_draw=1 plan_noise=0.5
+rollout: layers=A(RA)A chunk=3 plan=cross concept=energy horizon=3 rollout=0.5
 hierarchy: WORDS layers=R(RA)R concept=mse
 chunks_entropy: layers=R.(A)A.A chunk=entropy:3.06 level_embd=48
 chunks_routed: SLOTS layers=R((A)R)A chunk=route:3,2 chunk_binding=False
@@ -232,8 +235,19 @@ def without_attention(m):
 # invariants over VARIANTS
 
 
+def sight(m):
+    """Return how many tokens before its own place a change may show in training: those of the
+    chunks whose true concepts are handed down."""
+    chunks = m.cfg.chunk.split(",")
+    if not (m.training and m.cfg.plan_noise):
+        return 0
+    return m.cfg.block_size if "space" in chunks else m.cfg.horizon * math.prod(map(int, chunks))
+
+
 def leaks_nothing(m):
-    """What stands before a changed token gives the same, and what stands behind it does not."""
+    """What stands before a changed token gives the same, and what stands behind it does not.
+
+    A token that is handed the true concept of its chunk in training sees its chunk, and no more."""
     x, h = inputs(m)
     memory, atol = filled(m), 0.0
     if "G" in m.cfg.layers:  # documents that end elsewhere go through the kernel in other batches
@@ -243,11 +257,14 @@ def leaks_nothing(m):
         torch.manual_seed(1)
         return m(ids, history=h, memory=memory).logits.detach()
 
-    want = logits(x)
+    want, shows = logits(x), False
     for t in (1, 5, m.cfg.block_size - 1):
         got = logits(torch.cat((x[:, :t], (x[:, t:] + 1) % m.cfg.vocab_size), 1))
-        agree(got[:, :t], want[:, :t], atol)
+        n = max(0, t - sight(m))
+        agree(got[:, :n], want[:, :n], atol)
         assert not torch.equal(got[:, t:], want[:, t:])
+        shows = shows or not torch.equal(got[:, n:t], want[:, n:t])
+    assert shows or not sight(m)  # what training alone sees, it does see
 
 
 @invariant
@@ -535,13 +552,14 @@ def test_inductor(name):
 OPTIONS = """
 norm=layer norm=scale mlp=gelu mlp=swiglu pos=learned pos=none init=gpt2 bias=True tie=True
 qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8 n_mlp=-1 n_mlp=24
-n_value_embed=1 plan=cross concept=mse concept=energy concept=flow concept_weight=0 horizon=2
-concept_weight=0.3 share_levels=True chunk=2 chunk=3 chunk=space chunk=space,2 chunk=2,3
-level_embd=48 level_embd=64,48 chunk_binding=False chunk=route:2 chunk=route:2,3 chunk=entropy:0
-mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2 mem_noise=0.1 mem_straight=True
-dropout=0.1 channel_drop=0.1 head=nearest semantic=mse semantic=soft_ce semantic_weight=0.1
-soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5 exit_rate=0.5 exit_keys=True
-exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3 n_gram=4 n_gram_size=9
+n_value_embed=1 plan=cross plan=latent concept=mse concept=energy concept=flow concept_weight=0
+horizon=2 concept_weight=0.3 plan_draw=0.5 plan_noise=0.3 rollout=0.5 share_levels=True chunk=2
+chunk=3 chunk=space chunk=space,2 chunk=2,3 level_embd=48 level_embd=64,48 chunk_binding=False
+chunk=route:2 chunk=route:2,3 chunk=entropy:0 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2
+mem_drop=0.2 mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
+semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
+exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
+n_gram=4 n_gram_size=9
 """  # what random settings choose from
 
 
@@ -746,7 +764,7 @@ def test_the_concept_loss_is_its_formula(horizon):
     y[0, 2:4] = -1  # tokens 3 and 4; the first is nobody's target
     counts, total = [1, 1, 1, 2, 2, 2, 2, 2], 0.0
     made, out = m.concepts(x)[-1], m(x, y)
-    ahead = (made.u[0] @ m.get_parameter("levels.0.head.out.weight").T).view(-1, horizon, 32)
+    ahead = (made.u[0, :, 0] @ m.get_parameter("levels.0.head.out.weight").T).view(-1, horizon, 32)
     for i, j in itertools.product(range(8), range(8)):
         if i <= j < i + horizon and max(i - 1, 0) // 4 == j // 4:
             far = (ahead[i, j - i] - made.concepts[0, j]).square().mean()
@@ -771,6 +789,61 @@ def test_the_leak_test_finds_a_leak():
     m = make("level").eval()
     with bench.altered_plans(bench.ALTERED["one ahead"]), pytest.raises(AssertionError):
         leaks_nothing(m)
+
+
+@pytest.mark.parametrize("name", ["plan_draw", "plan_noise", "rollout"])
+def test_plans_are_drawn_once_a_chunk(name, monkeypatch):
+    """Decoding draws anew at every call, and keeps it: with noise that is a function of the state,
+    decoding with draws is the full forward with draws."""
+    m = make(name, eot=-1).eval()
+    x, state = random_ids(2, 16), m.init_state(2)
+    mean = m(x).logits
+    sample.draw_plans(m)
+    a, b = m(x).logits, m(x).logits
+    assert not torch.allclose(a, b, atol=1e-3) and not torch.allclose(a, mean, atol=1e-3)
+    first = m(x[:, :2], state=state).logits  # (a chunk is open: what is drawn of it stays)
+    state.rollback(1)
+    agree(m(x[:, 1:2], state=state).logits, first[:, 1:])
+    noise = lambda *shape, **_: torch.linspace(-1, 1, shape[-1]).expand(shape)
+    monkeypatch.setattr(torch, "randn", noise)
+    state = m.init_state(2)
+    steps = [m(t, state=state).logits for t in x.split((5, 1, 1, 4, 1, 4), 1)]
+    agree(torch.cat(steps, 1), m(x).logits, 1e-4)
+    sample.draw_plans(m, False)
+    agree(m(x).logits, mean)
+
+
+def test_a_rollout_reads_what_was_predicted():
+    """The concepts ahead of a state are those of the level over the concepts before it and its own
+    predictions, one after another; rows that are not rolled out read the first alone."""
+    m = make("rollout", eot=-1, horizon=3, concept="mse").eval()
+    x, level = random_ids(3, 16), m.levels[0]
+    made, handed = m.concepts(x)[-1], []
+    with bench.altered_plans(lambda plan: handed.append(plan) or plan):
+        full = m(x).logits
+    for i in (0, 2, 5):
+        c = made.concepts[:, :i]
+        for h in range(3):
+            v = torch.cat((level.bos.expand(3, 1, -1), c), 1)
+            inner = Sequence.of(v, (m.cos, m.sin), 1)
+            u = level.ln(level.run(v, inner, Aux())[0])[:, -1]
+            agree(made.u[:, i, h], u, 1e-4)
+            agree(handed[0][:, i, h], level.head(u)[:, 0], 1e-4)
+            c = torch.cat((c, norm(level.head(u))), 1)
+    part = m.train()(x).logits  # 2 of 3 rows
+    agree(part[:2], full[:2])
+    assert not torch.allclose(part[2], full[2], atol=1e-3)
+
+
+def test_a_latent_token_sees_its_chunk_alone():
+    """Behind a level whose plan is silenced, a token does not know what came before its chunk."""
+    m = make("plan_noise", layers="(A)A", chunk="4", eot=-1).eval()
+    m.blocks[0].cross.c_proj.weight.data.zero_()
+    x = random_ids(1, 16)
+    other = torch.cat((random_ids(1, 7, seed=1), x[:, 7:]), 1)
+    a, b = m(x).logits[0], m(other).logits[0]
+    agree(a[7:], b[7:])
+    assert (a[:7] - b[:7]).abs().amax(-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["mse", "energy", "flow"])
@@ -2678,6 +2751,7 @@ soft_top_k=2 gumbel=1 collapse_threshold=1 collapse_by=context collapse_back=1 c
    knn_lambda=0.5 knn_temp=1 memory_index=True int8=True
 temperature=0: top_k=3 top_p=0.9 min_p=0.1 best_of=2 soft=True
 beams=2: top_k=3 top_p=0.9 min_p=0.1 temperature=0.5 repetition_penalty=1.1 think_after=x
+   plan_draw=True
 soft=True collapse=always: soft_top_k=2 gumbel=1 collapse_threshold=1 collapse_by=context
    collapse_back=1 collapse_which=far
 soft=True collapse=never: collapse_threshold=1 collapse_by=context collapse_back=1
@@ -3110,6 +3184,10 @@ train
   --layers=((A)A)A --chunk=space => space,4 ; --layers=((A)A)A --chunk=2,3,4 => chunk | 2 depths
   --layers=((A)A)A --concept_weight=0.1,0.2,0.3 => concept_weight | 2 depths
   --layers=(A)A --concept_weight=-1 ; --layers=(A)A --horizon=0 ; --layers=RR --eot=-5
+  --layers=A(A)A --plan=latent => latent takes a level first
+  --layers=(A)A --plan=cross --plan_draw=1 => plan_draw | energy
+  --layers=(A)A --plan=cross --rollout=1 => rollout | horizon
+  --layers=(M)A --plan=cross --horizon=2 --rollout=1 --mem_chunk=4 => rollout | memory M
   --layers=A(A) --plan=cross => plan = cross | block behind ; --layers=RR --n_value_embed=1
   --layers=((A)A)A --chunk=8,64 --block_size=256 => chunk = 8,64 | window of 256
   --layers=((A)AA)AA --share_levels=True --plan=cross => share_levels | one depth
@@ -3191,7 +3269,7 @@ sample
 sample --out_dir={O}/strong
   --n_think=2 => not trained to think ; --prompt='día 7' => 'í' | '7' ; --prompt= => empty
   --prompt=FILE:{S}/no => cannot be read ; --speculate=2 --draft_exit=1 => after 1 blocks | layers
-  --exit=softmax --exit_threshold=0.5 => no exits
+  --exit=softmax --exit_threshold=0.5 => no exits ; --plan_draw => plan_draw | --concept=energy
   --stop_at_end => stop_at_end | --input= ; '--stop=<|endoftext|>' => stop_at_end
   --memory_index => memory_index needs a memory ; --stop={NOT_UTF8} => stop | UTF-8
   --prompt={NOT_UTF8} => prompt | UTF-8 ; --think_after={NOT_UTF8} => think_after | UTF-8
