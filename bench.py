@@ -667,7 +667,8 @@ ALTERED = {"shuffled": lambda returned: returned.roll(1, 0), "zeroed": torch.zer
 def drawn_ends(share):
     """Have words and learned chunks end at places of the window that are drawn once, a share of
     all, whatever stands there."""
-    plain, drawn = Level.find_chunks, torch.rand(2 ** 16, generator=torch.Generator().manual_seed(0)) < share
+    plain, g = Level.find_chunks, torch.Generator().manual_seed(0)
+    drawn = torch.rand(2 ** 16, generator=g) < share
 
     def find_chunks(level, x, seq, cache):
         if level.words:
