@@ -667,7 +667,8 @@ ALTERED = {"shuffled": lambda returned: returned.roll(1, 0), "zeroed": torch.zer
 def drawn_ends(share):
     """Have words and learned chunks end at places of the window that are drawn once, a share of
     all, whatever stands there."""
-    plain, drawn = Level.find_chunks, torch.rand(2 ** 16, generator=torch.Generator().manual_seed(0)) < share
+    plain, g = Level.find_chunks, torch.Generator().manual_seed(0)
+    drawn = torch.rand(2 ** 16, generator=g) < share
 
     def find_chunks(level, x, seq, cache):
         if level.words:
@@ -1502,13 +1503,13 @@ DRAWN = "--chunk=entropy:9 --after=chunks --drawn_ends="
 SPACED = Trial(
     "", "what makes a chunk, 4 blocks, 128 wide, 8 x 256",
     {**CHUNKS, "chunk = space": "--chunk=space --after=chunks",
-     "chunk = entropy:2.5": "--chunk=entropy:2.5 --after=chunks",
+     "chunk = entropy:2.7": "--chunk=entropy:2.7 --after=chunks",
      "ends drawn, 1 in 5": DRAWN + "0.2",
      "chunk = space, no exit": "--layers='A(A)AA' --chunk=space --after=chunks"},
     CHUNKS_BASE, baseline="chunk = 4", columns=BY_CHUNK)
 UNSPACED = Trial(
     "", "what makes a chunk of text without white space",
-    {**CHUNKS, "chunk = entropy:2.7": "--chunk=entropy:2.7 --after=chunks",
+    {**CHUNKS, "chunk = entropy:2.9": "--chunk=entropy:2.9 --after=chunks",
      "ends drawn, 1 in 5": DRAWN + "0.2"},
     CHUNKS_BASE + " --dataset=no_spaces", baseline="chunk = 4", columns=BY_CHUNK)
 
