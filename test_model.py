@@ -791,6 +791,29 @@ def test_the_leak_test_finds_a_leak():
         leaks_nothing(m)
 
 
+def test_brier_needs_no_likelihood():
+    """Its estimate from samples is what the probabilities say, E 2 p(y) - sum p^2; a model whose
+    plans can be drawn has a second one."""
+    m = make("rollout", vocab_size=4, eot=-1).eval()
+    text = random_ids(400, low=0, high=4)
+    run = mock.Mock(model=m, mcfg=m.cfg)
+    run.place.device = "cpu"
+    data = mock.Mock(n=400, rows=lambda first, last: (
+        torch.stack([text[i - 16:i] for i in last.tolist()]), None, None))
+    found, exact = bench.brier(run, data, n=1000, rows=250), []
+    g = seeded()
+    last = torch.randint(16, 400, (1000,), generator=g).numpy()
+    for i in range(4):
+        x = data.rows(None, last[250 * i:250 * (i + 1)])[0]
+        p = m(x).logits.softmax(-1)[:, 11 - i]
+        exact.append(2 * p.gather(1, x[:, 12 - i, None])[:, 0] - p.square().sum(1))
+    assert found["Brier-1"] == pytest.approx(torch.cat(exact).mean().item(), abs=0.06)
+    assert 0 <= found["BrierLM"] <= 100 and found["BrierLM, drawn"] != found["BrierLM"]
+    texts = bench.write(m, [[1, 2, 3]] * 2, 20, "--temperature=1 --plan_draw")[1]
+    assert texts == bench.write(m, [[1, 2, 3]] * 2, 20, "--temperature=1 --plan_draw")[1]
+    assert texts[0] != texts[1]
+
+
 @pytest.mark.parametrize("name", ["plan_draw", "plan_noise", "rollout"])
 def test_plans_are_drawn_once_a_chunk(name, monkeypatch):
     """Decoding draws anew at every call, and keeps it: with noise that is a function of the state,
