@@ -1791,6 +1791,25 @@ def test_tokenizers_round_trip():
     refused(tok.encode, "axy", "'x' 'y'", "python prepare.py --tokenizer=byte --input=FILE")
 
 
+def test_words_are_ids_and_what_is_none_is_spelled(tmp_path):
+    """The most frequent of the training split alone; no letter is lost, so bits a byte are right;
+    decoding and a checkpoint's samples know them."""
+    text = "the cat saw the dog.\n\n" * 90 + "the emu hit the fly.\n\n" * 10
+    argv, meta = prepared(tmp_path, text, "--tokenizer=word", "--vocab_size=263")
+    tok = prepare.Tokenizer(meta["tokenizer"])
+    assert sorted(tok.spec["words"]) == ["\n\n", " cat", " dog", " saw", " the", "the"]
+    assert tok.encode("a cat.") == [97, tok.words[" cat"][0], 46] and tok.eot == 262
+    assert "".join(tok.decode(ids_of(tmp_path, s).tolist()) for s in ("train", "val")) == text
+    assert sum(meta["bytes"].values()) == len(text)
+    for odd in ("día ☃  the\n", "x"):
+        assert tok.decode(tok.encode(odd)) == odd
+    assert prepare.command(str(tmp_path / "x" / "train.bin")).count("--vocab_size=263") == 1
+    refused(prepare.main, [*argv, "--vocab_size=264", "--overwrite"], "6 words", "--vocab_size=263")
+    run(tmp_path / "o", dataset="x", data_dir=str(tmp_path))
+    assert quiet(sample.main, [f"--out_dir={tmp_path}/o", "--prompt=the cat", "--max_new_tokens=5",
+                               "--device=cpu", "--dtype=float32"]).startswith("the cat")
+
+
 def test_public_token_files(tmp_path):
     """Those with a header and those without are the same tokens; what is cut off is refused."""
     tokens = {"val": np.arange(300) % 257, "train": np.arange(5000) % 256}
@@ -1999,6 +2018,7 @@ def test_bad_meta(tmp_path):
         bad += [prepare.seal({**good, key: value})
                 for value in ([], -1.5, {"train": 1}, {"kind": "char"}, 10 ** 30)]
     for spec in ({"kind": "char", "chars": "aa", "eot": True}, {"kind": "byte", "x": 1},
+                 {"kind": "word", "words": ["the", "the"]}, {"kind": "word", "words": ["a"]},
                  {"kind": "tiktoken", "encoding": 3}):
         bad.append(prepare.seal({**good, "tokenizer": spec,
                                  "tokenizer_sha256": prepare.json_hash(spec)}))
@@ -3117,6 +3137,8 @@ train --init_from=resume --out_dir={O}/weak
 train --init_from=resume --out_dir={O}/exits
   --dataset=cipher => tokenizer: | train.bin:
 prepare
+  --tokenizer=word => vocab_size | 2000 ; --vocab_size=2000 => tokenizer = word
+  plan --tokenizer=word --vocab_size=300 => does nothing for plan
   --source=moon ; cipher --tokenizer=byte => cipher | --tokenizer ; cipher --seed=-1
   cipher shakespeare => one dataset ; --tokenizer=char parity_of_what => parity_of_what
   shakespere => did you mean shakespeare? ; {S}/t.txt => given as --input={S}/t.txt
