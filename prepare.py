@@ -14,8 +14,9 @@
                                                      fetches them) or nanoGPT's; those with val in
                                                      their name validate
     python prepare.py cipher                         a synthetic task; others: topic, chain, plan,
-                                                     fork, parity, even_pairs, cycle_navigation,
-                                                     modular_arithmetic, reverse_string, facts
+                                                     fork, star, parity, even_pairs, facts,
+                                                     cycle_navigation, modular_arithmetic,
+                                                     reverse_string
 
 Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their own shares) and
 meta.json.
@@ -1167,6 +1168,25 @@ def plan(cfg, rng):
     return chars, {}, document
 
 
+def star(cfg, rng):
+    """Find the path in a star: two arms of 4 nodes each leave the start, the edges come in any
+    order, then start and goal, and the path alone is scored. Along the arm each step is in plain
+    sight but the first, which takes the whole arm from the goal back: a model that reads the answer
+    so far learns to follow it and not to plan (Bachmann and Nagarajan 2024, arXiv:2403.06963).
+
+    Example: kl;ek;lz;yg;te;cy;tc;gq;t,z=eklz (of which e alone is hard)"""
+    chars = ",;=" + "".join(map(chr, range(97, 123)))
+
+    def document(train):
+        start, *nodes = 3 + rng.permutation(26)[:9]
+        arms = [[start, *nodes[:4]], [start, *nodes[4:]]]
+        edges = [(a, b, 1) for arm in arms for a, b in itertools.pairwise(arm)]
+        ids = np.concatenate([*rng.permutation(edges), [start, 0, nodes[3], 2], nodes[:4]])
+        return ids, np.arange(32) >= 28
+
+    return chars, {"whole": True}, document
+
+
 def fork(cfg, rng):
     """Write chunks of 4 letters, each of them `abcd` or `efgh`, evenly: what comes next is one of
     two, and never the middle."""
@@ -1231,6 +1251,7 @@ FORMAL = {
 TASKS = {"cipher": (cipher, 3600, 400), "topic": (topic, 3600, 400),
          "chain": (chain, 180_000, 20_000),  # documents of a split
          "facts": (facts, 2000, 40), "plan": (plan, 20_000, 1000), "fork": (fork, 5000, 500),
+         "star": (star, 200_000, 2000),
          **{name: (task, 200_000, 4600) for name, task in FORMAL.items()}}
 
 

@@ -1126,6 +1126,9 @@ EXAMPLES = """
 plan 0
 ocjlniggkpkcnkobehgakikhpmpbnaignia
        ^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+star 0
+kl;ek;lz;yg;te;cy;tc;gq;t,z=eklz
+                            ^^^^
 fork 0
 ---efghefghefghabcdabcdabcdabcdabcdabcdefghefghefghefghefghefgh
    ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
@@ -3138,7 +3141,7 @@ train --init_from=resume --out_dir={O}/exits
   --dataset=cipher => tokenizer: | train.bin:
 prepare
   --tokenizer=word => vocab_size | 2000 ; --vocab_size=2000 => tokenizer = word
-  plan --tokenizer=word --vocab_size=300 => does nothing for plan
+  star --tokenizer=word --vocab_size=300 => does nothing for star
   --source=moon ; cipher --tokenizer=byte => cipher | --tokenizer ; cipher --seed=-1
   cipher shakespeare => one dataset ; --tokenizer=char parity_of_what => parity_of_what
   shakespere => did you mean shakespeare? ; {S}/t.txt => given as --input={S}/t.txt
