@@ -121,7 +121,7 @@ class GPTConfig:
     ce_weight: float = 1.0  # weight of cross-entropy in training; 0: the semantic loss alone
     semantic: str = "cos"  # cos | mse (regress the target's embedding) | soft_ce (soft targets)
     semantic_weight: float = 0.0  # weight of that loss; 0: off
-    semantic_temp: float = 0.1  # soft_ce: temperature of the similarity (cosine) of embeddings
+    semantic_temp: float = 0.1  # soft_ce: temperature of the cosine; 1e6 is label smoothing
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
@@ -2499,6 +2499,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         """Make rotary angles of all positions, and which tokens end a word."""
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("ends_word", None, persistent=False)
+        self.register_buffer("semantic_table", None, persistent=False)  # a trainer may give one
         attending = cfg.attending() if cfg.pos == "rope" else []
         if attending:
             angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
@@ -2720,9 +2721,11 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
     def semantic_loss(self, h, logits, targets):
         """Return the sum over scored targets (B, T) of a loss that knows how far off a token is.
 
-        The embeddings it is measured by carry no gradient.
+        The embeddings it is measured by, its own or a trainer's, carry no gradient. soft_ce with a
+        temperature of 1e6 and a weight w is label smoothing of w / (1 + w).
         """
-        e, y = self.embeddings().detach(), targets.clamp(min=0)
+        e, y = self.semantic_table, targets.clamp(min=0)
+        e = self.embeddings().detach() if e is None else e
         if self.distance is None:  # soft_ce: cross-entropy with targets as likely as they are alike
             near = (e[y] @ e.T / e.size(-1) / self.cfg.semantic_temp).softmax(-1)  # (B, T, V)
             loss = -(near * logits.float().log_softmax(-1)).sum(-1)

@@ -614,6 +614,29 @@ def test_nearest_logits_and_semantic_losses_are_their_formulas(kind):
     agree(out.loss, out.losses["ce"] + 0.5 * out.losses["semantic"])
 
 
+def test_a_high_temperature_is_label_smoothing():
+    m = make("soft_ce", semantic_temp=1e6, semantic_weight=0.25, vocab_size=1100)  # 1,152 rows
+    x, _ = inputs(m)
+    out = m(x, x.flip(1))
+    want = F.cross_entropy(out.logits.flatten(0, 1), x.flip(1).flatten(), label_smoothing=0.2)
+    agree(out.loss / 1.25, want)
+
+
+def test_a_table_of_company_is_what_semantic_losses_measure_by(tmp_path):
+    """Tokens that stand among the same others are alike, and those never seen are like none."""
+    rng = np.random.default_rng(0)
+    ids = (rng.integers(0, 5, 4000) + np.tile(np.repeat([0, 5], 20), 100)).astype(np.uint16)
+    table = train.semantic_table("ppmi", ids, 12, 16)
+    near = table @ table.T / 16
+    assert (near[:5, :5] > 0.5).all() and (near[:5, 5:10] < 0.3).all() and not table[10:].any()
+    assert train.semantic_table("own", ids, 12, 16) is None
+    refused(lambda V: train.semantic_table("ppmi", ids, V, 16), 10 ** 5, "100,000", "4,096")
+    learned = [run(tmp_path / kind, dict(semantic_weight=1.0), semantic_table=kind,
+                   train_tokens=2000)[1]["model"]["point.proj.weight"]
+               for kind in ("own", "ppmi", "random")]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(learned, 2))
+
+
 def test_regression_alone_teaches_the_trunk_nothing_of_cross_entropy():
     m = make("regression")
     x, _ = inputs(m)
@@ -3085,6 +3108,7 @@ train
   --n_head=5 => n_embd | n_head ; --n_head=4,2 --n_layer=2 => head_dim ; --norm=batch => norm | rms
   --tie=True --embed_norm=False => tie ; --optimizer=sgd => optimizer | adamw
   --n_mlp=1,2,3 => n_mlp | 3 ; --layers=AA --n_layer=6 => n_layer | AA ; --layers=AX => 'X' | layers
+  --semantic_table=x => semantic_table ; --semantic_table=ppmi => semantic_table | semantic_weight
   --ce_weight=0 => ce_weight | semantic_weight ; --ce_weight=0 --semantic_weight=1 => head=nearest
   --ce_weight=0 --semantic_weight=1 --head=nearest --semantic=soft_ce => mse or cos
   --head=nearest --tie=True => nearest | tie ; --enrich=True => enrich | history
@@ -3114,6 +3138,7 @@ train
   --teacher=x --distill=0 => distill_ce ; --teacher=x --distill_match=-1 => distill_match
   --distill_ce=1 => distill_ce | --teacher=
 train {ON}
+  --train_tokens=1000000 => train_tokens | 1,000,000 ; --train_tokens=-1
   --layers=RR --eot=999 => eot | 999 ; --vocab_size=500 => 500 | text ; --device=tpu9 => tpu9 | cpu
   --layers=(A)A --chunk=space --dataset=chain => white space ; --n_think=2 => chain | --think_token
   --n_think=2 --think_token=999 => 999 ; --device=meta => meta | cpu
