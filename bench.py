@@ -708,7 +708,7 @@ def explained(run, data):
     """Return how much of the next concept the fastest level predicts: R^2 over the mean of all
     concepts, and over copying the last one. (cos regresses a direction: all its predictions take
     the one length that fits best.) {} where it predicts none."""
-    if run.model.levels[0].head is None:
+    if run.model.levels[0].head is None or run.mcfg.concept_of != "chunk":
         return {}
     triples = []
     for x, y, h, _ in data.eval_batches(run.place, 64):
@@ -1424,6 +1424,40 @@ FORK = Trial(
     LEVELS + " --layers='(AA)A' --dataset=fork --block_size=64 --batch_size=32 --max_iters=400 "
              "--concept_weight=0.1 --after=two_futures", timing="",
     columns=("first mode", "middle", "second mode"))
+
+
+OF = "--concept_weight=0.1 --concept=mse --concept_of="
+TARGETS = {"no loss": "--concept_weight=0", "chunk": OF + "chunk", "bag": OF + "bag",
+           "state": OF + "state", "ema": OF + "ema",
+           "ema of other rows": f"{OF}ema --leak=target:shuffled"}
+SMOOTHED = "--concept_weight=0 --semantic=soft_ce --semantic_weight=0.111 --semantic_temp=1e6"
+OF_TARGETS = ("val loss", "difference", "sd of it")
+TARGET_TRIALS = (
+    Trial("", "plan: 600 steps of 32 x 72", TARGETS, PLAN_TASK + " --n_embd=128 --n_head=4 "
+          "--compile=False --after=spread" + ONCE, timing="",
+          columns=(*OF_TARGETS, "spread of states")),
+    Trial("", "star: the share of right first steps (chance 0.5) and paths, 1,200 steps of 32 x 36",
+          {"AAAA": "",
+           **{f"(AA)AA, {k}": f"--layers='(AA)AA' {TARGETS[k]}" for k in
+              ("no loss", "chunk", "bag", "ema")}},
+          "--layers=AAAA --dataset=star --n_embd=128 --n_head=4 --block_size=36 --batch_size=32 "
+          "--max_iters=1200 --compile=False --after=by_step" + ONCE, timing="",
+          columns=(*OF_TARGETS, "first step", "path")),
+    Trial("", "Shakespeare, (AA)AA by words, 350 steps of 8 x 256",
+          {**TARGETS, "label smoothing": SMOOTHED},
+          LEVELS + " --layers='(AA)AA' --chunk=space --compile=False --after=spread", timing="",
+          columns=(*OF_TARGETS, "spread of states")))
+
+
+def targets(cfg):
+    """what a level or an output is to predict: the spelling of a chunk, its words without order,
+    what the level itself makes of it, a moving average of that; beside no such
+    loss, the same of other rows, and label smoothing"""
+    for trial in TARGET_TRIALS:
+        yield from trial(cfg)
+
+
+CLAIMS["targets"] = targets
 
 
 def concepts(cfg):

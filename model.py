@@ -96,6 +96,7 @@ class GPTConfig:
     plan: str = "add"  # a level hands down: add (its state) | cross (concepts to attend to)
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
+    concept_of: str = "chunk"  # its target: chunk | bag (order lost) | state (of the level) | ema
     horizon: int = 1  # concepts that are predicted ahead
     share_levels: bool = False  # levels run the blocks of the token level: one set of weights
     eot: int = -1  # id that ends a document, where memory of the past ends; -1: the dataset's
@@ -195,7 +196,7 @@ class GPTConfig:
                 (any(BLOCKS[c][1] is mlp for c in self.letters), "a block with an MLP (A, R, D or "
                  "G) in layers", "mlp n_mlp"),
                 (has("("), "a level, ( ), in layers",
-                 "share_levels chunk plan concept concept_weight horizon"),
+                 "share_levels chunk plan concept concept_weight concept_of horizon"),
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
                 (has("F"), "a block F in layers", "n_mem"),
                 (has("M"), "a block M in layers",
@@ -204,7 +205,7 @@ class GPTConfig:
                  "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
                 (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
                 (self.plan == "cross" or self.concept_weight, "plan = cross or a concept_weight",
-                 "concept horizon"),
+                 "concept concept_of horizon"),
                 (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span",
                  "enrich"),
                 (self.n_span, "spans: history, n_span and span", "span_binding"),
@@ -1778,6 +1779,12 @@ class Level(Stack):
     complete yet. A document without a closed chunk reads u_0 (with plan = add).
     x (B, L, C) -> (B, L, C).
 
+    With another concept_of what u_i predicts is no spelling. bag: the sum of chunk i without
+    places, a summary of the future (arXiv:2510.14751). state: u_{i+1}, what the level makes of the
+    chunk once it has read it, without a gradient. ema: the same of `average`, layers inside whose
+    weights are a moving average (JEPA, Assran et al. 2023, arXiv:2301.08243), which a trainer
+    moves. States that are all alike predict each other; that tokens read them keeps them apart.
+
     Example, chunk = 2: tokens a b c d e, chunks (a b) (c d); a reads u_0, b and c read u_1 (made of
     bos and c_0), d and e read u_2; u_1 regresses c_1 = the bound sum of (c d).
     """
@@ -1802,6 +1809,13 @@ class Level(Stack):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.add_layers(cfg, tree, depth, shared)
+        self.bag, self.of_state = cfg.concept_of == "bag", cfg.concept_of in ("state", "ema")
+        self.average = None
+        if cfg.concept_of == "ema" and self.weight > 0:
+            self.average = Stack()
+            self.average.add_layers(cfg, tree, depth)
+            for p in self.average.requires_grad_(False).parameters():
+                p.seeded_as = "average.", ""  # a copy at first
 
     @staticmethod
     def check(cfg):
@@ -1830,6 +1844,9 @@ class Level(Stack):
         if cfg.share_levels and cfg.plan == "cross" and depth > 1:
             raise ValueError("share_levels with plan = cross takes one depth of levels: nobody "
                              "would read the slower plans")
+        if cfg.concept_of == "ema" and (depth > 1 or cfg.share_levels or {*"FM"} & {*cfg.layers}):
+            raise ValueError("concept_of = ema takes one depth of levels, and neither memories (F, "
+                             "M) nor share_levels; concept_of = state takes them all")
         if cfg.share_levels and "M" in cfg.layers:
             raise ValueError("share_levels gives one block to several levels, and a memory M "
                              "belongs to one; leave one of them out")
@@ -1874,7 +1891,8 @@ class Level(Stack):
             u = self.run_inner(concepts, scored, chunks, seq, aux, cache)
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
             if scored is not None and self.weight > 0 and cache is None:
-                self.regress(u, concepts, scored, chunks, aux)
+                target = self.target(x, u, concepts, inside, chunks, seq)
+                self.regress(u, target, scored, chunks, aux)
         return self.hand_down(x, u, chunks, seq, cache)
 
     def update_cache(self, x, seq, aux, cache, plan):
@@ -1940,10 +1958,10 @@ class Level(Stack):
         cache.write(pos, open_sum=opened)
         return chunks.ends.to(x.dtype) @ opened, inside
 
-    def run_inner(self, concepts, scored, chunks, seq, aux, cache):
+    def run_inner(self, concepts, scored, chunks, seq, aux, cache, stack=None):
         """Run the layers inside over bos, where all begins, and concepts (B, M, C): states u.
 
-        scored (B, M): how many scored tokens are in each chunk, or None.
+        scored (B, M): how many scored tokens are in each chunk, or None. stack: layers instead.
         """
         n, exists, doc_start = int(seq.begins), chunks.exists, None
         if seq.begins:
@@ -1965,22 +1983,31 @@ class Level(Stack):
                             doc_start=doc_start, is_token=F.pad(exists, (n, 0), value=True),
                             scored=scored, doc_ended=ended, layer_mask=seq.layer_mask,
                             memory=seq.memory)
-        return self.ln(self.run(concepts, inner, aux, caches)[0])
+        return self.ln((stack or self).run(concepts, inner, aux, caches)[0])
 
-    def regress(self, u, concepts, scored, chunks, aux):
-        """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, C).
+    def target(self, x, u, concepts, inside, chunks, seq):
+        """Return what is to be predicted of each chunk (B, M, C)."""
+        if self.bag:
+            return rms_norm(inside.to(x.dtype) @ x[:, seq.n_prefix:])
+        if self.average is not None:
+            with torch.no_grad():
+                u = self.run_inner(concepts, None, chunks, seq, Aux(), None, self.average)
+        return u[:, 1:] if self.of_state else concepts
+
+    def regress(self, u, target, scored, chunks, aux):
+        """Leave the loss of predicting a target (B, M, C) from states u (B, M + 1, C).
 
         A chunk counts as many times as it has scored tokens, so that the weight beside
         cross-entropy does not depend on the chunk, and not at all across documents.
         """
-        M, H = concepts.size(1), self.horizon
+        M, H = target.size(1), self.horizon
 
         def ahead(t):  # (B, M, ..) -> (B, M, H, ..)
             pad = (0, 0) * (t.dim() - 2)
             return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(H)], 2)
 
         same = ahead(chunks.doc) == chunks.doc_before[..., None]
-        loss = self.head.loss(u[:, :M], ahead(concepts.detach().float()))
+        loss = self.head.loss(u[:, :M], ahead(target.detach().float()))
         aux.losses.append((self.name, self.weight, (loss * ahead(scored) * same).sum() / H))
 
     def returned(self, u):
@@ -2789,7 +2816,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 CHOICES = {
     "mlp": ACTIVATIONS, "norm": NORMS, "pos": ("rope", "learned", "none"),
     "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"), "plan": ("add", "cross"),
-    "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
+    "concept": CONCEPT_HEADS, "concept_of": ("chunk", "bag", "state", "ema"),
+    "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
     "exit_loss": ("depth", "rotate")}
 CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
            EmbeddingHead, EarlyExit)

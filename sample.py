@@ -640,7 +640,8 @@ class Decoder:
         nearest to the concept that is predicted from what stands before it, beside what was
         written; nothing where no level that stands first plans sums of tokens."""
         level, window = self.model.order[0], self.rows[0][1]
-        if not isinstance(level, Level) or level.head is None or level.chunk == "space":
+        if not isinstance(level, Level) or level.head is None or level.chunk == "space" or (
+                self.model.cfg.concept_of != "chunk"):
             return []
         made = self.model.concepts(torch.tensor([window], device=self.device), self.history([0]))
         made = next(m for m in made if m.level is level)

@@ -114,6 +114,10 @@ level: layers=(A)A
 level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
 levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3
 levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
+levels_of_bags: layers=((A)A)A chunk=2,2 concept_of=bag horizon=2
+level_of_states: WORDS SLOTS layers=R(A)A chunk=space concept_of=state plan=cross
+   concept_weight=0.1
+level_of_averages: layers=(AR)A concept_of=ema concept=mse concept_weight=0.1
 hierarchy: WORDS layers=R(RA)R concept=mse
 level+slots+nanogpt: SLOTS NANOGPT layers=(A)A plan=cross
 levels+gru+slots+enrich: SLOTS WORDS layers=((G)R)A chunk=space,2 plan=cross eot=7 enrich=True
@@ -472,7 +476,8 @@ def test_every_parameter_trains(name):
     that of values, and Muon's for matrices of layers) and has a gradient within 12 steps; all
     losses are there, and the first falls."""
     m = make(name, awake=False)
-    optimizers, parameters = train.make_optimizers(m, TrainConfig()), dict(m.named_parameters())
+    optimizers = train.make_optimizers(m, TrainConfig())
+    parameters = {n: p for n, p in m.named_parameters() if ".average." not in n}
     rates = [(id(p), g["lr"]) for o in optimizers for g in o.param_groups for p in g["params"]]
     rate = lambda n, p: 0.008 if n.endswith("values.weight") else 0.004 if (
         p.dim() != 2 or re.search(r"embed|head|wte|wpe|point|sure|gate|tables", n)) else 0.02
@@ -534,7 +539,8 @@ OPTIONS = """
 norm=layer norm=scale mlp=gelu mlp=swiglu pos=learned pos=none init=gpt2 bias=True tie=True
 qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8 n_mlp=-1 n_mlp=24
 n_value_embed=1 plan=cross concept=mse concept=energy concept=flow concept_weight=0 horizon=2
-concept_weight=0.3 share_levels=True chunk=2 chunk=3 chunk=space chunk=space,2 chunk=2,3
+concept_weight=0.3 concept_of=bag concept_of=state concept_of=ema
+share_levels=True chunk=2 chunk=3 chunk=space chunk=space,2 chunk=2,3
 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2 mem_noise=0.1 mem_straight=True
 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse semantic=soft_ce semantic_weight=0.1
 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5 exit_rate=0.5 exit_keys=True
@@ -730,11 +736,12 @@ def test_concepts_are_bound_sums(more, text, ends):
         assert read.tolist() == [text[a:b] for a, b in chunks]
 
 
-@pytest.mark.parametrize("horizon", [1, 2])
-def test_the_concept_loss_is_its_formula(horizon):
-    """State i predicts concepts i, i + 1, .. of its own document; a chunk counts as often as it has
-    scored tokens, over all that are scored."""
-    m = make("level", concept="mse", concept_weight=0.3, horizon=horizon, chunk=2)
+@pytest.mark.parametrize("horizon, of", [(1, "chunk"), (2, "chunk"), (1, "bag"), (1, "state"),
+                                         (2, "ema")])
+def test_the_concept_loss_is_its_formula(horizon, of):
+    """State i predicts concepts i, i + 1, .. of its own document, or what concept_of says in their
+    place; a chunk counts as often as it has scored tokens, over all that are scored."""
+    m = make("level", concept="mse", concept_weight=0.3, horizon=horizon, chunk=2, concept_of=of)
     x = random_ids(1, 16)
     x[0, 8] = 5  # chunks 0 to 3, and 4 to 7 of the next document
     y = x.roll(-1, 1)
@@ -742,12 +749,33 @@ def test_the_concept_loss_is_its_formula(horizon):
     counts, total = [1, 1, 1, 2, 2, 2, 2, 2], 0.0
     made, out = m.concepts(x)[-1], m(x, y)
     ahead = (made.u[0] @ m.get_parameter("levels.0.head.out.weight").T).view(-1, horizon, 32)
+    target = made.concepts[0]
+    if of == "bag":
+        target = norm(norm(m.wte(x[0])).view(8, 2, 32).sum(1))
+    elif of != "chunk":  # the state that has read the chunk, of the level or of its average
+        level = m.levels[0]
+        level.order = list(level.order if of == "state" else level.average.order)
+        target = m.concepts(x)[-1].u[0, 1:]
     for i, j in itertools.product(range(8), range(8)):
         if i <= j < i + horizon and max(i - 1, 0) // 4 == j // 4:
-            far = (ahead[i, j - i] - made.concepts[0, j]).square().mean()
+            far = (ahead[i, j - i] - target[j]).square().mean()
             total = total + far * counts[j] / horizon
     agree(out.losses["concept_1"], total / 14)
     agree(out.loss, out.losses["ce"] + 0.3 * out.losses["concept_1"])
+
+
+def test_averages_follow_the_weights(tmp_path):
+    """From the same first values: with a decay of 0 all the way, with 1 not at all."""
+    v = settings(VARIANTS["level_of_averages"])
+    first, now, behind = (run(tmp_path / str(i), v, ema_decay=decay, max_iters=n)[1]["model"]
+                          for i, (decay, n) in enumerate([(1.0, 5), (0.0, 5), (0.99, 5)]))
+    pairs = {n.replace("average.", ""): n for n in now if ".average." in n}
+    assert len(pairs) == sum("levels.0.blocks" in n for n in now)
+    start = dict(GPT(GPTConfig(**{**TINY, **v, "vocab_size": 30}), 1337).named_parameters())
+    for name, average in pairs.items():
+        assert torch.equal(first[average], start[name]) and torch.equal(now[average], now[name])
+        far = lambda a, b: (a - b).norm()
+        assert 0 < far(behind[average], start[name]) < 0.05 * far(behind[name], start[name])
 
 
 @pytest.mark.parametrize("more", ["chunk=space space=1", "chunk=1", "chunk=200", "layers=R(R)R",
@@ -3108,7 +3136,10 @@ train
   --n_head=5 => n_embd | n_head ; --n_head=4,2 --n_layer=2 => head_dim ; --norm=batch => norm | rms
   --tie=True --embed_norm=False => tie ; --optimizer=sgd => optimizer | adamw
   --n_mlp=1,2,3 => n_mlp | 3 ; --layers=AA --n_layer=6 => n_layer | AA ; --layers=AX => 'X' | layers
-  --semantic_table=x => semantic_table ; --semantic_table=ppmi => semantic_table | semantic_weight
+  --layers=((A)A)A --concept_of=ema => concept_of | one depth ; --semantic_table=x => semantic_table
+  --layers=(A)AF --concept_of=ema => concept_of = state
+  --semantic_table=ppmi => semantic_table | semantic_weight ; --concept_of=ema => ( )
+  --ema_decay=0.5 => ema_decay | concept_of
   --ce_weight=0 => ce_weight | semantic_weight ; --ce_weight=0 --semantic_weight=1 => head=nearest
   --ce_weight=0 --semantic_weight=1 --head=nearest --semantic=soft_ce => mse or cos
   --head=nearest --tie=True => nearest | tie ; --enrich=True => enrich | history

@@ -44,7 +44,7 @@ COUNT, SIZE, WEIGHT, BELOW_ONE = (1, 2 ** 53), (0, 2 ** 53), (0, 1e9), (0, 0.999
 RANGES = {"batch_size": (1, 2 ** 20), "gradient_accumulation_steps": (1, 2 ** 20),
           "eval_interval": COUNT, "log_interval": COUNT, "max_iters": COUNT,
           "warmup_iters": SIZE, "lr_decay_iters": SIZE, "eval_tokens": SIZE, "score_last": SIZE,
-          "train_tokens": SIZE,
+          "train_tokens": SIZE, "ema_decay": (0, 1),
           "stream": SIZE, "ns_steps": (1, 100), "weight_decay": WEIGHT, "grad_clip": WEIGHT,
           "min_lr": WEIGHT, "muon_lr": WEIGHT, "value_lr": WEIGHT, "distill": WEIGHT,
           "distill_match": WEIGHT, "distill_ce": WEIGHT, "learning_rate": (1e-12, 1e9),
@@ -68,6 +68,7 @@ class TrainConfig:
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # clip the gradient to this norm; 0: do not
+    ema_decay: float = 0.99  # of concept_of = ema: share of the average that each step keeps
     semantic_table: str = "own"  # embeddings of semantic losses: own | ppmi (of the text) | random
     schedule: str = "wsd"  # wsd (constant, then linearly down) | cosine | triangle (linearly down)
     decay_lr: bool = True  # False: constant after the warm-up
@@ -132,6 +133,7 @@ class TrainConfig:
             (self.decay_lr, "decay_lr = True", "schedule lr_decay_iters min_lr"),
             (self.decay_lr and self.schedule == "wsd", "schedule = wsd, and decay_lr", "cooldown"),
             (self.score_last, "score_last", "train_on_all"),
+            (mcfg.concept_of == "ema", "concept_of = ema", "ema_decay"),
             (mcfg.semantic_weight and mcfg.head == "softmax", "a semantic_weight above 0, and "
              "head = softmax", "semantic_table"),
             ("M" in mcfg.layers, "a block M in layers", "stream"),
@@ -527,7 +529,7 @@ def make_optimizers(model, tcfg):
     """Return AdamW, and Muon where it has something to do, for the groups that parameters state
     (without Muon matrices are among the tables); each group has its peak_lr."""
     groups = {name: [] for name in GROUPS}
-    for p in model.parameters():
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         matrix = p.group == "matrix" and tcfg.optimizer != "muon"
         groups["table" if matrix else p.group].append(p)
     adam = [dict(params=groups["table"], weight_decay=tcfg.weight_decay),
@@ -970,7 +972,17 @@ class Runner:
             if finite:
                 o.step()
             o.zero_grad(set_to_none=True)
+        if finite:
+            self.move_averages()
         return list(out.losses), values
+
+    @torch.no_grad()
+    def move_averages(self):
+        """Draw the moving averages that levels regress on (concept_of = ema) to their weights."""
+        for level in self.model.levels:
+            if level.average is not None:
+                pair = list(level.average.parameters()), list(level.blocks.parameters())
+                torch._foreach_lerp_(*pair, 1 - self.tcfg.ema_decay)
 
     def evaluate(self, data, alter=None, stop=lambda: 0, limit=0):
         """Return (nats a scored token, bits a byte) over a whole split, or its first `limit`
