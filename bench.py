@@ -1429,7 +1429,8 @@ FORK = Trial(
 OF = "--concept_weight=0.1 --concept=mse --concept_of="
 TARGETS = {"no loss": "--concept_weight=0", "chunk": OF + "chunk", "bag": OF + "bag",
            "state": OF + "state", "ema": OF + "ema",
-           "ema of other rows": f"{OF}ema --leak=target:shuffled"}
+           "ema of other rows": f"{OF}ema --leak=target:shuffled",
+           "next latent": "--concept_weight=0 --next_latent=0.1"}
 SMOOTHED = "--concept_weight=0 --semantic=soft_ce --semantic_weight=0.111 --semantic_temp=1e6"
 OF_TARGETS = ("val loss", "difference", "sd of it")
 TARGET_TRIALS = (
@@ -1437,7 +1438,7 @@ TARGET_TRIALS = (
           "--compile=False --after=spread" + ONCE, timing="",
           columns=(*OF_TARGETS, "spread of states")),
     Trial("", "star: the share of right first steps (chance 0.5) and paths, 1,200 steps of 32 x 36",
-          {"AAAA": "",
+          {"AAAA": "", "AAAA, next latent": "--next_latent=0.1",
            **{f"(AA)AA, {k}": f"--layers='(AA)AA' {TARGETS[k]}" for k in
               ("no loss", "chunk", "bag", "ema")}},
           "--layers=AAAA --dataset=star --n_embd=128 --n_head=4 --block_size=36 --batch_size=32 "
@@ -1451,8 +1452,8 @@ TARGET_TRIALS = (
 
 def targets(cfg):
     """what a level or an output is to predict: the spelling of a chunk, its words without order,
-    what the level itself makes of it, a moving average of that; beside no such
-    loss, the same of other rows, and label smoothing"""
+    what the level itself makes of it, a moving average of that, the next output vector; beside no
+    such loss, the same of other rows, and label smoothing"""
     for trial in TARGET_TRIALS:
         yield from trial(cfg)
 

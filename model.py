@@ -52,7 +52,7 @@ from torch.nn import functional as F
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1, "aggregate soft_rate exit_distill exit_rate"),
     (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
-    (0, 1e6, "concept_weight mem_noise ce_weight semantic_weight exit_weight"),
+    (0, 1e6, "concept_weight mem_noise ce_weight semantic_weight exit_weight next_latent"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
@@ -123,6 +123,7 @@ class GPTConfig:
     semantic: str = "cos"  # cos | mse (regress the target's embedding) | soft_ce (soft targets)
     semantic_weight: float = 0.0  # weight of that loss; 0: off
     semantic_temp: float = 0.1  # soft_ce: temperature of the cosine; 1e6 is label smoothing
+    next_latent: float = 0.0  # weight of regressing the next output vector; 0: off
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
@@ -2215,6 +2216,26 @@ class EmbeddingHead(nn.Module):
         return 16 * self.scale * (z @ e.T) / e.size(-1)
 
 
+class NextLatent(nn.Module):
+    """Regresses each output vector from the one before and the token between, and gives the loss.
+
+    So an output must hold what later ones are made of (NextLat, arXiv:2511.05963).
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.n_embd
+        self.change = nn.Sequential(Linear(2 * C, 2 * C, group="table"), nn.SiLU(),
+                                    Linear(2 * C, C, init=ZEROS, group="table"))
+
+    def forward(self, h, e, targets):
+        """Outputs h and embeddings e of the inputs, (B, T, C) each -> a sum over scored targets."""
+        before, after = h[:, :-1], h[:, 1:].detach()
+        guess = before + self.change(torch.cat((before, e[:, 1:].to(h.dtype)), -1))
+        far = DISTANCES["mse"](guess.float(), after)
+        return far.masked_fill(targets[:, 1:] < 0, 0.0).sum()
+
+
 class SoftTokens:
     """What a GPT does with soft tokens, distributions (B, T, V) in the place of ids."""
 
@@ -2509,6 +2530,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         self.point = EmbeddingHead(cfg) if regresses else None
         self.add_exits(cfg)
         self.ce_weight = cfg.ce_weight or float(nearest)  # of a nearest head it sets the scale
+        self.latent = NextLatent(cfg) if cfg.next_latent else None
         self.distance = DISTANCES.get(cfg.semantic)
         if cfg.tie:
             self.lm_head.weight = self.wte.weight
@@ -2590,7 +2612,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
         Slots count as positions, a pass of thinking whole, one without gradient a third.
         """
-        cfg, head = self.cfg, 6 * n_weights(self.lm_head, self.point)
+        cfg, head = self.cfg, 6 * n_weights(self.lm_head, self.point, self.latent)
         if self.lm_head is None:
             head += 6 * self.wte.weight.numel()
         passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3
@@ -2802,6 +2824,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         terms = [("ce", self.ce_weight, cross_entropy(raw, targets))]
         if cfg.semantic_weight:
             terms.append(("semantic", cfg.semantic_weight, self.semantic_loss(h, logits, targets)))
+        if cfg.next_latent:
+            terms.append(("latent", cfg.next_latent, self.latent(h, self.wte(idx), targets)))
         terms += aux.losses
         if self.exits_train:
             terms += self.exit_losses(exits, exited, logits, targets, step_draw)

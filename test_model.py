@@ -115,8 +115,8 @@ level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
 levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3
 levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
 levels_of_bags: layers=((A)A)A chunk=2,2 concept_of=bag horizon=2
-level_of_states: WORDS SLOTS layers=R(A)A chunk=space concept_of=state plan=cross
-   concept_weight=0.1
+level_of_states+next_latent: WORDS SLOTS layers=R(A)A chunk=space concept_of=state plan=cross
+   concept_weight=0.1 next_latent=0.5
 level_of_averages: layers=(AR)A concept_of=ema concept=mse concept_weight=0.1
 hierarchy: WORDS layers=R(RA)R concept=mse
 level+slots+nanogpt: SLOTS NANOGPT layers=(A)A plan=cross
@@ -480,10 +480,11 @@ def test_every_parameter_trains(name):
     parameters = {n: p for n, p in m.named_parameters() if ".average." not in n}
     rates = [(id(p), g["lr"]) for o in optimizers for g in o.param_groups for p in g["params"]]
     rate = lambda n, p: 0.008 if n.endswith("values.weight") else 0.004 if (
-        p.dim() != 2 or re.search(r"embed|head|wte|wpe|point|sure|gate|tables", n)) else 0.02
+        p.dim() != 2 or re.search(r"embed|head|wte|wpe|point|sure|gate|tables|latent", n)) else 0.02
     assert sorted(rates) == sorted((id(p), rate(n, p)) for n, p in parameters.items())
     depth = max(n.count("levels.") for n in parameters)
     kinds = {"ce", *["semantic"] * bool(m.cfg.semantic_weight),
+             *["latent"] * bool(m.cfg.next_latent),
              *(f"concept_{d}" for d in range(1, depth + 1) if m.cfg.level_weight(d))}
     waiting, losses = set(parameters), []
     for step in range(12 if name == "random" else 60):
@@ -539,7 +540,7 @@ OPTIONS = """
 norm=layer norm=scale mlp=gelu mlp=swiglu pos=learned pos=none init=gpt2 bias=True tie=True
 qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8 n_mlp=-1 n_mlp=24
 n_value_embed=1 plan=cross concept=mse concept=energy concept=flow concept_weight=0 horizon=2
-concept_weight=0.3 concept_of=bag concept_of=state concept_of=ema
+concept_weight=0.3 concept_of=bag concept_of=state concept_of=ema next_latent=0.3
 share_levels=True chunk=2 chunk=3 chunk=space chunk=space,2 chunk=2,3
 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2 mem_noise=0.1 mem_straight=True
 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse semantic=soft_ce semantic_weight=0.1
@@ -776,6 +777,22 @@ def test_averages_follow_the_weights(tmp_path):
         assert torch.equal(first[average], start[name]) and torch.equal(now[average], now[name])
         far = lambda a, b: (a - b).norm()
         assert 0 < far(behind[average], start[name]) < 0.05 * far(behind[name], start[name])
+
+
+def test_the_next_latent_loss_is_its_formula():
+    m = make("plain", next_latent=0.5)
+    x, _ = inputs(m)
+    y = x.roll(-1, 1)
+    y[0, 3:9] = -1
+    out, h, e, far = m(x, y), m(x).h, m.wte(x), 0.0
+    fc, proj = (m.get_parameter(f"latent.change.{i}.weight") for i in (0, 2))
+    for b, t in (y[:, 1:] >= 0).nonzero().tolist():
+        guess = h[b, t] + F.silu(torch.cat((h[b, t], e[b, t + 1])) @ fc.T) @ proj.T
+        far = far + (guess - h[b, t + 1]).square().mean()
+    agree(out.losses["latent"], far / (y >= 0).sum(), 1e-4)
+    agree(out.loss, out.losses["ce"] + 0.5 * out.losses["latent"])
+    out.losses["latent"].backward()
+    assert not m.lm_head.weight.grad and m.wte.weight.grad.any()
 
 
 @pytest.mark.parametrize("more", ["chunk=space space=1", "chunk=1", "chunk=200", "layers=R(R)R",
@@ -3137,7 +3154,7 @@ train
   --tie=True --embed_norm=False => tie ; --optimizer=sgd => optimizer | adamw
   --n_mlp=1,2,3 => n_mlp | 3 ; --layers=AA --n_layer=6 => n_layer | AA ; --layers=AX => 'X' | layers
   --layers=((A)A)A --concept_of=ema => concept_of | one depth ; --semantic_table=x => semantic_table
-  --layers=(A)AF --concept_of=ema => concept_of = state
+  --layers=(A)AF --concept_of=ema => concept_of = state ; --next_latent=-1
   --semantic_table=ppmi => semantic_table | semantic_weight ; --concept_of=ema => ( )
   --ema_decay=0.5 => ema_decay | concept_of
   --ce_weight=0 => ce_weight | semantic_weight ; --ce_weight=0 --semantic_weight=1 => head=nearest
