@@ -1259,11 +1259,12 @@ class Training:
         return saved, path
 
     def load_weights(self, saved, path):
-        """Take the weights of a checkpoint, which need not have levels, attention to their plans or
-        an exit's classifier: those add nothing before they are trained."""
+        """Take the weights of a checkpoint, which need not have levels, attention to their plans, an
+        exit's classifier or a head of the next output: those add nothing before they are trained.
+        """
         model, weights = self.run.model, saved["model"]
         new = {n: p.detach() for n, p in model.named_parameters() if n not in weights and
-               (n.startswith(("levels.", "sure.")) or ".cross." in n or ".ln_x." in n)}
+               (n.startswith(("levels.", "sure.", "latent.")) or ".cross." in n or ".ln_x." in n)}
         try:
             model.load_state_dict({**new, **weights})
         except RuntimeError as e:
