@@ -1877,6 +1877,7 @@ def test_words_are_ids_and_what_is_none_is_spelled(tmp_path):
     assert prepare.command(str(tmp_path / "x" / "train.bin")).count("--vocab_size=263") == 1
     refused(prepare.main, [*argv, "--vocab_size=264", "--overwrite"], "6 words", "--vocab_size=263")
     run(tmp_path / "o", dataset="x", data_dir=str(tmp_path))
+    refused(lambda path: run(tmp_path / "p", init_from=path), str(tmp_path / "o"), "own dataset")
     assert quiet(sample.main, [f"--out_dir={tmp_path}/o", "--prompt=the cat", "--max_new_tokens=5",
                                "--device=cpu", "--dtype=float32"]).startswith("the cat")
 

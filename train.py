@@ -1107,6 +1107,8 @@ def other_tokenizer(path, theirs, ours, tcfg):
     """Return what to do about the dataset of tcfg, with tokenizer `ours`, to go on from a
     checkpoint with `theirs`, a sentence."""
     wrong, file = f"{path} has another tokenizer: ", os.path.join(tcfg.data_dir, tcfg.dataset, "")
+    if theirs["kind"] == "word":
+        return f"{wrong}it knows the words of its own dataset; train on that, or begin anew"
     if theirs["kind"] != "char" or ours["kind"] != "char":
         kind = f"--tokenizer={theirs.get('encoding', theirs['kind'])}"
         return f"{wrong}make the dataset with {prepare.command(file, kind, '--overwrite')}"
@@ -1259,8 +1261,9 @@ class Training:
         return saved, path
 
     def load_weights(self, saved, path):
-        """Take the weights of a checkpoint, which need not have levels, attention to their plans, an
-        exit's classifier or a head of the next output: those add nothing before they are trained.
+        """Take the weights of a checkpoint, which need not have levels, attention to their plans,
+        an exit's classifier or a head of the next output: those add nothing before they are
+        trained.
         """
         model, weights = self.run.model, saved["model"]
         new = {n: p.detach() for n, p in model.named_parameters() if n not in weights and
