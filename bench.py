@@ -174,7 +174,7 @@ def save(cfg, claim, tables, words, took):
 class ArmConfig:
     """What an arm's flags may say besides settings of the model and of training."""
     after: tuple[str, ...] = ()  # names of MEASURES of the trained model; repeatable
-    leak: str = ""  # one of ALTERED, in training too
+    leak: str = ""  # one of ALTERED, in training too; target:shuffled: what concepts predict
     drawn_ends: float = 0.0  # words and learned chunks end by this chance, whatever stands there
     seeds: int = 10_000  # at most so many of the trial's seeds; 0: the arm is timed and not trained
     seconds_of: str = ""  # the arm whose seconds this one gets: as many steps as fit them
@@ -248,8 +248,9 @@ def begin_child(threads, env):
 def train_arm(m, t, after=(), leak="", share=0.0):
     """Train an arm in this process. Return what train.train returns, and MEASURES."""
     say, off = lambda text: train.say(text, sys.stderr), contextlib.nullcontext()
+    what, _, name = (leak or "").rpartition(":")
     with drawn_ends(share) if share else off:
-        with altered_plans(ALTERED[leak]) if leak else off:
+        with altered_plans(ALTERED[name], what or "returned") if leak else off:
             result = train.train(config.build(GPTConfig, **m), config.build(TrainConfig, **t), say)
         return {**result, **measure(t, after)}
 
@@ -427,13 +428,14 @@ def share_of_cores(cfg):
 
 def make_task(cfg, name):
     """Make the dataset of a synthetic task where it is not there yet; chain0 has no pauses, and
-    no_spaces is Shakespeare without white space."""
-    task, more = ("chain", ["--n_pause=0"]) if name == "chain0" else (name, [])
+    words is Shakespeare by words, and no_spaces Shakespeare without white space."""
+    command = {"chain0": ["chain", "--n_pause=0"],
+               "words": ["--tokenizer=word", "--vocab_size=2000"]}.get(name, [name])
     if os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):
         return
-    argv = [f"--name={name}", f"--data_dir={cfg.data_dir}", *more]
-    if task in prepare.TASKS:
-        prepare.main([task, *argv])
+    argv = [f"--name={name}", f"--data_dir={cfg.data_dir}"]
+    if command[0] in prepare.TASKS or name == "words":
+        prepare.main([*command, *argv])
     if task == "no_spaces":
         paths = prepare.fetch_shakespeare(prepare.PrepareConfig(data_dir=cfg.data_dir))[0]
         with tempfile.TemporaryDirectory() as folder:
@@ -548,11 +550,11 @@ def ablated(alter):
 
 
 @torch.inference_mode()
-def wrong_distance(run, data):
+def wrong_distance(run, data, table=None):
     """Return the mean of 1 - cosine between the embeddings of the most likely and of the right
     token, where they differ, as a share of what it is between two tokens drawn from the text:
-    every model has a table of its own."""
-    e, distances = F.normalize(run.model.wte.weight, dim=-1), []
+    every model has a table of its own, unless one is given."""
+    e, distances = F.normalize(run.model.wte.weight if table is None else table, dim=-1), []
     frequency = torch.from_numpy(np.bincount(data.tokens, minlength=len(e)) / data.n).float()
     mean_e = frequency @ e  # two different tokens: take the share that are the same out
     chance = (1 - mean_e @ mean_e) / (1 - frequency @ frequency)
@@ -561,6 +563,50 @@ def wrong_distance(run, data):
         wrong = (y >= 0) & (likeliest != y)
         distances.append(1 - (e[likeliest[wrong]] * e[y[wrong]]).sum(-1))
     return (torch.cat(distances).mean() / chance).item()
+
+
+@torch.inference_mode()
+def by_words(run, data):
+    """Return, of a dataset by words, the loss of what is a word and of bytes that spell one, nats a
+    token; and how far wrong tokens are by one table for all models, of the training split."""
+    nats = {True: [], False: []}
+    for _, y, logits in outputs(run, data):
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none", ignore_index=-1)
+        for word in nats:
+            nats[word].append(loss[(y.flatten() >= 0) & ((y.flatten() >= 256) == word)])
+    path = os.path.join(run.tcfg.data_dir, run.tcfg.dataset, "train.bin")
+    table = train.semantic_table("ppmi", prepare.open_bin(path)[0], run.mcfg.vocab_size, 64)
+    return {"loss of words": torch.cat(nats[True]).mean().item(),
+            "of bytes": torch.cat(nats[False]).mean().item(),
+            "wrong by company": wrong_distance(run, data, table)}
+
+
+@torch.inference_mode()
+def by_step(run, data):
+    """Return the share of rows whose first asked token is the most likely one, and of those where
+    all are, each behind the right ones before it."""
+    first, path = [], []
+    for _, y, logits in outputs(run, data):
+        asked = y >= 0
+        y, right, asked = (t[asked.any(1)] for t in (y, (logits.argmax(-1) == y) & asked, asked))
+        first.append(right.gather(1, asked.int().argmax(1, keepdim=True))[:, 0])
+        path.append((right | ~asked).all(1))
+    return {"first step": torch.cat(first).float().mean().item(),
+            "path": torch.cat(path).float().mean().item()}
+
+
+@torch.inference_mode()
+def spread(run, data):
+    """Return 1 - |mean|^2 / mean |.|^2 of the states of the fastest level: near 0 they collapsed to
+    one. {} without a level."""
+    if not run.model.levels:
+        return {}
+    states = []
+    for x, _, h, _ in itertools.islice(data.eval_batches(run.place, 64), 8):
+        made = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
+        states.append(made.u[:, 1:][made.exists])
+    u = torch.cat(states).float()
+    return {"spread of states": 1 - (u.mean(0).square().sum() / u.square().sum(1).mean()).item()}
 
 
 @torch.inference_mode()
@@ -647,15 +693,15 @@ def measure(t, names):
 
 
 @contextlib.contextmanager
-def altered_plans(alter):
+def altered_plans(alter, what="returned"):
     """Alter what levels hand down to the stack below, (B, M + 1, ..) by how many chunks are closed:
-    alter(returned)."""
-    plain = Level.returned
-    Level.returned = lambda level, *made: alter(plain(level, *made))
+    alter(returned). what = "target": alter what they predict."""
+    plain = getattr(Level, what)
+    setattr(Level, what, lambda level, *made: alter(plain(level, *made)))
     try:
         yield
     finally:
-        Level.returned = plain
+        setattr(Level, what, plain)
 
 
 ALTERED = {"shuffled": lambda returned: returned.roll(1, 0), "zeroed": torch.zeros_like,
@@ -697,7 +743,8 @@ def explained(run, data):
     concepts, and over copying the last one; and of those behind it, over the mean, as far as it
     looks ahead. (cos regresses a direction: all its predictions take the one length that fits
     best.) {} where it predicts none."""
-    if not run.model.levels or run.model.levels[0].head is None:
+    levels = run.model.levels
+    if not levels or levels[0].head is None or run.mcfg.concept_of != "chunk":
         return {}
     H, ahead = run.mcfg.horizon, {}
     for x, y, h, _ in data.eval_batches(run.place, 64):
@@ -854,6 +901,7 @@ MEASURES = {"history_shuffled": ablated(shuffle_history),
              "concepts": explained, "chunks": chunk_lengths, "two_futures": two_futures,
              "forks": forks, "brier": brier, "drawn_nats": drawn_nats,
              "wrong_distance": wrong_distance,
+             "by_words": by_words, "by_step": by_step, "spread": spread,
             "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
             "usage": lambda run, data: run.usage(data),
             "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
@@ -1445,6 +1493,26 @@ CLAIMS["semantic"] = Trial(
      "nearest head, mse alone": f"{SEMANTIC[-1]} --semantic_weight=1 --ce_weight=0{AS_NEAREST}"},
     SMALL + " --max_iters=600 --after=wrong_distance", columns=(*COMPARED, "wrong_distance"))
 
+SOFT = "--semantic=soft_ce --semantic_weight=0.111"  # of 0.1 of a target, if it were smoothing
+WORD_ARMS = {
+    "cross-entropy": "", "label smoothing": f"{SOFT} --semantic_temp=1e6",
+    "soft_ce": SOFT, "soft_ce, PPMI": f"{SOFT} --semantic_table=ppmi",
+    "soft_ce, random": f"{SOFT} --semantic_table=random",
+    "cos, PPMI": "--semantic=cos --semantic_weight=0.1 --semantic_table=ppmi", "tied": "--tie"}
+FEWER = ("cross-entropy", "label smoothing", "soft_ce, PPMI")
+
+CLAIMS["words"] = Trial(
+    "semantic losses on a text by words: soft targets by the model's own embeddings, by a table of "
+    "the company that words keep (PPMI), by a random one, label smoothing as the control, and tied "
+    "weights, on 100,000, 250,000 and all training tokens",
+    "Shakespeare by words, 4 layers, 128 wide, 12 x 64, 500 steps",
+    {**WORD_ARMS, **{f"{k}, {n:,} tokens": f"{WORD_ARMS[k]} --train_tokens={n} "
+                     f"--against='cross-entropy, {n:,} tokens'" for n in (100_000, 250_000)
+                     for k in FEWER}},
+    MINE + " --dataset=words --after=by_words --after=wrong_distance", timing="",
+    columns=("val loss", "difference", "sd of it", "loss of words", "of bytes", "wrong by company",
+             "wrong_distance"))
+
 CLAIMS["chain"] = Trial(
     "following 2 to 4 pointers: thinking, as many pause tokens, and neither, 2 layers in all",
     "chain: share of right answers (chance 0.0625)",
@@ -1550,6 +1618,41 @@ FORK = Trial(
     LEVELS + " --layers='(AA)A' --dataset=fork --block_size=64 --batch_size=32 --max_iters=400 "
              "--concept_weight=0.1 --after=two_futures", timing="",
     columns=("first mode", "middle", "second mode"))
+
+
+OF = "--concept_weight=0.1 --concept=mse --concept_of="
+TARGETS = {"no loss": "--concept_weight=0", "chunk": OF + "chunk", "bag": OF + "bag",
+           "state": OF + "state", "ema": OF + "ema",
+           "ema of other rows": f"{OF}ema --leak=target:shuffled",
+           "next latent": "--concept_weight=0 --next_latent=0.1"}
+SMOOTHED = "--concept_weight=0 --semantic=soft_ce --semantic_weight=0.111 --semantic_temp=1e6"
+OF_TARGETS = ("val loss", "difference", "sd of it")
+TARGET_TRIALS = (
+    Trial("", "plan: 600 steps of 32 x 72", TARGETS, PLAN_TASK + " --n_embd=128 --n_head=4 "
+          "--compile=False --after=spread" + ONCE, timing="",
+          columns=(*OF_TARGETS, "spread of states")),
+    Trial("", "star: the share of right first steps (chance 0.5) and paths, 1,200 steps of 32 x 36",
+          {"AAAA": "", "AAAA, next latent": "--next_latent=0.1",
+           **{f"(AA)AA, {k}": f"--layers='(AA)AA' {TARGETS[k]}" for k in
+              ("no loss", "chunk", "bag", "ema")}},
+          "--layers=AAAA --dataset=star --n_embd=128 --n_head=4 --block_size=36 --batch_size=32 "
+          "--max_iters=1200 --compile=False --after=by_step" + ONCE, timing="",
+          columns=(*OF_TARGETS, "first step", "path")),
+    Trial("", "Shakespeare, (AA)AA by words, 350 steps of 8 x 256",
+          {**TARGETS, "label smoothing": SMOOTHED},
+          LEVELS + " --layers='(AA)AA' --chunk=space --compile=False --after=spread", timing="",
+          columns=(*OF_TARGETS, "spread of states")))
+
+
+def targets(cfg):
+    """what a level or an output is to predict: the spelling of a chunk, its words without order,
+    what the level itself makes of it, a moving average of that, the next output vector; beside no
+    such loss, the same of other rows, and label smoothing"""
+    for trial in TARGET_TRIALS:
+        yield from trial(cfg)
+
+
+CLAIMS["targets"] = targets
 
 
 def concepts(cfg):

@@ -52,7 +52,8 @@ from torch.nn import functional as F
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1, "aggregate soft_rate exit_distill exit_rate plan_draw rollout"),
     (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
-    (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight"),
+    (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight "
+             "next_latent"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
@@ -99,6 +100,7 @@ class GPTConfig:
     plan_noise: float = 0.0  # above 0 they are handed the true ones, with noise of this deviation
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
+    concept_of: str = "chunk"  # its target: chunk | bag (order lost) | state (of the level) | ema
     horizon: int = 1  # concepts that are predicted ahead
     rollout: float = 0.0  # above 0: each from the one before, in this share of training rows
     level_embd: int | tuple[int, ...] = 0  # channels in levels, one or per depth; 0: as below
@@ -127,7 +129,8 @@ class GPTConfig:
     ce_weight: float = 1.0  # weight of cross-entropy in training; 0: the semantic loss alone
     semantic: str = "cos"  # cos | mse (regress the target's embedding) | soft_ce (soft targets)
     semantic_weight: float = 0.0  # weight of that loss; 0: off
-    semantic_temp: float = 0.1  # soft_ce: temperature of the similarity (cosine) of embeddings
+    semantic_temp: float = 0.1  # soft_ce: temperature of the cosine; 1e6 is label smoothing
+    next_latent: float = 0.0  # weight of regressing the next output vector; 0: off
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
@@ -202,7 +205,7 @@ class GPTConfig:
                  "G) in layers", "mlp n_mlp"),
                 (has("("), "a level, ( ), in layers",
                  "share_levels chunk level_embd chunk_binding plan concept concept_weight "
-                 "horizon"),
+                 "concept_of horizon"),
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
                 (has("F"), "a block F in layers", "n_mem"),
                 (has("M"), "a block M in layers",
@@ -211,7 +214,7 @@ class GPTConfig:
                  "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
                 (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
                 (self.plan != "add" or self.concept_weight, "plan = cross or a concept_weight",
-                 "concept horizon"),
+                 "concept concept_of horizon"),
                 (has("(") and self.draws(), "a level with plan = cross or latent, concept = energy "
                  "or flow, and a concept_weight", "plan_draw"),
                 (self.plan_draw, "a plan_draw", "plan_noise"),
@@ -1872,6 +1875,12 @@ class Level(Stack):
     concepts go in, and states come out, through a matrix each.
     x (B, L, C) -> (B, L, C).
 
+    With another concept_of what u_i predicts is no spelling. bag: the sum of chunk i without
+    places, a summary of the future (arXiv:2510.14751). state: u_{i+1}, what the level makes of the
+    chunk once it has read it, without a gradient. ema: the same of `average`, layers inside whose
+    weights are a moving average (JEPA, Assran et al. 2023, arXiv:2301.08243), which a trainer
+    moves. States that are all alike predict each other; that tokens read them keeps them apart.
+
     Example, chunk = 2: tokens a b c d e, chunks (a b) (c d); a reads u_0, b and c read u_1 (made of
     bos and c_0), d and e read u_2; u_1 regresses c_1 = the bound sum of (c d).
     """
@@ -1905,7 +1914,15 @@ class Level(Stack):
         cos, sin = binding(64 if self.words else size, C, cfg.chunk_binding)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.add_layers(cfg if width == C else cfg.widened(width), tree, depth, shared)
+        inside = cfg if width == C else cfg.widened(width)
+        self.add_layers(inside, tree, depth, shared)
+        self.bag, self.of_state = cfg.concept_of == "bag", cfg.concept_of in ("state", "ema")
+        self.average = None
+        if cfg.concept_of == "ema" and self.weight > 0:
+            self.average = Stack()
+            self.average.add_layers(inside, tree, depth)
+            for p in self.average.requires_grad_(False).parameters():
+                p.seeded_as = "average.", ""  # a copy at first
 
     @staticmethod
     def check(cfg):
@@ -1946,6 +1963,12 @@ class Level(Stack):
         if cfg.share_levels and cfg.plan != "add" and depth > 1:
             raise ValueError(f"share_levels with plan = {cfg.plan} takes one depth of levels: "
                              f"nobody would read the slower plans")
+        if cfg.concept_of != "chunk" and (cfg.rollout or cfg.plan_noise):
+            raise ValueError(f"rollout and plan_noise hand down concepts as they are composed, and "
+                             f"concept_of = {cfg.concept_of} predicts something else")
+        if cfg.concept_of == "ema" and (depth > 1 or cfg.share_levels or {*"FM"} & {*cfg.layers}):
+            raise ValueError("concept_of = ema takes one depth of levels, and neither memories (F, "
+                             "M) nor share_levels; concept_of = state takes them all")
         if cfg.share_levels and "M" in cfg.layers:
             raise ValueError("share_levels gives one block to several levels, and a memory M "
                              "belongs to one; leave one of them out")
@@ -2001,7 +2024,8 @@ class Level(Stack):
             u, points = self.run_inner(concepts, scored, chunks, seq, aux, cache)
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
             if scored is not None and self.weight > 0 and cache is None:
-                self.regress(u, concepts, scored, chunks, aux)
+                target = self.target(x, u, concepts, inside, chunks, seq)
+                self.regress(u, target, scored, chunks, aux)
         if points is not None and self.training and self.draw_rate:
             points = self.some_drawn(points, u, concepts, chunks)
         new = None if u is None else self.returned(u, points)
@@ -2073,11 +2097,12 @@ class Level(Stack):
         cache.write(pos, open_sum=opened)
         return chunks.ends.to(x.dtype) @ opened, inside
 
-    def run_inner(self, concepts, scored, chunks, seq, aux, cache):
+    def run_inner(self, concepts, scored, chunks, seq, aux, cache, stack=None):
         """Run the layers inside over bos, where all begins, and concepts (B, M, C).
 
         Return states (B, M + 1, R, C) and what they hand down (B, M + 1, H, C); None: themselves.
-        scored (B, M): how many scored tokens are in each chunk, or None.
+        scored (B, M): how many scored tokens are in each chunk, or None. stack: layers instead,
+        which hand nothing down.
         """
         n, exists, doc_start = int(seq.begins), chunks.exists, None
         concepts = self.c_in(concepts)
@@ -2101,7 +2126,9 @@ class Level(Stack):
                             doc_start=doc_start, is_token=F.pad(exists, (n, 0), value=True),
                             scored=scored, doc_ended=ended, layer_mask=seq.layer_mask,
                             memory=seq.memory)
-        u = self.ln(self.c_out(self.run(concepts, inner, aux, caches)[0]))
+        u = self.ln(self.c_out((stack or self).run(concepts, inner, aux, caches)[0]))
+        if stack is not None:
+            return u[:, :, None], None
         if self.rollout:
             return self.roll_out(u, inner, caches)
         return u[:, :, None], self.predict(u) if self.tell is None else None
@@ -2144,14 +2171,23 @@ class Level(Stack):
         row = torch.arange(len(u), device=u.device)[:, None, None]
         return (row < self.n_rolled(len(u))) | (torch.arange(self.horizon, device=u.device) == 0)
 
-    def regress(self, u, concepts, scored, chunks, aux):
-        """Leave the loss of predicting concepts (B, M, C) from states u (B, M + 1, R, C).
+    def target(self, x, u, concepts, inside, chunks, seq):
+        """Return what is to be predicted of each chunk (B, M, C)."""
+        if self.bag:
+            return rms_norm(inside.to(x.dtype) @ x[:, seq.n_prefix:])
+        if self.average is not None:
+            with torch.no_grad():
+                u = self.run_inner(concepts, None, chunks, seq, Aux(), None, self.average)[0]
+        return u[:, 1:, 0] if self.of_state else concepts
+
+    def regress(self, u, target, scored, chunks, aux):
+        """Leave the loss of predicting a target (B, M, C) from states u (B, M + 1, R, C).
 
         A chunk counts as many times as it has scored tokens, so that the weight beside
         cross-entropy does not depend on the chunk, and not at all across documents.
         """
-        M, H = concepts.size(1), self.horizon
-        target = self.ahead(concepts.detach().float()).unflatten(2, (u.size(2), -1))
+        M, H = target.size(1), self.horizon
+        target = self.ahead(target.detach().float()).unflatten(2, (u.size(2), -1))
         loss = self.head.loss(u[:, :M], target).flatten(2)
         counts = self.ahead(scored) * self.known(chunks)
         if self.rollout:
@@ -2395,6 +2431,26 @@ class EmbeddingHead(nn.Module):
         They are negative squared distances, up to a constant of each row.
         """
         return 16 * self.scale * (z @ e.T) / e.size(-1)
+
+
+class NextLatent(nn.Module):
+    """Regresses each output vector from the one before and the token between, and gives the loss.
+
+    So an output must hold what later ones are made of (NextLat, arXiv:2511.05963).
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.n_embd
+        self.change = nn.Sequential(Linear(2 * C, 2 * C, group="table"), nn.SiLU(),
+                                    Linear(2 * C, C, init=ZEROS, group="table"))
+
+    def forward(self, h, e, targets):
+        """Outputs h and embeddings e of the inputs, (B, T, C) each -> a sum over scored targets."""
+        before, after = h[:, :-1], h[:, 1:].detach()
+        guess = before + self.change(torch.cat((before, e[:, 1:].to(h.dtype)), -1))
+        far = DISTANCES["mse"](guess.float(), after)
+        return far.masked_fill(targets[:, 1:] < 0, 0.0).sum()
 
 
 class SoftTokens:
@@ -2707,6 +2763,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         self.point = EmbeddingHead(cfg) if regresses else None
         self.add_exits(cfg)
         self.ce_weight = cfg.ce_weight or float(nearest)  # of a nearest head it sets the scale
+        self.latent = NextLatent(cfg) if cfg.next_latent else None
         self.distance = DISTANCES.get(cfg.semantic)
         if cfg.tie:
             self.lm_head.weight = self.wte.weight
@@ -2724,6 +2781,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         """Make rotary angles of all positions, and which tokens end a word."""
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("ends_word", None, persistent=False)
+        self.register_buffer("semantic_table", None, persistent=False)  # a trainer may give one
         attending = cfg.attending() if cfg.pos == "rope" else []
         if attending:
             angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
@@ -2788,7 +2846,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
         Slots count as positions, a pass of thinking whole, one without gradient a third.
         """
-        cfg, head = self.cfg, 6 * n_weights(self.lm_head, self.point)
+        cfg, head = self.cfg, 6 * n_weights(self.lm_head, self.point, self.latent)
         if self.lm_head is None:
             head += 6 * self.wte.weight.numel()
         passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3
@@ -2948,9 +3006,11 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
     def semantic_loss(self, h, logits, targets):
         """Return the sum over scored targets (B, T) of a loss that knows how far off a token is.
 
-        The embeddings it is measured by carry no gradient.
+        The embeddings it is measured by, its own or a trainer's, carry no gradient. soft_ce with a
+        temperature of 1e6 and a weight w is label smoothing of w / (1 + w).
         """
-        e, y = self.embeddings().detach(), targets.clamp(min=0)
+        e, y = self.semantic_table, targets.clamp(min=0)
+        e = self.embeddings().detach() if e is None else e
         if self.distance is None:  # soft_ce: cross-entropy with targets as likely as they are alike
             near = (e[y] @ e.T / e.size(-1) / self.cfg.semantic_temp).softmax(-1)  # (B, T, V)
             loss = -(near * logits.float().log_softmax(-1)).sum(-1)
@@ -3000,6 +3060,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         terms = [("ce", self.ce_weight, cross_entropy(raw, targets))]
         if cfg.semantic_weight:
             terms.append(("semantic", cfg.semantic_weight, self.semantic_loss(h, logits, targets)))
+        if cfg.next_latent:
+            terms.append(("latent", cfg.next_latent, self.latent(h, self.wte(idx), targets)))
         terms += aux.losses
         if self.exits_train:
             terms += self.exit_losses(exits, exited, logits, targets, step_draw)
@@ -3014,8 +3076,9 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 CHOICES = {
     "mlp": ACTIVATIONS, "norm": NORMS, "pos": ("rope", "learned", "none"),
     "init": ("fan_in", "gpt2"), "gate": ("positive", "real", "complex"),
-    "plan": ("add", "cross", "latent"),
-    "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
+    "plan": ("add", "cross", "latent"), "concept": CONCEPT_HEADS,
+    "concept_of": ("chunk", "bag", "state", "ema"), "head": ("softmax", "nearest"),
+    "semantic": (*DISTANCES, "soft_ce"),
     "exit_loss": ("depth", "rotate")}
 CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
            EmbeddingHead, EarlyExit)

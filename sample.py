@@ -642,8 +642,9 @@ class Decoder:
         nearest to the concept that is predicted from what stands before it, beside what was
         written; nothing where no level that stands first plans bound sums of as many tokens."""
         level, window = self.model.order[0], self.rows[0][1]
-        fixed = isinstance(level, Level) and not level.words and self.model.cfg.chunk_binding
-        if not fixed or level.head is None:
+        cfg = self.model.cfg
+        fixed = isinstance(level, Level) and not level.words and cfg.chunk_binding
+        if not fixed or level.head is None or cfg.concept_of != "chunk":
             return []
         made = self.model.concepts(torch.tensor([window], device=self.device), self.history([0]))
         made = next(m for m in made if m.level is level)

@@ -117,6 +117,10 @@ levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
 plan_draw: WORDS layers=(R)AA plan=latent concept=flow concept_weight=0.1 plan_draw=0.5
 plan_noise: layers=((A)A)A chunk=4,2 plan=latent concept=energy plan_draw=1 plan_noise=0.5
 rollout: layers=A(RA)A chunk=3 plan=cross concept=energy horizon=3 rollout=0.5
+levels_of_bags: layers=((A)A)A chunk=2,2 concept_of=bag horizon=2
+level_of_states+next_latent: WORDS SLOTS layers=R(A)A chunk=space concept_of=state plan=cross
+   concept_weight=0.1 next_latent=0.5
+level_of_averages: layers=(AR)A concept_of=ema concept=mse concept_weight=0.1
 hierarchy: WORDS layers=R(RA)R concept=mse
 chunks_entropy: layers=R.(A)A.A chunk=entropy:3.06 level_embd=48
 chunks_routed: SLOTS layers=R((A)R)A chunk=route:3,2 chunk_binding=False
@@ -491,13 +495,16 @@ def test_every_parameter_trains(name):
     that of values, and Muon's for matrices of layers) and has a gradient within 12 steps; all
     losses are there, and the first falls."""
     m = make(name, awake=False)
-    optimizers, parameters = train.make_optimizers(m, TrainConfig()), dict(m.named_parameters())
+    optimizers = train.make_optimizers(m, TrainConfig())
+    parameters = {n: p for n, p in m.named_parameters() if ".average." not in n}
     rates = [(id(p), g["lr"]) for o in optimizers for g in o.param_groups for p in g["params"]]
     rate = lambda n, p: 0.008 if n.endswith("values.weight") else 0.004 if (
-        p.dim() != 2 or re.search(r"embed|head|wte|wpe|point|sure|gate|tables|router", n)) else 0.02
+        p.dim() != 2 or re.search(r"embed|head|wte|wpe|point|sure|gate|tables|router|latent",
+                                  n)) else 0.02
     assert sorted(rates) == sorted((id(p), rate(n, p)) for n, p in parameters.items())
     depth = max(n.count("levels.") for n in parameters)
     kinds = {"ce", *["semantic"] * bool(m.cfg.semantic_weight),
+             *["latent"] * bool(m.cfg.next_latent),
              *(f"concept_{d}" for d in range(1, depth + 1) if m.cfg.level_weight(d))}
     waiting, losses = set(parameters), []
     for step in range(12 if name == "random" else 60):
@@ -555,11 +562,11 @@ qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8
 n_value_embed=1 plan=cross plan=latent concept=mse concept=energy concept=flow concept_weight=0
 horizon=2 concept_weight=0.3 plan_draw=0.5 plan_noise=0.3 rollout=0.5 share_levels=True chunk=2
 chunk=3 chunk=space chunk=space,2 chunk=2,3 level_embd=48 level_embd=64,48 chunk_binding=False
-chunk=route:2 chunk=entropy:0 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2
-mem_drop=0.2 mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
+chunk=route:2 chunk=entropy:0 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2
+mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
 semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
 exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
-n_gram=4 n_gram_size=9
+n_gram=4 n_gram_size=9 concept_of=bag concept_of=state concept_of=ema next_latent=0.3
 """  # what random settings choose from
 
 
@@ -633,6 +640,29 @@ def test_nearest_logits_and_semantic_losses_are_their_formulas(kind):
                      "soft_ce": -spread @ logits[b, t].log_softmax(-1)}[kind])
     agree(out.losses["semantic"], torch.stack(want).mean(), 1e-4)
     agree(out.loss, out.losses["ce"] + 0.5 * out.losses["semantic"])
+
+
+def test_a_high_temperature_is_label_smoothing():
+    m = make("soft_ce", semantic_temp=1e6, semantic_weight=0.25, vocab_size=1100)  # 1,152 rows
+    x, _ = inputs(m)
+    out = m(x, x.flip(1))
+    want = F.cross_entropy(out.logits.flatten(0, 1), x.flip(1).flatten(), label_smoothing=0.2)
+    agree(out.loss / 1.25, want)
+
+
+def test_a_table_of_company_is_what_semantic_losses_measure_by(tmp_path):
+    """Tokens that stand among the same others are alike, and those never seen are like none."""
+    rng = np.random.default_rng(0)
+    ids = (rng.integers(0, 5, 4000) + np.tile(np.repeat([0, 5], 20), 100)).astype(np.uint16)
+    table = train.semantic_table("ppmi", ids, 12, 16)
+    near = table @ table.T / 16
+    assert (near[:5, :5] > 0.5).all() and (near[:5, 5:10] < 0.3).all() and not table[10:].any()
+    assert train.semantic_table("own", ids, 12, 16) is None
+    refused(lambda V: train.semantic_table("ppmi", ids, V, 16), 10 ** 5, "100,000", "4,096")
+    learned = [run(tmp_path / kind, dict(semantic_weight=1.0), semantic_table=kind,
+                   train_tokens=2000)[1]["model"]["point.proj.weight"]
+               for kind in ("own", "ppmi", "random")]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(learned, 2))
 
 
 def test_regression_alone_teaches_the_trunk_nothing_of_cross_entropy():
@@ -753,11 +783,12 @@ def test_learned_chunks_end_where_they_say():
                                    retain_graph=True)[0].any()
 
 
-@pytest.mark.parametrize("horizon", [1, 2])
-def test_the_concept_loss_is_its_formula(horizon):
-    """State i predicts concepts i, i + 1, .. of its own document; a chunk counts as often as it has
-    scored tokens, over all that are scored."""
-    m = make("level", concept="mse", concept_weight=0.3, horizon=horizon, chunk=2)
+@pytest.mark.parametrize("horizon, of", [(1, "chunk"), (2, "chunk"), (1, "bag"), (1, "state"),
+                                         (2, "ema")])
+def test_the_concept_loss_is_its_formula(horizon, of):
+    """State i predicts concepts i, i + 1, .. of its own document, or what concept_of says in their
+    place; a chunk counts as often as it has scored tokens, over all that are scored."""
+    m = make("level", concept="mse", concept_weight=0.3, horizon=horizon, chunk=2, concept_of=of)
     x = random_ids(1, 16)
     x[0, 8] = 5  # chunks 0 to 3, and 4 to 7 of the next document
     y = x.roll(-1, 1)
@@ -765,12 +796,49 @@ def test_the_concept_loss_is_its_formula(horizon):
     counts, total = [1, 1, 1, 2, 2, 2, 2, 2], 0.0
     made, out = m.concepts(x)[-1], m(x, y)
     ahead = (made.u[0, :, 0] @ m.get_parameter("levels.0.head.out.weight").T).view(-1, horizon, 32)
+    target = made.concepts[0]
+    if of == "bag":
+        target = norm(norm(m.wte(x[0])).view(8, 2, 32).sum(1))
+    elif of != "chunk":  # the state that has read the chunk, of the level or of its average
+        level = m.levels[0]
+        level.order = list(level.order if of == "state" else level.average.order)
+        target = m.concepts(x)[-1].u[0, 1:, 0]
     for i, j in itertools.product(range(8), range(8)):
         if i <= j < i + horizon and max(i - 1, 0) // 4 == j // 4:
-            far = (ahead[i, j - i] - made.concepts[0, j]).square().mean()
+            far = (ahead[i, j - i] - target[j]).square().mean()
             total = total + far * counts[j] / horizon
     agree(out.losses["concept_1"], total / 14)
     agree(out.loss, out.losses["ce"] + 0.3 * out.losses["concept_1"])
+
+
+def test_averages_follow_the_weights(tmp_path):
+    """From the same first values: with a decay of 0 all the way, with 1 not at all."""
+    v = settings(VARIANTS["level_of_averages"])
+    first, now, behind = (run(tmp_path / str(i), v, ema_decay=decay, max_iters=n)[1]["model"]
+                          for i, (decay, n) in enumerate([(1.0, 5), (0.0, 5), (0.99, 5)]))
+    pairs = {n.replace("average.", ""): n for n in now if ".average." in n}
+    assert len(pairs) == sum("levels.0.blocks" in n for n in now)
+    start = dict(GPT(GPTConfig(**{**TINY, **v, "vocab_size": 30}), 1337).named_parameters())
+    for name, average in pairs.items():
+        assert torch.equal(first[average], start[name]) and torch.equal(now[average], now[name])
+        far = lambda a, b: (a - b).norm()
+        assert 0 < far(behind[average], start[name]) < 0.05 * far(behind[name], start[name])
+
+
+def test_the_next_latent_loss_is_its_formula():
+    m = make("plain", next_latent=0.5)
+    x, _ = inputs(m)
+    y = x.roll(-1, 1)
+    y[0, 3:9] = -1
+    out, h, e, far = m(x, y), m(x).h, m.wte(x), 0.0
+    fc, proj = (m.get_parameter(f"latent.change.{i}.weight") for i in (0, 2))
+    for b, t in (y[:, 1:] >= 0).nonzero().tolist():
+        guess = h[b, t] + F.silu(torch.cat((h[b, t], e[b, t + 1])) @ fc.T) @ proj.T
+        far = far + (guess - h[b, t + 1]).square().mean()
+    agree(out.losses["latent"], far / (y >= 0).sum(), 1e-4)
+    agree(out.loss, out.losses["ce"] + 0.5 * out.losses["latent"])
+    out.losses["latent"].backward()
+    assert not m.lm_head.weight.grad and m.wte.weight.grad.any()
 
 
 @pytest.mark.parametrize("more", ["chunk=space space=1", "chunk=1", "chunk=200", "layers=R(R)R",
@@ -1250,6 +1318,9 @@ EXAMPLES = """
 plan 0
 ocjlniggkpkcnkobehgakikhpmpbnaignia
        ^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+star 0
+kl;ek;lz;yg;te;cy;tc;gq;t,z=eklz
+                            ^^^^
 fork 0
 ---efghefghefghabcdabcdabcdabcdabcdabcdefghefghefghefghefghefgh
    ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
@@ -1924,6 +1995,26 @@ def test_tokenizers_round_trip():
     refused(tok.encode, "axy", "'x' 'y'", "python prepare.py --tokenizer=byte --input=FILE")
 
 
+def test_words_are_ids_and_what_is_none_is_spelled(tmp_path):
+    """The most frequent of the training split alone; no letter is lost, so bits a byte are right;
+    decoding and a checkpoint's samples know them."""
+    text = "the cat saw the dog.\n\n" * 90 + "the emu hit the fly.\n\n" * 10
+    argv, meta = prepared(tmp_path, text, "--tokenizer=word", "--vocab_size=263")
+    tok = prepare.Tokenizer(meta["tokenizer"])
+    assert sorted(tok.spec["words"]) == ["\n\n", " cat", " dog", " saw", " the", "the"]
+    assert tok.encode("a cat.") == [97, tok.words[" cat"][0], 46] and tok.eot == 262
+    assert "".join(tok.decode(ids_of(tmp_path, s).tolist()) for s in ("train", "val")) == text
+    assert sum(meta["bytes"].values()) == len(text)
+    for odd in ("día ☃  the\n", "x"):
+        assert tok.decode(tok.encode(odd)) == odd
+    assert prepare.command(str(tmp_path / "x" / "train.bin")).count("--vocab_size=263") == 1
+    refused(prepare.main, [*argv, "--vocab_size=264", "--overwrite"], "6 words", "--vocab_size=263")
+    run(tmp_path / "o", dataset="x", data_dir=str(tmp_path))
+    refused(lambda path: run(tmp_path / "p", init_from=path), str(tmp_path / "o"), "own dataset")
+    assert quiet(sample.main, [f"--out_dir={tmp_path}/o", "--prompt=the cat", "--max_new_tokens=5",
+                               "--device=cpu", "--dtype=float32"]).startswith("the cat")
+
+
 def test_public_token_files(tmp_path):
     """Those with a header and those without are the same tokens; what is cut off is refused."""
     tokens = {"val": np.arange(300) % 257, "train": np.arange(5000) % 256}
@@ -2132,6 +2223,7 @@ def test_bad_meta(tmp_path):
         bad += [prepare.seal({**good, key: value})
                 for value in ([], -1.5, {"train": 1}, {"kind": "char"}, 10 ** 30)]
     for spec in ({"kind": "char", "chars": "aa", "eot": True}, {"kind": "byte", "x": 1},
+                 {"kind": "word", "words": ["the", "the"]}, {"kind": "word", "words": ["a"]},
                  {"kind": "tiktoken", "encoding": 3}):
         bad.append(prepare.seal({**good, "tokenizer": spec,
                                  "tokenizer_sha256": prepare.json_hash(spec)}))
@@ -3198,6 +3290,10 @@ train
   --n_head=5 => n_embd | n_head ; --n_head=4,2 --n_layer=2 => head_dim ; --norm=batch => norm | rms
   --tie=True --embed_norm=False => tie ; --optimizer=sgd => optimizer | adamw
   --n_mlp=1,2,3 => n_mlp | 3 ; --layers=AA --n_layer=6 => n_layer | AA ; --layers=AX => 'X' | layers
+  --layers=((A)A)A --concept_of=ema => concept_of | one depth ; --semantic_table=x => semantic_table
+  --layers=(A)AF --concept_of=ema => concept_of = state ; --next_latent=-1
+  --semantic_table=ppmi => semantic_table | semantic_weight ; --concept_of=ema => ( )
+  --ema_decay=0.5 => ema_decay | concept_of
   --ce_weight=0 => ce_weight | semantic_weight ; --ce_weight=0 --semantic_weight=1 => head=nearest
   --ce_weight=0 --semantic_weight=1 --head=nearest --semantic=soft_ce => mse or cos
   --head=nearest --tie=True => nearest | tie ; --enrich=True => enrich | history
@@ -3239,6 +3335,7 @@ train
   --teacher=x --distill=0 => distill_ce ; --teacher=x --distill_match=-1 => distill_match
   --distill_ce=1 => distill_ce | --teacher=
 train {ON}
+  --train_tokens=1000000 => train_tokens | 1,000,000 ; --train_tokens=-1
   --layers=RR --eot=999 => eot | 999 ; --vocab_size=500 => 500 | text ; --device=tpu9 => tpu9 | cpu
   --layers=(A)A --chunk=space --dataset=chain => white space ; --n_think=2 => chain | --think_token
   --n_think=2 --think_token=999 => 999 ; --device=meta => meta | cpu
@@ -3265,6 +3362,8 @@ train --init_from=resume --out_dir={O}/weak
 train --init_from=resume --out_dir={O}/exits
   --dataset=cipher => tokenizer: | train.bin:
 prepare
+  --tokenizer=word => vocab_size | 2000 ; --vocab_size=2000 => tokenizer = word
+  star --tokenizer=word --vocab_size=300 => does nothing for star
   --source=moon ; cipher --tokenizer=byte => cipher | --tokenizer ; cipher --seed=-1
   cipher shakespeare => one dataset ; --tokenizer=char parity_of_what => parity_of_what
   shakespere => did you mean shakespeare? ; {S}/t.txt => given as --input={S}/t.txt

@@ -36,14 +36,15 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import prepare
 from config import UserError, summary, visible
 from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, divergence, ends_with_document,
-                   settings)
+                   rms_norm, settings)
 
 CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine", "triangle"),
-           "dtype": ("auto", "float32", "bfloat16")}
+           "dtype": ("auto", "float32", "bfloat16"), "semantic_table": ("own", "ppmi", "random")}
 COUNT, SIZE, WEIGHT, BELOW_ONE = (1, 2 ** 53), (0, 2 ** 53), (0, 1e9), (0, 0.99999)
 RANGES = {"batch_size": (1, 2 ** 20), "gradient_accumulation_steps": (1, 2 ** 20),
           "eval_interval": COUNT, "log_interval": COUNT, "max_iters": COUNT,
           "warmup_iters": SIZE, "lr_decay_iters": SIZE, "eval_tokens": SIZE, "score_last": SIZE,
+          "train_tokens": SIZE, "ema_decay": (0, 1),
           "stream": SIZE, "ns_steps": (1, 100), "weight_decay": WEIGHT, "grad_clip": WEIGHT,
           "min_lr": WEIGHT, "muon_lr": WEIGHT, "value_lr": WEIGHT, "distill": WEIGHT,
           "distill_match": WEIGHT, "distill_ce": WEIGHT, "learning_rate": (1e-12, 1e9),
@@ -67,6 +68,8 @@ class TrainConfig:
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # clip the gradient to this norm; 0: do not
+    ema_decay: float = 0.99  # of concept_of = ema: share of the average that each step keeps
+    semantic_table: str = "own"  # embeddings of semantic losses: own | ppmi (of the text) | random
     schedule: str = "wsd"  # wsd (constant, then linearly down) | cosine | triangle (linearly down)
     decay_lr: bool = True  # False: constant after the warm-up
     warmup_iters: int = 0  # linear warm-up
@@ -83,6 +86,7 @@ class TrainConfig:
     data_dir: str = "data"  # where datasets are kept
     stream: int = 0  # windows of a text that a row reads in turn, for memories M to last; 0: off
     history_drop: float = 0.1  # share of training rows whose history is cut short at a random place
+    train_tokens: int = 0  # train on the first n tokens of the training split; 0: on all
     score_last: int = 0  # score only the last n tokens of a row; 0: all
     train_on_all: bool = False  # with score_last: only in validation, train on the whole row
     # run
@@ -131,6 +135,9 @@ class TrainConfig:
             (self.decay_lr, "decay_lr = True", "schedule lr_decay_iters min_lr"),
             (self.decay_lr and self.schedule == "wsd", "schedule = wsd, and decay_lr", "cooldown"),
             (self.score_last, "score_last", "train_on_all"),
+            (mcfg.concept_of == "ema", "concept_of = ema", "ema_decay"),
+            (mcfg.semantic_weight and mcfg.head == "softmax", "a semantic_weight above 0, and "
+             "head = softmax", "semantic_table"),
             ("M" in mcfg.layers, "a block M in layers", "stream"),
             (mcfg.history and not self.stream, "history, without stream", "history_drop"),
             ("F" in mcfg.layers, "a block F in layers", "value_lr"),
@@ -280,6 +287,12 @@ class Data:
         if mcfg.vocab_size not in (0, self.n_vocab):
             raise UserError(f"vocab_size is {mcfg.vocab_size}, but dataset {tcfg.dataset!r} has "
                             f"{self.n_vocab} tokens; leave it out")
+        if split == "train" and tcfg.train_tokens:
+            if len(self.tokens) < tcfg.train_tokens:
+                raise UserError(f"{path} has {len(self.tokens):,} tokens, fewer than train_tokens "
+                                f"= {tcfg.train_tokens:,}; give less, or 0 for all")
+            self.tokens = self.tokens[:tcfg.train_tokens]
+            self.mask = None if self.mask is None else self.mask[:tcfg.train_tokens]
         self.n, self.bytes, self.eot = len(self.tokens), meta["bytes"][split], meta["eot"]
         self.T, self.H = mcfg.block_size, mcfg.history
         self.drop, self.seed, self.stream = tcfg.history_drop, tcfg.seed, tcfg.stream
@@ -427,6 +440,36 @@ class Data:
             yield x, y, h, torch.from_numpy(window % length == 0)
 
 
+def ppmi_table(tokens, V, C, window=4):
+    """Return vectors (V, C), alike for tokens in like company: the positive pointwise mutual
+    information of tokens at most `window` places apart, in C dimensions (Levy and Goldberg 2014).
+    """
+    if V > 2 ** 12:
+        raise UserError(f"semantic_table = ppmi counts all pairs of a vocabulary, and one of {V:,} "
+                        f"is too large; make the dataset with at most {2 ** 12:,} tokens")
+    tokens, pairs = np.asarray(tokens).astype(np.int64), np.zeros(V * V)
+    for d in range(1, window + 1):
+        pairs += np.bincount(tokens[:-d] * V + tokens[d:], minlength=V * V)
+    pairs = pairs.reshape(V, V) + pairs.reshape(V, V).T
+    share = pairs.sum(0)
+    chance = np.outer(share, share) / share.sum()
+    ppmi = np.log(np.divide(pairs, chance, out=np.ones_like(pairs), where=pairs > chance))
+    values, vectors = np.linalg.eigh(ppmi)  # (symmetric: its singular values, but for their signs)
+    order = np.argsort(-np.abs(values))[:C]
+    return vectors[:, order] * np.abs(values[order]) ** 0.5
+
+
+def semantic_table(kind, tokens, V, C):
+    """Return what semantic losses measure by, (V, C), rows of the norm sqrt(C); None: the model's
+    own embeddings. "random" is the control: near and far mean nothing in it."""
+    if kind == "own":
+        return None
+    rows = ppmi_table(tokens, V, C) if kind == "ppmi" else \
+        np.random.default_rng(0).standard_normal((V, C))
+    rows = torch.from_numpy(rows).float()
+    return rms_norm(torch.nn.functional.pad(rows, (0, C - rows.size(1))))
+
+
 # --------------------------------------------------------------------------------------------------
 # optimizers
 
@@ -488,7 +531,7 @@ def make_optimizers(model, tcfg):
     """Return AdamW, and Muon where it has something to do, for the groups that parameters state
     (without Muon matrices are among the tables); each group has its peak_lr."""
     groups = {name: [] for name in GROUPS}
-    for p in model.parameters():
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         matrix = p.group == "matrix" and tcfg.optimizer != "muon"
         groups["table" if matrix else p.group].append(p)
     adam = [dict(params=groups["table"], weight_decay=tcfg.weight_decay),
@@ -931,7 +974,17 @@ class Runner:
             if finite:
                 o.step()
             o.zero_grad(set_to_none=True)
+        if finite:
+            self.move_averages()
         return list(out.losses), values
+
+    @torch.no_grad()
+    def move_averages(self):
+        """Draw the moving averages that levels regress on (concept_of = ema) to their weights."""
+        for level in self.model.levels:
+            if level.average is not None:
+                pair = list(level.average.parameters()), list(level.blocks.parameters())
+                torch._foreach_lerp_(*pair, 1 - self.tcfg.ema_decay)
 
     def evaluate(self, data, alter=None, stop=lambda: 0, limit=0):
         """Return (nats a scored token, bits a byte) over a whole split, or its first `limit`
@@ -1056,6 +1109,8 @@ def other_tokenizer(path, theirs, ours, tcfg):
     """Return what to do about the dataset of tcfg, with tokenizer `ours`, to go on from a
     checkpoint with `theirs`, a sentence."""
     wrong, file = f"{path} has another tokenizer: ", os.path.join(tcfg.data_dir, tcfg.dataset, "")
+    if theirs["kind"] == "word":
+        return f"{wrong}it knows the words of its own dataset; train on that, or begin anew"
     if theirs["kind"] != "char" or ours["kind"] != "char":
         kind = f"--tokenizer={theirs.get('encoding', theirs['kind'])}"
         return f"{wrong}make the dataset with {prepare.command(file, kind, '--overwrite')}"
@@ -1163,6 +1218,9 @@ class Training:
         if not self.resumed:
             self.on_disk(lambda: self.files.check_new(tcfg))
         self.run = Runner(self.mcfg, tcfg, self.place, say)
+        table = semantic_table(tcfg.semantic_table, self.train_data.tokens, self.mcfg.vocab_size,
+                               self.mcfg.n_embd)
+        self.run.model.semantic_table = None if table is None else table.to(self.place.device)
         self.progress = Progress()
         if saved:
             self.load_weights(saved, path)
@@ -1205,11 +1263,13 @@ class Training:
         return saved, path
 
     def load_weights(self, saved, path):
-        """Take the weights of a checkpoint, which need not have levels, attention to their plans or
-        an exit's classifier: those add nothing before they are trained."""
+        """Take the weights of a checkpoint, which need not have levels, attention to their plans,
+        an exit's classifier or a head of the next output: those add nothing before they are
+        trained.
+        """
         model, weights = self.run.model, saved["model"]
         new = {n: p.detach() for n, p in model.named_parameters() if n not in weights and
-               (n.startswith(("levels.", "sure.")) or ".cross." in n or ".ln_x." in n)}
+               (n.startswith(("levels.", "sure.", "latent.")) or ".cross." in n or ".ln_x." in n)}
         try:
             model.load_state_dict({**new, **weights})
         except RuntimeError as e:
