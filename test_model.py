@@ -101,6 +101,9 @@ soft_ce: semantic=soft_ce semantic_weight=0.1
 soft_rate: soft_rate=0.3
 think: n_think=2 think_token=3
 slots_enrich: SLOTS enrich=True
+slots_gated: SLOTS WORDS layers=M(R)FA n_kv_head=1 n_value_embed=1 mem_chunk=4 mem_top=4 mem_dim=8
+   n_mem=16 slot_gate=True enrich=True
+slots_gated+shared+exits: SLOTS layers=(A)A.A share_levels=True exit_keys=True slot_gate=True
 soft_rate+think+slots+enrich+value_embed: SLOTS soft_rate=0.3 n_think=2 think_token=3 enrich=True
    n_value_embed=1
 recurrent: layers=RR gate=positive
@@ -539,6 +542,7 @@ mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 mem_drop=0.2 mem_noise=0.1 mem
 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse semantic=soft_ce semantic_weight=0.1
 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5 exit_rate=0.5 exit_keys=True
 exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3 n_gram=4 n_gram_size=9
+slot_gate=True
 """  # what random settings choose from
 
 
