@@ -570,8 +570,9 @@ def grow(new, old):
         one, other = (m.eval()(x, history=h[:, b.history - m.cfg.history:]).logits
                       for m in (new, old))
         if (one - other).abs().max() > 1e-4:
-            raise ValueError("what it puts out would change: slots take slot_gate = True, heads "
-                             "keep their head_dim")
+            raise ValueError("its outputs would change: slots need slot_gate = True, heads their "
+                             "old head_dim, more channels norm = rms or scale, an untied head and "
+                             "no old level, slots, R, G or swiglu")
     return grown
 
 
