@@ -101,9 +101,8 @@ soft_ce: semantic=soft_ce semantic_weight=0.1
 soft_rate: soft_rate=0.3
 think: n_think=2 think_token=3
 slots_enrich: SLOTS enrich=True
-slots_gated: SLOTS WORDS layers=M(R)FA n_kv_head=1 n_value_embed=1 mem_chunk=4 mem_top=4 mem_dim=8
-   n_mem=16 slot_gate=True enrich=True
-slots_gated+shared+exits: SLOTS layers=(A)A.A share_levels=True exit_keys=True slot_gate=True
+slots_gated+shared+exits: SLOTS layers=(A)A.FA share_levels=True exit_keys=True slot_gate=True
+   n_kv_head=1 n_value_embed=1 enrich=True n_mem=16 mem_top=3 mem_dim=8
 soft_rate+think+slots+enrich+value_embed: SLOTS soft_rate=0.3 n_think=2 think_token=3 enrich=True
    n_value_embed=1
 recurrent: layers=RR gate=positive
@@ -783,7 +782,6 @@ FEATURAL layers=FA n_value_embed=1: layers=FFA n_embd=64 n_head=4
 layers=DM mem_chunk=4 mem_top=3 mem_dim=8: n_embd=40 head_dim=16
 layers=AA: n_head=4 head_dim=16 n_mlp=256
 layers=AA: SLOTS slot_gate=True layers=(A)AMA mem_chunk=4 mem_top=3 mem_dim=8 enrich=True
-layers=A(R)F n_mem=16 mem_top=3: SLOTS slot_gate=True
 """  # settings, and others that they grow into
 
 
@@ -835,14 +833,11 @@ def test_growth(line):
 @pytest.mark.parametrize("line", table("""
 layers=AA: SLOTS
 layers=AA: n_embd=64
-layers=AA: n_head=4 head_dim=16 n_kv_head=2
 layers=AA: layers=A
-layers=AA: bias=True norm=layer
 norm=layer: n_embd=64 n_head=4
 tie=True: n_embd=64 n_head=4
 layers=A(A): n_embd=64 n_head=4
 layers=A(A): layers=(A)A
-layers=R: n_embd=64 n_head=4
 layers=G: n_embd=64 n_head=4
 SLOTS: n_embd=64 n_head=4
 n_value_embed=1: layers=AAA
