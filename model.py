@@ -795,7 +795,8 @@ class Attention(Layer):
         S, n, mask = seq.front, seq.n_prefix, seq.mask
         slots, tokens = (k[:, :, :S], v[:, :, :S]), q[:, :, n:]
         every = torch.ones(1, 1, 1, S, dtype=torch.bool, device=q.device)
-        y = self.slot_gate.to(q.dtype) * attend(tokens, *slots, every, dropout)
+        gate = 10 * self.slot_gate.to(q.dtype)  # (AdamW opens it in tens of steps, not hundreds)
+        y = gate * attend(tokens, *slots, every, dropout)
         mask = None if mask is None else mask[:, :, n:, S:]
         y = y + attend(tokens, k[:, :, S:], v[:, :, S:], mask, dropout)
         return torch.cat((attend(q[:, :, :n], *slots, None, dropout), y), 2) if n else y
