@@ -436,7 +436,7 @@ def make_task(cfg, name):
     argv = [f"--name={name}", f"--data_dir={cfg.data_dir}"]
     if command[0] in prepare.TASKS or name == "words":
         prepare.main([*command, *argv])
-    if task == "no_spaces":
+    if name == "no_spaces":
         paths = prepare.fetch_shakespeare(prepare.PrepareConfig(data_dir=cfg.data_dir))[0]
         with tempfile.TemporaryDirectory() as folder:
             for path in paths:
@@ -464,9 +464,10 @@ def once(cfg, name, compute):
 
 
 def fit(cfg, flags="", seed=1, threads=0, cold=False, **more):
-    """Train one arm in a process of its own, cold: with an empty compiler cache. Return what
-    train_arm returns, and "wall", the seconds of the whole process."""
-    m, t, own = parse_arm(flags, **more)
+    """Train one arm in a process of its own, cold: with an empty compiler cache; {seed} in flags
+    stands for its seed. Return what train_arm returns, and "wall", the seconds of the whole
+    process."""
+    m, t, own = parse_arm(flags.replace("{seed}", str(seed)), **more)
     folder = os.path.join(cfg.out_dir or scratch(), more.get("out_dir") or f"arm-{time.time_ns()}")
     t = {"dataset": cfg.dataset, **t, "data_dir": cfg.data_dir, "seed": seed, "out_dir": folder}
     arm = Arm(threads, **({"TORCHINDUCTOR_CACHE_DIR": scratch()} if cold else {}))
@@ -1781,6 +1782,76 @@ def distill(cfg):
 
 
 CLAIMS["distill"] = distill
+
+
+def first_stage(cfg, name, flags):
+    """Train a model for each seed, at constant rates. Return the flag that starts from it."""
+    for seed in range(1, cfg.seeds + 1):
+        kept(cfg, f"{name}-{seed}", f"{flags} --decay_lr=False", seed)
+    path = os.path.join(os.path.abspath(cfg.out_dir), name + "-{seed}", "ckpt.pt")
+    return f" --init_from={shlex.quote(path)}"
+
+
+def costs(cfg, arms):
+    """Return (seconds, operations): what a step of {name: flags} takes, as functions of two names,
+    the first in units of the second."""
+    arms = {name: read_arm(flags) for name, flags in arms.items()}
+    times = once(cfg, str(arms), lambda: step_times(
+        arms, min(cfg.rounds, 3), threads=share_of_cores(cfg))[0])
+    with torch.device("meta"):
+        flops = {name: GPT(stand_in(m), None).flops_per_token() for name, (m, _) in arms.items()}
+    return lambda a, b: compare(times[a], times[b]), lambda a, b: flops[a] / flops[b]
+
+
+def slots_on_trained(cfg, n=750):
+    """slots put on a trained plain model for a third of its steps, beside slots from scratch and
+    the plain model trained on, at equal seconds in all"""
+    cfg = dataclasses.replace(cfg, out_dir=cfg.out_dir or scratch())
+    plain = SLOT_MODEL + " --compile=False"
+    slots = SLOT_ARMS["b slots"]
+    gated = slots + " --slot_gate=True"
+    seconds, _ = costs(cfg, {"plain": plain, "slots": f"{plain} {slots}",
+                             "gated": f"{plain} {gated}"})
+    start = first_stage(cfg, "plain", f"{plain} --max_iters={n}")
+    lasts = lambda steps: f" --max_iters={steps:.0f}"
+    in_all = lambda arm: lasts(n * seconds("plain", arm) + n / 3 * seconds("gated", arm))
+    yield from Trial(
+        "", f"slots on a model of {n} steps, window 16, history 64",
+        {"slots put on": gated + lasts(n / 3) + start,
+         "plain, trained on": lasts(n / 3 * seconds("gated", "plain")) + start,
+         "slots from scratch": slots + in_all("slots"),
+         "slots from scratch, the same rates": slots + in_all("slots") + " --cooldown=0.2",
+         "gated slots from scratch": gated + in_all("gated")},
+        plain, "plain, trained on", columns=("val loss", "difference", "sd of it", "spread",
+                                             "steps", "history_shuffled"), timing="")(cfg)
+
+
+CLAIMS["slots_on_trained"] = slots_on_trained
+
+
+def growth(cfg, n=600):
+    """a small model, grown in mid-run to more layers or channels, beside the large one from scratch
+    at equal operations and at equal seconds, and the small one trained on"""
+    cfg = dataclasses.replace(cfg, out_dir=cfg.out_dir or scratch())
+    large = MINE + " --n_layer=6"
+    small = {"3 layers": "--n_layer=3", "half as wide": "--n_embd=64 --n_head=2"}
+    seconds, operations = costs(cfg, {"large": large, **{
+        name: f"{large} {flags}" for name, flags in small.items()}})
+    arms = {"large": f"--max_iters={n}",
+            "large, the same rates": f"--max_iters={n} --cooldown=0.4"}
+    for name, flags in small.items():
+        half = n / 2 * operations("large", name)  # steps of the small model
+        start = first_stage(cfg, name.replace(" ", "_"), f"{large} {flags} --max_iters={half:.0f}")
+        own = half * seconds(name, "large") + n / 2
+        arms |= {f"grown from {name}": f"--max_iters={n // 2}{start}",
+                 f"{name}, trained on": f"{flags} --max_iters={half:.0f}{start}",
+                 f"large, seconds of grown from {name}": f"--max_iters={own:.0f}"}
+    yield from Trial("", f"growing in mid-run to 6 layers, 128 wide, {n} steps of 12 x 64", arms,
+                     large, "large", ("val loss", "difference", "sd of it", "spread", "steps",
+                                      "params M", "seconds of steps"), timing="")(cfg)
+
+
+CLAIMS["growth"] = growth
 
 
 def featural(cfg):

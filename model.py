@@ -67,8 +67,8 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 2 ** 24, "vocab_size space mem_size"),
     (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"))
-SWITCHES = ("share_levels rollout plan_draw plan_noise enrich mem_drop mem_noise mem_straight "
-            "exit_rate exit_keys exit_classifier")  # refused where they have nothing to work on
+SWITCHES = ("share_levels rollout plan_draw plan_noise enrich slot_gate mem_drop mem_noise "
+            "mem_straight exit_rate exit_keys exit_classifier")  # refused where they do nothing
 
 
 @dataclass
@@ -145,6 +145,7 @@ class GPTConfig:
     span: int = 0  # tokens in a span
     span_binding: bool = True  # turn each token of a span by its place (False: a bag of tokens)
     enrich: bool = False  # make slots of the model's outputs over the history, not of embeddings
+    slot_gate: bool = False  # heads attend to slots apart, times a gate from 0: for a trained model
     # exits
     exit_weight: float = 1.0  # weight of the exits' losses together; 0: they are not trained
     exit_loss: str = "depth"  # depth (all exits, deeper ones more: CALM) | rotate (one a step)
@@ -222,7 +223,7 @@ class GPTConfig:
                  "a level with plan = cross or latent, a horizon above 1, and a concept_weight",
                  "rollout"),
                 (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span",
-                 "enrich"),
+                 "enrich slot_gate"),
                 (self.n_span, "spans: history, n_span and span", "span_binding"),
                 (self.semantic_weight, "a semantic_weight above 0", "semantic"),
                 (self.semantic_weight and self.semantic == "soft_ce",
@@ -410,7 +411,7 @@ class Linear(nn.Linear):
         super().__init__(n_in, sum(sizes), bias=bias)
         stated(self.weight, init, group).parts = sizes
         if bias:
-            stated(self.bias, ZEROS, "gain")
+            stated(self.bias, ZEROS, "gain").parts = sizes
 
     def reset_parameters(self):
         """Do nothing: GPT.init_weights gives values, and building draws no random number."""
@@ -774,6 +775,8 @@ class Attention(Layer):
         plain = [item[1] for item in cfg.tree if item[0] == "A"]
         embeds = i in plain[len(plain) - cfg.n_value_embed:]
         self.value_embed = Embedding(cfg.vocab_size, self.kv_dim, init=HEAD) if embeds else None
+        gated = cfg.slot_gate and (cfg.letters[i], i) in cfg.tree
+        self.slot_gate = parameter(self.n_head, 1, 1, init=ZEROS) if gated else None
 
     @staticmethod
     def check(cfg):
@@ -827,8 +830,27 @@ class Attention(Layer):
         if cache is not None:
             cache.write(seq.pos, k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
-        y = attend(q, k, v, seq.mask, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if self.slot_gate is None or seq.tokens is None:  # (a level may share this block)
+            y = attend(q, k, v, seq.mask, dropout)
+        else:
+            y = self.attend_apart(q, k, v, seq, dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, L, -1))
+
+    def attend_apart(self, q, k, v, seq, dropout):
+        """Return attention to the window, plus `slot_gate` times that to the slots.
+
+        Each has a softmax of its own, so a gate of 0 leaves the outputs of a model without slots,
+        and has a gradient (as in Flamingo, Alayrac et al. 2022, arXiv:2204.14198). Slots see slots.
+        """
+        S, n, mask = seq.front, seq.n_prefix, seq.mask
+        slots, tokens = (k[:, :, :S], v[:, :, :S]), q[:, :, n:]
+        every = torch.ones(1, 1, 1, S, dtype=torch.bool, device=q.device)
+        gate = 10 * self.slot_gate.to(q.dtype)  # (AdamW opens it in tens of steps, not hundreds)
+        y = gate * attend(tokens, *slots, every, dropout)
+        mask = None if mask is None else mask[:, :, n:, S:]
+        y = y + attend(tokens, k[:, :, S:], v[:, :, S:], mask, dropout)
+        return torch.cat((attend(q[:, :, :n], *slots, None, dropout), y), 2) if n else y
 
     def flops(self, L):  # 12 H D for every pair of positions (PaLM, arXiv:2204.02311, appendix B)
         return super().flops(L) + 12 * self.q_dim * L * L
@@ -965,7 +987,7 @@ class DeltaRule(Layer):
         (self.n_head, _, self.head_dim), C = cfg.heads(i), cfg.n_embd
         width = self.n_head * self.head_dim
         self.c_in = Linear(C, (width,) * 4, cfg.bias)  # queries, keys, values, what is read
-        self.c_gate = Linear(C, 2 * self.n_head, group="table")
+        self.c_gate = Linear(C, (self.n_head, self.n_head), group="table")
         law = lambda p, cfg, generator: p.uniform_(2.0, 6.0, generator=generator)
         self.rate = parameter(self.n_head, init=law)  # gate bias
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)

@@ -101,6 +101,8 @@ soft_ce: semantic=soft_ce semantic_weight=0.1
 soft_rate: soft_rate=0.3
 think: n_think=2 think_token=3
 slots_enrich: SLOTS enrich=True
+slots_gated+shared+exits: SLOTS layers=(A)A.FA share_levels=True exit_keys=True slot_gate=True
+   n_kv_head=1 n_value_embed=1 enrich=True n_mem=16 mem_top=3 mem_dim=8
 soft_rate+think+slots+enrich+value_embed: SLOTS soft_rate=0.3 n_think=2 think_token=3 enrich=True
    n_value_embed=1
 recurrent: layers=RR gate=positive
@@ -566,7 +568,7 @@ chunk=route:2 chunk=entropy:0 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2 
 mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
 semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
 exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
-n_gram=4 n_gram_size=9 concept_of=bag concept_of=state concept_of=ema next_latent=0.3
+n_gram=4 n_gram_size=9 concept_of=bag concept_of=state concept_of=ema next_latent=0.3 slot_gate=True
 """  # what random settings choose from
 
 
@@ -958,10 +960,92 @@ def test_energy_and_flow_keep_two_futures(kind):
         assert all(0.25 < (side * sign > 0.5).float().mean() < 0.75 for sign in (1, -1))
 
 
+GROWN = """
+layers=AA: layers=AAAAA
+NANOGPT: layers=AAAA n_mlp=160
+layers=RA(D)G: layers=RRA(DA)AGG n_gram=2 n_gram_size=30
+layers=A(A)A plan=cross: layers=(R)A(A)MA mem_chunk=4 mem_top=3 mem_dim=8
+layers=(A)AA share_levels=True chunk=2: layers=(A)AAA
+n_value_embed=1 mlp=swiglu: layers=AAA n_value_embed=2
+SLOTS: layers=A.AA exit_classifier=True
+bias=True norm=scale pos=learned n_head=4 n_kv_head=2: n_embd=48 n_head=6 n_kv_head=3 block_size=24
+FEATURAL layers=FA n_value_embed=1: layers=FFA n_embd=64 n_head=4
+layers=DM mem_chunk=4 mem_top=3 mem_dim=8: n_embd=40 head_dim=16
+layers=AA: n_head=4 head_dim=16 n_mlp=256
+layers=AA: SLOTS slot_gate=True layers=(A)AMA mem_chunk=4 mem_top=3 mem_dim=8 enrich=True
+"""  # settings, and others that they grow into
+
+
+@pytest.mark.parametrize("line", table(GROWN))
+def test_growth(line):
+    """What has grown puts out what it did, its optimizers go on with what they kept, each number
+    where its weight is, and all that is new learns."""
+    before, after = ({**BASE, **settings(words)} for words in line.split(": "))
+    after = {**before, **settings(line.split(": ")[1])}
+    old, new = wake(GPT(GPTConfig(**before))), GPT(GPTConfig(**after), seed=1)
+    grown = train.grow(new, old)
+    x, h = inputs(new, T=min(old.cfg.block_size, new.cfg.block_size))
+    agree(new.eval()(x, history=h).logits, old.eval()(x, history=h).logits, 1e-5)
+
+    # a gradient, moved as its weight is, is the gradient of the grown weight
+    new.train(), old.train()
+    losses = [m(x, x.roll(-1, 1), history=h).losses["ce"] for m in (new, old)]
+    kept, fresh = (train.make_optimizers(m, TrainConfig()) for m in (old, new))
+    grads = dict(zip(old.parameters(), torch.autograd.grad(losses[1], [*old.parameters()],
+                                                           materialize_grads=True)))
+    for o in kept:
+        for g in o.param_groups:
+            for q in g["params"]:
+                o.state[q] = {"step": torch.tensor(7.0), "momentum": grads[q],
+                              "exp_avg_sq": grads[q] ** 2}
+    train.grow_optimizers(fresh, kept, grown)
+    moved = {p: state for o in fresh for p, state in o.state.items()}
+    losses[0].backward()
+    assert len(moved) == len(list(old.parameters()))
+    for p, q, where, factor in grown:
+        assert moved[p]["step"] == 7 and moved[p]["momentum"].shape == p.shape
+        for key, power in (("momentum", 1), ("exp_avg_sq", 2)):
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            agree(moved[p][key][where], grad[where] ** power, 1e-5)
+
+    # what is new learns
+    fresh, was = train.make_optimizers(new, TrainConfig()), [p.clone() for p in new.parameters()]
+    for step in range(12):
+        x, h = inputs(new, 8, seed=step)
+        new(x, x.roll(-1, 1), history=h).loss.backward()
+        for o in fresh:
+            o.step()
+            o.zero_grad(set_to_none=True)
+    for (name, p), w in zip(new.named_parameters(), was):
+        still = (p == w).float().mean()
+        assert still < 0.1 or "value" in name or "tables" in name and still < 1, name
+
+
+@pytest.mark.parametrize("line", table("""
+layers=AA: SLOTS
+layers=AA: n_embd=64
+layers=AA: layers=A
+norm=layer: n_embd=64 n_head=4
+tie=True: n_embd=64 n_head=4
+layers=A(A): n_embd=64 n_head=4
+layers=A(A): layers=(A)A
+layers=G: n_embd=64 n_head=4
+SLOTS: n_embd=64 n_head=4
+n_value_embed=1: layers=AAA
+"""))
+def test_what_cannot_grow(line, tmp_path):
+    """It is refused in a sentence that names the settings."""
+    before, after = map(settings, line.split(": "))
+    run(tmp_path / "a", before, max_iters=4, eval_interval=9)
+    refused(lambda init: run(tmp_path / "b", {**before, **after}, init_from=init),
+            str(tmp_path / "a"), "another shape", *(f"--{name}=" for name in after))
+
+
 @pytest.mark.parametrize("more", ["", "plan=cross horizon=2", "init=gpt2",
-                                  "layers=((R)A)AA chunk=2,2"])
-def test_growing_a_level(more, tmp_path):
-    """A checkpoint without levels starts a model with them: the same at first, and it trains on."""
+                                  "layers=((R)A)AA chunk=2,2", "n_embd=64 n_head=4",
+                                  "layers=AA SLOTS slot_gate=True"])
+def test_growing_a_run(more, tmp_path):
+    """A checkpoint starts a model that has more in it: the same at first, and it trains on."""
     more = {"layers": "(A)AA", **settings(more)}
     flat, said = dict(init=more.get("init", "fan_in")), []
     r, _ = run(tmp_path / "flat", flat, max_iters=2)

@@ -569,6 +569,70 @@ def lr_factor(step, tcfg):
 
 
 # --------------------------------------------------------------------------------------------------
+# growth: a model that starts as one with less in it
+
+
+@torch.no_grad()
+def grow(new, old):
+    """Give the GPT new the weights of the GPT old, so that it puts out the same; raise ValueError
+    where it cannot. Return [(parameter of new, of old, where that stands in it, its factor)].
+
+    Parameters pair by name, layers in their order, and old numbers lead each part of what is larger
+    now. What writes into the residual stream writes 0 where it is new; what reads it is drawn, so
+    that there is a gradient. C channels among C' are sqrt(C' / C) as large, so that the norm is the
+    same, and are read by as much less (after Gesmundo and Maile 2023, arXiv:2308.06103)."""
+    a, b, grown, pairs = old.cfg, new.cfg, [], [(new, old)]
+    kind = lambda layer, cfg: layer.i is not None and cfg.letters[layer.i]
+    for ours, theirs in pairs:
+        rest = list(getattr(theirs, "order", ()))
+        for layer in getattr(ours, "order", ()):
+            same = rest and kind(layer, b) == kind(rest[0], a)
+            partner = rest.pop(0) if same else None
+            if layer in [*ours.blocks, *ours.levels]:  # (a level may run blocks of others)
+                pairs.append((layer, partner))
+        known = dict(theirs.named_parameters()) if theirs else {}
+        for name, p in ours.named_parameters():
+            if name.startswith(("blocks.", "levels.")):
+                continue
+            q = known.get(name)
+            writes = {"wte", "wpe", "tables", "c_proj"} & {*name.split(".")}
+            if writes or "value_embed" in name:
+                p.zero_()
+            if q is not None:
+                first = itertools.accumulate(getattr(p, "parts", ()), initial=0)
+                parts = zip(first, getattr(q, "parts", (len(q),)))
+                rows = torch.cat([i + torch.arange(n) for i, n in parts])
+                power = 0 if "value" in name else bool(writes) or -(p.shape[1:] == (b.n_embd,))
+                factor = (b.n_embd / a.n_embd) ** (power / 2)
+                where = rows, *map(slice, q.shape[1:])
+                p[where] = q * factor
+                grown.append((p, q, where, factor))
+    if len(grown) < len(list(old.parameters())):
+        raise ValueError("not all that is in it has a place")
+    if new.num_params() > old.num_params():
+        x = torch.arange(min(a.block_size, b.block_size))[None] ** 2 % a.vocab_size
+        h = torch.arange(b.history)[None] % a.vocab_size
+        one, other = (m.eval()(x, history=h[:, b.history - m.cfg.history:]).logits
+                      for m in (new, old))
+        if (one - other).abs().max() > 1e-4:
+            raise ValueError("its outputs would change: slots need slot_gate = True, heads their "
+                             "old head_dim, more channels norm = rms or scale, an untied head and "
+                             "no old level, slots, R, G or swiglu")
+    return grown
+
+
+def grow_optimizers(fresh, old, grown):
+    """Give fresh optimizers of a grown model what those of the old one keep; what is new has no
+    momentum."""
+    for ours, theirs in zip(fresh, old):
+        for p, q, where, factor in grown:
+            for k, v in theirs.state.get(q, {}).items():
+                ours.state[p][k] = kept = torch.zeros_like(p) if v.dim() else v
+                if v.dim():
+                    kept[where] = v / factor ** (1 + (k == "exp_avg_sq"))
+
+
+# --------------------------------------------------------------------------------------------------
 # logs, the files of a run, signals
 
 
@@ -1155,6 +1219,9 @@ def shapes(tree):
     return {k: shapes(v) if isinstance(v, dict) else (v.shape, v.dtype) for k, v in tree.items()}
 
 
+UNFIT = RuntimeError, ValueError, LookupError, TypeError, AttributeError  # of damaged data
+
+
 def restore_optimizer(optimizer, saved, step):
     """Give an optimizer the state of one that took `step` steps, but the rates of the settings;
     raise ValueError unless it has, for each parameter, what a step leaves: kernels trust it."""
@@ -1263,25 +1330,33 @@ class Training:
         return saved, path
 
     def load_weights(self, saved, path):
-        """Take the weights of a checkpoint, which need not have levels, attention to their plans,
-        an exit's classifier or a head of the next output: those add nothing before they are
-        trained.
-        """
-        model, weights = self.run.model, saved["model"]
-        new = {n: p.detach() for n, p in model.named_parameters() if n not in weights and
-               (n.startswith(("levels.", "sure.", "latent.")) or ".cross." in n or ".ln_x." in n)}
+        """Take the weights of a checkpoint, which may have less in it, and what its optimizers keep
+        of them: what is new adds nothing before it is trained."""
+        run, tcfg, theirs = self.run, self.tcfg, saved["model_config"]
         try:
-            model.load_state_dict({**new, **weights})
-        except RuntimeError as e:
+            if self.resumed:
+                return run.model.load_state_dict(saved["model"])
+            old, new = GPT.of(theirs, saved["model"]), GPT(self.mcfg, tcfg.seed)
+            grown = grow(new, old)
+            run.model.load_state_dict(new.state_dict())
+            if saved["train_config"]["optimizer"] == tcfg.optimizer:
+                fresh, kept = make_optimizers(new, tcfg), make_optimizers(old, tcfg)
+                for o, state in zip(kept, saved["optimizers"], strict=True):
+                    restore_optimizer(o, state, saved["step"])
+                grow_optimizers(fresh, kept, grown)
+                for o, f in zip(run.optimizers, fresh):
+                    o.load_state_dict({**o.state_dict(), "state": f.state_dict()["state"]})
+        except UNFIT as e:
             of_data, flags = ("n_layer", "vocab_size", "eot", "space", "think_token"), []
-            for k, (old, _) in differences(saved["model_config"], settings(self.mcfg)).items():
+            for k, (old, _) in differences(theirs, settings(self.mcfg)).items():
                 if k not in of_data:
                     value = ",".join(map(str, old)) if isinstance(old, tuple) else str(old)
                     flags.append(f"--{k}={shlex.quote(value)}")
-            wrong = f"give its own settings, {' '.join(flags)}" if flags else summary(e)
-            raise UserError(f"{path} is of another shape: {wrong}") from None
-        if new:
-            n = sum(p.numel() for p in new.values())
+            wrong = f"; give its own settings, {' '.join(flags)}" if flags else ""
+            raise UserError(f"{path} is of another shape, and cannot grow into this one "
+                            f"({summary(e)}){wrong}") from None
+        n = new.num_params() - old.num_params()
+        if n:
             self.say(f"{path} has none of {n:,} new parameters, which add nothing at first")
 
     def restore(self, saved, path):
@@ -1291,7 +1366,7 @@ class Training:
             for o, state in zip(run.optimizers, saved["optimizers"], strict=True):
                 restore_optimizer(o, state, saved["step"])
             restore_memory(run, saved["memory"])
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
+        except UNFIT as e:
             raise UserError(f"{path} cannot be gone on with ({summary(e)}); begin another run "
                             f"from its weights, with --init_from={shlex.quote(path)} and another "
                             f"--out_dir") from None
