@@ -27,6 +27,7 @@ Glossary (B rows, T tokens, L = S + T positions, C = n_embd, H heads, D = head_d
     draft, verify   the blocks before an exit, run ahead; the rest of them, over several tokens
     entry           a key and a value in an associative memory, with how often it was used
     soft token      a distribution over the vocabulary (B, T, V) in the place of an id (B, T)
+    soft region     places at one end of the window where tokens are soft
     prefix          positions at the front that are no tokens: slots, a level's start vector
     doc_start       (B, L) True where a document begins
     word_end        (B, T) True where a word ends
@@ -65,7 +66,8 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (2, 8, "n_gram"),
     (0, 2 ** 24, "vocab_size space mem_size"),
     (1, 2 ** 24, "n_gram_size"),
-    (-1, 2 ** 24, "eot think_token"))
+    (-1, 2 ** 24, "eot think_token"),
+    (-2 ** 20, 2 ** 20, "n_soft"))
 SWITCHES = ("share_levels enrich mem_drop mem_noise mem_straight exit_rate exit_keys "
             "exit_classifier")  # refused where they have nothing to work on
 
@@ -123,6 +125,7 @@ class GPTConfig:
     semantic_weight: float = 0.0  # weight of that loss; 0: off
     semantic_temp: float = 0.1  # soft_ce: temperature of the similarity (cosine) of embeddings
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
+    n_soft: int = 0  # soft region: the first n places of a window (-n: the last), in some rows
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
     # n-grams
@@ -2191,22 +2194,41 @@ class EmbeddingHead(nn.Module):
 class SoftTokens:
     """What a GPT does with soft tokens, distributions (B, T, V) in the place of ids."""
 
+    @staticmethod
+    def check(cfg):
+        T = cfg.block_size
+        if not -T < cfg.n_soft <= T - max(1, T // 4):
+            raise ValueError(f"n_soft ({cfg.n_soft}) takes at most three quarters of block_size "
+                             f"({T}) at its front, where a window that folds leaves tokens, or "
+                             f"less than all of it at its end (negative)")
+
+    def soft_region(self):
+        """Return the places of the soft region, a slice of the window."""
+        n, T = self.cfg.n_soft, self.cfg.block_size
+        return slice(0, n) if n >= 0 else slice(T + n, T)
+
+    def expect(self, logits):
+        """Return the soft tokens of logits (.., V): where a text ends is no guess."""
+        if self.cfg.eot >= 0:
+            logits[..., self.cfg.eot] = float("-inf")
+        return logits.softmax(-1)
+
     def soften(self, idx, history):
-        """Return training inputs of which a share is soft: idx (B, T) -> (B, T, V).
+        """Return training inputs of which some are soft: idx (B, T) -> (B, T, V).
 
         There a token is replaced by what the model expected in its place, from a pass without
         gradient. To keep that pass cheap, all soft positions lie in the first quarter of the rows
-        (or in a share soft_rate of them, if that is more).
-        Where a text ends is no guess: an end stays one, and nothing becomes one.
+        (or in a share soft_rate of them, if that is more): there the soft region is soft, and of
+        what is outside as much as makes a share soft_rate of the batch. The end of a text stays.
         """
-        cfg, B = self.cfg, len(idx)
+        cfg, (B, T) = self.cfg, idx.shape
         n = math.ceil(B * max(cfg.soft_rate, 0.25))
+        read = T if cfg.soft_rate else min(T, self.soft_region().stop)
         with torch.no_grad():
-            logits = self.to_logits(self.hidden(idx[:n], None if history is None else history[:n]))
-            if cfg.eot >= 0:
-                logits[..., cfg.eot] = float("-inf")
-            p = logits.softmax(-1)
-        soft = torch.rand(n, idx.size(1), device=idx.device) < cfg.soft_rate * B / n
+            h = self.hidden(idx[:n, :read], None if history is None else history[:n])
+            p = F.pad(self.expect(self.to_logits(h)), (0, 0, 0, T - read))
+        soft = torch.rand(n, T, device=idx.device) < cfg.soft_rate * B / n
+        soft[:, self.soft_region()] = True
         soft = soft & (idx[:n] != cfg.think_token) & (idx[:n] != cfg.eot)
         soft[:, 0] = False  # nothing is expected there
         tokens = F.one_hot(idx, cfg.vocab_size).to(p.dtype)
@@ -2554,7 +2576,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def random(self):
         """Return whether training computes something else than evaluation does."""
-        names = "dropout channel_drop soft_rate layer_drop exit_rate mem_drop mem_noise"
+        names = "dropout channel_drop soft_rate n_soft layer_drop exit_rate mem_drop mem_noise"
         return any(getattr(self.cfg, name) for name in names.split())
 
     def flops_per_token(self):
@@ -2565,7 +2587,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         cfg, head = self.cfg, 6 * n_weights(self.lm_head, self.point)
         if self.lm_head is None:
             head += 6 * self.wte.weight.numel()
-        passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3
+        passes = 1 + cfg.n_think + bool(cfg.soft_rate or cfg.n_soft) / 3
         reads = passes + (len(self.exits) if cfg.exit_weight else 0)
         history = self.flops(cfg.n_slot + cfg.history) / 3 if cfg.enrich else 0
         trunk = self.flops(cfg.n_slot + cfg.block_size) * passes + history
@@ -2748,7 +2770,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         more = dict(ids=ids, step_draw=step_draw, memory=memory)
 
         # inputs may be soft
-        if self.training and cfg.soft_rate:
+        if self.training and (cfg.soft_rate or cfg.n_soft):
             idx = self.soften(idx, history)
         if cfg.n_think:
             idx, count = self.think(idx, history, state, **more)
@@ -2789,7 +2811,7 @@ CHOICES = {
     "concept": CONCEPT_HEADS, "head": ("softmax", "nearest"), "semantic": (*DISTANCES, "soft_ce"),
     "exit_loss": ("depth", "rotate")}
 CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
-           EmbeddingHead, EarlyExit)
+           EmbeddingHead, SoftTokens, EarlyExit)
 
 
 def settings(cfg):

@@ -433,6 +433,9 @@ class Decoder:
         self.carried, self.known = {}, [0] * len(rows)
         self.rows = [([], []) for _ in rows]  # (history, window), lists of ids, oldest first
         self.soft = [{} for _ in rows]  # {place in the window: distribution (V,)} of soft tokens
+        # what was expected of the first tokens of a window that has folded, (places, V)
+        self.n_soft = 0 if context else max(model.cfg.n_soft, 0)
+        self.expected = [torch.empty(0, self.V, device=self.device) for _ in rows]
         for b, ids in enumerate(rows):
             for token in ids:  # a prompt ends up where the same tokens would be, had they been made
                 self.append(b, token)
@@ -455,8 +458,8 @@ class Decoder:
         folds = len(window) == self.T
         if folds:
             n = max(1, self.T // 4)
-            if self.memory:
-                self.write_memory(b, n)
+            if self.memory or self.n_soft:
+                self.look_back(b, n)
             ring.extend(window[:n])
             del window[:n]
             del ring[:max(0, len(ring) - self.H)]
@@ -467,14 +470,18 @@ class Decoder:
         return folds
 
     @torch.inference_mode()
-    def write_memory(self, b, n):
-        """Write into row b's memory what leaves its window with the first n tokens."""
+    def look_back(self, b, n):
+        """Write into row b's memory what leaves its window with the first n tokens, and note what
+        was expected of the others when they were made."""
         B = len(self.rows)
         if not self.own:
             self.memory = {i: m.copy(B) for i, m in self.memory.items()}
             self.own = True
         state = self.init_state([b])
-        self.read(self.model, state, [b], [0], self.T, self.history([b]))
+        logits = self.read(self.model, state, [b], [0], self.T, self.history([b]))[0]
+        if self.n_soft:
+            known, p = self.expected[b], self.model.expect(logits[0].float()).roll(1, 0)
+            self.expected[b] = torch.cat((known, p[len(known):]))[n:]
         carried = self.model.leave_window(state, torch.tensor([n], device=self.device))[1]
         for i, parts in carried.items():
             if i not in self.carried:
@@ -491,6 +498,13 @@ class Decoder:
             carried={i: [t[at] for t in parts] for i, parts in self.carried.items()},
             known=torch.tensor([self.known[b] for b in rows], device=self.device))
 
+    def region(self, b):
+        """Return {place: distribution (V,)} of the soft region of row b, which is hard until its
+        window has folded, and where training had it hard."""
+        cfg, window = self.model.cfg, self.rows[b][1]
+        return {at: p for at, p in enumerate(self.expected[b][:self.n_soft])
+                if at and window[at] not in (cfg.eot, cfg.think_token)}
+
     def inputs(self, rows, first, width):
         """Return what the model reads of each of these rows from place first[i] on, `width` tokens
         padded at the right: ids (B, width), or where one of them is soft distributions
@@ -498,7 +512,7 @@ class Decoder:
         windows = [self.rows[b][1][f:f + width] for f, b in zip(first, rows)]
         ids = torch.tensor([w + [0] * (width - len(w)) for w in windows], device=self.device)
         soft = [(i, at - f, p) for i, (f, b) in enumerate(zip(first, rows))
-                for at, p in self.soft[b].items() if f <= at < f + width]
+                for at, p in {**self.region(b), **self.soft[b]}.items() if f <= at < f + width]
         if not soft:
             return ids, ids
         idx = F.one_hot(ids, self.V).float()
@@ -623,8 +637,8 @@ class Decoder:
         new, at = copy.copy(self), torch.tensor(rows, device=self.device)
         new.rows = [tuple(map(list, self.rows[r])) for r in rows]
         new.soft = [dict(self.soft[r]) for r in rows]
-        new.known, new.depth, new.found = ([each[r] for r in rows] for each in
-                                           (self.known, self.depth, self.found))
+        new.known, new.depth, new.found, new.expected = ([each[r] for r in rows] for each in (
+            self.known, self.depth, self.found, self.expected))
         new.memory = {i: m.select(at) for i, m in self.memory.items()}
         new.carried = {i: [t[at] for t in parts] for i, parts in self.carried.items()}
         self.own = new.own = False  # one row is shared until somebody writes

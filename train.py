@@ -320,7 +320,8 @@ class Data:
             raise UserError(f"n_think needs a dataset with a think token, such as python "
                             f"prepare.py chain makes, or one of the dataset's {self.n_vocab} ids "
                             f"as --think_token, not {think}")
-        begins_again = any(map(ends_with_document, mcfg.layers)) or mcfg.n_gram or mcfg.soft_rate
+        begins_again = any(map(ends_with_document, mcfg.layers)) or mcfg.n_gram or \
+            mcfg.soft_rate or mcfg.n_soft
         if eot < 0 and begins_again and self.eot is not None:
             eot = self.eot
         if "(" in mcfg.layers and mcfg.chunk.startswith("space"):
