@@ -52,7 +52,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import GPT, GPTConfig, Level, Linear
+from model import GPT, GPTConfig, Level, Linear, cross_entropy
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -575,6 +575,25 @@ def two_steps(run, data, n=2048, rows=16):
 
 
 @torch.inference_mode()
+def behind_region(run, data, size=64):
+    """Return the loss behind the first quarter of a window where that holds its tokens, what the
+    model expected there, and how often each token occurs at all."""
+    model, n, V = run.model.eval(), run.mcfg.block_size // 4, run.mcfg.vocab_size
+    total, count = torch.zeros(3), 0
+    usual = torch.from_numpy(np.bincount(data.tokens, minlength=V) / data.n).float()
+    for x, y, h, _ in data.eval_batches(run.place, size):
+        h, tokens = h if run.mcfg.n_slot else None, F.one_hot(x, V).float()
+        expected = model.expect(model(x[:, :n], history=h).logits)[:, :-1]
+        y = y[:, n:]
+        for i, region in enumerate((tokens[:, 1:n], expected, usual.expand_as(expected))):
+            given = torch.cat((tokens[:, :1], region, tokens[:, n:]), 1)
+            logits = model(given, history=h, ids=x).logits[:, n:]
+            total[i] += cross_entropy(logits, y)
+        count += int((y >= 0).sum())
+    return dict(zip(("hard region", "soft region", "usual region"), (total / count).tolist()))
+
+
+@torch.inference_mode()
 def by_hops(run, data):
     """Return the share of right answers of the chain task, by how many pointers are to be
     followed."""
@@ -699,8 +718,8 @@ MEASURES = {"history_shuffled": ablated(shuffle_history),
             "slots_empty": ablated(lambda h: torch.full_like(h, -1)),
             "plan_shuffled": without_plan("shuffled"), "plan_zeroed": without_plan("zeroed"),
             "concepts": explained, "two_futures": two_futures, "wrong_distance": wrong_distance,
-            "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
-            "usage": lambda run, data: run.usage(data),
+            "two_steps": two_steps, "behind_region": behind_region, "hops": by_hops,
+            "lengths": by_length, "dense_M": dense, "usage": lambda run, data: run.usage(data),
             "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
 
 
@@ -1270,6 +1289,19 @@ CLAIMS["soft"] = Trial(
     [f"--soft_rate={rate}" for rate in (0.0, 0.1, 0.3, 1.0)],
     SMALL + " --max_iters=1500 --compile=False --after=two_steps", timing="",
     columns=("val loss", "spread", "soft step", "sampled step", "exact sum", "gap closed"))
+
+REGION_SLOTS = "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"
+CLAIMS["region"] = Trial(
+    "a soft region between slots and hard tokens: loss behind it where it holds tokens, what was "
+    "expected there, or the unigram distribution", "a window of 64, 16 or 32 of it a soft region, "
+    "500 steps of 12 x 64",
+    {"hard": "", "soft_rate = 0.1": "--soft_rate=0.1", "n_soft = 16": "--n_soft=16",
+     "n_soft = 32": "--n_soft=32", "n_soft = 16, soft_rate = 0.1": "--n_soft=16 --soft_rate=0.1"},
+    f"{MINE} {REGION_SLOTS} --after=behind_region",
+    columns=("val loss", "difference", "sd of it", "step time", "hard region", "soft region",
+             "usual region"),
+    derived={"share kept": lambda f, _: (mean(f["usual region"]) - mean(f["soft region"])) / (
+        mean(f["usual region"]) - mean(f["hard region"]))})
 
 SEMANTIC = ("--semantic=cos", "--semantic=mse", "--semantic=soft_ce",
             "--head=nearest --semantic=mse")

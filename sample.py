@@ -1497,7 +1497,7 @@ def decode(cfg, stores):
     run = way_of(cfg)(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
     scored = "" if ckpt.get("val_loss") is None else f", val loss {ckpt['val_loss']:.4f}"
     config.note(f"[{path}, step {ckpt['step']}{scored}]")
-    if cfg.soft and not mcfg.soft_rate:
+    if cfg.soft and not (mcfg.soft_rate or mcfg.n_soft):
         config.note("[this model never read soft tokens in training; expect poor text, or train "
                     "one with python train.py --soft_rate=0.1]")
     used = collections.Counter()  # (store, id) of what was found

@@ -1469,8 +1469,10 @@ def main(argv):
             f"({r['step_seconds']:.0f} s of steps, {r['compile_seconds']:.0f} s for the first)")
         if r["path"] and not tcfg.eval_only:
             scored = "" if r["saved_val_loss"] is None else f" (val loss {r['saved_val_loss']:.4f})"
-            say(f"checkpoint: {r['path']}{scored}\n"
-                f"sample from it: python sample.py --out_dir={shlex.quote(tcfg.out_dir)}")
+            sample = f"python sample.py --out_dir={shlex.quote(tcfg.out_dir)}"
+            say(f"checkpoint: {r['path']}{scored}\nsample from it: {sample}")
+            if mcfg.soft_rate or mcfg.n_soft:
+                say(f"and in soft tokens: {sample} --soft")
     code = 128 + r["stopped"] if r["stopped"] else 0
     if grouped:
         # DDP leaves gloo's threads alive (torch 2.13), and one that drops its last tensor while
