@@ -261,7 +261,7 @@ def start_run(m, t, profiled=False):
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(mcfg.vocab_size, (2, run.n_rows, mcfg.block_size), generator=g)
-    h = torch.randint(mcfg.vocab_size, (run.n_rows, mcfg.history), generator=g)
+    h = torch.randint(mcfg.vocab_size, (run.n_rows, mcfg.n_history), generator=g)
     if tcfg.score_last:
         y[:, :-tcfg.score_last] = -1
     tcfg.max_iters = NEVER  # constant learning rate

@@ -51,7 +51,7 @@ from torch.nn import functional as F
 
 
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
-    (0, 1, "aggregate soft_rate exit_distill exit_rate"),
+    (0, 1, "running_mean aggregate soft_rate exit_distill exit_rate"),
     (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
     (0, 1e6, "concept_weight mem_noise ce_weight semantic_weight exit_weight"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
@@ -133,6 +133,7 @@ class GPTConfig:
     n_gram_size: int = 16384  # rows of each table
     # slots
     history: int = 0  # tokens before the window that are compressed into context slots
+    running_mean: int = 0  # 1: a slot with the mean of all that came before, without a horizon
     aggregate: int = 0  # 1: a slot with the decayed mean of the whole history
     n_segment: int = 0  # slots with the means of as many equal parts of the history
     n_span: int = 0  # slots that each bind `span` tokens, the last n_span * span of the history
@@ -208,8 +209,8 @@ class GPTConfig:
                 (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
                 (self.plan == "cross" or self.concept_weight, "plan = cross or a concept_weight",
                  "concept horizon"),
-                (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span",
-                 "enrich"),
+                (self.n_slot, "context slots: history and one of running_mean, aggregate, "
+                 "n_segment, n_span", "enrich"),
                 (self.n_span, "spans: history, n_span and span", "span_binding"),
                 (self.semantic_weight, "a semantic_weight above 0", "semantic"),
                 (self.semantic_weight and self.semantic == "soft_ce",
@@ -232,7 +233,12 @@ class GPTConfig:
 
     @property
     def n_slot(self):
-        return self.aggregate + self.n_segment + self.n_span
+        return self.running_mean + self.aggregate + self.n_segment + self.n_span
+
+    @property
+    def n_history(self):
+        """Numbers of a history: counts of all tokens for a running mean, then ids."""
+        return self.running_mean * self.vocab_size + self.history
 
     def attending(self):
         """Return the numbers of the blocks that attend to something, by heads."""
@@ -2077,15 +2083,17 @@ class NGrams(nn.Module):
 
 
 class Slots(nn.Module):
-    """Context slots (softAR): the tokens before the window as [aggregate | segments | spans].
+    """Context slots (softAR): the tokens before the window, most compressed first.
 
-    history (B, history) token ids, oldest first, -1 where there is none, and a vector for each,
-    (B, history, C) -> (B, S, C). The vectors are embeddings, or with `enrich` what the model put
-    out over the history. The aggregate is a decayed mean of the whole history; a token's weight
-    has fallen to e^-4 when it leaves, so that slots are a function of the ids kept and of nothing
-    else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned by
-    its place (`binding`). Then a norm, one shared projection and a learned embedding per slot. A
-    slot with nothing in it has the learned vector `empty` in place of its normed sum.
+    As [running mean | aggregate | segments | spans]. history (B, history) token ids, oldest first,
+    -1 where there is none, and a vector for each, (B, history, C) -> (B, S, C). The vectors are
+    embeddings, or with `enrich` what the model put out over the history. With running_mean V counts
+    stand before the ids, of each token in all that came before the window, and one vector before
+    the others: the embedding of a soft token, their distribution. The aggregate is a decayed mean
+    of the whole history; a token's weight has fallen to e^-4 when it leaves. A segment is the
+    mean of an equal part; a span is the sum of its tokens, each turned by its place (`binding`).
+    Then a norm, one shared projection and a learned embedding per slot. A slot with nothing in it
+    has the learned vector `empty` in place of its normed sum.
 
     Example, history = 4, n_segment = 2, n_span = 1, span = 2: ids a b c d give the slots
     [a + b, c + d, turn(c, 0) + turn(d, 1)], each normed and projected.
@@ -2111,8 +2119,8 @@ class Slots(nn.Module):
             raise ValueError(f"enrich with pos = learned needs history ({history}) <= block_size "
                              f"({cfg.block_size})")
         if bool(history) != bool(cfg.n_slot):
-            raise ValueError("history and its slots (aggregate, n_segment, n_span) go together: "
-                             "set both or neither")
+            raise ValueError("history and its slots (running_mean, aggregate, n_segment, n_span) "
+                             "go together: set both or neither")
         if bool(n_span) != bool(span) or n_span * span > history:
             raise ValueError(f"n_span * span ({n_span} * {span}) must be positive and fit into "
                              f"history ({history})")
@@ -2125,9 +2133,13 @@ class Slots(nn.Module):
 
     def forward(self, history, vectors):
         B, cfg = history.size(0), self.cfg
-        exists = (history >= 0).to(vectors.dtype)  # (B, history)
-        e = vectors * exists[..., None]
+        counts, ids = history[:, :-cfg.history], history[:, -cfg.history:]
+        exists = (ids >= 0).to(vectors.dtype)  # (B, history)
+        e = vectors[:, -cfg.history:] * exists[..., None]
         pooled, count = [], []
+        if cfg.running_mean:
+            pooled.append(vectors[:, :1])
+            count.append(counts.clamp(min=0).sum(1, keepdim=True).to(e.dtype))
         if cfg.aggregate:
             w = self.decay * exists
             pooled.append(w[:, None] @ e)
@@ -2624,21 +2636,29 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         """Return what slots are made of, a vector for each id of history (B, H): (B, H, C).
 
         Embeddings, or with `enrich` the output of one pass without gradient over the history.
-        What is missing goes after all that is there, where nothing sees it.
+        What is missing goes after all that is there, where nothing sees it. Where V counts stand
+        before the ids, their mean embedding comes first.
         """
+        counts, history = history[:, :-self.cfg.history], history[:, -self.cfg.history:]
         ids = history.clamp(min=0)
         if not self.cfg.enrich:
-            return self.wte(ids)
-        with torch.no_grad():
-            order = (history < 0).sort(stable=True)[1]
-            h = self.hidden(ids.gather(1, order)).float()
-            return torch.empty_like(h).scatter(1, order[..., None].expand_as(h), h)
+            vectors = self.wte(ids)
+        else:
+            with torch.no_grad():
+                order = (history < 0).sort(stable=True)[1]
+                h = self.hidden(ids.gather(1, order)).float()
+                vectors = torch.empty_like(h).scatter(1, order[..., None].expand_as(h), h)
+        if not self.cfg.running_mean:
+            return vectors
+        counts = counts.clamp(min=0).float()
+        mean = self.wte(counts / counts.sum(1, keepdim=True).clamp(min=1))
+        return torch.cat((mean[:, None], vectors), 1)
 
     def embed(self, tokens, history=None, state=None, ids=None, targets=None, step_draw=None,
               memory=None):
         """Return x (B, S + T, C) and its Sequence, of ids (B, T) or distributions (B, T, V).
 
-        history (B, cfg.history): the ids before the tokens. Slots come first, once: with a state
+        history (B, cfg.n_history): as in forward. Slots come first, once: with a state
         that already holds positions there are none to add. The state moves on. ids (B, T): which
         symbols soft tokens stand for; None: the likeliest.
         """
@@ -2654,8 +2674,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             x = x + self.n_grams(likeliest, place, cache)
         if self.slots is not None and begins:
             if history is None:
-                history = torch.full((len(x), cfg.history), -1, device=x.device)
-                vectors = x.new_zeros(*history.shape, x.size(-1))
+                history = torch.full((len(x), cfg.n_history), -1, device=x.device)
+                vectors = x.new_zeros(len(x), cfg.running_mean + cfg.history, x.size(-1))
             else:
                 vectors = self.history_vectors(history)
             x = torch.cat((self.slots(history, vectors), x), dim=1)
@@ -2759,7 +2779,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed
         cross-entropy over `denom` (default: how many are scored; a trainer passes the count over
         all ranks and micro-steps).
-        history (B, cfg.history): the ids before the window, oldest first, -1 where missing.
+        history (B, cfg.n_history): the ids before the window, oldest first, -1 where missing; with
+        running_mean behind how often each token stood before the window (B, V).
         state: a decoding State that idx continues; it is updated in place.
         ids (B, T): which symbols soft tokens stand for, as far as ends of documents and words go.
         step_draw: what draw_step drew; None: no block is left out, and exits count by depth.
