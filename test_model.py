@@ -3175,6 +3175,8 @@ train
   --ce_weight=0 --semantic_weight=1 --head=nearest --semantic=soft_ce => mse or cos
   --head=nearest --tie=True => nearest | tie ; --enrich=True => enrich | history
   --history=64 => history | n_span ; --history=64 --n_span=20 --span=4 => history
+  --n_soft=193 --block_size=256 => n_soft | three quarters ; --n_soft=-16 --block_size=16 => n_soft
+  --running_mean=1 => running_mean | history ; --running_mean=2 => running_mean
   --layers=(A => layers | not closed ; --layers=()A => without a block ; --layers=(AB)A => 'B'
   --layers=A) => layers | character 2 | no level ; --layers=(A)A --chunk=0 => chunk | '0'
   --layers=((A)A)A --chunk=space => space,4 ; --layers=((A)A)A --chunk=2,3,4 => chunk | 2 depths
