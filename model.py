@@ -2214,11 +2214,6 @@ class SoftTokens:
                              f"({T}) at its front, where a window that folds leaves tokens, or "
                              f"less than all of it at its end (negative)")
 
-    def soft_region(self):
-        """Return the places of the soft region, a slice of the window."""
-        n, T = self.cfg.n_soft, self.cfg.block_size
-        return slice(0, n) if n >= 0 else slice(T + n, T)
-
     def expect(self, logits):
         """Return the soft tokens of logits (.., V): where a text ends is no guess."""
         if self.cfg.eot >= 0:
@@ -2234,13 +2229,14 @@ class SoftTokens:
         what is outside as much as makes a share soft_rate of the batch. The end of a text stays.
         """
         cfg, (B, T) = self.cfg, idx.shape
-        n = math.ceil(B * max(cfg.soft_rate, 0.25))
-        read = T if cfg.soft_rate else min(T, self.soft_region().stop)
+        n, last = math.ceil(B * max(cfg.soft_rate, 0.25)), cfg.block_size
+        region = slice(cfg.n_soft) if cfg.n_soft >= 0 else slice(last + cfg.n_soft, last)
+        read = T if cfg.soft_rate else min(T, region.stop)
         with torch.no_grad():
             h = self.hidden(idx[:n, :read], None if history is None else history[:n])
             p = F.pad(self.expect(self.to_logits(h)), (0, 0, 0, T - read))
         soft = torch.rand(n, T, device=idx.device) < cfg.soft_rate * B / n
-        soft[:, self.soft_region()] = True
+        soft[:, region] = True
         soft = soft & (idx[:n] != cfg.think_token) & (idx[:n] != cfg.eot)
         soft[:, 0] = False  # nothing is expected there
         tokens = F.one_hot(idx, cfg.vocab_size).to(p.dtype)
@@ -2434,7 +2430,7 @@ class EarlyExit:
         x, _ = self.run(x, seq, Aux(), state.caches, first=place)
         return self.to_logits(self.ln_f(x))
 
-    def forward_with_exits(self, tokens, should_exit, history=None, state=None):
+    def forward_with_exits(self, tokens, should_exit, history=None, state=None, ids=None):
         """Return logits (B, T, V), each of the layer its token stopped at, and blocks run (B, T).
 
         should_exit(h, before) of normalised vectors (B, T, C) at an exit and at the one before it
@@ -2442,7 +2438,7 @@ class EarlyExit:
         it was then (CALM), so over a whole window or a token at a time the result is the same.
         With a state, once all have stopped the layers only update their caches.
         """
-        x, seq = self.embed(tokens, history, state)
+        x, seq = self.embed(tokens, history, state, ids=ids)
         S, before = seq.n_prefix, self.ln_f(x[:, seq.n_prefix:])
 
         def stops(x):

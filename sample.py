@@ -564,7 +564,7 @@ class Decoder:
             return out.logits, early, None, out.h
         before = [self.made - len(self.rows[b][1]) + f for b, f in zip(rows, first)]
         self.leave.t = torch.tensor(before, device=self.device)[:, None]
-        logits, depth = model.forward_with_exits(idx, self.leave, history, state)
+        logits, depth = model.forward_with_exits(idx, self.leave, history, state, ids)
         return logits, None, depth, None
 
     def read_last(self, n, model):

@@ -2664,7 +2664,8 @@ def speculation(d, draft, **settings):
 
 
 @pytest.mark.parametrize("name, draft", [("exits", 0), ("exits_keys", 0), ("exits+level+slots", 0),
-                                         ("plain", "gru"), ("slots", "exits")])
+                                         ("plain", "gru"), ("slots", "exits"),
+                                         ("soft_region+slots", "slots")])
 @pytest.mark.parametrize("B", [1, 3])
 def test_speculation_is_greedy_decoding(name, draft, B):
     """Across many folds, rows of unequal length: plain decoding's text, with a repetition penalty
