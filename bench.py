@@ -1313,7 +1313,7 @@ CLAIMS["region"] = Trial(
     "expected there, or the unigram distribution", "a window of 64, 16 or 32 of it a soft region, "
     "500 steps of 12 x 64",
     {"hard": "", "soft_rate = 0.1": "--soft_rate=0.1", "n_soft = 16": "--n_soft=16",
-     "n_soft = 32": "--n_soft=32", "n_soft = 16, soft_rate = 0.1": "--n_soft=16 --soft_rate=0.1"},
+     "n_soft = 32": "--n_soft=32", "n_soft = 16, soft_rate = 0.05": "--n_soft=16 --soft_rate=0.05"},
     f"{MINE} {REGION_SLOTS} --after=behind_region",
     columns=("val loss", "difference", "sd of it", "step time", "hard region", "soft region",
              "usual region"),
@@ -1679,9 +1679,9 @@ def means(rows):
 def coherence(cfg, total=10_000):
     """a stream of 10,000 characters by each of several models under each collapse policy, beside
     human text: repetition, words, a judge"""
-    flags = (JUDGE + " --soft_rate=0.3 --history=256 --aggregate=1 --n_segment=2 --n_span=16 "
-             "--span=4")
-    models = [sample.load(kept(cfg, f"writer{seed}", flags, seed))[0]
+    writer = (JUDGE + " --soft_rate=0.3 --history=256 --aggregate=1 --n_segment=2 --n_span=16 "
+              "--span=4")
+    models = [sample.load(kept(cfg, f"writer{seed}", writer, seed))[0]
               for seed in range(1, cfg.seeds + 1)]
     critic, val = Critic(cfg), split_ids(cfg, "val")[:total].tolist()
     figures = lambda ids: {**critic.words(ids), "judge": critic.windows(ids)}
