@@ -52,7 +52,7 @@ import prepare
 import sample
 import train
 from config import UserError
-from model import GPT, GPTConfig, Level, Linear
+from model import GPT, GPTConfig, Level, Linear, cross_entropy
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -264,7 +264,7 @@ def start_run(m, t, profiled=False):
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(mcfg.vocab_size, (2, run.n_rows, mcfg.block_size), generator=g)
-    h = torch.randint(mcfg.vocab_size, (run.n_rows, mcfg.history), generator=g)
+    h = torch.randint(mcfg.vocab_size, (run.n_rows, mcfg.n_history), generator=g)
     if tcfg.score_last:
         y[:, :-tcfg.score_last] = -1
     tcfg.max_iters = NEVER  # constant learning rate
@@ -638,6 +638,26 @@ def two_steps(run, data, n=2048, rows=16):
 
 
 @torch.inference_mode()
+def behind_region(run, data, size=64):
+    """Return the loss behind the soft region, or where there is none the first quarter of a window,
+    where that holds its tokens, what the model expected there, and how often each token occurs at
+    all."""
+    model, V, total, count = run.model.eval(), run.mcfg.vocab_size, torch.zeros(3), 0
+    n = max(run.mcfg.n_soft, 0) or run.mcfg.block_size // 4
+    usual = torch.from_numpy(np.bincount(data.tokens, minlength=V) / data.n).float()
+    for x, y, h, _ in data.eval_batches(run.place, size):
+        h, tokens = h if run.mcfg.n_slot else None, F.one_hot(x, V).float()
+        expected = model.expect(model(x[:, :n], history=h).logits)[:, :-1]
+        y = y[:, n:]
+        for i, region in enumerate((tokens[:, 1:n], expected, usual.expand_as(expected))):
+            given = torch.cat((tokens[:, :1], region, tokens[:, n:]), 1)
+            logits = model(given, history=h, ids=x).logits[:, n:]
+            total[i] += cross_entropy(logits, y)
+        count += int((y >= 0).sum())
+    return dict(zip(("hard region", "soft region", "usual region"), (total / count).tolist()))
+
+
+@torch.inference_mode()
 def by_hops(run, data):
     """Return the share of right answers of the chain task, by how many pointers are to be
     followed."""
@@ -901,10 +921,10 @@ MEASURES = {"history_shuffled": ablated(shuffle_history),
             "plan_shuffled": without_plan("shuffled"), "plan_zeroed": without_plan("zeroed"),
              "concepts": explained, "chunks": chunk_lengths, "two_futures": two_futures,
              "forks": forks, "brier": brier, "drawn_nats": drawn_nats,
-             "wrong_distance": wrong_distance,
+             "wrong_distance": wrong_distance, "behind_region": behind_region,
              "by_words": by_words, "by_step": by_step, "spread": spread,
-            "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
-            "usage": lambda run, data: run.usage(data),
+             "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
+             "usage": lambda run, data: run.usage(data),
             "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
 
 
@@ -1389,24 +1409,38 @@ CLAIMS["slots"] = Trial(
 
 
 def kinds_of_slots(T):
-    """Return the arms of each kind of slot alone, and of all, in front of a window of T tokens."""
-    H = max(64, T // 16 * 16)
+    """Return the arms of each kind of slot alone, of all, and of a soft region, in front of a
+    window of T tokens; and of a window that has the history uncompressed."""
+    H, rows, against = max(64, T // 16 * 16), 2048 // T, f" --against='window {T}: none'"
     spans = f"--n_span=16 --span={H // 16}"
-    kinds = {"aggregate": "--aggregate=1", "2 segments": "--n_segment=2", "16 spans": spans,
-             "all": f"--aggregate=1 --n_segment=2 {spans}"}
-    size = f"--block_size={T} --batch_size={2048 // T}"
-    return {f"window {T}: none": size,
-            **{f"window {T}: {kind}": f"{size} --history={H} {flags} --against='window {T}: none'"
-               for kind, flags in kinds.items()}}
+    kinds = {"aggregate": "--aggregate=1", "running mean": "--running_mean=1",
+             "2 segments": "--n_segment=2", "16 spans": spans,
+             "all": f"--running_mean=1 --aggregate=1 --n_segment=2 {spans}"}
+    arms = {kind: f"--block_size={T} --history={H} {flags}" for kind, flags in kinds.items()}
+    arms["16 soft tokens"] = (f"--block_size={T + 16} --score_last={T} --n_soft=16 "
+                              f"--after=behind_region")
+    arms["uncompressed"] = f"--block_size={T + H} --score_last={T}"
+    return {f"window {T}: {kind}": f"{flags} --batch_size={rows}{against}"
+            for kind, flags in {"none": f"--block_size={T}", **arms}.items()}
+
+
+def gap_of_window(f, arms):
+    """Return how far an arm of kinds_of_slots goes from no history to all of it uncompressed, in
+    loss behind a soft region where it has one."""
+    window = next(name for name, other in arms.items() if other is f).split(":")[0]
+    none, all_, own = (mean(a.get("soft region", a["val loss"])) for a in (
+        arms[f"{window}: none"], arms[f"{window}: uncompressed"], f))
+    return (none - own) / (none - all_)
 
 
 CLAIMS["kinds"] = Trial(
-    "each kind of slot alone, at windows of 16, 100 and 256 tokens behind a history of 64, 96 and "
-    "256", "kinds of slots, 2 layers, 128 wide, 600 steps of about 2,048 tokens",
+    "each kind of slot alone, and 16 soft tokens, at windows of 16, 100 and 256 tokens behind a "
+    "history of 64, 96 and 256, beside a window that has both uncompressed",
+    "kinds of slots, 2 layers, 128 wide, 600 steps of about 2,048 tokens",
     {**kinds_of_slots(16), **kinds_of_slots(100), **kinds_of_slots(256)},
     SLOT_MODEL + " --n_layer=2 --max_iters=600 --compile=False",
-    columns=("val loss", "difference", "sd of it"),
-    timing="")
+    columns=("val loss", "difference", "sd of it", "hard region", "soft region", "usual region"),
+    derived={"gap closed": gap_of_window}, timing="")
 
 CLAIMS["variants"] = Trial(
     "each flag of the plain model switched, one at a time: loss and time of a step",
@@ -1461,6 +1495,8 @@ CLAIMS["topic"] = Trial(
     "the topic task, where only the mean of what lies far behind the window helps: each kind of "
     "slot alone, and an ordinary window, above the floor", "topic, 2 layers, 600 steps of 32 x 16",
     {"no history": "", "aggregate": "--history=256 --aggregate=1",
+     "mean of the document": "--history=256 --running_mean=1",
+     "mean of the history": "--history=256 --n_segment=1",
      "2 segments": "--history=256 --n_segment=2",
      "64 spans of 4": "--history=256 --n_span=64 --span=4",
      "uncompressed": "--block_size=272 --score_last=16",
@@ -1475,6 +1511,19 @@ CLAIMS["soft"] = Trial(
     [f"--soft_rate={rate}" for rate in (0.0, 0.1, 0.3, 1.0)],
     SMALL + " --max_iters=1500 --compile=False --after=two_steps", timing="",
     columns=("val loss", "spread", "soft step", "sampled step", "exact sum", "gap closed"))
+
+REGION_SLOTS = "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"
+CLAIMS["region"] = Trial(
+    "a soft region between slots and hard tokens: loss behind it where it holds tokens, what was "
+    "expected there, or the unigram distribution", "a window of 64, 16 or 32 of it a soft region, "
+    "500 steps of 12 x 64",
+    {"hard": "", "soft_rate = 0.1": "--soft_rate=0.1", "n_soft = 16": "--n_soft=16",
+     "n_soft = 32": "--n_soft=32", "n_soft = 16, soft_rate = 0.05": "--n_soft=16 --soft_rate=0.05"},
+    f"{MINE} {REGION_SLOTS} --after=behind_region",
+    columns=("val loss", "difference", "sd of it", "step time", "hard region", "soft region",
+             "usual region"),
+    derived={"share kept": lambda f, _: (mean(f["usual region"]) - mean(f["soft region"])) / (
+        mean(f["usual region"]) - mean(f["hard region"]))})
 
 SEMANTIC = ("--semantic=cos", "--semantic=mse", "--semantic=soft_ce",
             "--head=nearest --semantic=mse")
@@ -2068,22 +2117,26 @@ def means(rows):
     return {k: mean(row[k] for row in rows) for k in rows[0]}
 
 
-def coherence(cfg, total=20_000):
-    """a stream of 20,000 characters under each collapse policy, beside human text: repetition,
-    words, a judge"""
-    writer = fit(cfg, JUDGE + " --soft_rate=0.3 --history=256 --aggregate=1 --n_segment=2 "
-                              "--n_span=16 --span=4")
-    model, ckpt = sample.load(writer["out_dir"])
+def coherence(cfg, total=10_000):
+    """a stream of 10,000 characters by each of several models under each collapse policy, beside
+    human text: repetition, words, a judge"""
+    writer = (JUDGE + " --soft_rate=0.3 --history=256 --aggregate=1 --n_segment=2 --n_span=16 "
+              "--span=4")
+    models = [sample.load(kept(cfg, f"writer{seed}", writer, seed))[0]
+              for seed in range(1, cfg.seeds + 1)]
     critic, val = Critic(cfg), split_ids(cfg, "val")[:total].tolist()
     figures = lambda ids: {**critic.words(ids), "judge": critic.windows(ids)}
     rows = [{"text": "human (validation split)", **figures(val)}]
     for flags in (f"--soft --collapse={c}" for c in (
-            "always", "entropy", "entropy --collapse_which=far", "distance", "never")):
-        streams = write(model, [val[:1]] * cfg.seeds, total, flags, eot=critic.tok.eot)
+            "always", "entropy", "entropy --collapse_which=far", "distance",
+            "distance --collapse_which=far", "distance --collapse_by=context",
+            "distance --collapse_by=whole", "never")):
+        streams = [write(model, [val[:1]], total, flags, eot=critic.tok.eot) for model in models]
         rows.append({"text": flags, **means([
             {**figures(ids[1:]), "share soft": mean(t.soft for t in made)}
-            for made, ids in zip(*streams)])})
-    yield Table(f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds}", rows)
+            for (made,), (ids,) in streams])})
+    yield Table(f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds} models",
+                rows)
 
 
 def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):

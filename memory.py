@@ -468,6 +468,9 @@ class Store:
 def open_store(kind, target, model, path, write=False):
     """Return the Store of a kind at target, of this model, whose checkpoint is at path."""
     key, value = (model.cfg.n_embd, "float16"), (1, "int32")
+    if model.cfg.running_mean:
+        raise UserError(f"{path} reads a mean of all that came before, and a store is made window "
+                        f"by window; train one with --running_mean=0")
     if kind == "memory":
         if not model.init_memory(1, size=0):
             raise UserError(f"{path} has no block M to remember with; train one with an M in "

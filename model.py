@@ -27,6 +27,7 @@ Glossary (B rows, T tokens, L = S + T positions, C = n_embd, H heads, D = head_d
     draft, verify   the blocks before an exit, run ahead; the rest of them, over several tokens
     entry           a key and a value in an associative memory, with how often it was used
     soft token      a distribution over the vocabulary (B, T, V) in the place of an id (B, T)
+    soft region     places at one end of the window where tokens are soft
     prefix          positions at the front that are no tokens: slots, a level's start vector
     doc_start       (B, L) True where a document begins
     word_end        (B, T) True where a word ends
@@ -50,7 +51,7 @@ from torch.nn import functional as F
 
 
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
-    (0, 1, "aggregate soft_rate exit_distill exit_rate plan_draw rollout"),
+    (0, 1, "running_mean aggregate soft_rate exit_distill exit_rate plan_draw rollout"),
     (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
     (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight "
              "next_latent"),
@@ -66,7 +67,8 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (2, 8, "n_gram"),
     (0, 2 ** 24, "vocab_size space mem_size"),
     (1, 2 ** 24, "n_gram_size"),
-    (-1, 2 ** 24, "eot think_token"))
+    (-1, 2 ** 24, "eot think_token"),
+    (-2 ** 20, 2 ** 20, "n_soft"))
 SWITCHES = ("share_levels rollout plan_draw plan_noise enrich slot_gate mem_drop mem_noise "
             "mem_straight exit_rate exit_keys exit_classifier")  # refused where they do nothing
 
@@ -132,6 +134,7 @@ class GPTConfig:
     semantic_temp: float = 0.1  # soft_ce: temperature of the cosine; 1e6 is label smoothing
     next_latent: float = 0.0  # weight of regressing the next output vector; 0: off
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
+    n_soft: int = 0  # soft region: the first n places of a window (-n: the last), in some rows
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
     # n-grams
@@ -139,6 +142,7 @@ class GPTConfig:
     n_gram_size: int = 16384  # rows of each table
     # slots
     history: int = 0  # tokens before the window that are compressed into context slots
+    running_mean: int = 0  # 1: a slot with the mean of all that came before, without a horizon
     aggregate: int = 0  # 1: a slot with the decayed mean of the whole history
     n_segment: int = 0  # slots with the means of as many equal parts of the history
     n_span: int = 0  # slots that each bind `span` tokens, the last n_span * span of the history
@@ -222,8 +226,8 @@ class GPTConfig:
                 (has("(") and self.plan != "add" and self.horizon > 1 and self.concept_weight,
                  "a level with plan = cross or latent, a horizon above 1, and a concept_weight",
                  "rollout"),
-                (self.n_slot, "context slots: history and one of aggregate, n_segment, n_span",
-                 "enrich slot_gate"),
+                (self.n_slot, "context slots: history and one of running_mean, aggregate, "
+                 "n_segment, n_span", "enrich slot_gate"),
                 (self.n_span, "spans: history, n_span and span", "span_binding"),
                 (self.semantic_weight, "a semantic_weight above 0", "semantic"),
                 (self.semantic_weight and self.semantic == "soft_ce",
@@ -246,7 +250,12 @@ class GPTConfig:
 
     @property
     def n_slot(self):
-        return self.aggregate + self.n_segment + self.n_span
+        return self.running_mean + self.aggregate + self.n_segment + self.n_span
+
+    @property
+    def n_history(self):
+        """Numbers of a history: counts of all tokens for a running mean, then ids."""
+        return self.running_mean * self.vocab_size + self.history
 
     def attending(self):
         """Return the numbers of the blocks that attend to something, by heads."""
@@ -2342,15 +2351,17 @@ class NGrams(nn.Module):
 
 
 class Slots(nn.Module):
-    """Context slots (softAR): the tokens before the window as [aggregate | segments | spans].
+    """Context slots (softAR): the tokens before the window, most compressed first.
 
-    history (B, history) token ids, oldest first, -1 where there is none, and a vector for each,
-    (B, history, C) -> (B, S, C). The vectors are embeddings, or with `enrich` what the model put
-    out over the history. The aggregate is a decayed mean of the whole history; a token's weight
-    has fallen to e^-4 when it leaves, so that slots are a function of the ids kept and of nothing
-    else. A segment is the mean of an equal part; a span is the sum of its tokens, each turned by
-    its place (`binding`). Then a norm, one shared projection and a learned embedding per slot. A
-    slot with nothing in it has the learned vector `empty` in place of its normed sum.
+    As [running mean | aggregate | segments | spans]. history (B, history) token ids, oldest first,
+    -1 where there is none, and a vector for each, (B, history, C) -> (B, S, C). The vectors are
+    embeddings, or with `enrich` what the model put out over the history. With running_mean V counts
+    stand before the ids, of each token in all that came before the window, and one vector before
+    the others: the embedding of a soft token, their distribution. The aggregate is a decayed mean
+    of the whole history; a token's weight has fallen to e^-4 when it leaves. A segment is the
+    mean of an equal part; a span is the sum of its tokens, each turned by its place (`binding`).
+    Then a norm, one shared projection and a learned embedding per slot. A slot with nothing in it
+    has the learned vector `empty` in place of its normed sum.
 
     Example, history = 4, n_segment = 2, n_span = 1, span = 2: ids a b c d give the slots
     [a + b, c + d, turn(c, 0) + turn(d, 1)], each normed and projected.
@@ -2375,8 +2386,8 @@ class Slots(nn.Module):
             raise ValueError(f"enrich with pos = learned needs history ({history}) <= block_size "
                              f"({cfg.block_size})")
         if bool(history) != bool(cfg.n_slot):
-            raise ValueError("history and its slots (aggregate, n_segment, n_span) go together: "
-                             "set both or neither")
+            raise ValueError("history and its slots (running_mean, aggregate, n_segment, n_span) "
+                             "go together: set both or neither")
         if bool(n_span) != bool(span) or n_span * span > history:
             raise ValueError(f"n_span * span ({n_span} * {span}) must be positive and fit into "
                              f"history ({history})")
@@ -2389,9 +2400,13 @@ class Slots(nn.Module):
 
     def forward(self, history, vectors):
         B, cfg = history.size(0), self.cfg
-        exists = (history >= 0).to(vectors.dtype)  # (B, history)
-        e = vectors * exists[..., None]
+        counts, ids = history[:, :-cfg.history], history[:, -cfg.history:]
+        exists = (ids >= 0).to(vectors.dtype)  # (B, history)
+        e = vectors[:, -cfg.history:] * exists[..., None]
         pooled, count = [], []
+        if cfg.running_mean:
+            pooled.append(vectors[:, :1])
+            count.append(counts.clamp(min=0).sum(1, keepdim=True).to(e.dtype))
         if cfg.aggregate:
             w = self.decay * exists
             pooled.append(w[:, None] @ e)
@@ -2478,22 +2493,37 @@ class NextLatent(nn.Module):
 class SoftTokens:
     """What a GPT does with soft tokens, distributions (B, T, V) in the place of ids."""
 
+    @staticmethod
+    def check(cfg):
+        T = cfg.block_size
+        if not -T < cfg.n_soft <= T - max(1, T // 4):
+            raise ValueError(f"n_soft ({cfg.n_soft}) takes at most three quarters of block_size "
+                             f"({T}) at its front, where a window that folds leaves tokens, or "
+                             f"less than all of it at its end (negative)")
+
+    def expect(self, logits):
+        """Return the soft tokens of logits (.., V): where a text ends is no guess."""
+        if self.cfg.eot >= 0:
+            logits[..., self.cfg.eot] = float("-inf")
+        return logits.softmax(-1)
+
     def soften(self, idx, history):
-        """Return training inputs of which a share is soft: idx (B, T) -> (B, T, V).
+        """Return training inputs of which some are soft: idx (B, T) -> (B, T, V).
 
         There a token is replaced by what the model expected in its place, from a pass without
         gradient. To keep that pass cheap, all soft positions lie in the first quarter of the rows
-        (or in a share soft_rate of them, if that is more).
-        Where a text ends is no guess: an end stays one, and nothing becomes one.
+        (or in a share soft_rate of them, if that is more): there the soft region is soft, and of
+        what is outside as much as makes a share soft_rate of the batch. The end of a text stays.
         """
-        cfg, B = self.cfg, len(idx)
-        n = math.ceil(B * max(cfg.soft_rate, 0.25))
+        cfg, (B, T) = self.cfg, idx.shape
+        n, last = math.ceil(B * max(cfg.soft_rate, 0.25)), cfg.block_size
+        region = slice(cfg.n_soft) if cfg.n_soft >= 0 else slice(last + cfg.n_soft, last)
+        read = T if cfg.soft_rate else min(T, region.stop)
         with torch.no_grad():
-            logits = self.to_logits(self.hidden(idx[:n], None if history is None else history[:n]))
-            if cfg.eot >= 0:
-                logits[..., cfg.eot] = float("-inf")
-            p = logits.softmax(-1)
-        soft = torch.rand(n, idx.size(1), device=idx.device) < cfg.soft_rate * B / n
+            h = self.hidden(idx[:n, :read], None if history is None else history[:n])
+            p = F.pad(self.expect(self.to_logits(h)), (0, 0, 0, T - read))
+        soft = torch.rand(n, T, device=idx.device) < cfg.soft_rate * B / n
+        soft[:, region] = True
         soft = soft & (idx[:n] != cfg.think_token) & (idx[:n] != cfg.eot)
         soft[:, 0] = False  # nothing is expected there
         tokens = F.one_hot(idx, cfg.vocab_size).to(p.dtype)
@@ -2703,7 +2733,7 @@ class EarlyExit:
         x, _ = self.run(x, seq, Aux(), state.caches, first=place)
         return self.to_logits(self.ln_f(x))
 
-    def forward_with_exits(self, tokens, should_exit, history=None, state=None):
+    def forward_with_exits(self, tokens, should_exit, history=None, state=None, ids=None):
         """Return logits (B, T, V), each of the layer its token stopped at, and blocks run (B, T).
 
         should_exit(h, before) of normalised vectors (B, T, C) at an exit and at the one before it
@@ -2711,7 +2741,7 @@ class EarlyExit:
         it was then (CALM), so over a whole window or a token at a time the result is the same.
         With a state, once all have stopped the layers only update their caches.
         """
-        x, seq = self.embed(tokens, history, state)
+        x, seq = self.embed(tokens, history, state, ids=ids)
         S, before = seq.n_prefix, self.ln_f(x[:, seq.n_prefix:])
 
         def stops(x):
@@ -2859,7 +2889,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def random(self):
         """Return whether training computes something else than evaluation does."""
-        names = "dropout channel_drop soft_rate layer_drop exit_rate mem_drop mem_noise plan_draw"
+        names = ("dropout channel_drop soft_rate n_soft layer_drop exit_rate mem_drop mem_noise "
+                 "plan_draw")
         some = self.cfg.rollout % 1  # not all rows
         return some > 0 or any(getattr(self.cfg, name) for name in names.split())
 
@@ -2871,7 +2902,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         cfg, head = self.cfg, 6 * n_weights(self.lm_head, self.point, self.latent)
         if self.lm_head is None:
             head += 6 * self.wte.weight.numel()
-        passes = 1 + cfg.n_think + (cfg.soft_rate > 0) / 3
+        passes = 1 + cfg.n_think + bool(cfg.soft_rate or cfg.n_soft) / 3
         reads = passes + (len(self.exits) if cfg.exit_weight else 0) + (self.limit is not None) / 3
         history = self.flops(cfg.n_slot + cfg.history) / 3 if cfg.enrich else 0
         trunk = self.flops(cfg.n_slot + cfg.block_size) * passes + history
@@ -2908,21 +2939,29 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         """Return what slots are made of, a vector for each id of history (B, H): (B, H, C).
 
         Embeddings, or with `enrich` the output of one pass without gradient over the history.
-        What is missing goes after all that is there, where nothing sees it.
+        What is missing goes after all that is there, where nothing sees it. Where V counts stand
+        before the ids, their mean embedding comes first.
         """
+        counts, history = history[:, :-self.cfg.history], history[:, -self.cfg.history:]
         ids = history.clamp(min=0)
         if not self.cfg.enrich:
-            return self.wte(ids)
-        with torch.no_grad():
-            order = (history < 0).sort(stable=True)[1]
-            h = self.hidden(ids.gather(1, order)).float()
-            return torch.empty_like(h).scatter(1, order[..., None].expand_as(h), h)
+            vectors = self.wte(ids)
+        else:
+            with torch.no_grad():
+                order = (history < 0).sort(stable=True)[1]
+                h = self.hidden(ids.gather(1, order)).float()
+                vectors = torch.empty_like(h).scatter(1, order[..., None].expand_as(h), h)
+        if not self.cfg.running_mean:
+            return vectors
+        counts = counts.clamp(min=0).float()
+        mean = self.wte(counts / counts.sum(1, keepdim=True).clamp(min=1))
+        return torch.cat((mean[:, None], vectors), 1)
 
     def embed(self, tokens, history=None, state=None, ids=None, targets=None, step_draw=None,
               memory=None):
         """Return x (B, S + T, C) and its Sequence, of ids (B, T) or distributions (B, T, V).
 
-        history (B, cfg.history): the ids before the tokens. Slots come first, once: with a state
+        history (B, cfg.n_history): as in forward. Slots come first, once: with a state
         that already holds positions there are none to add. The state moves on. ids (B, T): which
         symbols soft tokens stand for; None: the likeliest.
         """
@@ -2938,8 +2977,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             x = x + self.n_grams(likeliest, place, cache)
         if self.slots is not None and begins:
             if history is None:
-                history = torch.full((len(x), cfg.history), -1, device=x.device)
-                vectors = x.new_zeros(*history.shape, x.size(-1))
+                history = torch.full((len(x), cfg.n_history), -1, device=x.device)
+                vectors = x.new_zeros(len(x), cfg.running_mean + cfg.history, x.size(-1))
             else:
                 vectors = self.history_vectors(history)
             x = torch.cat((self.slots(history, vectors), x), dim=1)
@@ -3047,7 +3086,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed
         cross-entropy over `denom` (default: how many are scored; a trainer passes the count over
         all ranks and micro-steps).
-        history (B, cfg.history): the ids before the window, oldest first, -1 where missing.
+        history (B, cfg.n_history): the ids before the window, oldest first, -1 where missing; with
+        running_mean behind how often each token stood before the window (B, V).
         state: a decoding State that idx continues; it is updated in place.
         ids (B, T): which symbols soft tokens stand for, as far as ends of documents and words go.
         step_draw: what draw_step drew; None: no block is left out, and exits count by depth.
@@ -3058,7 +3098,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         more = dict(ids=ids, step_draw=step_draw, memory=memory)
 
         # inputs may be soft
-        if self.training and cfg.soft_rate:
+        if self.training and (cfg.soft_rate or cfg.n_soft):
             idx = self.soften(idx, history)
         if cfg.n_think:
             idx, count = self.think(idx, history, state, **more)
@@ -3103,7 +3143,7 @@ CHOICES = {
     "semantic": (*DISTANCES, "soft_ce"),
     "exit_loss": ("depth", "rotate")}
 CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
-           EmbeddingHead, EarlyExit)
+           EmbeddingHead, SoftTokens, EarlyExit)
 
 
 def settings(cfg):

@@ -72,7 +72,8 @@ class SampleConfig:
     gumbel: float = 0.0  # soft: temperature of a Gumbel-softmax on each soft token; 0: no noise
     collapse: str = "distance"  # always | never | every:N | distance (off tokens) | entropy (sure)
     collapse_threshold: float = -1.0  # entropy: below which (-1: 0.5); distance: above (-1: 0.1)
-    collapse_by: str = "nearest"  # what soft tokens become: nearest | context (drawn in one pass)
+    collapse_by: str = "nearest"  # what soft tokens become: nearest | context (drawn in one pass) |
+    #                               whole (drawn by how well it explains all that came after it)
     collapse_which: str = "all"  # of earlier soft tokens: all | far (less than 0.7 like any symbol)
     collapse_back: int = -1  # collapse only the last n earlier soft tokens; -1: all, 0: none
     n_think: int = 0  # think tokens after the prompt, for a model trained with n_think
@@ -145,7 +146,7 @@ class SampleConfig:
             (self.collapse_back, "earlier soft tokens, and collapse_back = 0 leaves those as they "
              "are", "collapse_by collapse_which"),
             (self.collapse_by == "nearest" or not self.knn, "the model alone to draw from with "
-             "collapse_by = context", "knn"),
+             "collapse_by = context or whole", "knn"),
             (self.exit, "early exits, such as --exit=softmax", "exit_threshold exit_decay"),
             (self.exit_threshold >= 0, "an exit_threshold: none is ever stored for it",
              "exit_decay"),
@@ -170,7 +171,7 @@ class SampleConfig:
 
 CHOICES = {
     "exit": ("", "softmax", "margin", "cosine", "classifier"),
-    "collapse_by": ("nearest", "context"), "collapse_which": ("all", "far"),
+    "collapse_by": ("nearest", "context", "whole"), "collapse_which": ("all", "far"),
     "collapse": ("distance", "entropy", "always", "never", "every:N"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -434,7 +435,11 @@ class Decoder:
         # entries of the first `known` tokens of each window, as the one before had them
         self.carried, self.known = {}, [0] * len(rows)
         self.rows = [([], []) for _ in rows]  # (history, window), lists of ids, oldest first
+        self.counts = [np.zeros(model.cfg.n_history - model.cfg.history, int) for _ in rows]
         self.soft = [{} for _ in rows]  # {place in the window: distribution (V,)} of soft tokens
+        # what was expected of the first tokens of a window that has folded, (places, V)
+        self.n_soft = 0 if context else max(model.cfg.n_soft, 0)
+        self.expected = [torch.empty(0, self.V, device=self.device) for _ in rows]
         for b, ids in enumerate(rows):
             for token in ids:  # a prompt ends up where the same tokens would be, had they been made
                 self.append(b, token)
@@ -457,8 +462,12 @@ class Decoder:
         folds = len(window) == self.T
         if folds:
             n = max(1, self.T // 4)
-            if self.memory:
-                self.write_memory(b, n)
+            if self.memory or self.n_soft:
+                self.look_back(b, n)
+            if self.model.cfg.running_mean:  # of all that has left, since a document began
+                for left in window[:n]:
+                    self.counts[b][left] += 1
+                    self.counts[b] *= left != self.eot
             ring.extend(window[:n])
             del window[:n]
             del ring[:max(0, len(ring) - self.H)]
@@ -469,14 +478,18 @@ class Decoder:
         return folds
 
     @torch.inference_mode()
-    def write_memory(self, b, n):
-        """Write into row b's memory what leaves its window with the first n tokens."""
+    def look_back(self, b, n):
+        """Write into row b's memory what leaves its window with the first n tokens, and note what
+        was expected of the others when they were made."""
         B = len(self.rows)
         if not self.own:
             self.memory = {i: m.copy(B) for i, m in self.memory.items()}
             self.own = True
         state = self.init_state([b])
-        self.read(self.model, state, [b], [0], self.T, self.history([b]))
+        logits = self.read(self.model, state, [b], [0], self.T, self.history([b]))[0]
+        if self.n_soft:
+            known, p = self.expected[b], self.model.expect(logits[0].float()).roll(1, 0)
+            self.expected[b] = torch.cat((known, p[len(known):]))[n:]
         carried = self.model.leave_window(state, torch.tensor([n], device=self.device))[1]
         for i, parts in carried.items():
             if i not in self.carried:
@@ -493,6 +506,13 @@ class Decoder:
             carried={i: [t[at] for t in parts] for i, parts in self.carried.items()},
             known=torch.tensor([self.known[b] for b in rows], device=self.device))
 
+    def region(self, b):
+        """Return {place: distribution (V,)} of the soft region of row b, which is hard until its
+        window has folded, and where training had it hard."""
+        cfg, window = self.model.cfg, self.rows[b][1]
+        return {at: p for at, p in enumerate(self.expected[b][:self.n_soft])
+                if at and window[at] not in (cfg.eot, cfg.think_token)}
+
     def inputs(self, rows, first, width):
         """Return what the model reads of each of these rows from place first[i] on, `width` tokens
         padded at the right: ids (B, width), or where one of them is soft distributions
@@ -500,7 +520,7 @@ class Decoder:
         windows = [self.rows[b][1][f:f + width] for f, b in zip(first, rows)]
         ids = torch.tensor([w + [0] * (width - len(w)) for w in windows], device=self.device)
         soft = [(i, at - f, p) for i, (f, b) in enumerate(zip(first, rows))
-                for at, p in self.soft[b].items() if f <= at < f + width]
+                for at, p in {**self.region(b), **self.soft[b]}.items() if f <= at < f + width]
         if not soft:
             return ids, ids
         idx = F.one_hot(ids, self.V).float()
@@ -515,7 +535,9 @@ class Decoder:
             return None
         rings = [self.rows[b][0] for b in rows]
         ring = np.array([[-1] * (self.H - len(r)) + r for r in rings])
-        return torch.from_numpy(prepare.forget(ring, self.eot)).to(self.device)
+        ring = prepare.forget(ring, self.eot)
+        counts = np.array([self.counts[b] for b in rows])
+        return torch.from_numpy(np.concatenate((counts, ring), 1)).to(self.device)
 
     @torch.inference_mode()
     def prefill(self):
@@ -544,7 +566,7 @@ class Decoder:
             return out.logits, early, None, out.h
         before = [self.made - len(self.rows[b][1]) + f for b, f in zip(rows, first)]
         self.leave.t = torch.tensor(before, device=self.device)[:, None]
-        logits, depth = model.forward_with_exits(idx, self.leave, history, state)
+        logits, depth = model.forward_with_exits(idx, self.leave, history, state, ids)
         return logits, None, depth, None
 
     def read_last(self, n, model):
@@ -598,6 +620,24 @@ class Decoder:
             self.read_last(len(ids), self.model)
 
     @torch.inference_mode()
+    def weigh(self, b, at, changed, n=8):
+        """Return what the soft token at place `at` of row b was, by itself and by all that stands
+        behind it: (1, V), p(v) times the likelihood of what follows v, over its n likeliest v. The
+        likelihood of a soft token is its expected log-likelihood. The cache holds what stands
+        before the place `changed`, at most `at`, and what is from there on is read again."""
+        window, at = self.rows[b][1], at - changed
+        idx, ids = self.inputs([b], [changed], len(window) - changed)
+        prior, likeliest = idx[0, at].topk(min(n, self.V))
+        idx, ids = (t.repeat(len(prior), *[1] * (t.dim() - 1)) for t in (idx, ids))
+        idx[:, at], ids[:, at] = F.one_hot(likeliest, self.V).float(), likeliest
+        state = self.state.select(torch.full_like(likeliest, b))
+        state.rollback(len(window) - changed)
+        logits = self.model(idx, state=state, ids=ids).logits[:, at:-1].float()
+        follows = (idx[:, at + 1:] * logits.log_softmax(-1)).sum((1, 2))
+        p = (prior.log() + follows).softmax(0)
+        return torch.zeros_like(idx[:1, at]).scatter(1, likeliest[None], p[None])
+
+    @torch.inference_mode()
     def collapse(self, changes):
         """Put symbols in the place of soft tokens, changes [(row, place from the end (-1 is the
         last), id)], and repair the cache: what stands from the first of them on is computed again,
@@ -625,8 +665,9 @@ class Decoder:
         new, at = copy.copy(self), torch.tensor(rows, device=self.device)
         new.rows = [tuple(map(list, self.rows[r])) for r in rows]
         new.soft = [dict(self.soft[r]) for r in rows]
-        new.known, new.depth, new.found = ([each[r] for r in rows] for each in
-                                           (self.known, self.depth, self.found))
+        new.counts = [self.counts[r].copy() for r in rows]
+        new.known, new.depth, new.found, new.expected = ([each[r] for r in rows] for each in (
+            self.known, self.depth, self.found, self.expected))
         new.memory = {i: m.select(at) for i, m in self.memory.items()}
         new.carried = {i: [t[at] for t in parts] for i, parts in self.carried.items()}
         self.own = new.own = False  # one row is shared until somebody writes
@@ -835,7 +876,7 @@ class Soft(Plain):
         cfg, d = self.cfg, self.decoder
         self.table = table = d.model.wte.weight.detach().float()
         waiting = [[] for _ in d.rows]
-        holds = cfg.collapse_by == "context" and cfg.collapse != "never"
+        holds = cfg.collapse_by != "nearest" and cfg.collapse != "never"
         for step in range(cfg.max_new_tokens):
             p = self.probabilities()
             now = collapses(p, table, cfg, step).tolist()
@@ -862,23 +903,26 @@ class Soft(Plain):
 
     def collapse_earlier(self, now, waiting):
         """Make the soft tokens of rows where `now` symbols, in place: the nearest one, which is
-        the id that stands there already, or one drawn from what the model expects there in a pass
-        over the whole window. What waits to be shown is corrected. Return True if there was any."""
+        the id that stands there already, one drawn from what the model expects there in a pass
+        over the whole window, or one drawn by `weigh`. What waits to be shown is corrected. Return
+        True if there was any."""
         d, cfg, changes = self.decoder, self.cfg, []
         rows = [b for b, soft in enumerate(d.soft) if now[b] and soft and cfg.collapse_back]
         if not rows:
             return False
         logits = d.prefill() if cfg.collapse_by == "context" else None
         for b in rows:
-            window = d.rows[b][1]
+            window, first = d.rows[b][1], 0
             for at in sorted(d.soft[b])[-max(cfg.collapse_back, 0):]:
                 if cfg.collapse_which == "far" and \
                         similarity(d.soft[b][at][None], self.table).max() >= 0.7:
                     continue
-                token = window[at]
-                if logits is not None and at:
-                    p = distribution(logits[b, at - 1:at].float(), cfg)
+                token, first = window[at], first or at
+                if at and cfg.collapse_by != "nearest":
+                    p = d.weigh(b, at, first) if logits is None else distribution(
+                        logits[b, at - 1:at].float(), cfg)
                     token = choose(p, self.generator).item()
+                    d.soft[b][at] = F.one_hot(torch.tensor(token, device=d.device), d.V).float()
                 place = at - len(window)  # from the end, which all decoders have in common
                 changes.append((b, place, token))
                 if -place <= len(waiting[b]):
@@ -1500,7 +1544,7 @@ def decode(cfg, stores):
     run = way_of(cfg)(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
     scored = "" if ckpt.get("val_loss") is None else f", val loss {ckpt['val_loss']:.4f}"
     config.note(f"[{path}, step {ckpt['step']}{scored}]")
-    if cfg.soft and not mcfg.soft_rate:
+    if cfg.soft and not (mcfg.soft_rate or mcfg.n_soft):
         config.note("[this model never read soft tokens in training; expect poor text, or train "
                     "one with python train.py --soft_rate=0.1]")
     used = collections.Counter()  # (store, id) of what was found

@@ -90,6 +90,7 @@ slots: SLOTS
 slots_spans: history=12 n_span=3 span=4
 slots_segments: history=12 n_segment=3
 slots_aggregate: history=12 aggregate=1
+slots_running: history=12 running_mean=1 n_segment=2
 slots_bag: SLOTS span_binding=False
 slots+value_embed+gqa: SLOTS n_value_embed=2 n_kv_head=1
 slots+nanogpt+dropout: SLOTS NANOGPT dropout=0.1
@@ -99,6 +100,8 @@ regression: head=nearest ce_weight=0 semantic=mse semantic_weight=1
 semantic_cos: semantic_weight=0.1
 soft_ce: semantic=soft_ce semantic_weight=0.1
 soft_rate: soft_rate=0.3
+soft_region+slots: SLOTS n_soft=7
+soft_end+soft_rate: n_soft=-6 soft_rate=0.2
 think: n_think=2 think_token=3
 slots_enrich: SLOTS enrich=True
 slots_gated+shared+exits: SLOTS layers=(A)A.FA share_levels=True exit_keys=True slot_gate=True
@@ -212,6 +215,10 @@ def inputs(m, B=3, T=None, seed=0):
         x[::2, 7::8] = m.cfg.eot
     h[1::3, :m.cfg.history // 2 + 1] = -1
     h[2::3] = -1
+    if m.cfg.running_mean:
+        counts = random_ids(B, m.cfg.vocab_size, seed=seed + 300, low=0, high=99)
+        counts[2::3] = 0
+        h = torch.cat((counts, h), 1)
     return x, (h if m.cfg.history else None)
 
 
@@ -390,7 +397,9 @@ def test_documents_are_apart(name):
 @invariant
 def test_missing_tokens_are_as_if_they_were_not_there(name):
     """A history whose oldest tokens are missing is a shorter one, also where the model reads it."""
-    slots = dict(n_span=3, span=4, aggregate=0, n_segment=0, enrich=True)
+    slots = dict(n_span=3, span=4, running_mean=0, aggregate=0, n_segment=0, enrich=True)
+    if all(isinstance(item, list) for item in settings_of(name).tree):
+        return  # slots are read outside of levels
     short, long = (make(name, **slots, history=n).eval() for n in (12, 16))
     x, h = inputs(short)
     missing = F.pad(h, (4, 0), value=-1)
@@ -569,6 +578,7 @@ mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semant
 semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
 exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
 n_gram=4 n_gram_size=9 concept_of=bag concept_of=state concept_of=ema next_latent=0.3 slot_gate=True
+n_soft=5 n_soft=-3
 """  # what random settings choose from
 
 
@@ -583,7 +593,7 @@ def random_settings(seed):
 
     while True:
         words = [word for word in OPTIONS.split() if rng.random() < 0.08]
-        slots = rng.choice(["", "", "history=16 aggregate=1", "history=16 n_segment=2", "SLOTS"])
+        slots = rng.choice(["", "", "history=16 aggregate=1", "history=16 running_mean=1", "SLOTS"])
         drawn = (f"WORDS think_token=3 n_mem=16 mem_top=3 mem_dim=8 mem_head=2 mem_chunk=4 "
                  f"mem_size=12 chunk=4 layers={stack(0)} {slots} {' '.join(words)}")
         try:
@@ -1283,7 +1293,8 @@ def soft_config(**more):
 
 @pytest.mark.parametrize("name, by", [
     ("plain", "nearest"), ("plain", "context"), ("slots_enrich", "context"), ("think", "nearest"),
-    ("slots+value_embed+gqa", "nearest"), ("hierarchy", "context"), ("associative", "nearest")])
+    ("slots+value_embed+gqa", "nearest"), ("hierarchy", "context"), ("associative", "nearest"),
+    ("slots+value_embed+gqa", "whole")])
 def test_soft_decoding_is_the_full_forward(name, by):
     """Rows that stay soft, collapse and fold at times of their own: the logits are those of what is
     kept; every token comes out once, in order, and collapsed places hold what was printed."""
@@ -1307,6 +1318,65 @@ def test_soft_decoding_is_the_full_forward(name, by):
     assert kinds == {True, False} and {t.soft for t in out[0]} == {True, False}
     for row, (_, window) in zip(out, d.rows):
         assert len(row) == 30 and window[-10:] == [t.token for t in row][-10:]
+
+
+def test_the_whole_decides_what_a_soft_token_was():
+    """In a model of pairs 6 7 and 8 9 a token more like 8 than 6, before a 7, was a 6; before a 9,
+    or a soft token more like that, an 8, and by itself too. What follows is the full forward's."""
+    m = make("slots").eval()
+    pairs = torch.zeros(24, 24)
+    pairs[6, 7] = pairs[8, 9] = 20.0
+    d = sample.Decoder(m, [[1, 2, 3], [1, 2]])
+    d.push([4, 5])
+    like = lambda **p: torch.tensor([p.get(f"t{i}", 0.0) for i in range(24)])
+    soft = like(t6=0.3, t8=0.7)
+    d.push([8, 8], [soft, soft])
+    agree(d.weigh(0, 4, 4), soft[None])  # nothing has followed
+    d.push([8, 10], [like(t10=0.6, t11=0.4), None])
+    d.push([7, 9])
+    want = []
+    for v in (6, 8):
+        x = F.one_hot(torch.tensor([[1, 2, 3, 4, v, 8, 7]]), 24).float()
+        x[0, 5] = like(t10=0.6, t11=0.4)
+        logp = m(x).logits[0].log_softmax(-1)
+        want.append(soft[v].log() + logp[4, 10] * 0.6 + logp[4, 11] * 0.4 + logp[5, 7])
+    want = torch.stack(want).softmax(0)
+    agree(d.weigh(0, 4, 4)[0, [6, 8]], want, 1e-4)
+    m = without_attention(make("plain", layers="A", n_embd=64, n_mlp=-1)).eval()
+    m.wte.weight.data = torch.eye(24, 64)  # what comes next is said by the token itself
+    m.lm_head.weight.data = F.pad(pairs.T, (0, 40))
+    for follows, was in ((like(t7=1), 6), (like(t9=1), 8), (like(t9=0.9, t7=0.1), 8)):
+        cfg = soft_config(collapse_by="whole", collapse="every:3", max_new_tokens=1)
+        d = sample.Decoder(m, [[1, 2, 3]])
+        d.push([8], [soft])
+        d.push([9], [follows])
+        way = sample.Soft(d, cfg, seeded())
+        way.table = m.wte.weight
+        assert way.collapse_earlier([True], [[]]) and d.rows[0][1][3] == was
+        assert not d.soft[0]
+
+
+def test_a_soft_region_holds_what_was_expected_when_it_was_made():
+    """Of texts that were drawn and of a prompt alike, once the window has folded; not where a
+    document ends, and not at the first place, where training expects nothing. Other rows, copies
+    and collapses change nothing of it."""
+    m, expected, text = make("soft_region+slots").eval(), [], [9, 8, 7]
+    d = sample.Decoder(m, [text, [6]])
+    for t in range(40):
+        expected.append(m.expect(d.logits[:1].clone())[0])
+        text.append(5 if t == 22 else 6 + t % 9)
+        if t % 5 == 1:
+            d = d.select([0, 0])
+        d.push(text[-1:] + [7], [expected[-1], None] if t in (24, 29) else None)
+        if t in (24, 29):
+            d.collapse([(0, -1, text[-1])])
+        first, region = len(text) - len(d.rows[0][1]), d.region(0)
+        assert d.rows[0][1] == text[first:]
+        assert set(region) == {at for at in range(1, 7 if first else 0) if text[first + at] != 5}
+        for at, p in region.items():
+            if first + at > 2:
+                agree(p, expected[first + at - 3])
+    assert first == 28 and 5 in text[28:35]
 
 
 @pytest.mark.parametrize("row", table("""
@@ -1881,6 +1951,31 @@ def test_history_ends_at_a_document():
     agree(decoder.logits[0], forward_kept(m, [t for t in ring if t == 4], window).logits[0, -1])
 
 
+def test_a_running_mean_is_of_all_that_came_before():
+    """In a document: in training, also where a history is cut short, and in decoding. The slot is
+    the normed mean of their embeddings."""
+    model = dict(history=12, running_mean=1)
+    for drop in (0.0, 1.0):
+        d = split(model=model, dataset="cipher", history_drop=drop)
+        x, y, h = d.batch(0, slice(0, 50), 50)
+        counts, ids = h[:, :d.n_vocab], h[:, d.n_vocab:]
+        for row, c, known in zip(x, counts, ids):
+            places = [i for i in range(d.n - 16) if (d.tokens[i:i + 16] == row.numpy()).all()]
+            known, befores = known[known >= 0], [list(d.tokens[:i]) for i in places]
+            befores = [(d.eot, *b)[::-1] for b in befores]
+            befores = [b[:b.index(d.eot)][:len(known) if drop else None] for b in befores]
+            want = [np.bincount(b, minlength=d.n_vocab) for b in befores]
+            assert any((c.numpy() == w).all() for w in want)
+            assert len(known) <= c.sum() and (len(known) == 12 or len(known) == c.sum())
+    m = make("slots_running", n_segment=0).eval()
+    decoder = sample.Decoder(m, [[9, 8, 5, *[7, 7, 8, 6] * 20]], 5)
+    left = [7, 7, 8, 6] * 20
+    left = left[:len(left) - len(decoder.rows[0][1])]
+    want = norm(m.wte.weight[left].mean(0)) @ m.slots.proj.weight.T + m.slots.slot_embed[0]
+    h = decoder.history([0])
+    agree(m.slots(h, m.history_vectors(h))[0, 0], want)
+
+
 def test_score_last_and_grad_clip(tmp_path):
     """The end of each row is scored; clipping changes a run where the norm is over the limit."""
     for train_on_all, n in ((False, 5), (True, 16)):
@@ -2365,10 +2460,21 @@ def tokenizer_of(checkpoint):
     return prepare.Tokenizer(prepare.load_checkpoint(checkpoint / "ckpt.pt")["tokenizer"])
 
 
-def forward_kept(m, ring, window, forward=None):
-    """Return what a model makes of the ids that a row keeps, in one forward."""
+def forward_kept(m, ring, window, forward=None, soft=None, old=()):
+    """Return what a model makes of the ids that a row keeps, of soft {place: distribution}, and of
+    counts of old ids for a running mean, in one forward."""
     h = torch.tensor([[-1] * (m.cfg.history - len(ring)) + ring]) if m.cfg.history else None
-    return (forward or m)(torch.tensor([window]), history=h)
+    if m.cfg.running_mean:
+        counts = torch.tensor([*old, 0]).bincount(minlength=m.cfg.vocab_size)
+        counts[0] -= 1
+        h = torch.cat((counts[None], h), 1)
+    ids = torch.tensor([window])
+    if not soft:
+        return (forward or m)(ids, history=h)
+    x = F.one_hot(ids, m.cfg.vocab_size).float()
+    for place, p in soft.items():
+        x[0, place] = p
+    return m(x, history=h, ids=ids)
 
 
 def all_of(d, weak=None, **settings):
@@ -2415,7 +2521,8 @@ def test_each_setting_does_its_formula_to_the_logits(row):
 
 
 @pytest.mark.parametrize("name", ["plain", "slots+value_embed+gqa", "slots+nanogpt+dropout",
-                                  "nanogpt", "think", "slots_enrich"])
+                                  "nanogpt", "think", "slots_enrich", "soft_region+slots",
+                                  "slots_running"])
 def test_folding_is_a_pure_function_of_the_kept_ids(name, steps=50):
     """Far beyond the window each step's logits are those of one full forward over the ring and
     window that are kept, rows of unequal length included, and a long prompt ends where generating
@@ -2426,11 +2533,12 @@ def test_folding_is_a_pure_function_of_the_kept_ids(name, steps=50):
     d = sample.Decoder(m, [a[:5], b[:3]])
     for t in range(steps):
         logits = d.push([a[5 + t], b[3 + t]])
-        for row, text, (ring, window) in zip(logits, (a[:6 + t], b[:4 + t]), d.rows):
+        for i, (row, text) in enumerate(zip(logits, (a[:6 + t], b[:4 + t]))):
+            ring, window = d.rows[i]
             old = text[:-len(window)]
             assert window == text[-len(window):] and ring == (old[-H:] if H else [])
             assert len(window) == (len(text) if len(text) <= T else T - 3 + (len(text) - T - 1) % 4)
-            agree(row, forward_kept(m, ring, window).logits[0, -1])
+            agree(row, forward_kept(m, ring, window, None, d.region(i), old).logits[0, -1])
     again = sample.Decoder(m, [a[:steps + 5], b[:steps + 3]])
     assert again.rows == d.rows
     agree(again.logits, d.logits)
@@ -2867,7 +2975,7 @@ def speculation(d, draft, **settings):
 
 @pytest.mark.parametrize("name, draft", [("exits", 0), ("exits_keys", 0), ("exits+level+slots", 0),
                                          ("chunks_entropy", 0), ("plain", "gru"),
-                                         ("slots", "exits")])
+                                         ("slots", "exits"), ("soft_region+slots", "slots")])
 @pytest.mark.parametrize("B", [1, 3])
 def test_speculation_is_greedy_decoding(name, draft, B):
     """Across many folds, rows of unequal length: plain decoding's text, with a repetition penalty
@@ -2956,8 +3064,9 @@ soft=True collapse=always: soft_top_k=2 gumbel=1 collapse_threshold=1 collapse_b
 soft=True collapse=never: collapse_threshold=1 collapse_by=context collapse_back=1
    collapse_which=far
 soft=True collapse=every:2: collapse_threshold=1
-soft=True collapse_back=0: collapse_by=context collapse_which=far
+soft=True collapse_back=0: collapse_by=whole collapse_which=far
 soft=True knn=k: collapse_by=context
+soft=True knn=k: collapse_by=whole
 knn=k knn_lambda=0: knn_k=3 knn_temp=1
 knn=k knn_k=1: knn_temp=1
 exit=softmax: amateur=x knn=k
@@ -3382,6 +3491,8 @@ train
   --ce_weight=0 --semantic_weight=1 --head=nearest --semantic=soft_ce => mse or cos
   --head=nearest --tie=True => nearest | tie ; --enrich=True => enrich | history
   --history=64 => history | n_span ; --history=64 --n_span=20 --span=4 => history
+  --n_soft=193 --block_size=256 => n_soft | three quarters ; --n_soft=-16 --block_size=16 => n_soft
+  --running_mean=1 => running_mean | history ; --running_mean=2 => running_mean
   --layers=(A => layers | not closed ; --layers=()A => without a block ; --layers=(AB)A => 'B'
   --layers=A) => layers | character 2 | no level ; --layers=(A)A --chunk=0 => chunk | '0'
   --layers=((A)A)A --chunk=space => space,4 ; --layers=((A)A)A --chunk=2,3,4 => chunk | 2 depths

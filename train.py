@@ -294,7 +294,7 @@ class Data:
             self.tokens = self.tokens[:tcfg.train_tokens]
             self.mask = None if self.mask is None else self.mask[:tcfg.train_tokens]
         self.n, self.bytes, self.eot = len(self.tokens), meta["bytes"][split], meta["eot"]
-        self.T, self.H = mcfg.block_size, mcfg.history
+        self.T, self.H, self.running_mean = mcfg.block_size, mcfg.history, mcfg.running_mean
         self.drop, self.seed, self.stream = tcfg.history_drop, tcfg.seed, tcfg.stream
         train = split == "train"
         need = (self.stream if train and self.stream else 1) * self.T + 1
@@ -335,7 +335,8 @@ class Data:
             raise UserError(f"n_think needs a dataset with a think token, such as python "
                             f"prepare.py chain makes, or one of the dataset's {self.n_vocab} ids "
                             f"as --think_token, not {think}")
-        begins_again = any(map(ends_with_document, mcfg.layers)) or mcfg.n_gram or mcfg.soft_rate
+        begins_again = any(map(ends_with_document, mcfg.layers)) or mcfg.n_gram or \
+            mcfg.soft_rate or mcfg.n_soft
         if eot < 0 and begins_again and self.eot is not None:
             eot = self.eot
         if "(" in mcfg.layers and mcfg.chunk.startswith("space"):
@@ -352,7 +353,7 @@ class Data:
         """Return the rows whose scored targets are the tokens first..last (B,) of the split, with
         `last` at the row's end where there is room before it: x (B, T); y (B, T), -1 where not
         scored; history (B, H), -1 where missing: before the split's start, before an end of text,
-        and older than `keep` (B,) tokens."""
+        and older than `keep` (B,) tokens; for a running mean behind counts of tokens (B, V)."""
         start = np.maximum(last - self.T, 0)
         pos = start[:, None] + np.arange(-self.H, self.T + 1)
         inside, clipped = (pos >= 0) & (pos < self.n), pos.clip(0, self.n - 1)
@@ -367,8 +368,22 @@ class Data:
         history = prepare.forget(tok[:, :self.H], self.eot)
         if keep is not None:
             history = np.where(np.arange(self.H, 0, -1) > keep[:, None], -1, history)
+        if self.running_mean:
+            counts = [self.counts(*each) for each in zip(start, np.full_like(start, self.H)
+                                                         if keep is None else keep)]
+            history = np.concatenate((counts, history), 1)
         x, y = np.maximum(tok[:, self.H:-1], 0), np.where(scored, tok, -1)[:, self.H + 1:]
         return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (x, y, history))
+
+    def counts(self, start, keep, most=2 ** 16):
+        """Return how often each token occurs (V,) in a document before the place start: in all of
+        it (as far as that matters to a mean), or in its last `keep` tokens if those are fewer than
+        a history."""
+        n = keep if keep < self.H else most
+        text = np.asarray(self.tokens[max(0, start - n):start])
+        if self.eot is not None:
+            text = text[np.flatnonzero(np.append(self.eot, text) == self.eot)[-1]:]
+        return np.bincount(text, minlength=self.n_vocab)
 
     def batch(self, step, rows, n_rows):
         """Return rows `rows` (a slice) of the n_rows of this step, as `rows` does: row r depends on
@@ -958,10 +973,12 @@ class Runner:
             raise UserError(f"teacher {path} does not fit this version ({summary(e)}); train it "
                             f"again") from None
         theirs, ours = teacher.cfg, self.mcfg
-        if theirs.block_size < ours.block_size or theirs.history > ours.history:
+        means = theirs.running_mean and theirs.n_history != ours.n_history
+        if theirs.block_size < ours.block_size or theirs.history > ours.history or means:
             raise UserError(f"teacher {path} reads {theirs.block_size} tokens and {theirs.history} "
                             f"of history before them; give the student a block_size of at most "
-                            f"{theirs.block_size} and a history of at least {theirs.history}")
+                            f"{theirs.block_size} and a history of at least {theirs.history}"
+                            + ", that and running_mean = 1" * bool(means))
         if theirs.n_embd != ours.n_embd:
             like = {}
         else:
@@ -981,7 +998,7 @@ class Runner:
     def taught(self, x, h):
         """Return what the teacher says of inputs x (B, T) after histories h (B, H), as Distillation
         takes it."""
-        H = self.teacher.cfg.history
+        H = self.teacher.cfg.n_history
         with torch.no_grad():
             history = h[:, h.size(1) - H:] if H else None
             out = self.teacher(x, history=history)
@@ -1605,8 +1622,10 @@ def main(argv):
             f"({r['step_seconds']:.0f} s of steps, {r['compile_seconds']:.0f} s for the first)")
         if r["path"] and not tcfg.eval_only:
             scored = "" if r["saved_val_loss"] is None else f" (val loss {r['saved_val_loss']:.4f})"
-            say(f"checkpoint: {r['path']}{scored}\n"
-                f"sample from it: python sample.py --out_dir={shlex.quote(tcfg.out_dir)}")
+            sample = f"python sample.py --out_dir={shlex.quote(tcfg.out_dir)}"
+            say(f"checkpoint: {r['path']}{scored}\nsample from it: {sample}")
+            if mcfg.soft_rate or mcfg.n_soft:
+                say(f"and in soft tokens: {sample} --soft")
     code = 128 + r["stopped"] if r["stopped"] else 0
     if grouped:
         # DDP leaves gloo's threads alive (torch 2.13), and one that drops its last tensor while

@@ -1,5 +1,6 @@
-"""The main job: a GPT whose context is slots and 256 hard tokens, on Shakespeare, by character.
-The slots are an aggregate, segments and spans, and a tenth of what it reads in training is soft.
+"""The main job: a GPT whose context is slots and 256 tokens, on Shakespeare, by character. The
+slots are an aggregate, segments and spans. A tenth of what it reads in training is soft: half of
+that at the front of the window, where tokens stay soft in decoding once it has folded.
 Three to six minutes on two cores."""
 out_dir = "out/softar_shakespeare"
 n_layer = 6
@@ -11,7 +12,8 @@ aggregate = 1
 n_segment = 2
 n_span = 16
 span = 4
-soft_rate = 0.1
+soft_rate = 0.05
+n_soft = 64
 max_iters = 400
 batch_size = 16
 eval_interval = 400
