@@ -1174,6 +1174,12 @@ def test_examples_of_tasks():
         task, n = name.split()
         *_, (_, got, scored) = documents(task, int(n) + 1)
         assert (got, "".join(" ^"[one] for one in scored).rstrip()) == (text, marks), name
+    for training, text, scored in documents("chain", 100, write_steps=True):
+        to, k, steps = dict(re.findall("(.)(.);", text)), text[48:49], text[50:]
+        if k:
+            assert len(steps) == 1 + max(int(k), 1)
+            assert all(to[a] == b for a, b in zip(steps, steps[1:])) or k == "0"
+            assert sum(scored) == (len(steps) - 1 if training else 1) and scored[-1]
     hops = {True: set(), False: set()}  # in training pairs alone, too
     for training, text, _ in documents("chain", 300):
         hops[training].add(text[48:49])
