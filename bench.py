@@ -424,8 +424,10 @@ def share_of_cores(cfg):
 
 
 def make_task(cfg, name):
-    """Make the dataset of a synthetic task where it is not there yet; chain0 has no pauses."""
-    task, more = ("chain", ["--n_pause=0"]) if name == "chain0" else (name, [])
+    """Make the dataset of a synthetic task where it is not there yet; chain0 has no pauses, and
+    chain_written the steps themselves."""
+    more = {"chain0": ["--n_pause=0"], "chain_written": ["--write_steps"]}.get(name, [])
+    task = "chain" if more else name
     there = os.path.exists(os.path.join(cfg.data_dir, name, "meta.json"))
     if task in prepare.TASKS and not there:
         prepare.main([task, f"--name={name}", f"--data_dir={cfg.data_dir}", *more])
@@ -577,15 +579,20 @@ def two_steps(run, data, n=2048, rows=16):
 @torch.inference_mode()
 def by_hops(run, data):
     """Return the share of right answers of the chain task, by how many pointers are to be
-    followed."""
-    chars, right = data.meta["tokenizer"]["chars"], {}
+    followed. Where steps are written, the model writes its own."""
+    digits = torch.tensor([data.meta["tokenizer"]["chars"].index(c) for c in "01234"])
+    right, written = {}, data.meta.get("write_steps")
     for x, y, logits in outputs(run, data, 256):
-        guesses = logits[:, -1].argmax(-1).tolist()
-        for row, target, guess in zip(x.tolist(), y[:, -1].tolist(), guesses):
+        is_k = (x[..., None] == digits).any(-1)
+        last = x.size(1) - 1 - is_k.flip(1).int().argmax(1)  # where k stands, behind all pointers
+        hops = (x.gather(1, last[:, None]) == digits).int().argmax(1)
+        for place in range(-3, 0) if written else ():  # the node that many before the answer
+            x[:, place] = torch.where(hops > -place, logits[:, place - 1].argmax(-1), x[:, place])
+            logits = run.model(x).logits
+        good = logits[:, -1].argmax(-1) == y[:, -1]
+        for k, target, answer in zip(hops.tolist(), y[:, -1].tolist(), good.tolist()):
             if target >= 0:
-                text = "".join(chars[i] for i in row if i < len(chars))
-                k = next(c for c in reversed(text) if c in "01234")
-                right.setdefault(f"k = {k}", []).append(guess == target)
+                right.setdefault(f"k = {k}", []).append(answer)
     return {k: mean(v) for k, v in sorted(right.items())}
 
 
@@ -1290,13 +1297,17 @@ CLAIMS["semantic"] = Trial(
     SMALL + " --max_iters=600 --after=wrong_distance", columns=(*COMPARED, "wrong_distance"))
 
 CLAIMS["chain"] = Trial(
-    "following 2 to 4 pointers: thinking, as many pause tokens, and neither, 2 layers in all",
+    "following 2 to 4 pointers: thinking (5 passes over 2 layers), as many pause tokens, neither, "
+    "10 layers, and the nodes on the way written out as tokens, which the model writes itself",
     "chain: share of right answers (chance 0.0625)",
     {"thinking": "", "pause tokens": "--n_think=0", "neither": "--n_think=0 --dataset=chain0",
      "pause tokens, the seconds of thinking": "--n_think=0 --time_of='pause tokens' "
-                                              "--seconds_of=thinking"},
+                                              "--seconds_of=thinking",
+     "10 layers, pause tokens": "--n_think=0 --n_layer=10",
+     "written steps": "--n_think=0 --dataset=chain_written"},
     "config/chain.py --after=hops" + ONCE, "pause tokens",
-    ("steps", "step time", "val loss", "spread", "k = 2", "k = 3", "k = 4"))
+    ("steps", "step time", "params M", "k = 2", "k = 3", "k = 4"),
+    {"k = 4 by seed": lambda f, arms: ", ".join(f"{share:.2f}" for share in sorted(f["k = 4"]))})
 
 FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=none",
           "G": "config/formal_g.py", "R, gate = real": "config/formal_r.py --gate=real",
@@ -1637,12 +1648,52 @@ def coherence(cfg, total=20_000):
     figures = lambda ids: {**critic.words(ids), "judge": critic.windows(ids)}
     rows = [{"text": "human (validation split)", **figures(val)}]
     for flags in (f"--soft --collapse={c}" for c in (
-            "always", "entropy", "entropy --collapse_which=far", "distance", "never")):
+            "always", "entropy", "entropy --collapse_which=far", "distance", "never",
+            "distance --gumbel=0.5", "distance --gumbel=1", "never --gumbel=0.5")):
         streams = write(model, [val[:1]] * cfg.seeds, total, flags, eot=critic.tok.eot)
         rows.append({"text": flags, **means([
             {**figures(ids[1:]), "share soft": mean(t.soft for t in made)}
             for made, ids in zip(*streams)])})
     yield Table(f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds}", rows)
+
+
+READS = {"symbols": "", "vectors": "--soft_rate=0.3 --soft_of=point"}  # beside symbols, in training
+VECTORS = {"drawn always": "--collapse=always", "nearest always": "--collapse=always --top_k=1",
+           "vectors always": "--collapse=never",
+           "vectors down to a cosine of 0.7": "--collapse_threshold=0.3",
+           "likewise, and they stay vectors": "--collapse_threshold=0.3 --collapse_back=0"}
+
+
+def vectors(cfg, n=256, prompt=32, rows=64):
+    """regressed points fed back: always, never, and only while they lie near a symbol, by models
+    that read vectors in training and that did not: a judge's loss by position"""
+    critic, found = Critic(cfg), {}
+    bands = {f"judge, {a} to {b}": (b - a + 1, prompt + b) for a, b in ((1, 16), (17, 64), (65, n))}
+
+    def note(name, texts, **more):
+        figures = means([critic.words(ids[prompt:], cut=True) for ids in texts])
+        more["known words"], more["distinct words"] = (figures[k] for k in (
+            "known words", "distinct words"))
+        for band, (length, end) in bands.items():  # what the judge sees ends with the band
+            seen = [ids[:end][-critic.model.cfg.block_size - 1:] for ids in texts]
+            more[band] = mean(critic.nats(seen, skip=len(seen[0]) - length))
+        for k, value in more.items():
+            found.setdefault(name, {}).setdefault(k, []).append(value)
+
+    for seed, (reads, flags) in itertools.product(range(1, cfg.seeds + 1), READS.items()):
+        writer = f"{JUDGE} --block_size={prompt + n} --head=nearest --semantic_weight=0.1 {flags}"
+        model, ckpt = sample.load(kept(cfg, f"vectors{seed}{reads}", writer, seed))
+        texts = held_out(ckpt, cfg.data_dir, rows, prompt + n)[:rows].tolist()
+        note(("", "human (validation split)"), texts)
+        for name, way in VECTORS.items():
+            made, written = write(model, [ids[:prompt] for ids in texts], n,
+                                  f"--soft=vector {way}", eot=critic.tok.eot)
+            note((reads, name), written, soft=mean(t.soft for row in made for t in row))
+    yield Table(f"{rows} texts of {n} characters behind {prompt}, temperature 0.8, {cfg.seeds} "
+                f"models", [{"read in training": reads, "text": name,
+                             **{k: mean(values) for k, values in f.items()}}
+                            for (reads, name), f in found.items()],
+                {" | ".join(name): f for name, f in found.items()})
 
 
 def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
@@ -1877,8 +1928,8 @@ def contrast(cfg, n=200, length=192, skip=64):
                 f"less nucleus 0.95 after the same prompt: mean and 95% interval", table)
 
 
-CLAIMS.update(coherence=coherence, exits=exits, exit_speed=exit_speed, speculate=speculate,
-              contrast=contrast)
+CLAIMS.update(coherence=coherence, vectors=vectors, exits=exits, exit_speed=exit_speed,
+              speculate=speculate, contrast=contrast)
 
 
 # -------------------------------------------------------------------------------------------------
