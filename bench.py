@@ -1658,10 +1658,12 @@ def coherence(cfg, total=20_000):
 
 
 READS = {"symbols": "", "vectors": "--soft_rate=0.3 --soft_of=point"}  # beside symbols, in training
-VECTORS = {"drawn always": "--collapse=always", "nearest always": "--collapse=always --top_k=1",
-           "vectors always": "--collapse=never",
-           "vectors down to a cosine of 0.7": "--collapse_threshold=0.3",
-           "likewise, and they stay vectors": "--collapse_threshold=0.3 --collapse_back=0"}
+VECTORS = {"drawn always": "", "likeliest always": "--top_k=1",
+           "vectors always": "--soft=vector --collapse=never",
+           "vectors down to a cosine of 0.7": "--soft=vector --collapse_threshold=0.3",
+           "likewise, and they stay vectors": "--soft=vector --collapse_threshold=0.3 "
+                                              "--collapse_back=0",
+           "mixtures down to a cosine of 0.7": "--soft --collapse_threshold=0.3"}
 
 
 def vectors(cfg, n=256, prompt=32, rows=64):
@@ -1670,25 +1672,25 @@ def vectors(cfg, n=256, prompt=32, rows=64):
     critic, found = Critic(cfg), {}
     bands = {f"judge, {a} to {b}": (b - a + 1, prompt + b) for a, b in ((1, 16), (17, 64), (65, n))}
 
-    def note(name, texts, **more):
-        figures = means([critic.words(ids[prompt:], cut=True) for ids in texts])
-        more["known words"], more["distinct words"] = (figures[k] for k in (
-            "known words", "distinct words"))
+    def note(name, texts, **figures):
+        words = means([critic.words(ids[prompt:], cut=True) for ids in texts])
+        figures.update((k, words[k]) for k in ("known words", "distinct words"))
         for band, (length, end) in bands.items():  # what the judge sees ends with the band
             seen = [ids[:end][-critic.model.cfg.block_size - 1:] for ids in texts]
-            more[band] = mean(critic.nats(seen, skip=len(seen[0]) - length))
-        for k, value in more.items():
+            figures[band] = mean(critic.nats(seen, skip=len(seen[0]) - length))
+        for k, value in figures.items():
             found.setdefault(name, {}).setdefault(k, []).append(value)
 
     for seed, (reads, flags) in itertools.product(range(1, cfg.seeds + 1), READS.items()):
-        writer = f"{JUDGE} --block_size={prompt + n} --head=nearest --semantic_weight=0.1 {flags}"
+        writer = f"{JUDGE} --block_size={prompt + n} --batch_size=8 --semantic_weight=0.1 {flags}"
         model, ckpt = sample.load(kept(cfg, f"vectors{seed}{reads}", writer, seed))
         texts = held_out(ckpt, cfg.data_dir, rows, prompt + n)[:rows].tolist()
         note(("", "human (validation split)"), texts)
         for name, way in VECTORS.items():
-            made, written = write(model, [ids[:prompt] for ids in texts], n,
-                                  f"--soft=vector {way}", eot=critic.tok.eot)
-            note((reads, name), written, soft=mean(t.soft for row in made for t in row))
+            made, written = write(model, [ids[:prompt] for ids in texts], n, way,
+                                  eot=critic.tok.eot)
+            note((reads, name), written,
+                 **{"share soft": mean(t.soft for row in made for t in row)})
     yield Table(f"{rows} texts of {n} characters behind {prompt}, temperature 0.8, {cfg.seeds} "
                 f"models", [{"read in training": reads, "text": name,
                              **{k: mean(values) for k, values in f.items()}}
