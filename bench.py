@@ -428,8 +428,8 @@ def share_of_cores(cfg):
 
 def make_task(cfg, name):
     """Make the dataset of a synthetic task where it is not there yet; chain0 has no pauses, and
-    words is Shakespeare by words, and no_spaces Shakespeare without white space."""
-    command = {"chain0": ["chain", "--n_pause=0"],
+    chain_written the steps themselves; words is Shakespeare by words, and no_spaces Shakespeare without white space."""
+    command = {"chain0": ["chain", "--n_pause=0"], "chain_written": ["chain", "--write_steps"],
                "words": ["--tokenizer=word", "--vocab_size=2000"]}.get(name, [name])
     if os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):
         return
@@ -660,15 +660,20 @@ def behind_region(run, data, size=64):
 @torch.inference_mode()
 def by_hops(run, data):
     """Return the share of right answers of the chain task, by how many pointers are to be
-    followed."""
-    chars, right = data.meta["tokenizer"]["chars"], {}
+    followed. Where steps are written, the model writes its own."""
+    digits = torch.tensor([data.meta["tokenizer"]["chars"].index(c) for c in "01234"])
+    right, written = {}, data.meta.get("write_steps")
     for x, y, logits in outputs(run, data, 256):
-        guesses = logits[:, -1].argmax(-1).tolist()
-        for row, target, guess in zip(x.tolist(), y[:, -1].tolist(), guesses):
+        is_k = (x[..., None] == digits).any(-1)
+        last = x.size(1) - 1 - is_k.flip(1).int().argmax(1)  # where k stands, behind all pointers
+        hops = (x.gather(1, last[:, None]) == digits).int().argmax(1)
+        for place in range(-3, 0) if written else ():  # the node that many before the answer
+            x[:, place] = torch.where(hops > -place, logits[:, place - 1].argmax(-1), x[:, place])
+            logits = run.model(x).logits
+        good = logits[:, -1].argmax(-1) == y[:, -1]
+        for k, target, answer in zip(hops.tolist(), y[:, -1].tolist(), good.tolist()):
             if target >= 0:
-                text = "".join(chars[i] for i in row if i < len(chars))
-                k = next(c for c in reversed(text) if c in "01234")
-                right.setdefault(f"k = {k}", []).append(guess == target)
+                right.setdefault(f"k = {k}", []).append(answer)
     return {k: mean(v) for k, v in sorted(right.items())}
 
 
@@ -1564,13 +1569,17 @@ CLAIMS["words"] = Trial(
              "wrong_distance"))
 
 CLAIMS["chain"] = Trial(
-    "following 2 to 4 pointers: thinking, as many pause tokens, and neither, 2 layers in all",
+    "following 2 to 4 pointers: thinking (5 passes over 2 layers), as many pause tokens, neither, "
+    "10 layers, and the nodes on the way written out as tokens, which the model writes itself",
     "chain: share of right answers (chance 0.0625)",
     {"thinking": "", "pause tokens": "--n_think=0", "neither": "--n_think=0 --dataset=chain0",
      "pause tokens, the seconds of thinking": "--n_think=0 --time_of='pause tokens' "
-                                              "--seconds_of=thinking"},
+                                              "--seconds_of=thinking",
+     "10 layers, pause tokens": "--n_think=0 --n_layer=10",
+     "written steps": "--n_think=0 --dataset=chain_written"},
     "config/chain.py --after=hops" + ONCE, "pause tokens",
-    ("steps", "step time", "val loss", "spread", "k = 2", "k = 3", "k = 4"))
+    ("steps", "step time", "params M", "k = 2", "k = 3", "k = 4"),
+    {"k = 4 by seed": lambda f, arms: ", ".join(f"{share:.2f}" for share in sorted(f["k = 4"]))})
 
 FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=none",
           "G": "config/formal_g.py", "R, gate = real": "config/formal_r.py --gate=real",
@@ -2130,13 +2139,55 @@ def coherence(cfg, total=10_000):
     for flags in (f"--soft --collapse={c}" for c in (
             "always", "entropy", "entropy --collapse_which=far", "distance",
             "distance --collapse_which=far", "distance --collapse_by=context",
-            "distance --collapse_by=whole", "never")):
+            "distance --collapse_by=whole", "never", "distance --gumbel=0.5",
+            "distance --gumbel=1", "never --gumbel=0.5")):
         streams = [write(model, [val[:1]], total, flags, eot=critic.tok.eot) for model in models]
         rows.append({"text": flags, **means([
             {**figures(ids[1:]), "share soft": mean(t.soft for t in made)}
             for (made,), (ids,) in streams])})
     yield Table(f"streams of {total:,} characters, temperature 0.8, mean of {cfg.seeds} models",
                 rows)
+
+
+READS = {"symbols": "", "vectors": "--soft_rate=0.3 --soft_of=point"}  # beside symbols, in training
+VECTORS = {"drawn always": "", "likeliest always": "--top_k=1",
+           "vectors always": "--soft=vector --collapse=never",
+           "vectors down to a cosine of 0.7": "--soft=vector --collapse_threshold=0.3",
+           "likewise, and they stay vectors": "--soft=vector --collapse_threshold=0.3 "
+                                              "--collapse_back=0",
+           "mixtures down to a cosine of 0.7": "--soft --collapse_threshold=0.3"}
+
+
+def vectors(cfg, n=256, prompt=32, rows=64):
+    """regressed points fed back: always, never, and only while they lie near a symbol, by models
+    that read vectors in training and that did not: a judge's loss by position"""
+    critic, found = Critic(cfg), {}
+    bands = {f"judge, {a} to {b}": (b - a + 1, prompt + b) for a, b in ((1, 16), (17, 64), (65, n))}
+
+    def note(name, texts, **figures):
+        words = means([critic.words(ids[prompt:], cut=True) for ids in texts])
+        figures.update((k, words[k]) for k in ("known words", "distinct words"))
+        for band, (length, end) in bands.items():  # what the judge sees ends with the band
+            seen = [ids[:end][-critic.model.cfg.block_size - 1:] for ids in texts]
+            figures[band] = mean(critic.nats(seen, skip=len(seen[0]) - length))
+        for k, value in figures.items():
+            found.setdefault(name, {}).setdefault(k, []).append(value)
+
+    for seed, (reads, flags) in itertools.product(range(1, cfg.seeds + 1), READS.items()):
+        writer = f"{JUDGE} --block_size={prompt + n} --batch_size=8 --semantic_weight=0.1 {flags}"
+        model, ckpt = sample.load(kept(cfg, f"vectors{seed}{reads}", writer, seed))
+        texts = held_out(ckpt, cfg.data_dir, rows, prompt + n)[:rows].tolist()
+        note(("", "human (validation split)"), texts)
+        for name, way in VECTORS.items():
+            made, written = write(model, [ids[:prompt] for ids in texts], n, way,
+                                  eot=critic.tok.eot)
+            note((reads, name), written,
+                 **{"share soft": mean(t.soft for row in made for t in row)})
+    yield Table(f"{rows} texts of {n} characters behind {prompt}, temperature 0.8, {cfg.seeds} "
+                f"models", [{"read in training": reads, "text": name,
+                             **{k: mean(values) for k, values in f.items()}}
+                            for (reads, name), f in found.items()],
+                {" | ".join(name): f for name, f in found.items()})
 
 
 def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
@@ -2371,8 +2422,8 @@ def contrast(cfg, n=200, length=192, skip=64):
                 f"less nucleus 0.95 after the same prompt: mean and 95% interval", table)
 
 
-CLAIMS.update(coherence=coherence, exits=exits, exit_speed=exit_speed, speculate=speculate,
-              contrast=contrast)
+CLAIMS.update(coherence=coherence, vectors=vectors, exits=exits, exit_speed=exit_speed,
+              speculate=speculate, contrast=contrast)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ Glossary (B rows, T tokens, L = S + T positions, C = n_embd, H heads, D = head_d
     entry           a key and a value in an associative memory, with how often it was used
     soft token      a distribution over the vocabulary (B, T, V) in the place of an id (B, T)
     soft region     places at one end of the window where tokens are soft
+    vector          a soft token (B, T, V + C): a symbol as one-hot, and what its embedding lacks
     prefix          positions at the front that are no tokens: slots, a level's start vector
     doc_start       (B, L) True where a document begins
     word_end        (B, T) True where a word ends
@@ -135,6 +136,7 @@ class GPTConfig:
     next_latent: float = 0.0  # weight of regressing the next output vector; 0: off
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
     n_soft: int = 0  # soft region: the first n places of a window (-n: the last), in some rows
+    soft_of: str = "softmax"  # soft tokens are softmax (distributions) | point (regressed vectors)
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
     # n-grams
@@ -232,6 +234,7 @@ class GPTConfig:
                 (self.semantic_weight, "a semantic_weight above 0", "semantic"),
                 (self.semantic_weight and self.semantic == "soft_ce",
                  "semantic = soft_ce and its weight", "semantic_temp"),
+                (self.soft_rate, "a soft_rate above 0", "soft_of"),
                 (self.n_gram, "an n_gram", "n_gram_size"),
                 (self.n_think, "n_think above 0", "think_token")):
             for name in () if useful else names.split():
@@ -256,6 +259,11 @@ class GPTConfig:
     def n_history(self):
         """Numbers of a history: counts of all tokens for a running mean, then ids."""
         return self.running_mean * self.vocab_size + self.history
+
+    @property
+    def regresses(self):
+        """Whether the model has an EmbeddingHead."""
+        return self.head == "nearest" or (self.semantic_weight and self.semantic != "soft_ce")
 
     def attending(self):
         """Return the numbers of the blocks that attend to something, by heads."""
@@ -442,7 +450,8 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """nn.Embedding of tokens that may be soft.
 
-    Ids (...) give rows, distributions p (..., V) expected rows p @ E: (..., C).
+    Ids (...) give rows, distributions p (..., V) expected rows p @ E, to which channels beyond V
+    are added: (..., C).
     """
 
     def __init__(self, n, dim, init=EMBEDDING, group="table"):
@@ -454,7 +463,9 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens):
         if tokens.is_floating_point():
-            return tokens.to(self.weight.dtype) @ self.weight
+            tokens, V = tokens.to(self.weight.dtype), len(self.weight)
+            x, offset = tokens[..., :V] @ self.weight, tokens[..., V:]
+            return x + offset if offset.size(-1) else x
         return F.embedding(tokens, self.weight)
 
 
@@ -2458,6 +2469,10 @@ class EmbeddingHead(nn.Module):
         if nearest and cfg.tie:
             raise ValueError("head = nearest has no table to tie: it already reads the token "
                              "embedding; leave tie out")
+        if cfg.soft_of == "point" and (cfg.n_think or cfg.n_soft or not cfg.regresses):
+            raise ValueError("soft_of = point needs a model that regresses one (head = nearest, or "
+                             "semantic = cos or mse with its weight), and has neither thoughts nor "
+                             "a soft region (n_think, n_soft), which are distributions")
 
     def forward(self, h):
         return self.proj(h).float()
@@ -2491,7 +2506,19 @@ class NextLatent(nn.Module):
 
 
 class SoftTokens:
-    """What a GPT does with soft tokens, distributions (B, T, V) in the place of ids."""
+    """What a GPT does with soft tokens, distributions or vectors in the place of ids."""
+
+    def vectors(self, h):
+        """Return the points that outputs h (..., C) regress, as vectors to read: (..., V + C).
+
+        The symbol is the one with the nearest embedding, and the point is made as long as that.
+        What knows symbols alone (value embeddings, n-grams, ends of words) needs to know no more.
+        """
+        z = F.normalize(self.point(h), dim=-1)
+        near = (z @ self.embeddings().T).argmax(-1)
+        e = self.wte(near).float()
+        offset = z * e.norm(dim=-1, keepdim=True) - e
+        return torch.cat((F.one_hot(near, self.cfg.vocab_size), offset), -1)
 
     @staticmethod
     def check(cfg):
@@ -2508,7 +2535,7 @@ class SoftTokens:
         return logits.softmax(-1)
 
     def soften(self, idx, history):
-        """Return training inputs of which some are soft: idx (B, T) -> (B, T, V).
+        """Return training inputs of which some are soft: idx (B, T) -> (B, T, V or V + C).
 
         There a token is replaced by what the model expected in its place, from a pass without
         gradient. To keep that pass cheap, all soft positions lie in the first quarter of the rows
@@ -2521,12 +2548,13 @@ class SoftTokens:
         read = T if cfg.soft_rate else min(T, region.stop)
         with torch.no_grad():
             h = self.hidden(idx[:n, :read], None if history is None else history[:n])
-            p = F.pad(self.expect(self.to_logits(h)), (0, 0, 0, T - read))
+            p = self.vectors(h) if self.soft_points else self.expect(self.to_logits(h))
+            p = F.pad(p, (0, 0, 0, T - read))
         soft = torch.rand(n, T, device=idx.device) < cfg.soft_rate * B / n
         soft[:, region] = True
         soft = soft & (idx[:n] != cfg.think_token) & (idx[:n] != cfg.eot)
         soft[:, 0] = False  # nothing is expected there
-        tokens = F.one_hot(idx, cfg.vocab_size).to(p.dtype)
+        tokens = F.one_hot(idx, p.size(-1)).to(p.dtype)
         mixed = torch.where(soft[..., None], p.roll(1, 1), tokens[:n])
         return torch.cat((mixed, tokens[n:]))
 
@@ -2811,8 +2839,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         # a large table is padded, by rows that nobody reads: GPUs want multiples of 64
         padded = V if V < 1024 or cfg.tie else -(-V // 64) * 64
         self.lm_head = None if nearest else Linear(C, padded, init=HEAD, group="table")
-        regresses = nearest or (cfg.semantic_weight and cfg.semantic != "soft_ce")
-        self.point = EmbeddingHead(cfg) if regresses else None
+        self.point = EmbeddingHead(cfg) if cfg.regresses else None
+        self.soft_points = cfg.soft_of == "point"
         self.add_exits(cfg)
         self.ce_weight = cfg.ce_weight or float(nearest)  # of a nearest head it sets the scale
         self.latent = NextLatent(cfg) if cfg.next_latent else None
@@ -2959,14 +2987,16 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def embed(self, tokens, history=None, state=None, ids=None, targets=None, step_draw=None,
               memory=None):
-        """Return x (B, S + T, C) and its Sequence, of ids (B, T) or distributions (B, T, V).
+        """Return x (B, S + T, C) and its Sequence, of ids (B, T), distributions or vectors.
 
         history (B, cfg.n_history): as in forward. Slots come first, once: with a state
         that already holds positions there are none to add. The state moves on. ids (B, T): which
         symbols soft tokens stand for; None: the likeliest.
         """
         cfg, x, begins = self.cfg, self.wte(tokens), state is None or not state.begun
-        likeliest = tokens.argmax(-1) if tokens.is_floating_point() else tokens
+        soft = tokens.is_floating_point()
+        symbols = tokens[..., :cfg.vocab_size] if soft else tokens
+        likeliest = symbols.argmax(-1) if soft else tokens
         place = torch.arange(tokens.size(1), device=x.device).expand(tokens.shape[:2])
         if not begins:
             place = (place + state.pos[:, None] - self.n_slot).clamp(max=cfg.block_size - 1)
@@ -2999,7 +3029,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if state is not None:
             memory, capacity, pos = state.memory, state.capacity, state.advance(x.size(1))
         table = None if self.cos is None else (self.cos, self.sin)
-        return x, Sequence.of(x, table, self.n_slot, pos, capacity, begins, tokens=tokens,
+        return x, Sequence.of(x, table, self.n_slot, pos, capacity, begins, tokens=symbols,
                               memory=memory, **more)
 
     def trunk(self, x, seq, aux, state=None, should_exit=None, until=None):
@@ -3030,7 +3060,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         return x, at_exits, exited, depth
 
     def hidden(self, tokens, history=None, state=None, **more):
-        """Return normalised output vectors (B, T, C) of tokens, ids or distributions; no loss."""
+        """Return normalised output vectors (B, T, C) of tokens, ids or soft; no loss."""
         x, seq = self.embed(tokens, history, state, **more)
         return self.ln_f(self.trunk(x, seq, Aux(), state)[0][:, seq.n_prefix:])
 
@@ -3081,7 +3111,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def forward(self, idx, targets=None, history=None, state=None, ids=None, denom=None,
                 step_draw=None, memory=None):
-        """Return the Output for idx: ids (B, T), or distributions (B, T, V), soft tokens.
+        """Return the Output for idx: ids (B, T), or soft tokens (B, T, V) or (B, T, V + C).
 
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed
         cross-entropy over `denom` (default: how many are scored; a trainer passes the count over
@@ -3141,6 +3171,7 @@ CHOICES = {
     "plan": ("add", "cross", "latent"), "concept": CONCEPT_HEADS,
     "concept_of": ("chunk", "bag", "state", "ema"), "head": ("softmax", "nearest"),
     "semantic": (*DISTANCES, "soft_ce"),
+    "soft_of": ("softmax", "point"),
     "exit_loss": ("depth", "rotate")}
 CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
            EmbeddingHead, SoftTokens, EarlyExit)

@@ -66,6 +66,7 @@ class PrepareConfig:
     n_docs: int = 0  # documents of a synthetic task; 0: as many as the task wants
     doc_len: int = 512  # tokens of a document of the tasks cipher and topic
     n_pause: int = -1  # think tokens before an answer of the chain task; -1: one for each step
+    write_steps: bool = False  # chain: in their place the nodes on the way to the answer
     seed: int = 1337  # of a synthetic task
     separator: str = ""  # ends a document in a text ('<|endoftext|>'); a line end behind goes too
     overwrite: bool = False  # put the dataset in the place of one that was made from something else
@@ -77,6 +78,8 @@ class PrepareConfig:
         if (self.tokenizer == "word") != (self.vocab_size > 257):
             raise ValueError("tokenizer = word needs a vocab_size above 257, such as 2000, and no "
                              "other takes one")
+        if self.write_steps and self.n_pause != PrepareConfig.n_pause:
+            raise ValueError("write_steps stands in the place of n_pause; leave one of them out")
         if len(self.separator) > 1000:
             raise ValueError("separator is longer than 1,000 characters; give a shorter one")
         if self.name:
@@ -414,7 +417,7 @@ def open_dataset(name, data_dir="data"):
                meta["tokenizer_sha256"] == json_hash(spec),
                integer(n_vocab, 1, 2 ** 32), eot is None or integer(eot, 0, n_vocab - 1),
                integer(meta.get("think_token", 0), 0, n_vocab - 1), type(meta["source"]) is str,
-               type(meta.get("whole", False)) is bool,
+               all(type(meta.get(k, False)) is bool for k in ("whole", "write_steps")),
                type(meta.get("entropy_rate", 0.0)) is float)
         for split in ("train", "val"):
             demand(type(meta["sha256"][split]) is str, integer(meta["bytes"][split], 1),
@@ -1081,9 +1084,10 @@ def chain(cfg, rng):
     `=`, a node, n_pause think tokens, and the node k steps on, which alone is scored. Guessing
     gives 1 in 16. The training split also has k = 0 and 1, and a tenth of its documents are drills:
     16 pairs out of 8, scored where one comes again. Without them two layers had not learned to look
-    up one pointer after 1,200 steps of 256 rows.
+    up one pointer after 1,200 steps of 256 rows. With write_steps the nodes on the way stand in
+    place of the think tokens, and the training split scores them too.
 
-    Example: bd;af;...;fc;2=a~~c"""
+    Example: bd;af;...;fc;2=a~~c, and with write_steps 2=afc"""
     chars = "".join(sorted("abcdefghijklmnop01234;=~"))
     ids_of = lambda text: [chars.index(c) for c in text]
     node, (end_pair, equals, pause) = np.array(ids_of("abcdefghijklmnop")), ids_of(";=~")
@@ -1096,16 +1100,18 @@ def chain(cfg, rng):
             again = [k in keys[:i] for i, k in enumerate(keys)]
             return ids.ravel(), np.stack([np.zeros(16), again, np.zeros(16)], 1).ravel() > 0
         k, start = int(rng.integers(0 if train else 2, 5)), int(rng.integers(16))
-        end = start
+        path = [start]
         for _ in range(k):
-            end = to[end]
+            path.append(to[path[-1]])
         pairs = np.stack([node, node[to], np.full(16, end_pair)], 1)[rng.permutation(16)].ravel()
-        pauses = [pause] * (k if cfg.n_pause < 0 else cfg.n_pause)
-        question = [*ids_of(str(k)), equals, node[start], *pauses]
-        ids = np.concatenate([pairs, question, [node[end]]]).astype(np.int64)
-        return ids, np.arange(len(ids)) == len(ids) - 1
+        before = node[path[1:-1]] if cfg.write_steps else \
+            [pause] * (k if cfg.n_pause < 0 else cfg.n_pause)
+        question = [*ids_of(str(k)), equals, node[start], *before]
+        ids = np.concatenate([pairs, question, [node[path[-1]]]]).astype(np.int64)
+        n_scored = 1 + len(before) * (cfg.write_steps and train)
+        return ids, np.arange(len(ids)) >= len(ids) - n_scored
 
-    return chars, {"think_token": pause}, document
+    return chars, {"think_token": pause, "write_steps": cfg.write_steps}, document
 
 
 def formal(chars, answer, words=None):
@@ -1268,7 +1274,7 @@ TASKS = {"cipher": (cipher, 3600, 400), "topic": (topic, 3600, 400),
 
 def task_settings(task):
     """Return the names of a task's settings."""
-    own = {"cipher": ["doc_len"], "topic": ["doc_len"], "chain": ["n_pause"]}
+    own = {"cipher": ["doc_len"], "topic": ["doc_len"], "chain": ["n_pause", "write_steps"]}
     return "n_docs", "seed", *own.get(task, ())
 
 
@@ -1281,6 +1287,7 @@ def prepare_task(task, cfg, folder):
         n_train, n_val = -(-cfg.n_docs * 9 // 10), cfg.n_docs // 10
     n_docs = n_train + n_val
     origin = {k: getattr(cfg, k) for k in task_settings(task)}
+    origin = {k: v for k, v in origin.items() if v is not False}  # (older datasets have no switch)
     made_from = origin_hash(folder, cfg, task=task, **{**origin, "n_docs": n_docs})
     tok = Tokenizer(tokenizer_spec("char", chars, eot=True))
     with dataset_writer(folder, tok, made_from, masked=True) as (write, meta):

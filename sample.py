@@ -67,7 +67,7 @@ class SampleConfig:
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the first
     beta: float = 0.5  # contrastive: strength
     # soft tokens
-    soft: bool = False  # the next input is an expected embedding until it collapses to a symbol
+    soft: bool | str = False  # inputs are expected embeddings (vector: points) until they collapse
     soft_top_k: int = 0  # soft: over the k most likely tokens; 0: over those that the filters keep
     gumbel: float = 0.0  # soft: temperature of a Gumbel-softmax on each soft token; 0: no noise
     collapse: str = "distance"  # always | never | every:N | distance (off tokens) | entropy (sure)
@@ -137,6 +137,11 @@ class SampleConfig:
             (self.soft, "soft tokens: --soft",
              "soft_top_k gumbel collapse collapse_threshold collapse_by collapse_which "
              "collapse_back"),
+            (self.soft != "vector", "mixtures of symbols, and a vector is none",
+             "soft_top_k gumbel"),
+            (self.soft != "vector" or self.collapse != "never", "draws, and vectors that never "
+             "collapse are not drawn",
+             "temperature top_k top_p min_p repetition_penalty amateur knn"),
             (self.collapse != "always", "soft tokens, and with collapse = always there are none",
              "soft_top_k gumbel collapse_by collapse_which collapse_back"),
             (self.collapse != "never", "soft tokens that collapse, and with collapse = never none "
@@ -170,6 +175,7 @@ class SampleConfig:
 
 
 CHOICES = {
+    "soft": (False, True, "vector"),
     "exit": ("", "softmax", "margin", "cosine", "classifier"),
     "collapse_by": ("nearest", "context", "whole"), "collapse_which": ("all", "far"),
     "collapse": ("distance", "entropy", "always", "never", "every:N"),
@@ -369,7 +375,7 @@ def make_rule(cfg, model, path):
 
 
 # -------------------------------------------------------------------------------------------------
-# soft tokens: the next input is p @ E, until a policy says that it is time for a symbol
+# soft tokens: the next input is p @ E or a vector, until a policy says that it is time for a symbol
 
 
 def soft_token(p, cfg, generator):
@@ -383,21 +389,23 @@ def soft_token(p, cfg, generator):
     return logits.softmax(-1)
 
 
-def similarity(p, table):
-    """Return the cosine (B, V) between the expected embedding p @ E of a soft token and every row
-    of the table E (V, C)."""
-    return F.normalize(p @ table, dim=-1) @ F.normalize(table, dim=-1).T
+def similarity(soft, table):
+    """Return the cosine (B, V) between the embedding of a soft token, p @ E of a distribution
+    (B, V) or a vector (B, V + C), and every row of the table E (V, C)."""
+    p, offset = soft[:, :len(table)], soft[:, len(table):]
+    x = p @ table + offset if offset.size(1) else p @ table
+    return F.normalize(x, dim=-1) @ F.normalize(table, dim=-1).T
 
 
-def collapses(p, table, cfg, step):
+def collapses(p, soft, table, cfg, step):
     """Return which rows (B,) choose a symbol now, by cfg.collapse. p (B, V): of the next token;
-    step: tokens made so far."""
+    soft: what it would be as a soft one; step: tokens made so far."""
     kind, _, every = cfg.collapse.partition(":")
     limit = cfg.collapse_threshold
     if kind == "entropy":
         return torch.special.entr(p).sum(-1) < (0.5 if limit < 0 else limit)
     if kind == "distance":
-        return 1 - similarity(p, table).amax(-1) > (0.1 if limit < 0 else limit)
+        return 1 - similarity(soft, table).amax(-1) > (0.1 if limit < 0 else limit)
     now = kind == "always" or (kind == "every" and (step + 1) % int(every) == 0)
     return torch.full(p.shape[:1], now, device=p.device)
 
@@ -436,7 +444,8 @@ class Decoder:
         self.carried, self.known = {}, [0] * len(rows)
         self.rows = [([], []) for _ in rows]  # (history, window), lists of ids, oldest first
         self.counts = [np.zeros(model.cfg.n_history - model.cfg.history, int) for _ in rows]
-        self.soft = [{} for _ in rows]  # {place in the window: distribution (V,)} of soft tokens
+        # {place in the window: distribution (V,) or vector (V + C,)} of soft tokens
+        self.soft = [{} for _ in rows]
         # what was expected of the first tokens of a window that has folded, (places, V)
         self.n_soft = 0 if context else max(model.cfg.n_soft, 0)
         self.expected = [torch.empty(0, self.V, device=self.device) for _ in rows]
@@ -456,8 +465,8 @@ class Decoder:
         return [d for d in (self.amateur, self.draft) if d]
 
     def append(self, b, token, soft=None):
-        """Append a token to row b, soft where its distribution (V,) is given. Return True if the
-        window folded."""
+        """Append a token to row b, and what it holds if it is soft. Return True if the window
+        folded."""
         ring, window = self.rows[b]
         folds = len(window) == self.T
         if folds:
@@ -516,14 +525,14 @@ class Decoder:
     def inputs(self, rows, first, width):
         """Return what the model reads of each of these rows from place first[i] on, `width` tokens
         padded at the right: ids (B, width), or where one of them is soft distributions
-        (B, width, V); and the ids."""
+        or vectors (B, width, V or V + C); and the ids."""
         windows = [self.rows[b][1][f:f + width] for f, b in zip(first, rows)]
         ids = torch.tensor([w + [0] * (width - len(w)) for w in windows], device=self.device)
         soft = [(i, at - f, p) for i, (f, b) in enumerate(zip(first, rows))
                 for at, p in {**self.region(b), **self.soft[b]}.items() if f <= at < f + width]
         if not soft:
             return ids, ids
-        idx = F.one_hot(ids, self.V).float()
+        idx = F.one_hot(ids, len(soft[0][2])).float()
         for i, at, p in soft:
             idx[i, at] = p
         return idx, ids
@@ -598,7 +607,7 @@ class Decoder:
     @torch.inference_mode()
     def push(self, tokens, soft=None):
         """Append a token to each row, a list of B ids, or a soft one where soft[b] is a
-        distribution (V,). Return logits (B, V) of the next."""
+        distribution (V,) or a vector (V + C,). Return logits (B, V) of the next."""
         for d in self.companions():
             d.push(tokens, soft)
         folded = any([self.append(b, t, soft and soft[b]) for b, t in enumerate(tokens)])
@@ -672,6 +681,7 @@ class Decoder:
         new.carried = {i: [t[at] for t in parts] for i, parts in self.carried.items()}
         self.own = new.own = False  # one row is shared until somebody writes
         new.state, new.logits = self.state.select(at), self.logits[at]
+        new.h = None if self.h is None else self.h[at]
         new.early = None if self.early is None else self.early[at]
         new.amateur = self.amateur and self.amateur.select(rows)
         new.draft = self.draft and self.draft.select(rows)
@@ -868,8 +878,27 @@ class Plain:
 
 
 class Soft(Plain):
-    """Keep tokens soft, distributions that the model reads as expected embeddings, until a policy
-    says that one is to be a symbol; then those before it become symbols too."""
+    """Keep tokens soft, distributions that the model reads as expected embeddings or the vectors
+    that it regresses, until a policy says that one is to be a symbol; then those before it become
+    symbols too."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        model = self.decoder.model
+        mixes = model.cfg.n_think or model.cfg.n_soft  # distributions among its inputs
+        if self.cfg.soft == "vector" and (model.point is None or mixes):
+            raise UserError("soft = vector needs a model that regresses a point, and has neither "
+                            "thoughts nor a soft region (n_think, n_soft), which are "
+                            "distributions; train one with --head=nearest or --semantic_weight=0.1")
+        if self.cfg.soft == "vector" and self.cfg.collapse_by == "whole":
+            raise UserError("collapse_by = whole weighs the symbols of a distribution, and a "
+                            "vector (soft = vector) stands for one; take context or nearest")
+
+    @torch.inference_mode()
+    def soft_tokens(self, p):
+        """Return what stands for the next token, drawn from p (B, V), if it is soft: (B, V or
+        V + C)."""
+        return self.decoder.model.vectors(self.decoder.h) if self.cfg.soft == "vector" else p
 
     def generate(self):
         """Yield tokens; one that will be chosen in context comes when it has collapsed."""
@@ -879,13 +908,15 @@ class Soft(Plain):
         holds = cfg.collapse_by != "nearest" and cfg.collapse != "never"
         for step in range(cfg.max_new_tokens):
             p = self.probabilities()
-            now = collapses(p, table, cfg, step).tolist()
+            now = collapses(p, self.soft_tokens(p), table, cfg, step).tolist()
             if self.collapse_earlier([n and not f for n, f in zip(now, self.forced)], waiting):
                 p = self.probabilities()
             hard = [n or bool(f) for n, f in zip(now, self.forced)]
             tokens, soft = choose(p, self.generator).tolist(), [None] * len(hard)
             if not all(hard):
-                mixed = soft_token(p, cfg, self.generator)
+                mixed = self.soft_tokens(p)
+                if cfg.soft != "vector":
+                    mixed = soft_token(p, cfg, self.generator)
                 near = similarity(mixed, table).argmax(-1).tolist()
                 tokens = [t if h else n for t, h, n in zip(tokens, hard, near)]
                 soft = [None if h else m for h, m in zip(hard, mixed)]
@@ -922,7 +953,8 @@ class Soft(Plain):
                     p = d.weigh(b, at, first) if logits is None else distribution(
                         logits[b, at - 1:at].float(), cfg)
                     token = choose(p, self.generator).item()
-                    d.soft[b][at] = F.one_hot(torch.tensor(token, device=d.device), d.V).float()
+                    chosen = torch.tensor(token, device=d.device)
+                    d.soft[b][at] = F.one_hot(chosen, len(d.soft[b][at])).float()
                 place = at - len(window)  # from the end, which all decoders have in common
                 changes.append((b, place, token))
                 if -place <= len(waiting[b]):
@@ -1544,9 +1576,11 @@ def decode(cfg, stores):
     run = way_of(cfg)(decoder, cfg, generator, think, lambda: new_text(cfg, tok, mcfg))
     scored = "" if ckpt.get("val_loss") is None else f", val loss {ckpt['val_loss']:.4f}"
     config.note(f"[{path}, step {ckpt['step']}{scored}]")
-    if cfg.soft and not (mcfg.soft_rate or mcfg.n_soft):
-        config.note("[this model never read soft tokens in training; expect poor text, or train "
-                    "one with python train.py --soft_rate=0.1]")
+    kind = "point" if cfg.soft == "vector" else "softmax"
+    reads_soft = (mcfg.soft_rate or mcfg.n_soft) and mcfg.soft_of == kind
+    if cfg.soft and not reads_soft:
+        config.note(f"[this model never read such soft tokens in training; expect poor text, or "
+                    f"train one with python train.py --soft_rate=0.1 --soft_of={kind}]")
     used = collections.Counter()  # (store, id) of what was found
     if cfg.interactive:
         converse(decoder, cfg, tok, mcfg, prompt, generator, think, used)

@@ -113,6 +113,9 @@ recurrent_complex: layers=RR gate=complex pos=none eot=-1
 delta: layers=DA
 delta+slots+think: SLOTS layers=D n_think=2 think_token=3
 n_grams: n_gram=2,3 n_gram_size=50
+vectors: head=nearest soft_rate=0.3 soft_of=point
+vectors+slots+words+n_grams+value_embed: SLOTS WORDS layers=(R)A n_gram=2,3 n_gram_size=64 tie=True
+   semantic_weight=0.1 soft_rate=0.3 soft_of=point n_value_embed=1
 n_grams+slots+soft_rate+words: SLOTS WORDS layers=(D)A n_gram=3 n_gram_size=64 soft_rate=0.3
 gru: layers=GA
 level: layers=(A)A
@@ -578,7 +581,7 @@ mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semant
 semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
 exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
 n_gram=4 n_gram_size=9 concept_of=bag concept_of=state concept_of=ema next_latent=0.3 slot_gate=True
-n_soft=5 n_soft=-3
+n_soft=5 n_soft=-3 soft_of=point
 """  # what random settings choose from
 
 
@@ -685,7 +688,25 @@ def test_regression_alone_teaches_the_trunk_nothing_of_cross_entropy():
     assert learns == ["point.scale"]
 
 
-@pytest.mark.parametrize("more", ["", "WORDS layers=(R)R"])
+def test_vectors_are_points_beside_their_symbols():
+    """A vector is read as the point, in whatever length its nearest symbol has; a symbol's own
+    embedding is read as the symbol; tables that know symbols alone take the nearest one."""
+    m = make("vectors+slots+words+n_grams+value_embed").eval()
+    x, _ = inputs(m)
+    z, e = m.point(m(x).h), m.wte.weight
+    soft = m.vectors(m(x).h)
+    near = F.cosine_similarity(z[:, :, None], e, dim=-1).argmax(-1)
+    assert torch.equal(soft[..., :24], F.one_hot(near, 24).float())
+    got = m.wte(soft)
+    agree(F.normalize(got, dim=-1), F.normalize(z, dim=-1))
+    agree(got.norm(dim=-1), e[near].norm(dim=-1))
+    agree(m(F.one_hot(x, 24 + 32).float()).logits, m(x).logits)
+    want = m(soft).logits
+    m.wte.forward = lambda tokens: got
+    agree(m(near).logits, want)
+
+
+@pytest.mark.parametrize("more", ["", "WORDS layers=(R)R", "head=nearest soft_of=point"])
 def test_soft_inputs_in_training(more):
     """With soft_rate = 1 every input but the first, and but ends of documents, is what the model
     expected there, which is no end; the ids say where words and documents end all the same."""
@@ -693,7 +714,11 @@ def test_soft_inputs_in_training(more):
     x, _ = inputs(m, 400)
     logits, hard = m.eval()(x).logits.detach(), F.one_hot(x, 24).float()
     logits[..., 5] = float("-inf")
-    soft = torch.cat((hard[:, :1], logits.softmax(-1)[:, :-1]), 1)
+    p = logits.softmax(-1)
+    if m.soft_points:
+        p = m.vectors(m(x).h).detach()
+        hard = F.pad(hard, (0, 32))
+    soft = torch.cat((hard[:, :1], p[:, :-1]), 1)
     want = m(torch.where((x == 5)[..., None], hard, soft), ids=x).logits
     agree(m.train()(x).logits, want)
     few = make("soft_rate", **{**settings(more), "soft_rate": 0.25})
@@ -1294,17 +1319,20 @@ def soft_config(**more):
 @pytest.mark.parametrize("name, by", [
     ("plain", "nearest"), ("plain", "context"), ("slots_enrich", "context"), ("think", "nearest"),
     ("slots+value_embed+gqa", "nearest"), ("hierarchy", "context"), ("associative", "nearest"),
-    ("slots+value_embed+gqa", "whole")])
+    ("slots+value_embed+gqa", "whole"),
+    ("vectors+slots+words+n_grams+value_embed", "context")])
 def test_soft_decoding_is_the_full_forward(name, by):
     """Rows that stay soft, collapse and fold at times of their own: the logits are those of what is
     kept; every token comes out once, in order, and collapsed places hold what was printed."""
     m, out, kinds = make(name).eval(), [[], []], set()
     d = sample.Decoder(m, [[5, 6, 7], [1, 2, 4, 8, 9]], memory=m.init_memory(2))
     cfg = soft_config(collapse="entropy", collapse_threshold=3.05, collapse_by=by)
+    if m.soft_points:
+        cfg = soft_config(soft="vector", collapse_threshold=0.74, collapse_by=by)
     for ready in sample.generate(d, cfg, generator=seeded()):
         for b, (ring, window) in enumerate(d.rows):
             ids = torch.tensor([window])
-            x = F.one_hot(ids, 24).float()
+            x = F.one_hot(ids, 24 + 32 * m.soft_points).float()
             for place, p in d.soft[b].items():
                 x[0, place] = p
             kinds.add(bool(d.soft[b]))
@@ -1393,7 +1421,7 @@ def test_collapse_policies(row):
     collapse, threshold, step = given.split()
     p, cfg = torch.tensor([[1.0, 0, 0, 0], [0.25] * 4]), soft_config(collapse=collapse)
     cfg.collapse_threshold = float(threshold)
-    got = sample.collapses(p, torch.eye(4), cfg, int(step)).tolist()
+    got = sample.collapses(p, p, torch.eye(4), cfg, int(step)).tolist()
     assert " ".join(map(str, got)) == want
 
 
@@ -1496,6 +1524,12 @@ def test_examples_of_tasks():
         task, n = name.split()
         *_, (_, got, scored) = documents(task, int(n) + 1)
         assert (got, "".join(" ^"[one] for one in scored).rstrip()) == (text, marks), name
+    for training, text, scored in documents("chain", 100, write_steps=True):
+        to, k, steps = dict(re.findall("(.)(.);", text)), text[48:49], text[50:]
+        if k:
+            assert len(steps) == 1 + max(int(k), 1)
+            assert all(to[a] == b for a, b in zip(steps, steps[1:])) or k == "0"
+            assert sum(scored) == (len(steps) - 1 if training else 1) and scored[-1]
     hops = {True: set(), False: set()}  # in training pairs alone, too
     for training, text, _ in documents("chain", 300):
         hops[training].add(text[48:49])
@@ -2422,7 +2456,7 @@ def test_bad_meta(tmp_path):
 def trained(teacher, tmp_path_factory):
     """Return a folder of checkpoints: strong, with slots, and the newest; weak, which had a
     teacher; three with memories; exits; ending, which ends texts, has exits and reads no line end;
-    and bytes."""
+    points, which regresses them; and bytes."""
     out = tmp_path_factory.mktemp("out")
     long = dict(max_iters=60, lr_decay_iters=60)
     run(out / "strong", SLOTS, batch_size=16, **long)
@@ -2434,6 +2468,7 @@ def trained(teacher, tmp_path_factory):
     run(out / "exits", dict(layers="A.A.A", exit_classifier=True, exit_distill=0.5),
         batch_size=16, **long)
     run(out / "ending", dict(layers="A.A"), dataset="chain")
+    run(out / "points", settings("head=nearest soft_rate=0.1 soft_of=point"), max_iters=2)
     (out / "data").mkdir()
     prepared(out / "data", TEXT, "--tokenizer=byte", name="bytes")
     run(out / "bytes", data_dir=str(out / "data"), dataset="bytes", max_iters=1)
@@ -2593,6 +2628,9 @@ strong --soft --collapse=never
 strong --soft --collapse=distance
 strong --soft --amateur={O}/weak
 strong --soft --dtype=bfloat16
+points --seed=1 == --seed=1 --soft=vector --collapse=always
+points --soft=vector --collapse=never
+points --soft=vector --collapse_threshold=0.3 --collapse_which=far --dtype=bfloat16
 strong --seed=1 == --seed=1 --knn={S}/k.db --knn_lambda=0
 strong --seed=1 != --seed=1 --knn={S}/k.db --knn_lambda=0.9
 strong --knn={S}/k.db --beams=2
@@ -3065,6 +3103,8 @@ soft=True collapse=never: collapse_threshold=1 collapse_by=context collapse_back
    collapse_which=far
 soft=True collapse=every:2: collapse_threshold=1
 soft=True collapse_back=0: collapse_by=whole collapse_which=far
+soft=vector: soft_top_k=2 gumbel=1
+soft=vector collapse=never: temperature=1 top_k=3 top_p=0.9 min_p=0.1 repetition_penalty=2 knn=k
 soft=True knn=k: collapse_by=context
 soft=True knn=k: collapse_by=whole
 knn=k knn_lambda=0: knn_k=3 knn_temp=1
@@ -3489,6 +3529,7 @@ train
   --ema_decay=0.5 => ema_decay | concept_of
   --ce_weight=0 => ce_weight | semantic_weight ; --ce_weight=0 --semantic_weight=1 => head=nearest
   --ce_weight=0 --semantic_weight=1 --head=nearest --semantic=soft_ce => mse or cos
+  --soft_of=point => soft_of | regresses ; --soft_of=point --head=nearest => soft_rate
   --head=nearest --tie=True => nearest | tie ; --enrich=True => enrich | history
   --history=64 => history | n_span ; --history=64 --n_span=20 --span=4 => history
   --n_soft=193 --block_size=256 => n_soft | three quarters ; --n_soft=-16 --block_size=16 => n_soft
@@ -3579,6 +3620,7 @@ sample
   ROMEO: => --prompt=ROMEO: ; lern => lern | learn
   {S}/t.txt => --prompt=FILE:{S}/t.txt ; --collapse=every:0 => every:N ; --collapse_by=magic
   --soft --temperature=0 => soft | temperature ; --top_p=2 ; --exit=luck => luck | softmax
+  --soft=magic => soft | vector | 'magic'
   --int8 => bfloat16 ; --exit=softmax --exit_threshold=1.5 => exit_threshold | 1.5
   --exit=softmax --speculate=2 --draft_exit=1 => exit and speculate ; --speculate=2 => draft
   --beams=2 --n=3 => beams | n = 3 ; --out_dir={S}/gone => cannot be read
@@ -3587,6 +3629,7 @@ sample --out_dir={O}/strong
   --n_think=2 => not trained to think ; --prompt='día 7' => 'í' | '7' ; --prompt= => empty
   --prompt=FILE:{S}/no => cannot be read ; --speculate=2 --draft_exit=1 => after 1 blocks | layers
   --exit=softmax --exit_threshold=0.5 => no exits ; --plan_draw => plan_draw | --concept=energy
+  --soft=vector => vector | --head=nearest
   --stop_at_end => stop_at_end | --input= ; '--stop=<|endoftext|>' => stop_at_end
   --memory_index => memory_index needs a memory ; --stop={NOT_UTF8} => stop | UTF-8
   --prompt={NOT_UTF8} => prompt | UTF-8 ; --think_after={NOT_UTF8} => think_after | UTF-8

@@ -157,6 +157,8 @@ def coerce(key, value, kind):
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     items = [typing.get_args(k)[:1] for k in kinds]  # of tuple[int, ...]: (int,)
     given = value
+    if isinstance(value, str) and bool in kinds:
+        value = {"true": True, "false": False}.get(value.lower(), value)
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and (len(text) > 10_000 or "\0" in text):
             raise UserError(f"{key} takes at most 10,000 characters and no zero byte; a longer "
@@ -167,7 +169,7 @@ def coerce(key, value, kind):
         except OverflowError as e:
             raise UserError(f"{key} was given {e} ({value[:40]}); give a smaller one") from None
         except (ValueError, SyntaxError, ArithmeticError, MemoryError, RecursionError):
-            value = {"true": True, "false": False}.get(value.lower(), value)
+            pass  # it is no literal
     for k, item in zip(kinds, items):
         if item:
             values = value if isinstance(value, tuple) else (value,)
@@ -339,7 +341,7 @@ def parse(argv, *classes, doc="", words=(), free=()):
 def value_behind(name, kind, rest):
     """Return the value of a setting that has none behind a =: the next argument, taken out of
     `rest`; a boolean needs none."""
-    if kind is bool:
+    if bool in (kind, *typing.get_args(kind)):
         return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else True
     if not rest or rest[0].startswith("--"):
         raise UserError(f"--{name} needs a value, as --{name}=VALUE")
@@ -374,8 +376,8 @@ def check(cfg, choices, ranges):
     {name: (lowest, highest)}."""
     for name, options in choices.items():
         value = getattr(cfg, name)
-        if re.sub(":[1-9][0-9]{0,17}$", ":N", value) not in options:
-            named = ", ".join(filter(None, options))
+        if value not in options and re.sub(":[1-9][0-9]{0,17}$", ":N", str(value)) not in options:
+            named = ", ".join(map(str, filter(None, options)))
             raise ValueError(f"{name} is one of {named}, not {value!r}")
     for name, (low, high) in ranges.items():
         if getattr(cfg, name) != getattr(type(cfg), name):
