@@ -52,7 +52,7 @@ from torch.nn import functional as F
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1, "aggregate soft_rate exit_distill exit_rate"),
     (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
-    (0, 1e6, "concept_weight mem_noise ce_weight semantic_weight exit_weight"),
+    (0, 1e6, "concept_weight mem_noise ce_weight semantic_weight exit_weight logit_decay"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
@@ -66,8 +66,8 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 2 ** 24, "vocab_size space mem_size"),
     (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"))
-SWITCHES = ("share_levels enrich mem_drop mem_noise mem_straight exit_rate exit_keys "
-            "exit_classifier")  # refused where they have nothing to work on
+SWITCHES = ("share_levels share_mlp qk_scale enrich mem_drop mem_noise mem_straight exit_rate "
+            "exit_keys exit_classifier")  # refused where they have nothing to work on
 
 
 @dataclass
@@ -82,6 +82,7 @@ class GPTConfig:
     n_kv_head: int | tuple[int, ...] = 0  # key and value heads, one or per block; 0: n_head
     head_dim: int = 0  # channels of a head; 0: n_embd / n_head
     n_mlp: int | tuple[int, ...] = 0  # MLP width, one or per block; 0: 4 n_embd, -1: none
+    share_mlp: bool = False  # all MLPs are one: one set of weights
     mlp: str = "relu2"  # relu2 | gelu | swiglu
     norm: str = "rms"  # rms (no gain: the next matrix has it) | layer | scale
     pos: str = "rope"  # rope | learned | none
@@ -89,6 +90,7 @@ class GPTConfig:
     bias: bool = False  # biases in linear layers and LayerNorm
     tie: bool = False  # output head shares the token embedding
     qk_norm: bool = True  # RMSNorm on queries and keys
+    qk_scale: bool = False  # with it, a learned factor of each head's scores, 1 at first
     embed_norm: bool = True  # RMSNorm on the embeddings
     # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
@@ -122,6 +124,7 @@ class GPTConfig:
     semantic: str = "cos"  # cos | mse (regress the target's embedding) | soft_ce (soft targets)
     semantic_weight: float = 0.0  # weight of that loss; 0: off
     semantic_temp: float = 0.1  # soft_ce: temperature of the similarity (cosine) of embeddings
+    logit_decay: float = 0.0  # weight of the mean square of logits, in the loss; 0: off
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
@@ -186,14 +189,19 @@ class GPTConfig:
         command line, may not.
         """
         has = lambda letters: bool(set(letters) & set(self.layers))
+        n_mlps = sum(BLOCKS[c][1] is mlp for c in self.letters)
         for useful, needs, names in (
                 (has("R"), "a block R in layers", "gate"),
                 (self.attending(), "a block that attends (A, F or M) in layers",
                  "n_kv_head qk_norm"),
+                (self.qk_norm and has("AFM"), "qk_norm = True and a block A, F or M in layers",
+                 "qk_scale"),
                 (self.attending() or has("D"), "a block with heads (A, D, F or M) in layers",
                  "head_dim"),
-                (any(BLOCKS[c][1] is mlp for c in self.letters), "a block with an MLP (A, R, D or "
-                 "G) in layers", "mlp n_mlp"),
+                (n_mlps, "a block with an MLP (A, R, D or G) in layers", "mlp n_mlp"),
+                (n_mlps > 1 and type(self.n_mlp) is int and self.n_mlp >= 0,
+                 "two blocks with an MLP, and one n_mlp for all", "share_mlp"),
+                (self.ce_weight, "a ce_weight above 0", "logit_decay"),
                 (has("("), "a level, ( ), in layers",
                  "share_levels chunk plan concept concept_weight horizon"),
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
@@ -708,8 +716,8 @@ class Attention(Layer):
     """Causal self-attention with grouped key heads, rotary positions and QK-norm.
 
     (Ainslie et al. 2023, arXiv:2305.13245; Su et al. 2021, arXiv:2104.09864; Henry et al. 2020,
-    arXiv:2010.04245.) The last n_value_embed token-level blocks A add a token embedding of their
-    own to the values. (B, L, C) -> (B, L, C).
+    arXiv:2010.04245, who learn a factor of normed scores, as qk_scale does.) The last n_value_embed
+    token-level blocks A add a token embedding of their own to the values. (B, L, C) -> (B, L, C).
     """
     ends_with_document = False  # it sees the whole window
 
@@ -720,6 +728,7 @@ class Attention(Layer):
         self.q_dim, self.kv_dim = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.c_attn = Linear(cfg.n_embd, (self.q_dim, self.kv_dim, self.kv_dim), cfg.bias)
         self.c_proj = Linear(self.q_dim, cfg.n_embd, cfg.bias, init=RESIDUAL)
+        self.qk_scale = parameter(self.n_head, 1, 1, init=ONES) if cfg.qk_scale else None
         plain = [item[1] for item in cfg.tree if item[0] == "A"]
         embeds = i in plain[len(plain) - cfg.n_value_embed:]
         self.value_embed = Embedding(cfg.vocab_size, self.kv_dim, init=HEAD) if embeds else None
@@ -773,6 +782,8 @@ class Attention(Layer):
             qkv = torch.cat((self.c_attn(x, 0, self.q_dim), kv), dim=-1)
         qk, v = self.heads(*qkv.split((self.q_dim + self.kv_dim, self.kv_dim), dim=-1), seq)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
+        if self.qk_scale is not None:
+            q = q * self.qk_scale.to(q.dtype)
         if cache is not None:
             cache.write(seq.pos, k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
@@ -1024,7 +1035,10 @@ ACTIVATIONS = {  # relu2: So et al. 2021, arXiv:2109.08668; swiglu: Shazeer 2020
 
 
 class MLP(Layer):
-    """Two matrices with an activation between them. (B, L, C) -> (B, L, C)."""
+    """Two matrices with an activation between them. (B, L, C) -> (B, L, C).
+
+    With share_mlp one, which may be wide, serves all blocks (Pires et al. 2023, arXiv:2309.01826).
+    """
     ends_with_document = False
 
     def __init__(self, cfg, i):
@@ -2431,6 +2445,15 @@ def cross_entropy(logits, targets):
                            reduction="sum")
 
 
+def mean_square(logits, targets):
+    """Return the mean square of logits (B, T, V), summed over scored targets (B, T).
+
+    Its weight is a logit decay, against features that starve others (Spectral Decoupling, Pezeshki
+    et al. 2021, arXiv:2011.09468).
+    """
+    return logits.float().square().mean(-1).masked_fill(targets < 0, 0.0).sum()
+
+
 def divergence(logits, others):
     """Return the Kullback-Leibler divergence of others (B, T, V) from logits, nats: (B, T)."""
     p = logits.float().log_softmax(-1)
@@ -2474,6 +2497,10 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         self.drop = nn.Dropout(cfg.dropout)
         self.embed_norm = RMSNorm(cfg) if cfg.embed_norm else nn.Identity()
         self.add_layers(cfg, cfg.tree)
+        if cfg.share_mlp:
+            first, *others = (b for b in self.modules() if isinstance(getattr(b, "mlp", 0), MLP))
+            for block in others:
+                block.mlp = first.mlp
         self.ln_f = norm(cfg)
         # a large table is padded, by rows that nobody reads: GPUs want multiples of 64
         padded = V if V < 1024 or cfg.tie else -(-V // 64) * 64
@@ -2772,6 +2799,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         terms = [("ce", self.ce_weight, cross_entropy(raw, targets))]
         if cfg.semantic_weight:
             terms.append(("semantic", cfg.semantic_weight, self.semantic_loss(h, logits, targets)))
+        if cfg.logit_decay:
+            terms.append(("logits", cfg.logit_decay, mean_square(logits, targets)))
         terms += aux.losses
         if self.exits_train:
             terms += self.exit_losses(exits, exited, logits, targets, step_draw)
