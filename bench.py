@@ -1323,7 +1323,8 @@ FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=
           "G": "config/formal_g.py", "R, gate = real": "config/formal_r.py --gate=real",
           "R, gate = positive": "config/formal_r.py --gate=positive",
           "R, gate = complex": "config/formal_r.py --gate=complex --weight_decay=0.1",
-          "RR(RA)R": "config/formal_h.py"}
+          "RR(RA)R": "config/formal_h.py",
+          **{k: f"config/formal_s.py --layers={k}" for k in ("RS", "SS", "RR", "RA", "GG")}}
 
 
 def formal(question, **tasks):
@@ -1348,6 +1349,10 @@ CLAIMS["formal_more"] = formal(
     "modular_arithmetic and reverse_string, likewise",
     modular_arithmetic=["A", "R, gate = real", "R, gate = complex"],
     reverse_string=["A", "R, gate = real", "R, gate = complex"])
+
+CLAIMS["stack"] = formal(
+    "reverse_string, likewise: a stack behind a recurrence, two stacks, and other mixers by the "
+    "same recipe", reverse_string=["RS", "SS", "RR", "RA", "GG"])
 
 LEVELS = "--n_embd=128 --n_head=4 --block_size=256 --batch_size=8 --max_iters=350" + ONCE
 

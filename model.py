@@ -9,6 +9,7 @@ character a block:
     R   gated linear recurrence + MLP
     D   gated delta rule + MLP
     G   GRU + MLP
+    S   differentiable stack + MLP
     F   causal self-attention + featural memory: learned slots in place of the MLP
     M   causal self-attention + associative memory: entries written while reading
     ( ) a level: what stands inside runs once a chunk of what stands outside
@@ -196,9 +197,9 @@ class GPTConfig:
                  "n_kv_head qk_norm"),
                 (self.qk_norm and has("AFM"), "qk_norm = True and a block A, F or M in layers",
                  "qk_scale"),
-                (self.attending() or has("D"), "a block with heads (A, D, F or M) in layers",
+                (self.attending() or has("DS"), "a block with heads (A, D, S, F or M) in layers",
                  "head_dim"),
-                (n_mlps, "a block with an MLP (A, R, D or G) in layers", "mlp n_mlp"),
+                (n_mlps, "a block with an MLP (A, R, D, G or S) in layers", "mlp n_mlp"),
                 (n_mlps > 1 and type(self.n_mlp) is int and self.n_mlp >= 0,
                  "two blocks with an MLP, and one n_mlp for all", "share_mlp"),
                 (self.ce_weight, "a ce_weight above 0", "logit_decay"),
@@ -491,6 +492,14 @@ def binding(places, C):
     return turn.cos(), turn.sin()
 
 
+def causal_pieces(T, device):
+    """Return [(a, b, mask)] of pieces a..b of T queries, about 128 each: mask (1, 1, b - a, b)."""
+    n, place = max(1, T // 128), torch.arange(T, device=device)
+    cuts = [T * i // n for i in range(n + 1)]
+    return [(a, b, (place[:b] <= place[a:b, None])[None, None])
+            for a, b in itertools.pairwise(cuts)]
+
+
 def attend(q, k, v, mask, dropout):
     """Softmax attention: q (B, H, T, D), k and v (B, Hkv, L, D) -> (B, H, T, D).
 
@@ -511,11 +520,8 @@ def attend(q, k, v, mask, dropout):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None,
                                               enable_gqa=H != groups)
     if mask is None:  # in pieces: no query meets the keys of later pieces, and scores stay in cache
-        place, pieces = torch.arange(T, device=q.device), []
-        cuts = [T * i // max(1, T // 128) for i in range(max(1, T // 128) + 1)]
-        for a, b in itertools.pairwise(cuts):
-            causal = (place[:b] <= place[a:b, None])[None, None]
-            pieces.append(attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal, dropout))
+        pieces = [attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal, dropout)
+                  for a, b, causal in causal_pieces(T, q.device)]
         return torch.cat(pieces, dim=2)
     q = (q * D ** -0.5).reshape(B, groups, -1, D)  # the query heads of one key head, as rows
     scores = (q @ k.transpose(-2, -1)).view(B, groups, H // groups, T, -1)
@@ -934,7 +940,7 @@ class DeltaRule(Layer):
     def check(cfg):
         for i, c in enumerate(cfg.letters):
             h, _, d = cfg.heads(i)
-            if c == "D" and (h < 1 or d * h != cfg.n_embd and not cfg.head_dim):
+            if c in "DS" and (h < 1 or d * h != cfg.n_embd and not cfg.head_dim):
                 raise ValueError(f"n_embd ({cfg.n_embd}) is not a multiple of n_head ({h}); set "
                                  f"head_dim to choose one")
 
@@ -1018,6 +1024,68 @@ class GRU(Layer):
         documents = v.flatten(0, 1).tensor_split(ends)
         packed = nn.utils.rnn.pack_sequence(documents, enforce_sorted=False)
         return torch.cat(nn.utils.rnn.unpack_sequence(self.rnn(packed, h0)[0])).view_as(v)
+
+
+class Pushdown(Layer):
+    """A stack a head: pop a part of it, push a part of a vector, read the topmost unit.
+
+    (The neural stack of Grefenstette et al. 2015, arXiv:1506.02516, after Joulin and Mikolov 2015,
+    arXiv:1503.01007.) How much is popped and pushed, 0 to 1 each, depends on x_t alone, so heights
+    are sums: step j pops down to low_j, and pushes v_j from there up to top_j. At t what is left of
+    v_j ends at the least low_i, j < i <= t, and of that y_t reads what lies above top_t - 1. So all
+    steps run at once, like attention, and no depth is set. Documents begin with an empty stack and
+    a whole push. (B, L, C) -> (B, L, C).
+    """
+
+    def __init__(self, cfg, i):
+        super().__init__()
+        (self.n_head, _, self.head_dim), C = cfg.heads(i), cfg.n_embd
+        width = self.n_head * self.head_dim
+        self.c_in = Linear(C, (width, width), cfg.bias)  # what is pushed, what is read
+        wide = normal(lambda p, cfg: 4 * p.size(1) ** -0.5)  # gates near 0 and 1 from the start
+        self.c_gate = Linear(C, 2 * self.n_head, bias=True, init=wide, group="table")
+        self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
+
+    def init_cache(self, B, L, like):
+        H, fp32 = self.n_head, torch.float32
+        return Cache.empty(like, B, L, v=(H, self.head_dim), low=(H, fp32), top=(H, fp32))
+
+    def forward(self, x, seq, aux, cache=None):
+        v, out = self.c_in(x).chunk(2, dim=-1)
+        v = v.unflatten(-1, (self.n_head, -1))
+        # gates reach 0 and 1 themselves: else hundreds of steps would blur
+        gate = (1.1 * self.c_gate(x).float().sigmoid() - 0.05).clamp(0, 1)
+        push, pop = gate.chunk(2, dim=-1)  # (B, L, H)
+        top = (push - pop).cumsum(1)
+        if cache is not None:
+            top = top + cache.before("top", seq.pos)[:, None]
+        low = top - push
+        if seq.doc_start is not None:
+            low = low.masked_fill(seq.doc_start[..., None], -math.inf)
+        if cache is None:
+            y = [self.read(top[:, a:b], v[:, :b], low[:, :b], top[:, :b], mask)
+                 for a, b, mask in causal_pieces(x.size(1), x.device)]
+            y = torch.cat(y, dim=1)
+        else:
+            cache.write(seq.pos, v=v, low=low, top=top)
+            y = self.read(top, cache["v"], cache["low"], cache["top"], seq.mask)
+        return self.c_proj(y * F.silu(out))
+
+    def read(self, at, v, low, top, mask):
+        """Return the topmost unit of stacks as high as at (B, T, H): (B, T, H * D).
+
+        v (B, L, H, D), and low and top (B, L, H) as it was pushed; mask (B, 1, T, L) True for what
+        was pushed up to then.
+        """
+        low, top = low.mT[:, :, None], top.mT[:, :, None]  # (B, H, 1, L)
+        later = F.pad(low.masked_fill(~mask, math.inf)[..., 1:], (0, 1), value=math.inf)
+        left = later.flip(-1).cummin(-1).values.flip(-1).minimum(top)  # (B, H, T, L)
+        start = low.maximum(top - 1).maximum(at.mT[..., None] - 1)
+        share = (left - start).clamp(min=0) * mask
+        return (share.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    def flops(self, L):
+        return super().flops(L) + 6 * self.n_head * self.head_dim * L * L
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1470,6 +1538,7 @@ def mlp(cfg, i):
 
 BLOCKS = {  # character: (mixer, feed-forward layer)
     "A": (Attention, mlp), "R": (Recurrence, mlp), "D": (DeltaRule, mlp), "G": (GRU, mlp),
+    "S": (Pushdown, mlp),
     "F": (Attention, FeaturalMemory), "M": (Attention, AssociativeMemory)}
 
 

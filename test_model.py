@@ -113,6 +113,8 @@ delta+slots+think: SLOTS layers=D n_think=2 think_token=3
 n_grams: n_gram=2,3 n_gram_size=50
 n_grams+slots+soft_rate+words: SLOTS WORDS layers=(D)A n_gram=3 n_gram_size=64 soft_rate=0.3
 gru: layers=GA
+stack: layers=SS
+stack+level+slots+think: SLOTS layers=S(S)A n_think=2 think_token=3 n_head=4
 level: layers=(A)A
 level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
 levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3
@@ -361,7 +363,7 @@ def test_documents_are_apart(name):
         for a, b in zip(behind(at, 0), behind(at, 1)):
             agree(a, b)
     outer = m.cfg.layers if m.cfg.plan == "add" else re.sub(r"\(.*\)", "", m.cfg.layers)
-    if set("RGM(") & set(outer) and name != "random":  # and without an end, they go on
+    if set("RGSM(") & set(outer) and name != "random":  # and without an end, they go on
         assert not torch.allclose(behind(6, 0, 7)[0], behind(6, 1, 7)[0], atol=1e-3)
 
 
@@ -553,7 +555,7 @@ def random_settings(seed):
 
     def stack(depth):
         items = [f"({stack(depth + 1)})" if depth < 2 and rng.random() < 0.2
-                 else rng.choice(list("AAARRDGFM")) for _ in range(rng.integers(1, 5 - depth))]
+                 else rng.choice(list("AAARRDGSFM")) for _ in range(rng.integers(1, 5 - depth))]
         return ("." if depth == 0 and rng.random() < 0.3 else "").join(items)
 
     while True:
@@ -638,6 +640,31 @@ def test_small_flags_are_their_formulas():
     out = m(x, y)
     agree(out.losses["logits"], m(x).logits[y >= 0].square().mean())
     agree(out.loss, out.losses["ce"] + 0.1 * out.losses["logits"])
+
+
+def test_a_stack_is_its_loop():
+    """Pop from the top, push, read the topmost unit, one step after another; documents begin with
+    an empty stack and a whole push."""
+    m = make("stack").eval()
+    x, seq = m.embed(inputs(m)[0])
+    a = m.blocks[0].attn
+    (v, out), gate = a.c_in(x).chunk(2, -1), (1.1 * a.c_gate(x).sigmoid() - 0.05).clamp(0, 1)
+    assert (gate == 0).any() and (gate == 1).any()
+    y = torch.zeros_like(v).unflatten(-1, (2, 16))
+    for b, h in itertools.product(range(3), range(2)):
+        stack = []  # [how much of it, vector]
+        for t in range(16):
+            push, pop = gate[b, t, h], gate[b, t, 2 + h]
+            if seq.doc_start[b, t]:
+                push, stack = torch.ones(()), []
+            for item in reversed(stack):
+                item[0], pop = (item[0] - pop).clamp(min=0), (pop - item[0]).clamp(min=0)
+            stack.append([push, v[b, t].view(2, 16)[h]])
+            room = torch.ones(())
+            for amount, vector in reversed(stack):
+                y[b, t, h] += torch.minimum(amount, room) * vector
+                room = (room - amount).clamp(min=0)
+    agree(a(x, seq, Aux()), a.c_proj(y.flatten(2) * F.silu(out)))
 
 
 def test_regression_alone_teaches_the_trunk_nothing_of_cross_entropy():
