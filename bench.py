@@ -1456,6 +1456,27 @@ CLAIMS["variants"] = Trial(
      "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"),
     SMALL + " --max_iters=500", timing="all")
 
+CLAIMS["small_flags"] = Trial(
+    "flags of a few lines each, one at a time: one MLP for all blocks, as wide as four, a learned "
+    "factor in QK-norm, logit decay, first tokens of a row that are no targets",
+    "small flags, 4 layers, 128 wide, 12 x 64, 500 steps",
+    {"plain": "", "share_mlp, 2,048 wide": "--share_mlp --n_mlp=2048",
+     "plain, its seconds": "--seconds_of='share_mlp, 2,048 wide'",
+     "share_mlp, 512 wide": "--share_mlp",
+     "one MLP, of the last block, 2,048 wide": "--n_mlp=-1,-1,-1,2048", "qk_scale": "--qk_scale",
+     **{f"logit_decay = {w}": f"--logit_decay={w}" for w in (0.001, 0.01)},
+     "loss_skip = 4": "--loss_skip=4", "loss_skip = 16": "--loss_skip=16"},
+    MINE)
+
+CLAIMS["questions"] = Trial(
+    "answers alone scored in training, or a share of the tokens of questions too: on cipher, where "
+    "these teach the same, and on plan and facts, where they are random; validation is on answers",
+    "question_weight, 2 layers, 128 wide, 600 steps of 6 x 256: nats of an answer's token",
+    {f"{task}: {w}": f"--dataset={task} --question_weight={w} --against='{task}: 0.0'"
+     for task in ("cipher", "plan", "facts") for w in (0.0, 0.1, 1.0)},
+    MINE + " --n_layer=2 --block_size=256 --batch_size=6 --max_iters=600",
+    columns=("val loss", "difference", "sd of it", "spread"), timing="")
+
 SPAN_ARMS = {}
 for n in (64, 256, 1024):
     for s in (2, 4, 8, 16):
@@ -1585,7 +1606,8 @@ FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=
           "G": "config/formal_g.py", "R, gate = real": "config/formal_r.py --gate=real",
           "R, gate = positive": "config/formal_r.py --gate=positive",
           "R, gate = complex": "config/formal_r.py --gate=complex --weight_decay=0.1",
-          "RR(RA)R": "config/formal_h.py"}
+          "RR(RA)R": "config/formal_h.py",
+          **{k: f"config/formal_s.py --layers={k}" for k in ("RS", "SS", "RR", "RA", "GG")}}
 
 
 def formal(question, **tasks):
@@ -1610,6 +1632,10 @@ CLAIMS["formal_more"] = formal(
     "modular_arithmetic and reverse_string, likewise",
     modular_arithmetic=["A", "R, gate = real", "R, gate = complex"],
     reverse_string=["A", "R, gate = real", "R, gate = complex"])
+
+CLAIMS["stack"] = formal(
+    "reverse_string, likewise: a stack behind a recurrence, two stacks, and other mixers by the "
+    "same recipe", reverse_string=["RS", "SS", "RR", "RA", "GG"])
 
 LEVELS = "--n_embd=128 --n_head=4 --block_size=256 --batch_size=8 --max_iters=350" + ONCE
 

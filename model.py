@@ -9,6 +9,7 @@ character a block:
     R   gated linear recurrence + MLP
     D   gated delta rule + MLP
     G   GRU + MLP
+    S   differentiable stack + MLP
     F   causal self-attention + featural memory: learned slots in place of the MLP
     M   causal self-attention + associative memory: entries written while reading
     ( ) a level: what stands inside runs once a chunk of what stands outside
@@ -55,7 +56,7 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1, "running_mean aggregate soft_rate exit_distill exit_rate plan_draw rollout"),
     (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
     (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight "
-             "next_latent"),
+             "next_latent logit_decay"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
@@ -70,8 +71,9 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"),
     (-2 ** 20, 2 ** 20, "n_soft"))
-SWITCHES = ("share_levels rollout plan_draw plan_noise enrich slot_gate mem_drop mem_noise "
-            "mem_straight exit_rate exit_keys exit_classifier")  # refused where they do nothing
+SWITCHES = ("share_levels share_mlp qk_scale rollout plan_draw plan_noise enrich slot_gate "
+            "mem_drop mem_noise mem_straight exit_rate exit_keys exit_classifier")
+# refused where they do nothing
 
 
 @dataclass
@@ -86,6 +88,7 @@ class GPTConfig:
     n_kv_head: int | tuple[int, ...] = 0  # key and value heads, one or per block; 0: n_head
     head_dim: int = 0  # channels of a head; 0: n_embd / n_head
     n_mlp: int | tuple[int, ...] = 0  # MLP width, one or per block; 0: 4 n_embd, -1: none
+    share_mlp: bool = False  # all MLPs are one: one set of weights
     mlp: str = "relu2"  # relu2 | gelu | swiglu
     norm: str = "rms"  # rms (no gain: the next matrix has it) | layer | scale
     pos: str = "rope"  # rope | learned | none
@@ -93,6 +96,7 @@ class GPTConfig:
     bias: bool = False  # biases in linear layers and LayerNorm
     tie: bool = False  # output head shares the token embedding
     qk_norm: bool = True  # RMSNorm on queries and keys
+    qk_scale: bool = False  # with it, a learned factor of each head's scores, 1 at first
     embed_norm: bool = True  # RMSNorm on the embeddings
     # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
@@ -134,6 +138,7 @@ class GPTConfig:
     semantic_weight: float = 0.0  # weight of that loss; 0: off
     semantic_temp: float = 0.1  # soft_ce: temperature of the cosine; 1e6 is label smoothing
     next_latent: float = 0.0  # weight of regressing the next output vector; 0: off
+    logit_decay: float = 0.0  # weight of the mean square of logits, in the loss; 0: off
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
     n_soft: int = 0  # soft region: the first n places of a window (-n: the last), in some rows
     soft_of: str = "softmax"  # soft tokens are softmax (distributions) | point (regressed vectors)
@@ -202,14 +207,19 @@ class GPTConfig:
         command line, may not.
         """
         has = lambda letters: bool(set(letters) & set(self.layers))
+        n_mlps = sum(BLOCKS[c][1] is mlp for c in self.letters)
         for useful, needs, names in (
                 (has("R"), "a block R in layers", "gate"),
                 (self.attending(), "a block that attends (A, F or M) in layers",
                  "n_kv_head qk_norm"),
-                (self.attending() or has("D"), "a block with heads (A, D, F or M) in layers",
+                (self.qk_norm and has("AFM"), "qk_norm = True and a block A, F or M in layers",
+                 "qk_scale"),
+                (self.attending() or has("DS"), "a block with heads (A, D, S, F or M) in layers",
                  "head_dim"),
-                (any(BLOCKS[c][1] is mlp for c in self.letters), "a block with an MLP (A, R, D or "
-                 "G) in layers", "mlp n_mlp"),
+                (n_mlps, "a block with an MLP (A, R, D, G or S) in layers", "mlp n_mlp"),
+                (n_mlps > 1 and type(self.n_mlp) is int and self.n_mlp >= 0,
+                 "two blocks with an MLP, and one n_mlp for all", "share_mlp"),
+                (self.ce_weight, "a ce_weight above 0", "logit_decay"),
                 (has("("), "a level, ( ), in layers",
                  "share_levels chunk level_embd chunk_binding plan concept concept_weight "
                  "concept_of horizon"),
@@ -555,6 +565,14 @@ def binding(places, C, bound=True):
     return turn.cos(), turn.sin()
 
 
+def causal_pieces(T, device):
+    """Return [(a, b, mask)] of pieces a..b of T queries, about 128 each: mask (1, 1, b - a, b)."""
+    n, place = max(1, T // 128), torch.arange(T, device=device)
+    cuts = [T * i // n for i in range(n + 1)]
+    return [(a, b, (place[:b] <= place[a:b, None])[None, None])
+            for a, b in itertools.pairwise(cuts)]
+
+
 def attend(q, k, v, mask, dropout):
     """Softmax attention: q (B, H, T, D), k and v (B, Hkv, L, D) -> (B, H, T, D).
 
@@ -575,11 +593,8 @@ def attend(q, k, v, mask, dropout):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None,
                                               enable_gqa=H != groups)
     if mask is None:  # in pieces: no query meets the keys of later pieces, and scores stay in cache
-        place, pieces = torch.arange(T, device=q.device), []
-        cuts = [T * i // max(1, T // 128) for i in range(max(1, T // 128) + 1)]
-        for a, b in itertools.pairwise(cuts):
-            causal = (place[:b] <= place[a:b, None])[None, None]
-            pieces.append(attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal, dropout))
+        pieces = [attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal, dropout)
+                  for a, b, causal in causal_pieces(T, q.device)]
         return torch.cat(pieces, dim=2)
     q = (q * D ** -0.5).reshape(B, groups, -1, D)  # the query heads of one key head, as rows
     scores = (q @ k.transpose(-2, -1)).view(B, groups, H // groups, T, -1)
@@ -780,8 +795,8 @@ class Attention(Layer):
     """Causal self-attention with grouped key heads, rotary positions and QK-norm.
 
     (Ainslie et al. 2023, arXiv:2305.13245; Su et al. 2021, arXiv:2104.09864; Henry et al. 2020,
-    arXiv:2010.04245.) The last n_value_embed token-level blocks A add a token embedding of their
-    own to the values. (B, L, C) -> (B, L, C).
+    arXiv:2010.04245, who learn a factor of normed scores, as qk_scale does.) The last n_value_embed
+    token-level blocks A add a token embedding of their own to the values. (B, L, C) -> (B, L, C).
     """
     ends_with_document = False  # it sees the whole window
 
@@ -792,6 +807,7 @@ class Attention(Layer):
         self.q_dim, self.kv_dim = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.c_attn = Linear(cfg.n_embd, (self.q_dim, self.kv_dim, self.kv_dim), cfg.bias)
         self.c_proj = Linear(self.q_dim, cfg.n_embd, cfg.bias, init=RESIDUAL)
+        self.qk_scale = parameter(self.n_head, 1, 1, init=ONES) if cfg.qk_scale else None
         plain = [item[1] for item in cfg.tree if item[0] == "A"]
         embeds = i in plain[len(plain) - cfg.n_value_embed:]
         self.value_embed = Embedding(cfg.vocab_size, self.kv_dim, init=HEAD) if embeds else None
@@ -847,6 +863,8 @@ class Attention(Layer):
             qkv = torch.cat((self.c_attn(x, 0, self.q_dim), kv), dim=-1)
         qk, v = self.heads(*qkv.split((self.q_dim + self.kv_dim, self.kv_dim), dim=-1), seq)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
+        if self.qk_scale is not None:
+            q = q * self.qk_scale.to(q.dtype)
         if cache is not None:
             cache.write(seq.pos, k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
@@ -1016,7 +1034,7 @@ class DeltaRule(Layer):
     def check(cfg):
         for i, c in enumerate(cfg.letters):
             h, _, d = cfg.heads(i)
-            if c == "D" and (h < 1 or d * h != cfg.n_embd and not cfg.head_dim):
+            if c in "DS" and (h < 1 or d * h != cfg.n_embd and not cfg.head_dim):
                 raise ValueError(f"n_embd ({cfg.n_embd}) is not a multiple of n_head ({h}); set "
                                  f"head_dim to choose one")
 
@@ -1102,6 +1120,68 @@ class GRU(Layer):
         return torch.cat(nn.utils.rnn.unpack_sequence(self.rnn(packed, h0)[0])).view_as(v)
 
 
+class Pushdown(Layer):
+    """A stack a head: pop a part of it, push a part of a vector, read the topmost unit.
+
+    (The neural stack of Grefenstette et al. 2015, arXiv:1506.02516, after Joulin and Mikolov 2015,
+    arXiv:1503.01007.) How much is popped and pushed, 0 to 1 each, depends on x_t alone, so heights
+    are sums: step j pops down to low_j, and pushes v_j from there up to top_j. At t what is left of
+    v_j ends at the least low_i, j < i <= t, and of that y_t reads what lies above top_t - 1. So all
+    steps run at once, like attention, and no depth is set. Documents begin with an empty stack and
+    a whole push. (B, L, C) -> (B, L, C).
+    """
+
+    def __init__(self, cfg, i):
+        super().__init__()
+        (self.n_head, _, self.head_dim), C = cfg.heads(i), cfg.n_embd
+        width = self.n_head * self.head_dim
+        self.c_in = Linear(C, (width, width), cfg.bias)  # what is pushed, what is read
+        wide = normal(lambda p, cfg: 4 * p.size(1) ** -0.5)  # gates near 0 and 1 from the start
+        self.c_gate = Linear(C, 2 * self.n_head, bias=True, init=wide, group="table")
+        self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
+
+    def init_cache(self, B, L, like):
+        H, fp32 = self.n_head, torch.float32
+        return Cache.empty(like, B, L, v=(H, self.head_dim), low=(H, fp32), top=(H, fp32))
+
+    def forward(self, x, seq, aux, cache=None):
+        v, out = self.c_in(x).chunk(2, dim=-1)
+        v = v.unflatten(-1, (self.n_head, -1))
+        # gates reach 0 and 1 themselves: else hundreds of steps would blur
+        gate = (1.1 * self.c_gate(x).float().sigmoid() - 0.05).clamp(0, 1)
+        push, pop = gate.chunk(2, dim=-1)  # (B, L, H)
+        top = (push - pop).cumsum(1)
+        if cache is not None:
+            top = top + cache.before("top", seq.pos)[:, None]
+        low = top - push
+        if seq.doc_start is not None:
+            low = low.masked_fill(seq.doc_start[..., None], -math.inf)
+        if cache is None:
+            y = [self.read(top[:, a:b], v[:, :b], low[:, :b], top[:, :b], mask)
+                 for a, b, mask in causal_pieces(x.size(1), x.device)]
+            y = torch.cat(y, dim=1)
+        else:
+            cache.write(seq.pos, v=v, low=low, top=top)
+            y = self.read(top, cache["v"], cache["low"], cache["top"], seq.mask)
+        return self.c_proj(y * F.silu(out))
+
+    def read(self, at, v, low, top, mask):
+        """Return the topmost unit of stacks as high as at (B, T, H): (B, T, H * D).
+
+        v (B, L, H, D), and low and top (B, L, H) as it was pushed; mask (B, 1, T, L) True for what
+        was pushed up to then.
+        """
+        low, top = low.mT[:, :, None], top.mT[:, :, None]  # (B, H, 1, L)
+        later = F.pad(low.masked_fill(~mask, math.inf)[..., 1:], (0, 1), value=math.inf)
+        left = later.flip(-1).cummin(-1).values.flip(-1).minimum(top)  # (B, H, T, L)
+        start = low.maximum(top - 1).maximum(at.mT[..., None] - 1)
+        share = (left - start).clamp(min=0) * mask
+        return (share.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    def flops(self, L):
+        return super().flops(L) + 6 * self.n_head * self.head_dim * L * L
+
+
 # --------------------------------------------------------------------------------------------------
 # feed-forward layers
 
@@ -1117,7 +1197,10 @@ ACTIVATIONS = {  # relu2: So et al. 2021, arXiv:2109.08668; swiglu: Shazeer 2020
 
 
 class MLP(Layer):
-    """Two matrices with an activation between them. (B, L, C) -> (B, L, C)."""
+    """Two matrices with an activation between them. (B, L, C) -> (B, L, C).
+
+    With share_mlp one, which may be wide, serves all blocks (Pires et al. 2023, arXiv:2309.01826).
+    """
     ends_with_document = False
 
     def __init__(self, cfg, i):
@@ -1549,6 +1632,7 @@ def mlp(cfg, i):
 
 BLOCKS = {  # character: (mixer, feed-forward layer)
     "A": (Attention, mlp), "R": (Recurrence, mlp), "D": (DeltaRule, mlp), "G": (GRU, mlp),
+    "S": (Pushdown, mlp),
     "F": (Attention, FeaturalMemory), "M": (Attention, AssociativeMemory)}
 
 
@@ -1985,6 +2069,9 @@ class Level(Stack):
             if width % 2 or any(cfg.heads(i)[0] * width % C for i in range(cfg.n_layer)):
                 raise ValueError(f"level_embd ({width}) must be even and hold whole heads, of the "
                                  f"size that n_embd ({C}) has with n_head ({cfg.n_head})")
+            if cfg.share_mlp and width not in (0, C):
+                raise ValueError(f"share_mlp has one MLP of {C} channels (n_embd) for all blocks; "
+                                 f"leave out level_embd ({width})")
             if cfg.share_levels and width not in (0, C):
                 raise ValueError(f"share_levels runs blocks of {C} channels (n_embd) in the "
                                  f"levels; leave out level_embd ({width})")
@@ -2008,9 +2095,10 @@ class Level(Stack):
         if cfg.concept_of != "chunk" and (cfg.rollout or cfg.plan_noise):
             raise ValueError(f"rollout and plan_noise hand down concepts as they are composed, and "
                              f"concept_of = {cfg.concept_of} predicts something else")
-        if cfg.concept_of == "ema" and (depth > 1 or cfg.share_levels or {*"FM"} & {*cfg.layers}):
+        if cfg.concept_of == "ema" and (depth > 1 or cfg.share_levels or cfg.share_mlp
+                                        or {*"FM"} & {*cfg.layers}):
             raise ValueError("concept_of = ema takes one depth of levels, and neither memories (F, "
-                             "M) nor share_levels; concept_of = state takes them all")
+                             "M), share_levels nor share_mlp; concept_of = state takes them all")
         if cfg.share_levels and "M" in cfg.layers:
             raise ValueError("share_levels gives one block to several levels, and a memory M "
                              "belongs to one; leave one of them out")
@@ -2792,6 +2880,15 @@ def cross_entropy(logits, targets):
                            reduction="sum")
 
 
+def mean_square(logits, targets):
+    """Return the mean square of logits (B, T, V), summed over scored targets (B, T).
+
+    Its weight is a logit decay, against features that starve others (Spectral Decoupling, Pezeshki
+    et al. 2021, arXiv:2011.09468).
+    """
+    return logits.float().square().mean(-1).masked_fill(targets < 0, 0.0).sum()
+
+
 def divergence(logits, others):
     """Return the Kullback-Leibler divergence of others (B, T, V) from logits, nats: (B, T)."""
     p = logits.float().log_softmax(-1)
@@ -2835,6 +2932,10 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         self.drop = nn.Dropout(cfg.dropout)
         self.embed_norm = RMSNorm(cfg) if cfg.embed_norm else nn.Identity()
         self.add_layers(cfg, cfg.tree)
+        if cfg.share_mlp:
+            first, *others = (b for b in self.modules() if isinstance(getattr(b, "mlp", 0), MLP))
+            for block in others:
+                block.mlp = first.mlp
         self.ln_f = norm(cfg)
         # a large table is padded, by rows that nobody reads: GPUs want multiples of 64
         padded = V if V < 1024 or cfg.tie else -(-V // 64) * 64
@@ -3154,6 +3255,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             terms.append(("semantic", cfg.semantic_weight, self.semantic_loss(h, logits, targets)))
         if cfg.next_latent:
             terms.append(("latent", cfg.next_latent, self.latent(h, self.wte(idx), targets)))
+        if cfg.logit_decay:
+            terms.append(("logits", cfg.logit_decay, mean_square(logits, targets)))
         terms += aux.losses
         if self.exits_train:
             terms += self.exit_losses(exits, exited, logits, targets, step_draw)

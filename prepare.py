@@ -69,6 +69,7 @@ class PrepareConfig:
     write_steps: bool = False  # chain: in their place the nodes on the way to the answer
     seed: int = 1337  # of a synthetic task
     separator: str = ""  # ends a document in a text ('<|endoftext|>'); a line end behind goes too
+    answer_marker: str = ""  # a document's answer stands behind it, and is scored alone ('A:')
     overwrite: bool = False  # put the dataset in the place of one that was made from something else
 
     def __post_init__(self):
@@ -355,7 +356,7 @@ def command(path, *more):
     if isinstance(spec, dict) and spec.get("kind") != "char" and "--tokenizer" not in "".join(more):
         what.append(f"--tokenizer={spec.get('encoding', spec.get('kind'))}")
         what += [f"--vocab_size={meta['n_vocab']}"] if "words" in spec else []
-    what += [f"--separator={meta['separator']}"] if meta.get("separator") else []
+    what += [f"--{k}={meta[k]}" for k in ("separator", "answer_marker") if meta.get(k)]
     named = [f"--name={name}"] if name not in (*what[:1], "shakespeare") else []
     where = [f"--data_dir={data_dir}"] if data_dir != "data" else []
     return shlex.join(["python", "prepare.py", *what, *named, *where, *more])
@@ -842,9 +843,10 @@ def pieces(path, size=1 << 20):
         raise UserError(f"{name} cannot be read ({e.strerror})") from None
 
 
-def documents(path, separator):
-    """Yield (text, whether a document ends behind it) for all of a file, in pieces. Without a
-    separator none ends; a line end directly behind one belongs to it."""
+def documents(path, separator, whole=False):
+    """Yield (text, whether a document ends behind it) for all of a file, in pieces, or a `whole`
+    document at a time. Without a separator none ends; a line end directly behind one belongs to
+    it."""
     if not separator:
         yield from ((text, False) for text in pieces(path))
         return
@@ -860,6 +862,7 @@ def documents(path, separator):
         # hold back what may be the beginning of a separator, but not at the end of the file
         sizes = range(len(separator) + 1, 0, -1) if text else ()
         held = next((k for k in sizes if rest.endswith((separator + "\r")[:k])), 0)
+        held = len(rest) if whole and text else held
         yield rest[:len(rest) - held], False
         rest = rest[len(rest) - held:]
 
@@ -904,15 +907,22 @@ def frequent_words(paths, cfg, n_chars):
 def prepare_text(paths, cfg, folder, source):
     """Read the files twice, each time in bounded memory: count characters (and collect the
     vocabulary), then encode. The first 90% of the characters are train, the rest val. With several
-    files, or a separator, an end-of-text token closes each document."""
+    files, or a separator, an end-of-text token closes each document. With an answer_marker a
+    document is never cut, and what is to be predicted is what stands behind the marker, and the end
+    of that."""
     for path in paths:
         if os.path.exists(path) and not os.path.isfile(path) or path == "-":
             raise UserError(f"{path} is not a file on a disk, and a text is read twice here; save "
                             f"it as a file (of a folder, "
                             f"give each file: --input=A --input=B)")
     kind = f"{cfg.tokenizer}{cfg.vocab_size or ''}"
+    marker, n_answers = cfg.answer_marker, 0
+    if marker and not cfg.separator:
+        raise UserError("answer_marker stands in documents, each a question and its answer; say "
+                        "what ends one with --separator (a line end is $'\\n' in a shell)")
+    marked = {"answer_marker": marker, "whole": True} if marker else {}
     made_from = origin_hash(folder, cfg, source=source, tokenizer=kind,
-                            separator=cfg.separator,
+                            separator=cfg.separator, **marked,
                             paths=[os.path.abspath(p) for p in paths] if source == "files" else [])
     n_chars, chars, seen, n_ends = 0, set(), set(), 0
     size = sum(os.path.getsize(p) for p in paths if os.path.exists(p))
@@ -937,27 +947,37 @@ def prepare_text(paths, cfg, folder, source):
     tok = Tokenizer(frequent_words(paths, cfg, n_train) if cfg.vocab_size else tokenizer_spec(
         cfg.tokenizer, chars, eot=len(paths) > 1 or bool(cfg.separator)))
     stats = {s: {"chars": 0, "bytes": 0} for s in ("train", "val")}
-    with dataset_writer(folder, tok, made_from) as (write, meta), \
+    with dataset_writer(folder, tok, made_from, bool(marker)) as (write, meta), \
             bar(total=n_chars, desc="encode", unit="char", unit_scale=True) as shown:
         for path in paths:
             open_end = False  # whether text stands behind the last separator
-            for text, ends in documents(path, cfg.separator):
+            for text, ends in documents(path, cfg.separator, bool(marker)):
+                if marker and n_done < n_train:
+                    n_train = max(n_train, n_done + len(text))
+                has_answer = marker in text
+                n_answers += has_answer
                 cut = min(max(n_train - n_done, 0), len(text))
                 for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                    if part:
-                        write[split].add(tok.encode(part))
+                    if part:  # (without a marker all of it is answer)
+                        asked = part.find(marker) + len(marker) if has_answer else len(part)
+                        for piece, scored in ((part[:asked], False), (part[asked:], True)):
+                            ids = tok.encode(piece)
+                            write[split].add(ids, np.full(len(ids), scored))
                         stats[split]["chars"] += len(part)
                         stats[split]["bytes"] += len(part.encode())
                 n_done += len(text)
                 shown.update(len(text))
                 open_end = not ends and bool(text or open_end)
                 if ends:
-                    write["train" if n_done <= n_train else "val"].add([tok.eot])
+                    write["train" if n_done <= n_train else "val"].add([tok.eot], [has_answer])
             if open_end and (cfg.separator or len(paths) > 1):
-                write["train" if n_done <= n_train else "val"].add([tok.eot])
+                write["train" if n_done <= n_train else "val"].add([tok.eot], [has_answer])
         if n_done != n_chars:
             raise UserError(f"{' '.join(paths)} changed while it was read; wait until it is "
                             f"complete and try again")
+        if not n_answers:
+            raise UserError(f"answer_marker {marker!r} is nowhere in {' '.join(paths)}; give the "
+                            f"text that stands between a question and its answer there")
         shortest = min(w.n for w in write.values())
         if shortest < MIN_TOKENS:
             enough = max(-(-n_chars * MIN_TOKENS // max(shortest, 1)), 10 * MIN_TOKENS)
@@ -965,7 +985,7 @@ def prepare_text(paths, cfg, folder, source):
                             f"{MIN_TOKENS} are needed; give one of at least {enough:,} characters, "
                             f"not {n_chars}")
         meta.update(source=source, files=[visible(p) for p in paths], separator=cfg.separator,
-                    chars=n_chars, bytes={s: stats[s]["bytes"] for s in stats})
+                    chars=n_chars, bytes={s: stats[s]["bytes"] for s in stats}, **marked)
     return meta
 
 
@@ -1316,7 +1336,8 @@ def main(argv):
     what = words[0] if words else "shakespeare"
     shards = bool(cfg.input) and all(p.endswith(".bin") for p in cfg.input)
     takes = task_settings(what) if what in TASKS else ("tokenizer", "input") if shards else \
-        ("tokenizer", "vocab_size", "separator", "input" if cfg.input else "source")
+        ("tokenizer", "vocab_size", "separator", "answer_marker",
+         "input" if cfg.input else "source")
     for name in values.keys() - {"name", "data_dir", "overwrite", *takes}:
         if values[name] != getattr(PrepareConfig, name):
             raise UserError(f"--{name} does nothing for "

@@ -44,7 +44,7 @@ import sample
 import train
 from config import UserError
 from memory import Clusters, search
-from model import BLOCKS, Aux, GPT, GPTConfig, Layer, Sequence, mlp, topk
+from model import BLOCKS, Aux, GPT, GPTConfig, Layer, Sequence, attend, mlp, topk
 from train import Data, TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -82,6 +82,9 @@ nanogpt_bias: NANOGPT bias=True
 scale_swiglu_nopos: norm=scale mlp=swiglu pos=none
 gqa_per_layer: n_head=4,2 n_kv_head=1,2 head_dim=8
 mlp_per_layer: layers=AAA n_mlp=-1,0,48
+share_mlp: layers=A(R)A share_mlp=True n_mlp=48
+qk_scale: qk_scale=True n_kv_head=1
+logit_decay: logit_decay=0.1
 value_embed: n_value_embed=1
 tie: tie=True
 dropout: dropout=0.2
@@ -118,6 +121,8 @@ vectors+slots+words+n_grams+value_embed: SLOTS WORDS layers=(R)A n_gram=2,3 n_gr
    semantic_weight=0.1 soft_rate=0.3 soft_of=point n_value_embed=1
 n_grams+slots+soft_rate+words: SLOTS WORDS layers=(D)A n_gram=3 n_gram_size=64 soft_rate=0.3
 gru: layers=GA
+stack: layers=SS
+stack+level+slots+think: SLOTS layers=S(S)A n_think=2 think_token=3 n_head=4
 level: layers=(A)A
 level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
 levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3 level_embd=64,48
@@ -393,7 +398,7 @@ def test_documents_are_apart(name):
         for a, b in zip(behind(at, 0), behind(at, 1)):
             agree(a, b)
     outer = m.cfg.layers if m.cfg.plan == "add" else re.sub(r"\(.*\)", "", m.cfg.layers)
-    if set("RGM(") & set(outer) and name != "random":  # and without an end, they go on
+    if set("RGSM(") & set(outer) and name != "random":  # and without an end, they go on
         assert not torch.allclose(behind(6, 0, 7)[0], behind(6, 1, 7)[0], atol=1e-3)
 
 
@@ -519,6 +524,7 @@ def test_every_parameter_trains(name):
     depth = max(n.count("levels.") for n in parameters)
     kinds = {"ce", *["semantic"] * bool(m.cfg.semantic_weight),
              *["latent"] * bool(m.cfg.next_latent),
+             *["logits"] * bool(m.cfg.logit_decay),
              *(f"concept_{d}" for d in range(1, depth + 1) if m.cfg.level_weight(d))}
     waiting, losses = set(parameters), []
     for step in range(12 if name == "random" else 60):
@@ -581,7 +587,7 @@ mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semant
 semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
 exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
 n_gram=4 n_gram_size=9 concept_of=bag concept_of=state concept_of=ema next_latent=0.3 slot_gate=True
-n_soft=5 n_soft=-3 soft_of=point
+n_soft=5 n_soft=-3 soft_of=point share_mlp=True qk_scale=True logit_decay=0.1
 """  # what random settings choose from
 
 
@@ -591,7 +597,7 @@ def random_settings(seed):
 
     def stack(depth):
         items = [f"({stack(depth + 1)})" if depth < 2 and rng.random() < 0.2
-                 else rng.choice(list("AAARRDGFM")) for _ in range(rng.integers(1, 5 - depth))]
+                 else rng.choice(list("AAARRDGSFM")) for _ in range(rng.integers(1, 5 - depth))]
         return ("." if depth == 0 and rng.random() < 0.3 else "").join(items)
 
     while True:
@@ -678,6 +684,52 @@ def test_a_table_of_company_is_what_semantic_losses_measure_by(tmp_path):
                    train_tokens=2000)[1]["model"]["point.proj.weight"]
                for kind in ("own", "ppmi", "random")]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(learned, 2))
+
+
+def test_small_flags_are_their_formulas():
+    """All MLPs are one; a head's factor is one of its scores; logits decay where targets are."""
+    m = make("share_mlp").eval()
+    names = [n for n, _ in m.named_parameters() if ".mlp." in n]
+    assert names == ["blocks.0.mlp.c_fc.weight", "blocks.0.mlp.c_proj.weight"]
+    assert m.blocks[1].mlp is m.levels[0].blocks[0].mlp is m.blocks[0].mlp
+    x, _ = inputs(m)
+    plain, scaled, factors = make("plain"), make("plain", qk_scale=True), torch.tensor([0.5, 3.0])
+    scaled.load_state_dict({f"blocks.{i}.attn.qk_scale": factors.view(2, 1, 1) for i in range(2)}
+                           | plain.state_dict())
+    with mock.patch("model.attend", lambda q, *a, attend=attend: attend(
+            q * factors.view(2, 1, 1), *a)):
+        want = plain(x).logits
+    agree(scaled(x).logits, want)
+    m, y = make("logit_decay"), x.roll(-1, 1)
+    y[0, 3:9] = -1
+    out = m(x, y)
+    agree(out.losses["logits"], m(x).logits[y >= 0].square().mean())
+    agree(out.loss, out.losses["ce"] + 0.1 * out.losses["logits"])
+
+
+def test_a_stack_is_its_loop():
+    """Pop from the top, push, read the topmost unit, one step after another; documents begin with
+    an empty stack and a whole push."""
+    m = make("stack").eval()
+    x, seq = m.embed(inputs(m)[0])
+    a = m.blocks[0].attn
+    (v, out), gate = a.c_in(x).chunk(2, -1), (1.1 * a.c_gate(x).sigmoid() - 0.05).clamp(0, 1)
+    assert (gate == 0).any() and (gate == 1).any()
+    y = torch.zeros_like(v).unflatten(-1, (2, 16))
+    for b, h in itertools.product(range(3), range(2)):
+        stack = []  # [how much of it, vector]
+        for t in range(16):
+            push, pop = gate[b, t, h], gate[b, t, 2 + h]
+            if seq.doc_start[b, t]:
+                push, stack = torch.ones(()), []
+            for item in reversed(stack):
+                item[0], pop = (item[0] - pop).clamp(min=0), (pop - item[0]).clamp(min=0)
+            stack.append([push, v[b, t].view(2, 16)[h]])
+            room = torch.ones(())
+            for amount, vector in reversed(stack):
+                y[b, t, h] += torch.minimum(amount, room) * vector
+                room = (room - amount).clamp(min=0)
+    agree(a(x, seq, Aux()), a.c_proj(y.flatten(2) * F.silu(out)))
 
 
 def test_regression_alone_teaches_the_trunk_nothing_of_cross_entropy():
@@ -2021,6 +2073,13 @@ def test_score_last_and_grad_clip(tmp_path):
     assert same(a, b) and not same(a, c)
 
 
+def test_loss_skip():
+    """The first tokens of a row are no targets in training; validation scores all."""
+    d = split(loss_skip=5)
+    assert torch.equal(d.batch(0, slice(0, 4), 4)[1] >= 0, (torch.arange(16) >= 5).expand(4, -1))
+    assert split("val", loss_skip=5).last == 16
+
+
 def test_muon_is_torchs():
     """Several steps, bf16 iterations in both; a fused matrix as its parts."""
     g = seeded()
@@ -2372,6 +2431,32 @@ def test_separators_end_documents(tmp_path, monkeypatch):
     train, val = (ids_of(tmp_path, s).tolist() for s in ("train", "val"))
     text = prepare.Tokenizer(meta["tokenizer"]).decode(train + val)
     assert text == "\n\n".join(docs) + "\n\n" and len(val) == 10 * len(docs[0] + "|")
+
+
+def test_answers_are_scored_alone(tmp_path, monkeypatch):
+    """What stands behind the first marker, and the end of it, is scored in whole documents; a share
+    question_weight of the rest in training alone, drawn for each row whatever the processes."""
+    monkeypatch.setattr(prepare.pieces, "__defaults__", (7,))
+    lines = [f"{i:03} and? A: {i * i} A: is\n" * (i != 9) for i in range(100)]
+    _, meta = prepared(tmp_path, "".join(lines), "--separator=\n", "--answer_marker=A: ")
+    tok, marks, text = prepare.Tokenizer(meta["tokenizer"]), [], []
+    for name in ("train", "val"):
+        ids, mask = prepare.open_bin(tmp_path / "x" / f"{name}.bin")[:2]
+        marks += np.asarray(mask).tolist()
+        text += ["$" if i == tok.eot else tok.decode([i]) for i in np.asarray(ids)]
+    want = [re.sub("(.*? A: )(.*)", lambda m: "." * len(m[1]) + "^" * len(m[2]), line)
+            for line in "".join(lines).replace("\n", "$\n").splitlines()]
+    assert "".join(text) == "".join(lines).replace("\n", "$")
+    assert "".join(".^"[i] for i in marks) == "".join(want)
+    rows, of = slice(0, 400), dict(dataset="x", data_dir=tmp_path, model=dict(block_size=40))
+    y, some, all_ = (split(question_weight=w, **of).batch(3, rows, 400)[1] for w in (0, 0.3, 1))
+    assert (some[y >= 0] == y[y >= 0]).all() and (some[some >= 0] == all_[some >= 0]).all()
+    share = ((some >= 0) & (y < 0)).sum() / ((all_ >= 0) & (y < 0)).sum()
+    assert share == pytest.approx(0.3, abs=0.03)
+    part = split(question_weight=0.3, **of).batch(3, slice(100, 200), 400)[1]
+    assert torch.equal(part, some[100:200])
+    a, b = (split("val", question_weight=w, **of) for w in (0.0, 1.0))
+    assert torch.equal(a.rows(*a.eval_windows())[1], b.rows(*b.eval_windows())[1])
 
 
 def test_a_dataset_is_replaced_by_itself_alone(tmp_path):
@@ -3550,6 +3635,11 @@ train
   --layer_drop=0.1 --layers=A => layer_drop | no other ; --layers=A.A --exit_distill=2
   --layers=A.AR --exit_keys => exit_keys | behind the first exit | put A or F there
   --layers=A.AM --exit_keys => put A or F there ; --layers=A.A(A)A --exit_keys => put A or F there
+  --share_mlp --layers=AF => nothing to work on ; --share_mlp --n_mlp=-1,0,0,0,0,0 => one n_mlp
+  --qk_scale --qk_norm=False => nothing to work on ; --qk_scale --layers=RR => nothing to work on
+  --logit_decay=0.1 --ce_weight=0 --semantic_weight=1 --head=nearest => ce_weight above 0
+  --logit_decay=-1 ; --loss_skip=5 --score_last=5 => loss_skip | scored whole
+  --question_weight=2
   --share_levels => nothing to work on ; --mem_straight => nothing to work on
   --exit_keys => nothing to work on ; --exit_classifier => nothing to work on
   --layers=.A => between ; --layers=A. => between ; --layers=A..A => between
@@ -3580,6 +3670,7 @@ train {ON}
   --dataset=parity => python prepare.py parity ; --data_dir={S} --dataset=ok => block_size | tokens
   --out_dir={S}/t.txt/o => cannot be made ; --dataset=../x => one folder | '../x'
   --dataset=a/b => one folder ; --dataset=.. => one folder ; --dataset=/tmp/x => one folder
+  --loss_skip=300 => loss_skip | block_size ; --question_weight=0.1 => question_weight | a task
   --layers=AM --stream=3 --score_last=4 => stream | leave stream out, or score_last
   --teacher=out/softar_shakespeare/no.pt => not there | config/softar_shakespeare.py
   --teacher={S}/t/no.pt => no.pt is not there | train.py --out_dir={S}/t
@@ -3612,6 +3703,8 @@ prepare --data_dir={S} --name=new
   --input=/dev/stdin => /dev/stdin | save it as a file ; --input=- => save it as a file
   --input={S} => {S} | save it as a file ; --input={S}/abc.txt => too short | 64 are needed | 640
   --input={S}/t.txt --separator=\\n\\n => nowhere in | t.txt | $'
+  --input={S}/t.txt --answer_marker=A: => answer_marker | --separator
+  --input={S}/t.txt --separator=e --answer_marker=%% => '%%' is nowhere
   --input={S}/t.txt --name=../x => one folder | '../x' ; --input={S}/t.txt --name=a/b => one folder
   --input={S}/t.txt --name=. => one folder ; --input={S}/t.txt --name=C:x => one folder
 bench

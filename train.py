@@ -45,6 +45,7 @@ RANGES = {"batch_size": (1, 2 ** 20), "gradient_accumulation_steps": (1, 2 ** 20
           "eval_interval": COUNT, "log_interval": COUNT, "max_iters": COUNT,
           "warmup_iters": SIZE, "lr_decay_iters": SIZE, "eval_tokens": SIZE, "score_last": SIZE,
           "train_tokens": SIZE, "ema_decay": (0, 1),
+          "loss_skip": SIZE, "question_weight": (0, 1),
           "stream": SIZE, "ns_steps": (1, 100), "weight_decay": WEIGHT, "grad_clip": WEIGHT,
           "min_lr": WEIGHT, "muon_lr": WEIGHT, "value_lr": WEIGHT, "distill": WEIGHT,
           "distill_match": WEIGHT, "distill_ce": WEIGHT, "learning_rate": (1e-12, 1e9),
@@ -89,6 +90,8 @@ class TrainConfig:
     train_tokens: int = 0  # train on the first n tokens of the training split; 0: on all
     score_last: int = 0  # score only the last n tokens of a row; 0: all
     train_on_all: bool = False  # with score_last: only in validation, train on the whole row
+    loss_skip: int = 0  # first tokens of a row that are no targets in training, but in validation
+    question_weight: float = 0.0  # share of what is not scored (questions) that is, in training
     # run
     out_dir: str = "out/gpt"  # checkpoints and log.csv go here
     init_from: str = "scratch"  # scratch | resume | auto (resume if there is a run) | PATH
@@ -138,6 +141,8 @@ class TrainConfig:
             (mcfg.concept_of == "ema", "concept_of = ema", "ema_decay"),
             (mcfg.semantic_weight and mcfg.head == "softmax", "a semantic_weight above 0, and "
              "head = softmax", "semantic_table"),
+            (not self.score_last or self.train_on_all, "rows that are scored whole in training "
+             "(score_last = 0, or train_on_all)", "loss_skip"),
             ("M" in mcfg.layers, "a block M in layers", "stream"),
             (mcfg.history and not self.stream, "history, without stream", "history_drop"),
             ("F" in mcfg.layers, "a block F in layers", "value_lr"),
@@ -298,7 +303,8 @@ class Data:
         self.drop, self.seed, self.stream = tcfg.history_drop, tcfg.seed, tcfg.stream
         train = split == "train"
         need = (self.stream if train and self.stream else 1) * self.T + 1
-        self.last = self.T if train and tcfg.train_on_all else tcfg.score_last or self.T
+        self.question_weight = tcfg.question_weight
+        self.last = tcfg.score_last or self.T
         if self.last > self.T:
             raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T}); "
                             f"give less")
@@ -326,6 +332,13 @@ class Data:
             what, too = ("whole documents", "") if self.docs else ("score_last", ", or score_last")
             raise UserError(f"stream reads windows that follow one another, and where only {what} "
                             f"score, they overlap; leave stream out{too}")
+        if self.question_weight and self.mask is None:
+            raise UserError("question_weight needs a task, or a dataset made with answer_marker: "
+                            "one that says what answers are")
+        if train and (tcfg.train_on_all or not tcfg.score_last):
+            self.last = self.T - tcfg.loss_skip
+            if self.last < 1:
+                raise UserError(f"loss_skip leaves no target of block_size = {self.T}; give less")
 
     def facts(self, mcfg):
         """Return the settings of a model that the dataset knows."""
@@ -349,18 +362,22 @@ class Data:
         return {"vocab_size": self.n_vocab, "think_token": think if mcfg.n_think else -1,
                 "eot": eot, "space": space}
 
-    def rows(self, first, last, keep=None):
+    def rows(self, first, last, keep=None, also=None):
         """Return the rows whose scored targets are the tokens first..last (B,) of the split, with
         `last` at the row's end where there is room before it: x (B, T); y (B, T), -1 where not
         scored; history (B, H), -1 where missing: before the split's start, before an end of text,
-        and older than `keep` (B,) tokens; for a running mean behind counts of tokens (B, V)."""
+        and older than `keep` (B,) tokens; for a running mean behind counts of tokens (B, V).
+        also (B, T): targets that count where the mask leaves them out."""
         start = np.maximum(last - self.T, 0)
         pos = start[:, None] + np.arange(-self.H, self.T + 1)
         inside, clipped = (pos >= 0) & (pos < self.n), pos.clip(0, self.n - 1)
         tok = np.where(inside, self.tokens[clipped].astype(np.int64), -1)
         scored = inside & (pos >= first[:, None]) & (pos <= last[:, None])
         if self.mask is not None:
-            scored &= self.mask[clipped] > 0
+            asked = self.mask[clipped] > 0
+            if also is not None:
+                asked[:, self.H + 1:] |= also
+            scored &= asked
         if self.docs:  # an answer is asked only where its whole document is in the row
             begins = (start == 0) | (self.tokens[np.maximum(start - 1, 0)] == self.eot)
             ended = (tok[:, self.H:] == self.eot).cumsum(1) > 0
@@ -387,10 +404,11 @@ class Data:
 
     def batch(self, step, rows, n_rows):
         """Return rows `rows` (a slice) of the n_rows of this step, as `rows` does: row r depends on
-        (seed, step, r) alone."""
-        def draw(k):
-            philox = np.random.Philox(key=[self.seed, k])
-            return np.random.Generator(philox).random((n_rows, 3))[rows]
+        (seed, step, r) alone. A question's token is a target with the chance question_weight:
+        so each loss weighs it, on average, by that."""
+        def draw(k, n=3, counter=0):
+            philox = np.random.Philox(key=[self.seed, k], counter=counter)
+            return np.random.Generator(philox).random((n_rows, n))[rows]
 
         if self.stream:
             text, window = self.stream_position(step, rows, n_rows)
@@ -403,7 +421,10 @@ class Data:
         last = self.T + share(0, self.n - self.T) if self.mask is None else \
             self.ends[share(0, len(self.ends))]
         keep = np.where(u[:, 1] < self.drop, share(2, self.H), self.H)
-        return self.rows(last - self.last + 1, last, keep)
+        also = None
+        if self.question_weight:
+            also = draw(step, self.T, 2 ** 64) < self.question_weight
+        return self.rows(last - self.last + 1, last, keep, also)
 
     def stream_position(self, step, rows, n_rows):
         """Return, with stream, which text each of these rows reads, counted, and which of its
