@@ -497,7 +497,8 @@ class Decoder:
         state = self.init_state([b])
         logits = self.read(self.model, state, [b], [0], self.T, self.history([b]))[0]
         if self.n_soft:
-            known, p = self.expected[b], self.model.expect(logits[0].float()).roll(1, 0)
+            # of each token and the next: one row down from the logits, and none of the first
+            known, p = self.expected[b], F.pad(self.model.expect(logits[0].float()), (0, 0, 1, 0))
             self.expected[b] = torch.cat((known, p[len(known):]))[n:]
         carried = self.model.leave_window(state, torch.tensor([n], device=self.device))[1]
         for i, parts in carried.items():

@@ -1444,7 +1444,7 @@ def test_a_soft_region_holds_what_was_expected_when_it_was_made():
     d = sample.Decoder(m, [text, [6]])
     for t in range(40):
         expected.append(m.expect(d.logits[:1].clone())[0])
-        text.append(5 if t == 22 else 6 + t % 9)
+        text.append(5 if t == 27 else 6 + t % 9)
         if t % 5 == 1:
             d = d.select([0, 0])
         d.push(text[-1:] + [7], [expected[-1], None] if t in (24, 29) else None)
