@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import prepare
+import pretrained
 from config import UserError, summary, visible
 from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, divergence, ends_with_document,
                    settings)
@@ -87,7 +88,7 @@ class TrainConfig:
     train_on_all: bool = False  # with score_last: only in validation, train on the whole row
     # run
     out_dir: str = "out/gpt"  # checkpoints and log.csv go here
-    init_from: str = "scratch"  # scratch | resume | auto (resume if there is a run) | PATH
+    init_from: str = "scratch"  # scratch | resume | auto (resume if there is one) | PATH of a model
     overwrite: bool = False  # begin anew in an out_dir that has a run, which is deleted
     seed: int = 1337  # of the weights, the batches and dropout
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -1004,6 +1005,7 @@ class Runner:
 
 # Settings that belong to a start and not to the run, and those that change nothing it computes.
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only")
+OF_DATA = "vocab_size", "eot", "space", "think_token"  # settings of a model that a dataset gives
 WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log", "wandb_log",
                   "wandb_project", "wandb_run_name")
 
@@ -1032,14 +1034,32 @@ def find_teacher(tcfg, data):
     return saved
 
 
+def read_start(init_from):
+    """Return (checkpoint, its path) of the model to start from; one that others trained, in Hugging
+    Face's layout or GGUF, becomes a checkpoint here."""
+    if pretrained.is_pretrained(init_from):
+        return pretrained.read(init_from), init_from
+    path = prepare.checkpoint_path(init_from)
+    if not os.path.exists(path):
+        raise UserError(f"init_from is scratch, resume, auto, or the PATH of a checkpoint of "
+                        f"train.py, of its folder or of a pretrained model, and {path} is not "
+                        f"there; pretrained models are not read by name yet")
+    return prepare.load_checkpoint(path), path
+
+
 def with_stored(m, t):
     """Return the settings {field: value} of the model and of training: those that were given now, m
-    and t, over those of the run that they resume, if they do. (The run itself loads its checkpoint
-    again, once nobody else can write it.)"""
+    and t, over those of the run that they resume, or of the model that they start from, if they
+    do. (The run itself loads its checkpoint again, once nobody else can write it.)"""
     init_from, out_dir = (t.get(k, getattr(TrainConfig, k)) for k in ("init_from", "out_dir"))
     files = RunFiles(out_dir)
     if not files.resumes(init_from):
-        return m, t
+        if init_from in ("scratch", "auto"):
+            return m, t
+        stored, of_data = read_start(init_from)[0]["model_config"], ("n_layer", *OF_DATA)
+        kinds = typing.get_type_hints(GPTConfig)
+        return config.over({k: config.coerce(k, v, kinds[k]) for k, v in stored.items()
+                            if k in kinds and k not in of_data}, m), t
     saved, _ = files.load_last()
     both = []
     for cls, given, stored, leave in (
@@ -1058,6 +1078,7 @@ def other_tokenizer(path, theirs, ours, tcfg):
     wrong, file = f"{path} has another tokenizer: ", os.path.join(tcfg.data_dir, tcfg.dataset, "")
     if theirs["kind"] != "char" or ours["kind"] != "char":
         kind = f"--tokenizer={theirs.get('encoding', theirs['kind'])}"
+        kind = f"--tokenizer={path}" if theirs["kind"] == "tokenizers" else kind
         return f"{wrong}make the dataset with {prepare.command(file, kind, '--overwrite')}"
     lacks = sorted({*theirs["chars"]} - {*ours["chars"]})
     unknown = sorted({*ours["chars"]} - {*theirs["chars"]})
@@ -1194,12 +1215,7 @@ class Training:
             return saved, path
         if tcfg.init_from in ("scratch", "auto"):
             return None, ""
-        path = prepare.checkpoint_path(tcfg.init_from)
-        if not os.path.exists(path):
-            raise UserError(f"init_from is scratch, resume, auto, or the PATH of a checkpoint of "
-                            f"train.py or of its folder, and {path} is not there; pretrained "
-                            f"models are not read by name yet")
-        saved = prepare.load_checkpoint(path)
+        saved, path = read_start(tcfg.init_from)
         if saved["data"]["tokenizer"] != data["tokenizer"]:
             raise UserError(other_tokenizer(path, saved["tokenizer"], spec, tcfg))
         return saved, path
@@ -1208,12 +1224,14 @@ class Training:
         """Take the weights of a checkpoint, which need not have levels, attention to their plans or
         an exit's classifier: those add nothing before they are trained."""
         model, weights = self.run.model, saved["model"]
+        if "wpe.weight" in weights:  # a shorter window needs fewer positions
+            weights["wpe.weight"] = weights["wpe.weight"][:self.mcfg.block_size]
         new = {n: p.detach() for n, p in model.named_parameters() if n not in weights and
                (n.startswith(("levels.", "sure.")) or ".cross." in n or ".ln_x." in n)}
         try:
             model.load_state_dict({**new, **weights})
         except RuntimeError as e:
-            of_data, flags = ("n_layer", "vocab_size", "eot", "space", "think_token"), []
+            of_data, flags = ("n_layer", *OF_DATA), []
             for k, (old, _) in differences(saved["model_config"], settings(self.mcfg)).items():
                 if k not in of_data:
                     value = ",".join(map(str, old)) if isinstance(old, tuple) else str(old)
