@@ -411,11 +411,11 @@ def read(path, tokenizer="", block_size=0):
     if eot is not None and not prepare.integer(eot, 0, cfg.vocab_size - 1):
         raise UserError(f"{path} ends a text with token {str(eot)[:80]}, and has "
                         f"{cfg.vocab_size:,}; fetch it again")
-    spec = prepare.tokenizer_spec(tokenizer) if tokenizer else \
-        source.tokenizer(cfg.vocab_size, eot)
-    if tokenizer and spec["kind"] == "tokenizers":
-        spec = {**spec, "n_vocab": max(spec["n_vocab"], cfg.vocab_size),
-                "eot": spec["eot"] if eot is None else eot}
+    if tokenizer and os.path.exists(tokenizer):
+        spec = prepare.json_spec(tokenizer, cfg.vocab_size, eot)
+    else:
+        spec = prepare.tokenizer_spec(tokenizer) if tokenizer else \
+            source.tokenizer(cfg.vocab_size, eot)
     tok = prepare.Tokenizer(spec)
     if tok.n_vocab != cfg.vocab_size:
         raise UserError(f"{path} has {cfg.vocab_size:,} tokens and its tokenizer {tok.n_vocab:,}; "
@@ -555,12 +555,17 @@ def byte_level_json(vocab, merges, special, split):
         "model": {"type": "BPE", "vocab": vocab, "merges": merges}}, ensure_ascii=False)
 
 
+def spell(token):
+    """Return bytes in GPT-2's letters."""
+    return "".join(prepare.LETTERS[b] for b in token)
+
+
 def merges_of(ranks):
     """Return the merges ["left right"] of tiktoken's ranks {bytes: rank}, in GPT-2's letters.
 
     A token is made of the two parts that the tokens before it leave of its bytes.
     """
-    spell, merges = lambda b: "".join(prepare.LETTERS[c] for c in b), []
+    merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
@@ -591,7 +596,7 @@ def their_tokenizer(tok):
         raise UserError(f"a tokenizer of kind {spec['kind']} has no tokenizer.json; train on a "
                         f"dataset of characters, bytes or an encoding of tiktoken")
     ranks, more = tok.enc._mergeable_ranks, tok.enc._special_tokens
-    vocab = {"".join(prepare.LETTERS[b] for b in t): i for t, i in ranks.items()}
+    vocab = {spell(t): i for t, i in ranks.items()}
     split = [regex(tok.enc._pat_str)] if spec["kind"] == "tiktoken" else []
     return byte_level_json(vocab, merges_of(ranks), {i: t for t, i in more.items()}, split)
 
@@ -624,14 +629,12 @@ def export_model(args, path):
     if wrong[family]:
         raise UserError(f"{path} is no model that transformers has: {', '.join(wrong[family])} "
                         f"stand in the way of {family}")
-    own = os.path.join(os.path.dirname(path), "hf")
-    folder = args.out_dir or own
+    folder = args.out_dir or os.path.join(os.path.dirname(path), "hf")
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"{folder} is not empty; name another folder with --out_dir")
-    tokenizer, end = their_tokenizer(tok), None
-    if tok.eot is not None:
-        end = next((t["content"] for t in json.loads(tokenizer)["added_tokens"]
-                    if t["id"] == tok.eot), None)
+    tokenizer = their_tokenizer(tok)
+    added = {t["id"]: t["content"] for t in json.loads(tokenizer).get("added_tokens") or ()}
+    end = added.get(tok.eot)
     loss = "" if saved["val_loss"] is None else f"; validation loss {saved['val_loss']:.4f}"
     card = CARD.format(
         name=os.path.basename(os.path.dirname(os.path.abspath(path))), n=model.num_params(),

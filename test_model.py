@@ -2158,25 +2158,29 @@ def test_tokenizers_go_out_and_come_back(tmp_path, monkeypatch):
     refused(prepare.tokenizer_spec, str(path), "not understood")
 
 
-def test_gguf(tmp_path):
-    """As llama.cpp's converter writes it: rotary channels side by side, norms with gains."""
+@pytest.mark.parametrize("arch, more", [("llama", "LLAMA head_dim=8 tie=True init=gpt2"),
+                                        ("gpt2", "NANOGPT mlp=gelu_tanh bias=True")])
+def test_gguf(arch, more, tmp_path):
+    """As llama.cpp's converter writes it: no Conv1D, and rotary channels of Llama side by side."""
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("tokenizers")
-    m = wake(GPT(GPTConfig(**{**TINY, "vocab_size": 258,
-                                **settings("LLAMA head_dim=8 tie=True init=gpt2")}))).eval()
-    w = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    m = wake(GPT(GPTConfig(**{**TINY, "vocab_size": 258, **settings(more)}))).eval()
+    w = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
     w.add_block_count(2), w.add_context_length(16), w.add_embedding_length(32)
     w.add_feed_forward_length(m.blocks[0].mlp.c_proj.in_features), w.add_head_count(2)
-    w.add_head_count_kv(1), w.add_layer_norm_rms_eps(1e-5), w.add_rope_freq_base(500.0)
-    w.add_key_length(8), w.add_rope_dimension_count(8)
+    w.add_layer_norm_eps(1e-5)
+    if arch == "llama":
+        w.add_head_count_kv(1), w.add_layer_norm_rms_eps(1e-5), w.add_rope_freq_base(500.0)
+        w.add_key_length(8), w.add_rope_dimension_count(8)
     w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre("gpt-2"), w.add_token_merges(["a b"])
     w.add_token_list([prepare.LETTERS[b] for b in range(256)] + [prepare.END, "ab"])
     w.add_token_types([1] * 256 + [3, 1]), w.add_eos_token_id(256)
-    for name, t in pretrained.their_weights("llama", m.cfg, m).items():
-        key = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2).get_name(name, (".weight",))
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), 2)
+    for name, t in pretrained.their_weights(arch, m.cfg, m).items():
         if "q_proj" in name or "k_proj" in name:
             t = t.view(-1, 2, 4, 32).transpose(1, 2).reshape(t.shape)
-        w.add_tensor(key, t.numpy().copy())
+        t = t.T if arch == "gpt2" and pretrained.CONV1D.search(name) else t
+        w.add_tensor(names.get_name(name, (".weight", ".bias")), t.contiguous().numpy().copy())
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
     quiet(pretrained.main, ["import", f"{tmp_path}/m.gguf", f"--out_dir={tmp_path}/m"])
     ours, saved = sample.load(str(tmp_path / "m"))
