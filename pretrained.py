@@ -257,7 +257,7 @@ class Gguf(Source):
 
     def read(self, key):
         t = self.tensors[key]
-        w = torch.from_numpy(self.dequantize(t.data, t.tensor_type)).view(self.shapes[key])
+        w = torch.tensor(self.dequantize(t.data, t.tensor_type)).view(self.shapes[key])
         part = re.search(r"\.attn_([qk])\.", key)
         if part and self.config["model_type"] == "llama":  # channels that turn are neighbours there
             heads = {"q": "num_attention_heads", "k": "num_key_value_heads"}[part[1]]

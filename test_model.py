@@ -2055,7 +2055,7 @@ def test_what_is_exported_comes_back(more, tmp_path, bytes_abroad):
     quiet(pretrained.main, ["import", str(folder), f"--out_dir={tmp_path}/b"])
     x = random_ids(2, 16)
     agree(sample.load(str(tmp_path / "b"))[0](x).logits, m(x).logits)
-    prepared(tmp_path, TEXT, "--tokenizer=byte")
+    prepared(tmp_path, TEXT, f"--tokenizer={tmp_path}/b")
     argv = small_run(tmp_path / "c", "--dataset=x", f"--data_dir={tmp_path}", "--max_iters=1",
                      f"--init_from={folder}", "--block_size=8")[1:]
     quiet(train.main, [a for a in argv if a not in TINY_ARGS])
