@@ -111,7 +111,7 @@ def safetensors_header(path):
         with open(path, "rb") as f:
             start = 8 + int.from_bytes(f.read(8), "little")
             if size < 10 or start > min(size, 10 ** 8):
-                raise bad("its header is longer than it")
+                raise bad("its header is longer than the file")
             header = json.loads(f.read(start - 8))
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}); weights are read from "
@@ -321,7 +321,7 @@ def family_settings(source, block_size=0):
         cfg = GPTConfig(**values, block_size=block_size or longest)
     except KeyError as e:
         raise UserError(f"the config of {path} does not say {e}; fetch it again") from None
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, ArithmeticError):
         raise UserError(f"the config of {path} has a value of another kind; fetch it "
                         f"again") from None
     except ValueError as e:
