@@ -5,11 +5,14 @@
                                                   the Llama family (Mistral and Qwen2 too), becomes
                                                   a checkpoint, which all programs here read
     python pretrained.py import smol.gguf --out_dir=out/smol      so does a GGUF file, dequantised
+    python pretrained.py import HuggingFaceTB/SmolLM2-135M        and a model of Hugging Face's hub,
+                                                  whose files are kept under data/download
     python pretrained.py export out/gpt --out_dir=gpt_hf          a checkpoint becomes a folder that
                                                   transformers reads
 
 python train.py --init_from=FOLDER imports it as it starts.
 """
+import hashlib
 import json
 import math
 import os
@@ -19,6 +22,7 @@ import struct
 from dataclasses import dataclass
 
 import config  # before torch: it sets the allocator's switches
+import requests
 import torch
 from torch.nn import functional as F
 
@@ -136,6 +140,64 @@ def safetensors_header(path):
     return found
 
 
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def fetch(name):
+    """Return the folder with the files of the model `name` of the hub, OWNER/NAME: those that are
+    there already are not fetched again."""
+    folder = os.path.join("data", "download", name.replace("/", "--"))
+    prepare.make_dir(folder)
+    one, index = "model.safetensors", "model.safetensors.index.json"
+    got = lambda file: fetch_file(f"{HUB}/{name}/resolve/main/{file}", os.path.join(folder, file))
+    if not got("config.json"):
+        raise UserError(f"{HUB} has no model {name}; name another, as OWNER/NAME")
+    files = Folder.files(folder) if got(index) else [one]
+    missing = [file for file in files if not got(file)]
+    if missing:
+        raise UserError(f"{name} has no {missing[0]} on {HUB}, and no other weights are read; name "
+                        f"another model")
+    got("tokenizer.json")
+    return folder
+
+
+def fetch_file(url, path):
+    """Fetch a file in pieces; return whether it is there. One that was interrupted goes on where it
+    stopped, and what the hub says of its SHA-256 is checked."""
+    part = f"{path}.part"
+    if os.path.exists(path):
+        return True
+    start = os.path.getsize(part) if os.path.exists(part) else 0
+    try:
+        ask = {"Range": f"bytes={start}-"} if start else {}
+        with requests.get(url, headers=ask, timeout=(5, 30), stream=True) as r:
+            if r.status_code == 404:
+                return False
+            if r.status_code != 416:  # there is no more of it than is here
+                r.raise_for_status()
+                size = int(r.headers.get("Content-Length", 0))
+                with open(part, "ab" if r.status_code == 206 else "wb") as f, prepare.bar(
+                        total=size, desc=os.path.basename(path), unit="B", unit_scale=True) as bar:
+                    for piece in r.iter_content(1 << 20):
+                        f.write(piece)
+                        bar.update(len(piece))
+            said = [h.headers.get("X-Linked-ETag", "").strip('"') for h in (*r.history, r)]
+    except requests.RequestException as e:
+        raise UserError(f"{url} could not be fetched ({type(e).__name__}); the same command goes "
+                        f"on where it stopped") from None
+    sha = hashlib.sha256()
+    with open(part, "rb") as f:
+        for piece in iter(lambda: f.read(1 << 20), b""):
+            sha.update(piece)
+    for wanted in said:
+        if re.fullmatch("[0-9a-f]{64}", wanted) and wanted != sha.hexdigest():
+            os.unlink(part)
+            raise UserError(f"{url} has SHA-256 {sha.hexdigest()}, not {wanted}, and was refused; "
+                            f"try again")
+    os.replace(part, path)
+    return True
+
+
 class Source:
     """A pretrained model as others keep it: `config` in the words of a config.json, `shapes` {key:
     shape}, and `take`, which gives a tensor and notes that it was asked for."""
@@ -168,18 +230,25 @@ class Folder(Source):
     def __init__(self, path):
         super().__init__(path)
         self.config = read_json(os.path.join(path, "config.json"))
-        index, files = os.path.join(path, "model.safetensors.index.json"), ["model.safetensors"]
-        if os.path.exists(index):
-            files = read_json(index).get("weight_map")
-            files = sorted({*map(str, files.values())}) if type(files) is dict else [""]
-            if any(os.path.basename(f) != f or not f for f in files):
-                raise UserError(f"{index} names no files of its own folder; fetch it again")
-        self.entries = {name: (file, *entry) for file in (os.path.join(path, f) for f in files)
+        self.entries = {name: (file, *entry)
+                        for file in (os.path.join(path, f) for f in self.files(path))
                         for name, entry in safetensors_header(file).items()}
         gpt2 = self.config.get("model_type") == "gpt2"
         self.transposed = CONV1D if gpt2 else re.compile("(?!)")
         self.shapes = {n: e[2][::-1] if self.transposed.search(n) else e[2]
                        for n, e in self.entries.items()}
+
+    @staticmethod
+    def files(path):
+        """Return the names of the files with the weights."""
+        index = os.path.join(path, "model.safetensors.index.json")
+        if not os.path.exists(index):
+            return ["model.safetensors"]
+        files = read_json(index).get("weight_map")
+        files = sorted({*map(str, files.values())}) if type(files) is dict else [""]
+        if any(os.path.basename(f) != f or not f for f in files):
+            raise UserError(f"{index} names no files of its own folder; fetch it again")
+        return files
 
     def key(self, name):  # of a model that was saved without its head, there is no prefix
         short = re.sub(r"^(model|transformer)\.", "", name)
@@ -440,9 +509,11 @@ def import_model(cfg, path):
     out = os.path.join(folder, "ckpt.pt")
     if os.path.exists(prepare.checkpoint_path(folder)):
         raise UserError(f"{folder} holds a checkpoint already; name another folder with --out_dir")
+    if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        path = fetch(path)
     if not is_pretrained(path):
-        raise UserError(f"{path} is neither a GGUF file nor a folder with config.json and "
-                        f"safetensors; name one")
+        raise UserError(f"{path} is neither a GGUF file, nor a folder with config.json and "
+                        f"safetensors, nor OWNER/NAME of a model of the hub; name one")
     saved = read(path, cfg.tokenizer, cfg.block_size)
     prepare.make_dir(folder)
     prepare.save_checkpoint(out, saved)

@@ -2105,6 +2105,42 @@ def test_pretrained_models_that_do_not_fit(tmp_path, bytes_abroad):
     assert not (tmp_path / "no").exists()
 
 
+def test_models_are_fetched_by_name(tmp_path, monkeypatch, bytes_abroad):
+    """Whole, once, on from where it stopped, and with the SHA-256 that the hub says."""
+    m, folder = exported(tmp_path / "a", "LLAMA")
+    body, asked, sha = (folder / "model.safetensors").read_bytes(), [], ""
+
+    def get(url, headers, **_):
+        asked.append((url.removeprefix(f"{pretrained.HUB}/me/it/resolve/main/"), headers))
+        file, response = folder / asked[-1][0], requests.Response()
+        response.status_code = 200 if file.exists() and "/me/it/" in url else 404
+        raw = file.read_bytes() if response.status_code == 200 else b""
+        if headers:
+            response.status_code, raw = 206, raw[int(headers["Range"][6:-1]):]
+        response.raw = io.BytesIO(raw)
+        if file.suffix == ".safetensors":
+            response.headers["X-Linked-ETag"] = f'"{sha}"'
+        if cut and len(raw) > cut:
+            response.raw = mock.Mock(spec=["read", "close"])
+            response.raw.read.side_effect = [raw[:cut], requests.ConnectionError]
+        return response
+    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.chdir(tmp_path)
+    argv, cut = ["import", "me/it", "--out_dir=b"], len(body) // 2
+    refused(pretrained.main, argv, "could not be fetched", "goes on")
+    cut, sha = 0, hashlib.sha256(body[:-1]).hexdigest()
+    refused(pretrained.main, argv, "SHA-256", sha)
+    assert asked[-1] == ("model.safetensors", {"Range": f"bytes={len(body) // 2}-"})
+    sha = hashlib.sha256(body).hexdigest()
+    quiet(pretrained.main, argv)
+    x = random_ids(2, 16)
+    agree(sample.load("b")[0](x).logits, m(x).logits)
+    refused(pretrained.main, ["import", "me/other"], "no model me/other")
+    (folder / "model.safetensors").unlink()
+    shutil.rmtree("data")
+    refused(pretrained.main, [*argv[:2], "--out_dir=c"], "no model.safetensors", "no other weights")
+
+
 def test_models_of_transformers(tmp_path, bytes_abroad):
     """What goes out and what comes in gives transformers' own logits."""
     T = pytest.importorskip("transformers")
@@ -3275,7 +3311,7 @@ train {ON}
   --layers=RR --eot=999 => eot | 999 ; --vocab_size=500 => 500 | text ; --device=tpu9 => tpu9 | cpu
   --layers=(A)A --chunk=space --dataset=chain => white space ; --n_think=2 => chain | --think_token
   --n_think=2 --think_token=999 => 999 ; --device=meta => meta | cpu
-  --init_from=gpt2 => gpt2 | not read by name yet | PATH
+  --init_from=gpt2 => gpt2 | pretrained.py import | PATH
   --dataset=none => none | python prepare.py
   --dataset=parity => python prepare.py parity ; --data_dir={S} --dataset=ok => block_size | tokens
   --out_dir={S}/t.txt/o => cannot be made ; --dataset=../x => one folder | '../x'

@@ -1043,7 +1043,7 @@ def read_start(init_from):
     if not os.path.exists(path):
         raise UserError(f"init_from is scratch, resume, auto, or the PATH of a checkpoint of "
                         f"train.py, of its folder or of a pretrained model, and {path} is not "
-                        f"there; pretrained models are not read by name yet")
+                        f"there; python pretrained.py import fetches models by name")
     return prepare.load_checkpoint(path), path
 
 
