@@ -679,7 +679,7 @@ pipeline_tag: text-generation
 # {name}
 
 {n:,} parameters: {layers} layers of {width} channels, a window of {window:,} tokens, vocabulary
-{vocab:,}. Trained for {step:,} steps on {dataset}{loss}.
+{vocab:,}. {origin}
 
 ```python
 from transformers import pipeline
@@ -707,10 +707,11 @@ def export_model(args, path):
     added = {t["id"]: t["content"] for t in json.loads(tokenizer).get("added_tokens") or ()}
     end = added.get(tok.eot)
     loss = "" if saved["val_loss"] is None else f"; validation loss {saved['val_loss']:.4f}"
+    trained = f"Trained for {saved['step']:,} steps on {saved['dataset']}{loss}."
     card = CARD.format(
         name=os.path.basename(os.path.dirname(os.path.abspath(path))), n=model.num_params(),
         layers=cfg.n_layer, width=cfg.n_embd, window=cfg.block_size, vocab=cfg.vocab_size,
-        step=saved["step"], dataset=saved["dataset"] or "what its source names", loss=loss)
+        origin=trained if saved["step"] else "Its weights were imported; see there for its licence.")
     prepare.make_dir(folder)
     write_safetensors(os.path.join(folder, "model.safetensors"),
                       their_weights(family, cfg, model))
