@@ -711,7 +711,7 @@ def export_model(args, path):
     card = CARD.format(
         name=os.path.basename(os.path.dirname(os.path.abspath(path))), n=model.num_params(),
         layers=cfg.n_layer, width=cfg.n_embd, window=cfg.block_size, vocab=cfg.vocab_size,
-        origin=trained if saved["step"] else "Its weights were imported; see there for its licence.")
+        origin=trained if saved["step"] else "Its weights were imported.")
     prepare.make_dir(folder)
     write_safetensors(os.path.join(folder, "model.safetensors"),
                       their_weights(family, cfg, model))
