@@ -58,6 +58,7 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight "
              "next_latent logit_decay"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
+    (1e-12, 1e12, "norm_eps rope_base"),
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
     (1, 2 ** 12, "n_head horizon mem_head mem_top mem_dim"),
@@ -89,9 +90,11 @@ class GPTConfig:
     head_dim: int = 0  # channels of a head; 0: n_embd / n_head
     n_mlp: int | tuple[int, ...] = 0  # MLP width, one or per block; 0: 4 n_embd, -1: none
     share_mlp: bool = False  # all MLPs are one: one set of weights
-    mlp: str = "relu2"  # relu2 | gelu | swiglu
+    mlp: str = "relu2"  # relu2 | gelu | gelu_tanh (GPT-2's) | swiglu
     norm: str = "rms"  # rms (no gain: the next matrix has it) | layer | scale
+    norm_eps: float = 1e-6  # rms: what is added to the mean square
     pos: str = "rope"  # rope | learned | none
+    rope_base: float = 10000.0  # rope: the slowest pair turns once in 2 pi times so many positions
     init: str = "fan_in"  # fan_in (output projections and head start at 0) | gpt2 (normal 0.02)
     bias: bool = False  # biases in linear layers and LayerNorm
     tie: bool = False  # output head shares the token embedding
@@ -216,6 +219,9 @@ class GPTConfig:
                  "qk_scale"),
                 (self.attending() or has("DS"), "a block with heads (A, D, S, F or M) in layers",
                  "head_dim"),
+                (self.norm == "rms" or self.embed_norm, "norm = rms or embed_norm", "norm_eps"),
+                (self.pos == "rope" and self.attending(), "pos = rope and a block that attends "
+                 "(A, F or M) in layers", "rope_base"),
                 (n_mlps, "a block with an MLP (A, R, D, G or S) in layers", "mlp n_mlp"),
                 (n_mlps > 1 and type(self.n_mlp) is int and self.n_mlp >= 0,
                  "two blocks with an MLP, and one n_mlp for all", "share_mlp"),
@@ -489,7 +495,7 @@ def rms_norm(x, eps=1e-6):  # torch's default would depend on the type
 
 def RMSNorm(cfg):
     """Return x / rms(x), without a gain, as a module."""
-    return nn.RMSNorm(cfg.n_embd, eps=1e-6, elementwise_affine=False)
+    return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps, elementwise_affine=False)
 
 
 class LayerNorm(nn.Module):
@@ -1193,7 +1199,7 @@ def swiglu(x):
 
 ACTIVATIONS = {  # relu2: So et al. 2021, arXiv:2109.08668; swiglu: Shazeer 2020, arXiv:2002.05202
     "relu2": lambda x: F.relu(x).square(), "gelu": F.gelu,
-    "swiglu": swiglu}
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "swiglu": swiglu}
 
 
 class MLP(Layer):
@@ -2965,7 +2971,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         self.register_buffer("semantic_table", None, persistent=False)  # a trainer may give one
         attending = cfg.attending() if cfg.pos == "rope" else []
         if attending:
-            angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
+            angle = cfg.rope_base ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
             length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0)
             length += (2 + cfg.horizon) * bool(self.levels)  # a level has bos, and looks ahead
             angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)

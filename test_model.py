@@ -3,6 +3,7 @@
     python -m pytest -q
 """
 import contextlib
+import copy
 import csv
 import dataclasses
 import errno
@@ -40,6 +41,7 @@ from torch.nn import functional as F
 import bench
 import memory
 import prepare
+import pretrained
 import sample
 import train
 from config import UserError
@@ -51,6 +53,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 BASE = dict(vocab_size=24, block_size=16, layers="AA", n_head=2, n_embd=32, eot=5)
 NANOGPT = dict(norm="layer", mlp="gelu", pos="learned", init="gpt2", tie=True, qk_norm=False,
                embed_norm=False)
+LLAMA = dict(mlp="swiglu", qk_norm=False, embed_norm=False, norm_eps=1e-5, rope_base=500.0,
+             n_kv_head=1)
 SLOTS = dict(history=16, aggregate=1, n_segment=2, n_span=3, span=4)
 FEATURAL = dict(n_mem=64, mem_top=4, mem_dim=16)
 ASSOCIATIVE = dict(layers="AMA", mem_chunk=4, mem_top=3, mem_dim=8, mem_head=2, mem_size=24)
@@ -78,7 +82,8 @@ def table(text):
 VARIANTS = dict(row.split(": ") for row in table("""
 plain: eot=-1
 nanogpt: NANOGPT
-nanogpt_bias: NANOGPT bias=True
+nanogpt_bias: NANOGPT bias=True mlp=gelu_tanh
+llama: LLAMA
 scale_swiglu_nopos: norm=scale mlp=swiglu pos=none
 gqa_per_layer: n_head=4,2 n_kv_head=1,2 head_dim=8
 mlp_per_layer: layers=AAA n_mlp=-1,0,48
@@ -578,6 +583,7 @@ def test_inductor(name):
 
 OPTIONS = """
 norm=layer norm=scale mlp=gelu mlp=swiglu pos=learned pos=none init=gpt2 bias=True tie=True
+norm_eps=1e-3 rope_base=50 mlp=gelu_tanh
 qk_norm=False embed_norm=False gate=positive gate=complex n_kv_head=1 head_dim=8 n_mlp=-1 n_mlp=24
 n_value_embed=1 plan=cross plan=latent concept=mse concept=energy concept=flow concept_weight=0
 horizon=2 concept_weight=0.3 plan_draw=0.5 plan_noise=0.3 rollout=0.5 share_levels=True chunk=2
@@ -2533,6 +2539,208 @@ def test_bad_meta(tmp_path):
     assert prepare.open_dataset("chain", str(tmp_path)) == good
 
 
+# ------------------------------------------------------------------------------------------------
+# pretrained models
+
+
+def exported(folder, more, spec=None):
+    """Export a model whose every weight counts, of bytes if no tokenizer is named; return (the
+    model, where it was written)."""
+    tok = prepare.Tokenizer(spec or {"kind": "byte"})
+    m = GPT(GPTConfig(**{**TINY, "vocab_size": tok.n_vocab, "eot": tok.eot, **settings(more)}))
+    folder.mkdir()
+    prepare.save_checkpoint(folder / "ckpt.pt",
+                            pretrained.checkpoint(m.cfg, wake(m).state_dict(), tok))
+    quiet(pretrained.main, ["export", str(folder)])
+    return m.eval(), folder / "hf"
+
+
+@pytest.fixture
+def bytes_abroad(monkeypatch):
+    """Imported models read bytes: the package tokenizers need not be there."""
+    monkeypatch.setattr(pretrained.Folder, "tokenizer", lambda self, n, eot: {"kind": "byte"})
+
+
+@pytest.mark.parametrize("more", [
+    "NANOGPT mlp=gelu_tanh bias=True", "NANOGPT tie=False init=fan_in", "LLAMA",
+    "LLAMA tie=True init=gpt2 bias=True head_dim=8"])
+def test_what_is_exported_comes_back(more, tmp_path, bytes_abroad):
+    m, folder = exported(tmp_path / "a", more)
+    quiet(pretrained.main, ["import", str(folder), f"--out_dir={tmp_path}/b"])
+    x = random_ids(2, 16)
+    agree(sample.load(str(tmp_path / "b"))[0](x).logits, m(x).logits)
+    prepared(tmp_path, TEXT, f"--tokenizer={tmp_path}/b")
+    argv = small_run(tmp_path / "c", "--dataset=x", f"--data_dir={tmp_path}", "--max_iters=1",
+                     f"--init_from={folder}", "--block_size=8")[1:]
+    quiet(train.main, [a for a in argv if a not in TINY_ARGS])
+    assert sample.load(str(tmp_path / "c"))[0].cfg.mlp == m.cfg.mlp
+    refused(train.main, [*argv[:-1], "--n_layer=2"], "out_dir")
+
+
+def test_pretrained_models_that_do_not_fit(tmp_path, bytes_abroad):
+    """Each fault is named, and nothing is written."""
+    folder, argv = exported(tmp_path / "a", "LLAMA")[1], ["import", "", f"--out_dir={tmp_path}/no"]
+    argv[1] = str(folder)
+    config_file, weights = folder / "config.json", folder / "model.safetensors"
+    good, whole = json.loads(config_file.read_text()), weights.read_bytes()
+    for case in """model_type "gemma" => architecture | gemma ; model_type ["llama"] => architecture
+            hidden_act "gelu" => hidden_act | silu ; sliding_window 4 => --block_size=4
+            rope_parameters {"rope_type": "yarn", "factor": 2} => scaled | yarn
+            hidden_size null => n_embd ; hidden_size 33 => even ; rms_norm_eps "a" => norm_eps
+            num_hidden_layers 3 => no tensor model.layers.2. ; eos_token_id 999 => 999
+            num_hidden_layers 1 => no place here | model.layers.1. ; vocab_size 300 => tokenizer
+            intermediate_size 64 => mlp.up_proj.weight of shape | (64, 32)
+            num_attention_heads 3 => shape | (48, 32) ; num_attention_heads ["x"] => n_head
+            quantization_config {"bits": 4} => quantization""".replace("\n", " ; ").split(" ; "):
+        edit, words = case.split(" => ")
+        key, value = edit.split(maxsplit=1)
+        config_file.write_text(json.dumps({**good, key: json.loads(value)}))
+        refused(pretrained.main, argv, *words.split(" | "))
+    config_file.write_text("[" * 9999)
+    refused(pretrained.main, argv, "JSON")
+    config_file.write_text(json.dumps(good))
+    header = lambda body: len(body).to_bytes(8, "little") + body
+    entry = lambda **k: header(json.dumps({"lm_head.weight": {
+        "dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16], **k}}).encode()) + bytes(16)
+    nan = whole[:-4] + np.float32(np.nan).tobytes()
+    for raw, words in ((b"", "longer"), (whole[:-1], "where it says"), (b"\xff" * 64, "longer"),
+                       (header(b"[1]"), "described"), (header(b"{" * 999), "JSON"), (nan, "finite"),
+                       (entry(dtype="F8"), "'F8'"), (entry(shape=[2 ** 40] * 2), "where it says"),
+                       (entry(data_offsets=[0, 1 << 61]), "where it says"),
+                       (entry(data_offsets=[-16, 0]), "described"), (entry(shape=4), "described")):
+        weights.write_bytes(raw)
+        refused(pretrained.main, argv, words)
+    weights.unlink()
+    refused(pretrained.main, argv, "model.safetensors cannot be read")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../a.safetensors"}}))
+    refused(pretrained.main, argv, "own folder")
+    refused(sample.main, [f"--out_dir={folder}"], "python pretrained.py import")
+    assert not (tmp_path / "no").exists()
+
+
+def test_models_are_fetched_by_name(tmp_path, monkeypatch, bytes_abroad):
+    """Whole, once, on from where it stopped, and with the SHA-256 that the hub says."""
+    m, folder = exported(tmp_path / "a", "LLAMA")
+    body, asked, sha = (folder / "model.safetensors").read_bytes(), [], ""
+
+    def get(url, headers, **_):
+        asked.append((url.removeprefix(f"{pretrained.HUB}/me/it/resolve/main/"), headers))
+        file, response = folder / asked[-1][0], requests.Response()
+        response.status_code = 200 if file.exists() and "/me/it/" in url else 404
+        raw = file.read_bytes() if response.status_code == 200 else b""
+        if headers:
+            response.status_code, raw = 206, raw[int(headers["Range"][6:-1]):]
+        response.raw = io.BytesIO(raw)
+        if file.suffix == ".safetensors":
+            response.headers["X-Linked-ETag"] = f'"{sha}"'
+        if cut and len(raw) > cut:
+            response.raw = mock.Mock(spec=["read", "close"])
+            response.raw.read.side_effect = [raw[:cut], requests.ConnectionError]
+        return response
+    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.chdir(tmp_path)
+    argv, cut = ["import", "me/it", "--out_dir=b"], len(body) // 2
+    refused(pretrained.main, argv, "could not be fetched", "goes on")
+    cut, sha = 0, hashlib.sha256(body[:-1]).hexdigest()
+    refused(pretrained.main, argv, "SHA-256", sha)
+    assert asked[-1] == ("model.safetensors", {"Range": f"bytes={len(body) // 2}-"})
+    sha = hashlib.sha256(body).hexdigest()
+    quiet(pretrained.main, argv)
+    x = random_ids(2, 16)
+    agree(sample.load("b")[0](x).logits, m(x).logits)
+    refused(pretrained.main, ["import", "me/other"], "no model me/other")
+    (folder / "model.safetensors").unlink()
+    shutil.rmtree("data")
+    refused(pretrained.main, [*argv[:2], "--out_dir=c"], "no model.safetensors", "no other weights")
+
+
+def test_models_of_transformers(tmp_path, bytes_abroad):
+    """What goes out and what comes in gives transformers' own logits."""
+    T = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    x = random_ids(2, 16)
+    for i, more in enumerate(("", "tie=True n_kv_head=1", "NANOGPT", "LLAMA bias=True")):
+        m, folder = exported(tmp_path / str(i), more)
+        theirs, info = T.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        agree(theirs.eval()(x).logits, m(x).logits, 1e-4)
+        assert not any(info.values())
+    sizes = dict(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+                 bos_token_id=256, eos_token_id=256)
+    gpt2 = dict(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=16, eos_token_id=256)
+    for i, (kind, k, save) in enumerate((
+            ("GPT2", gpt2, {}), ("Llama", dict(sizes, tie_word_embeddings=True), {}),
+            ("Llama", dict(sizes, attention_bias=True, mlp_bias=True), dict(max_shard_size="20KB")),
+            ("Qwen2", sizes, {}))):
+        cfg = getattr(T, f"{kind}Config")(**k)
+        kind = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+        theirs = wake(getattr(T, kind)(cfg)).eval()
+        for p in theirs.parameters():
+            p.data = p.data.bfloat16().float()
+        copy.deepcopy(theirs).bfloat16().save_pretrained(tmp_path / f"in{i}", **save)
+        quiet(pretrained.main, ["import", f"{tmp_path}/in{i}", f"--out_dir={tmp_path}/out{i}"])
+        ours = sample.load(f"{tmp_path}/out{i}")[0]
+        agree(ours(x).logits, theirs(x).logits, 1e-4)
+
+
+def test_tokenizers_go_out_and_come_back(tmp_path, monkeypatch):
+    """As a tokenizer.json, which gives the same ids."""
+    tokenizers = pytest.importorskip("tokenizers")
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks |= {t: 256 + i for i, t in enumerate((b"th", b" c", b"the", b" ca", b"\xc3\xa9"))}
+    enc = prepare.tiktoken.Encoding("x", pat_str=r" ?\p{L}+| ?[^\s\p{L}]+|\s+",
+                                    mergeable_ranks=ranks, special_tokens={prepare.END: 261})
+    monkeypatch.setattr(prepare, "tiktoken_encoding", lambda name: enc)
+    text = "the cat, caf\u00e9\n\nthe 12 th \U0001f600"
+    for spec in ({"kind": "tiktoken", "encoding": "x"}, {"kind": "byte"},
+                 prepare.tokenizer_spec("char", text, eot=True)):
+        tok, path = prepare.Tokenizer(spec), tmp_path / "tokenizer.json"
+        path.write_text(pretrained.their_tokenizer(tok))
+        theirs = tokenizers.Tokenizer.from_file(str(path))
+        assert theirs.encode(text).ids == tok.encode(text)
+        assert theirs.decode(tok.encode(text)) == text
+        back = prepare.Tokenizer(prepare.tokenizer_spec(str(path)))
+        assert back.encode(text) == tok.encode(text) and back.decode(back.encode(text)) == text
+        assert (back.n_vocab, back.eot) == (tok.n_vocab, tok.eot)
+        assert back.encode(prepare.END) != [back.eot]  # it is read as letters
+    path.write_text("{}")
+    refused(prepare.tokenizer_spec, str(path), "not understood")
+
+
+@pytest.mark.parametrize("arch, more", [("llama", "LLAMA head_dim=8 tie=True init=gpt2"),
+                                        ("gpt2", "NANOGPT mlp=gelu_tanh bias=True")])
+def test_gguf(arch, more, tmp_path):
+    """As llama.cpp's converter writes it: no Conv1D, and rotary channels of Llama side by side."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    m = wake(GPT(GPTConfig(**{**TINY, "vocab_size": 258, **settings(more)}))).eval()
+    w = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
+    w.add_block_count(2), w.add_context_length(16), w.add_embedding_length(32)
+    w.add_feed_forward_length(m.blocks[0].mlp.c_proj.in_features), w.add_head_count(2)
+    w.add_layer_norm_eps(1e-5)
+    if arch == "llama":
+        w.add_head_count_kv(1), w.add_layer_norm_rms_eps(1e-5), w.add_rope_freq_base(500.0)
+        w.add_key_length(8), w.add_rope_dimension_count(8)
+    w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre("gpt-2"), w.add_token_merges(["a b"])
+    w.add_token_list([prepare.LETTERS[b] for b in range(256)] + [prepare.END, "ab"])
+    w.add_token_types([1] * 256 + [3, 1]), w.add_eos_token_id(256)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), 2)
+    for name, t in pretrained.their_weights(arch, m.cfg, m).items():
+        if "q_proj" in name or "k_proj" in name:
+            t = t.view(-1, 2, 4, 32).transpose(1, 2).reshape(t.shape)
+        t = t.T if arch == "gpt2" and pretrained.CONV1D.search(name) else t
+        w.add_tensor(names.get_name(name, (".weight", ".bias")), t.contiguous().numpy().copy())
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    quiet(pretrained.main, ["import", f"{tmp_path}/m.gguf", f"--out_dir={tmp_path}/m"])
+    ours, saved = sample.load(str(tmp_path / "m"))
+    x = random_ids(2, 16)
+    agree(ours(x).logits, m(x).logits)
+    assert prepare.Tokenizer(saved["tokenizer"]).encode("ab\u00e9b") == [257, 195, 169, 98]
+    (tmp_path / "bad.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:900])
+    refused(pretrained.main, ["import", f"{tmp_path}/bad.gguf", f"--out_dir={tmp_path}/no"], "GGUF")
+
+
 # --------------------------------------------------------------------------------------------------
 # decoding
 
@@ -3665,7 +3873,7 @@ train {ON}
   --layers=RR --eot=999 => eot | 999 ; --vocab_size=500 => 500 | text ; --device=tpu9 => tpu9 | cpu
   --layers=(A)A --chunk=space --dataset=chain => white space ; --n_think=2 => chain | --think_token
   --n_think=2 --think_token=999 => 999 ; --device=meta => meta | cpu
-  --init_from=gpt2 => gpt2 | not read by name yet | PATH
+  --init_from=gpt2 => gpt2 | pretrained.py import | PATH
   --dataset=none => none | python prepare.py
   --dataset=parity => python prepare.py parity ; --data_dir={S} --dataset=ok => block_size | tokens
   --out_dir={S}/t.txt/o => cannot be made ; --dataset=../x => one folder | '../x'
@@ -3707,6 +3915,12 @@ prepare --data_dir={S} --name=new
   --input={S}/t.txt --separator=e --answer_marker=%% => '%%' is nowhere
   --input={S}/t.txt --name=../x => one folder | '../x' ; --input={S}/t.txt --name=a/b => one folder
   --input={S}/t.txt --name=. => one folder ; --input={S}/t.txt --name=C:x => one folder
+pretrained
+  x => x is none of | import ; import => name one command | one model
+  import {S} => neither a GGUF file | name one ; export {O}/weak => stand in the way | history
+  export {O}/exits => layers = A.A.A ; import {S} --block_size=-1 => block_size
+  export {O}/bytes --block_size=3 => for import ; export {O}/bytes --out_dir={S} => not empty
+  import {S} --out_dir={O}/weak => checkpoint already
 bench
   --rounds=0 ; --presets=nothing => nothing.py
 sample
@@ -3795,7 +4009,8 @@ def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(command, words
     for name, text in stage.items():
         command, words = (t.replace(f"{{{name}}}", str(text)) for t in (command, words))
     program, *argv = shlex.split(command)
-    main = {"train": train, "sample": sample, "prepare": prepare, "bench": bench}[program].main
+    main = {"train": train, "sample": sample, "prepare": prepare, "bench": bench,
+            "pretrained": pretrained}[program].main
     files = lambda: {p: (os.stat(p).st_size, os.stat(p).st_mtime_ns) for folder in "SO"
                      for p in glob.glob(f"{stage[folder]}/**", recursive=True)
                      if os.path.isfile(p) and not p.endswith("lock")}
@@ -3812,7 +4027,8 @@ def test_exit_code_2_and_one_sentence(argv):
     assert r.stderr.startswith(argv[0]) and r.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("settings", [sample.SampleConfig, TrainConfig])
+@pytest.mark.parametrize("settings", [sample.SampleConfig, TrainConfig,
+                                      pretrained.PretrainedConfig])
 def test_every_number_has_bounds(settings):
     """No setting takes a number that is none, has no end, or is beyond 64 bits."""
     for f in dataclasses.fields(settings):
@@ -3916,7 +4132,8 @@ def test_every_preset_is_valid():
 
 @pytest.mark.parametrize("main, settings", [
     (train.main, (GPTConfig, TrainConfig)), (sample.main, (sample.SampleConfig,)),
-    (prepare.main, (prepare.PrepareConfig,)), (bench.main, (bench.BenchConfig,))])
+    (prepare.main, (prepare.PrepareConfig,)), (bench.main, (bench.BenchConfig,)),
+    (pretrained.main, (pretrained.PretrainedConfig,))])
 def test_help_lists_everything(capsys, main, settings):
     with pytest.raises(SystemExit) as e:
         main(["--help"])

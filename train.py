@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import prepare
+import pretrained
 from config import UserError, summary, visible
 from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, divergence, ends_with_document,
                    rms_norm, settings)
@@ -94,7 +95,7 @@ class TrainConfig:
     question_weight: float = 0.0  # share of what is not scored (questions) that is, in training
     # run
     out_dir: str = "out/gpt"  # checkpoints and log.csv go here
-    init_from: str = "scratch"  # scratch | resume | auto (resume if there is a run) | PATH
+    init_from: str = "scratch"  # scratch | resume | auto (resume if there is one) | PATH of a model
     overwrite: bool = False  # begin anew in an out_dir that has a run, which is deleted
     seed: int = 1337  # of the weights, the batches and dropout
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -1159,6 +1160,7 @@ class Runner:
 
 # Settings that belong to a start and not to the run, and those that change nothing it computes.
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only")
+OF_DATA = "vocab_size", "eot", "space", "think_token"  # settings of a model that a dataset gives
 WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log", "wandb_log",
                   "wandb_project", "wandb_run_name")
 
@@ -1187,14 +1189,32 @@ def find_teacher(tcfg, data):
     return saved
 
 
+def read_start(init_from):
+    """Return (checkpoint, its path) of the model to start from; one that others trained, in Hugging
+    Face's layout or GGUF, becomes a checkpoint here."""
+    if pretrained.is_pretrained(init_from):
+        return pretrained.read(init_from), init_from
+    path = prepare.checkpoint_path(init_from)
+    if not os.path.exists(path):
+        raise UserError(f"init_from is scratch, resume, auto, or the PATH of a checkpoint of "
+                        f"train.py, of its folder or of a pretrained model, and {path} is not "
+                        f"there; python pretrained.py import fetches models by name")
+    return prepare.load_checkpoint(path), path
+
+
 def with_stored(m, t):
     """Return the settings {field: value} of the model and of training: those that were given now, m
-    and t, over those of the run that they resume, if they do. (The run itself loads its checkpoint
-    again, once nobody else can write it.)"""
+    and t, over those of the run that they resume, or of the model that they start from, if they
+    do. (The run itself loads its checkpoint again, once nobody else can write it.)"""
     init_from, out_dir = (t.get(k, getattr(TrainConfig, k)) for k in ("init_from", "out_dir"))
     files = RunFiles(out_dir)
     if not files.resumes(init_from):
-        return m, t
+        if init_from in ("scratch", "auto"):
+            return m, t
+        stored, of_data = read_start(init_from)[0]["model_config"], ("n_layer", *OF_DATA)
+        kinds = typing.get_type_hints(GPTConfig)
+        return config.over({k: config.coerce(k, v, kinds[k]) for k, v in stored.items()
+                            if k in kinds and k not in of_data}, m), t
     saved, _ = files.load_last()
     both = []
     for cls, given, stored, leave in (
@@ -1215,6 +1235,7 @@ def other_tokenizer(path, theirs, ours, tcfg):
         return f"{wrong}it knows the words of its own dataset; train on that, or begin anew"
     if theirs["kind"] != "char" or ours["kind"] != "char":
         kind = f"--tokenizer={theirs.get('encoding', theirs['kind'])}"
+        kind = f"--tokenizer={path}" if theirs["kind"] == "tokenizers" else kind
         return f"{wrong}make the dataset with {prepare.command(file, kind, '--overwrite')}"
     lacks = sorted({*theirs["chars"]} - {*ours["chars"]})
     unknown = sorted({*ours["chars"]} - {*theirs["chars"]})
@@ -1357,12 +1378,7 @@ class Training:
             return saved, path
         if tcfg.init_from in ("scratch", "auto"):
             return None, ""
-        path = prepare.checkpoint_path(tcfg.init_from)
-        if not os.path.exists(path):
-            raise UserError(f"init_from is scratch, resume, auto, or the PATH of a checkpoint of "
-                            f"train.py or of its folder, and {path} is not there; pretrained "
-                            f"models are not read by name yet")
-        saved = prepare.load_checkpoint(path)
+        saved, path = read_start(tcfg.init_from)
         if saved["data"]["tokenizer"] != data["tokenizer"]:
             raise UserError(other_tokenizer(path, saved["tokenizer"], spec, tcfg))
         return saved, path
@@ -1370,22 +1386,27 @@ class Training:
     def load_weights(self, saved, path):
         """Take the weights of a checkpoint, which may have less in it, and what its optimizers keep
         of them: what is new adds nothing before it is trained."""
-        run, tcfg, theirs = self.run, self.tcfg, saved["model_config"]
+        run, tcfg, theirs, weights = self.run, self.tcfg, saved["model_config"], saved["model"]
+        states = saved["optimizers"]
+        if not self.resumed and "wpe.weight" in weights and \
+                self.mcfg.block_size < theirs["block_size"]:  # a shorter window: fewer positions
+            theirs, states = {**theirs, "block_size": self.mcfg.block_size}, []
+            weights = {**weights, "wpe.weight": weights["wpe.weight"][:self.mcfg.block_size]}
         try:
             if self.resumed:
-                return run.model.load_state_dict(saved["model"])
-            old, new = GPT.of(theirs, saved["model"]), GPT(self.mcfg, tcfg.seed)
+                return run.model.load_state_dict(weights)
+            old, new = GPT.of(theirs, weights), GPT(self.mcfg, tcfg.seed)
             grown = grow(new, old)
             run.model.load_state_dict(new.state_dict())
-            if saved["train_config"]["optimizer"] == tcfg.optimizer:
+            if states and saved["train_config"]["optimizer"] == tcfg.optimizer:
                 fresh, kept = make_optimizers(new, tcfg), make_optimizers(old, tcfg)
-                for o, state in zip(kept, saved["optimizers"], strict=True):
+                for o, state in zip(kept, states, strict=True):
                     restore_optimizer(o, state, saved["step"])
                 grow_optimizers(fresh, kept, grown)
                 for o, f in zip(run.optimizers, fresh):
                     o.load_state_dict({**o.state_dict(), "state": f.state_dict()["state"]})
         except UNFIT as e:
-            of_data, flags = ("n_layer", "vocab_size", "eot", "space", "think_token"), []
+            of_data, flags = ("n_layer", *OF_DATA), []
             for k, (old, _) in differences(theirs, settings(self.mcfg)).items():
                 if k not in of_data:
                     value = ",".join(map(str, old)) if isinstance(old, tuple) else str(old)

@@ -46,7 +46,7 @@ with contextlib.suppress(AttributeError, OSError, TypeError):
 
 # Ctrl-C while torch is imported ends our programs silently; `run` brings Python's handler back
 PROGRAMS = [os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), f"{name}.py")
-            for name in ("train", "sample", "prepare", "bench")]
+            for name in ("train", "sample", "prepare", "pretrained", "bench")]
 if (os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "") in PROGRAMS
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
