@@ -721,26 +721,25 @@ class Sequence:
     mask: torch.Tensor | None  # (B, 1, L, capacity) True where a query may look; None: causal
     rope: tuple | None  # cos and sin, (L, D/2) or (B, 1, L, D/2)
     rope_table: tuple | None  # cos and sin of all positions
+    doc_start: torch.Tensor  # (B, L) True where a document begins
+    is_token: torch.Tensor  # (B, L) False for padding, which follows all else
+    doc_ended: torch.Tensor  # (B,) True: another document begins after these
     tokens: torch.Tensor | None = None  # (B, T) ids or (B, T, V) distributions
-    doc_start: torch.Tensor | None = None  # (B, L) True where a document begins; None: nowhere
     word_end: torch.Tensor | None = None  # (B, T) True where a word or a learned chunk ends
-    is_token: torch.Tensor | None = None  # (B, L) False for padding, which follows all else
     scored: torch.Tensor | None = None  # (B, L) scored targets there; None: there is no loss
-    doc_ended: torch.Tensor | None = None  # (B,) True: another document begins after these
     kv_input: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: x
     layer_mask: torch.Tensor | None = None  # (n_layer,) 0 for a block that is left out; None: none
     memory: dict | None = None  # {block: Memory} that blocks M read
 
-    def starts(self, x):
-        """Return (B, L) True where a document begins among x (B, L, C)."""
-        if self.doc_start is not None:
-            return self.doc_start
-        return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-
     @classmethod
     def of(cls, x, rope_table, front, pos=None, capacity=0, begins=True, **more):
-        """Return the Sequence of inputs x: its mask and rotary angles follow from positions."""
+        """Return the Sequence of inputs x: its mask and rotary angles follow from positions.
+
+        Unless `more` says otherwise, all of them are tokens of one document.
+        """
         mask, index = None, slice(x.size(1))
+        nowhere = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        more = dict(doc_start=nowhere, is_token=~nowhere, doc_ended=nowhere[:, 0]) | more
         if pos is not None:
             mask = (torch.arange(capacity, device=x.device) <= pos[..., None])[:, None]
             index = pos[:, None]
@@ -964,8 +963,7 @@ class Recurrence(Layer):
         if self.turns:
             a = a.repeat(1, 1, 2)
         b = (1 - a.abs()) * v
-        if seq.doc_start is not None:
-            a = a.masked_fill(seq.doc_start[..., None], 0.0)
+        a = a.masked_fill(seq.doc_start[..., None], 0.0)
         if cache is not None:
             carried = a[:, :1] * cache.before("h", seq.pos)[:, None]
             b = torch.cat((b[:, :1] + carried, b[:, 1:]), dim=1)
@@ -1048,11 +1046,10 @@ class DeltaRule(Layer):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         beta, keep = self.c_gate(x).float().transpose(1, 2).chunk(2, dim=1)  # (B, H, L)
         beta, log_keep = 2 * beta.sigmoid(), F.logsigmoid(keep + self.rate[:, None])
-        starts = seq.starts(x)
         if cache is None:
-            y = delta_scan(q, k, v, beta, log_keep, starts.cumsum(1))
+            y = delta_scan(q, k, v, beta, log_keep, seq.doc_start.cumsum(1))
         else:
-            y = self.step_by_step(q, k, v, beta, log_keep.exp(), starts, seq.pos, cache)
+            y = self.step_by_step(q, k, v, beta, log_keep.exp(), seq.doc_start, seq.pos, cache)
         y = rms_norm(y).transpose(1, 2).flatten(2)
         return self.c_proj(y.to(x.dtype) * F.silu(out))
 
@@ -1094,7 +1091,7 @@ class GRU(Layer):
     def forward(self, x, seq, aux, cache=None):
         v = x.to(self.rnn.weight_ih_l0.dtype)  # torch's own takes no other
         before = None if cache is None else cache.before("h", seq.pos).to(v.dtype)
-        h = self.documents(v, seq.starts(x), before)
+        h = self.documents(v, seq.doc_start, before)
         if cache is not None:
             cache.write(seq.pos, h=h)
         return self.c_proj(h.to(x.dtype))
@@ -1153,9 +1150,7 @@ class Pushdown(Layer):
         top = (push - pop).cumsum(1)
         if cache is not None:
             top = top + cache.before("top", seq.pos)[:, None]
-        low = top - push
-        if seq.doc_start is not None:
-            low = low.masked_fill(seq.doc_start[..., None], -math.inf)
+        low = (top - push).masked_fill(seq.doc_start[..., None], -math.inf)
         if cache is None:
             y = [self.read(top[:, a:b], v[:, :b], low[:, :b], top[:, :b], mask)
                  for a, b, mask in causal_pieces(x.size(1), x.device)]
@@ -1478,12 +1473,8 @@ class AssociativeMemory(Layer):
         key of the one mem_shift before it, where both are tokens of one document. What is `fixed`
         stays as it is.
         """
-        shift, is_token = self.cfg.mem_shift, pos >= seq.front
-        docs = torch.zeros_like(pos)
-        if seq.doc_start is not None:
-            docs = seq.doc_start.cumsum(1)
-        if seq.is_token is not None:
-            is_token = is_token & seq.is_token
+        shift, is_token = self.cfg.mem_shift, (pos >= seq.front) & seq.is_token
+        docs = seq.doc_start.cumsum(1)
         window = Cache({"docs": docs, "is_token": is_token})
         if cache is not None:
             docs = docs + cache.before("docs", pos)[:, None]
@@ -1556,7 +1547,7 @@ class AssociativeMemory(Layer):
         return y, *(F.pad(t.gather(-1, found), short) for t in (numbers, p.detach()))
 
     @torch.no_grad()
-    def writes(self, window, front, n, doc_ended=None):
+    def writes(self, window, front, n, doc_ended):
         """Return the MemoryWrites of the first n (B,) tokens after `front` of a window, a Cache.
 
         doc_ended (B,): a document begins after them, so what they leave is of no use.
@@ -1564,9 +1555,7 @@ class AssociativeMemory(Layer):
         place, docs = torch.arange(window["docs"].size(1), device=n.device), window["docs"]
         doc = docs.gather(1, (front + n - 1).clamp(min=0)[:, None]) * (n > 0)[:, None]
         inside = (place >= front) & (place < (front + n)[:, None]) & (docs == doc)  # (B, L)
-        keep_old = doc[:, 0] == 0
-        if doc_ended is not None:
-            inside, keep_old = inside & ~doc_ended[:, None], keep_old & ~doc_ended
+        inside, keep_old = inside & ~doc_ended[:, None], (doc[:, 0] == 0) & ~doc_ended
         return MemoryWrites(window["keys"].detach(), window["values"].detach(),
                             window["exists"] & inside, window["found"],
                             window["weight"] * inside[..., None, None], keep_old,
@@ -1979,7 +1968,7 @@ class Router(nn.Module):
         if cache is not None:
             before = cache.before("key", seq.pos)
             cache.write(seq.pos, key=key)
-        key = torch.cat((before[:, None], key[:, :-1]), 1).masked_fill(seq.starts(x)[..., None], 0)
+        key = torch.cat((before[:, None], key[:, :-1]), 1).masked_fill(seq.doc_start[..., None], 0)
         p = (1 - F.cosine_similarity(q.float(), key.float(), dim=-1)) / 2  # a 0 ends nothing
         ends, S = p > 0.5, seq.n_prefix
         if seq.scored is not None:
@@ -2176,7 +2165,7 @@ class Level(Stack):
         if cache is not None:
             last = {name: cache.before(name, pos) for name in last}
         at = torch.arange(T, device=device)
-        doc_start = seq.starts(x)[:, S:]
+        doc_start = seq.doc_start[:, S:]
         starts = doc_start | F.pad(seq.word_end[:, :-1], (1, 0)) if self.words else doc_start
         start = torch.where(starts, at, -1).cummax(1).values  # of the running chunk; -1: before
         place = torch.where(start >= 0, at - start, last["next_place"][:, None] + at)
@@ -2186,8 +2175,7 @@ class Level(Stack):
             size = len(self.cos)
             place = place % size
             closes, M = place == size - 1, T // size if cache is None else -(-T // size)
-        if seq.is_token is not None:
-            closes = closes & seq.is_token[:, S:]
+        closes = closes & seq.is_token[:, S:]
         count = last["count"][:, None] + closes.cumsum(1)
         closes = closes & (count <= self.capacity)
         count, docs = count.clamp(max=self.capacity), last["docs"][:, None] + doc_start.cumsum(1)
@@ -2234,17 +2222,14 @@ class Level(Stack):
         scored (B, M): how many scored tokens are in each chunk, or None. stack: layers instead,
         which hand nothing down.
         """
-        n, exists, doc_start = int(seq.begins), chunks.exists, None
+        n = int(seq.begins)
         concepts = self.c_in(concepts)
         if seq.begins:
             bos = self.bos.to(concepts.dtype).expand(len(concepts), 1, -1)
             concepts = torch.cat((bos, concepts), dim=1)
-        if seq.doc_start is not None:
-            doc_start = F.pad(chunks.doc != chunks.doc_before, (n, 0))
         if scored is not None:
             scored = F.pad(scored, (n, 0))
-        ended = (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
-        ended = ended if seq.doc_ended is None else ended | seq.doc_ended
+        ended = seq.doc_ended | (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
         pos, caches = None, None
         if cache is not None or self.rollout:
             place = torch.arange(concepts.size(1), device=concepts.device)
@@ -2253,9 +2238,9 @@ class Level(Stack):
                 cache.inside[1:]
         aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
         inner = Sequence.of(concepts, seq.rope_table, 1, pos, self.room, seq.begins,
-                            doc_start=doc_start, is_token=F.pad(exists, (n, 0), value=True),
-                            scored=scored, doc_ended=ended, layer_mask=seq.layer_mask,
-                            memory=seq.memory)
+                            doc_start=F.pad(chunks.doc != chunks.doc_before, (n, 0)),
+                            is_token=F.pad(chunks.exists, (n, 0), value=True), doc_ended=ended,
+                            scored=scored, layer_mask=seq.layer_mask, memory=seq.memory)
         u = self.ln(self.c_out((stack or self).run(concepts, inner, aux, caches)[0]))
         if stack is not None:
             return u[:, :, None], None
@@ -3117,12 +3102,10 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
         # what layers may know of them
         S, more, pos, capacity = x.size(1) - tokens.size(1), {}, None, 0
-        if cfg.eot >= 0 or self.ends_word is not None:
-            ids = likeliest if ids is None else ids
-            if cfg.eot >= 0:
-                more["doc_start"] = F.pad(ids == cfg.eot, (S, 0))
-            if self.ends_word is not None:
-                more["word_end"] = self.ends_word[ids]
+        ids = likeliest if ids is None else ids
+        more["doc_start"] = F.pad(ids == cfg.eot, (S, 0))
+        if self.ends_word is not None:
+            more["word_end"] = self.ends_word[ids]
         if targets is not None:  # a token that is a target is scored where it stands
             more["scored"] = F.pad((targets[:, :-1] >= 0).float(), (S + 1, 0))
         if self.training and cfg.layer_drop and step_draw is not None:
