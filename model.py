@@ -317,7 +317,7 @@ class GPTConfig:
     def heads(self, i):
         """Return (query heads, key and value heads, head_dim) of block i."""
         h = self.per_layer("n_head", i)
-        return h, self.per_layer("n_kv_head", i) or h, self.head_dim or self.n_embd // max(h, 1)
+        return h, self.per_layer("n_kv_head", i) or h, self.head_dim or self.n_embd // h
 
 
 def parse_layers(layers):
@@ -759,8 +759,9 @@ class Aux:
 class Layer(nn.Module):
     """A mixer or a feed-forward layer: forward(x, seq, aux, cache=None), x (B, L, C) -> the same.
 
-    A layer that carries nothing from position to position has init_cache give None.
+    `carries` names what decoding keeps of each position, with its size, as Cache.empty takes it.
     """
+    carries = {}  # nothing
     ends_with_document = True  # it carries state, which the start of a document must reset
 
     @staticmethod
@@ -769,6 +770,7 @@ class Layer(nn.Module):
 
     def init_cache(self, B, L, like):
         """Return an empty Cache for B rows of L positions, like a tensor of the model's type."""
+        return Cache.empty(like, B, L, **self.carries) if self.carries else None
 
     def update_cache(self, x, seq, aux, cache):
         """Do to the cache what forward does, for positions whose output nobody needs."""
@@ -807,6 +809,7 @@ class Attention(Layer):
         self.c_attn = Linear(cfg.n_embd, (self.q_dim, self.kv_dim, self.kv_dim), cfg.bias)
         self.c_proj = Linear(self.q_dim, cfg.n_embd, cfg.bias, init=RESIDUAL)
         self.qk_scale = parameter(self.n_head, 1, 1, init=ONES) if cfg.qk_scale else None
+        self.carries = dict.fromkeys("kv", (self.n_kv_head, self.head_dim))
         plain = [item[1] for item in cfg.tree if item[0] == "A"]
         embeds = i in plain[len(plain) - cfg.n_value_embed:]
         self.value_embed = Embedding(cfg.vocab_size, self.kv_dim, init=HEAD) if embeds else None
@@ -819,15 +822,18 @@ class Attention(Layer):
             value = getattr(cfg, name)
             if isinstance(value, tuple) and len(value) != cfg.n_layer:
                 raise ValueError(f"{name} gives {len(value)} values for {cfg.n_layer} layers")
-        for i in cfg.attending():
+        attending = cfg.attending()
+        for i, c in enumerate(cfg.letters):
             h, kv, d = cfg.heads(i)
+            if d * h != cfg.n_embd and not cfg.head_dim and (i in attending or c in "DS"):
+                raise ValueError(f"n_embd ({cfg.n_embd}) is not a multiple of n_head ({h}); set "
+                                 f"head_dim to choose one")
+            if i not in attending:
+                continue
             if h % kv:
                 raise ValueError(f"n_head ({h}) must be a positive multiple of n_kv_head ({kv}) in "
                                  f"layer {i}")
-            if d * h != cfg.n_embd and not cfg.head_dim:
-                raise ValueError(f"n_embd ({cfg.n_embd}) is not a multiple of n_head ({h}); set "
-                                 f"head_dim to choose one")
-            first = cfg.heads(cfg.attending()[0])[2]
+            first = cfg.heads(attending[0])[2]
             if d < 1 or (cfg.pos == "rope" and (d % 2 or d != first)):
                 raise ValueError(f"head_dim must be positive, and for pos = rope even and the same "
                                  f"in all layers, not {d}; with a different n_head per layer set "
@@ -835,10 +841,6 @@ class Attention(Layer):
         if cfg.n_value_embed > sum(item[0] == "A" for item in cfg.tree):
             raise ValueError(f"n_value_embed ({cfg.n_value_embed}) must lie between 0 and the "
                              f"number of token-level blocks A")
-
-    def init_cache(self, B, L, like):
-        size = self.n_kv_head, self.head_dim
-        return Cache.empty(like, B, L, k=size, v=size)
 
     def heads(self, qk, v, seq):
         """Split queries and keys, and values, (B, L, heads * D) into (B, heads, L, D)."""
@@ -938,9 +940,7 @@ class Recurrence(Layer):
         self.c_proj = Linear(C, C, cfg.bias, init=RESIDUAL)
         stops = 2.0 + torch.arange(C // 2) % 8 if self.turns else None
         self.register_buffer("stops", stops, persistent=False)
-
-    def init_cache(self, B, L, like):
-        return Cache.empty(like, B, L, h=(self.c_proj.in_features, torch.float32))
+        self.carries = dict(h=(C, torch.float32))
 
     def settle(self, turn):
         """Draw half turns (.., C/2) near the closest n-th of a full turn: a smooth staircase.
@@ -1027,17 +1027,7 @@ class DeltaRule(Layer):
         law = lambda p, cfg, generator: p.uniform_(2.0, 6.0, generator=generator)
         self.rate = parameter(self.n_head, init=law)  # gate bias
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
-
-    @staticmethod
-    def check(cfg):
-        for i, c in enumerate(cfg.letters):
-            h, _, d = cfg.heads(i)
-            if c in "DS" and (h < 1 or d * h != cfg.n_embd and not cfg.head_dim):
-                raise ValueError(f"n_embd ({cfg.n_embd}) is not a multiple of n_head ({h}); set "
-                                 f"head_dim to choose one")
-
-    def init_cache(self, B, L, like):
-        return Cache.empty(like, B, L, S=(self.n_head, self.head_dim, self.head_dim, torch.float32))
+        self.carries = dict(S=(self.n_head, self.head_dim, self.head_dim, torch.float32))
 
     def forward(self, x, seq, aux, cache=None):
         B, L, _ = x.shape
@@ -1084,9 +1074,7 @@ class GRU(Layer):
         for p in self.rnn.parameters():
             stated(p, *((ZEROS, "gain") if p.dim() == 1 else (MATRIX, "matrix"))).parts = (C, C, C)
         self.c_proj = Linear(C, C, cfg.bias, init=RESIDUAL)
-
-    def init_cache(self, B, L, like):
-        return Cache.empty(like, B, L, h=(self.c_proj.in_features, torch.float32))
+        self.carries = dict(h=(C, torch.float32))
 
     def forward(self, x, seq, aux, cache=None):
         v = x.to(self.rnn.weight_ih_l0.dtype)  # torch's own takes no other
@@ -1136,10 +1124,8 @@ class Pushdown(Layer):
         wide = normal(lambda p, cfg: 4 * p.size(1) ** -0.5)  # gates near 0 and 1 from the start
         self.c_gate = Linear(C, 2 * self.n_head, bias=True, init=wide, group="table")
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
-
-    def init_cache(self, B, L, like):
-        H, fp32 = self.n_head, torch.float32
-        return Cache.empty(like, B, L, v=(H, self.head_dim), low=(H, fp32), top=(H, fp32))
+        height = self.n_head, torch.float32
+        self.carries = dict(v=(self.n_head, self.head_dim), low=height, top=height)
 
     def forward(self, x, seq, aux, cache=None):
         v, out = self.c_in(x).chunk(2, dim=-1)
@@ -1406,6 +1392,10 @@ class AssociativeMemory(Layer):
         self.scale = parameter(H, init=ONES)  # logit = 10 scale log(entries + 2) cosine
         self.null_logit = parameter(H, init=ONES)  # twice the cosine that "nothing" counts as
         self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, cfg.bias, init=RESIDUAL)
+        read = H, cfg.mem_top
+        self.carries = dict(keys=(H, D), values=(H, D), docs=(torch.long,),
+                            found=(*read, torch.long), weight=(*read, torch.float32),
+                            **dict.fromkeys(("exists", "is_token", "fixed"), (torch.bool,)))
 
     @staticmethod
     def check(cfg):
@@ -1434,11 +1424,7 @@ class AssociativeMemory(Layer):
                              f"on; give at most half of block_size ({cfg.block_size})")
 
     def init_cache(self, B, L, like):
-        H, D, k = self.cfg.mem_head, self.cfg.mem_dim, self.cfg.mem_top
-        return Cache.empty(like, B, L + self.cfg.mem_shift + 1, keys=(H, D), values=(H, D),
-                           exists=(torch.bool,), is_token=(torch.bool,), docs=(torch.long,),
-                           fixed=(torch.bool,), found=(H, k, torch.long),
-                           weight=(H, k, torch.float32))  # the last place is nobody's
+        return super().init_cache(B, L + self.cfg.mem_shift + 1, like)  # the last is nobody's
 
     def forward(self, x, seq, aux, cache=None):
         (B, L, _), cfg, memory = x.shape, self.cfg, (seq.memory or {}).get(self.i)
@@ -3259,7 +3245,7 @@ CHOICES = {
     "semantic": (*DISTANCES, "soft_ce"),
     "soft_of": ("softmax", "point"),
     "exit_loss": ("depth", "rotate")}
-CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
+CHECKED = (Level, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
            EmbeddingHead, SoftTokens, EarlyExit)
 
 
