@@ -427,8 +427,11 @@ def share_of_cores(cfg):
 
 
 def make_task(cfg, name):
-    """Make the dataset of a synthetic task where it is not there yet; chain0 has no pauses, and
-    chain_written the steps themselves; words is Shakespeare by words, and no_spaces Shakespeare without white space."""
+    """Make the dataset of a synthetic task where it is not there yet.
+
+    chain0 has no pauses, and chain_written the steps themselves. words is Shakespeare by words, and
+    no_spaces Shakespeare without white space.
+    """
     command = {"chain0": ["chain", "--n_pause=0"], "chain_written": ["chain", "--write_steps"],
                "words": ["--tokenizer=word", "--vocab_size=2000"]}.get(name, [name])
     if os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):

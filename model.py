@@ -364,6 +364,13 @@ def is_level(item):
     return isinstance(item, list)
 
 
+def stacks(items, depth=0):
+    """Yield (items, depth) of a tree, as parse_layers gives it, and of every level in it."""
+    yield items, depth
+    for item in filter(is_level, items):
+        yield from stacks(item, depth + 1)
+
+
 def parse_chunk(c):
     """Return (kind, number, room) of a value of `chunk`, which has room for a chunk every so many
     positions; raise ValueError where it is none.
@@ -1401,21 +1408,16 @@ class AssociativeMemory(Layer):
     def check(cfg):
         first = cfg.mem_chunk * (cfg.mem_shift // cfg.mem_chunk + 1)  # place that finds something
 
-        def check_stack(items, depth):
+        for items, depth in stacks(cfg.tree) if "M" in cfg.layers else ():
             places = cfg.most_chunks(depth, cfg.block_size)
-            has_memory = any(item[0] == "M" for item in items)
-            if has_memory and places <= first:
+            if any(item[0] == "M" for item in items) and places <= first:
                 what = f"{places} chunks of a level" if depth else f"block_size = {places} tokens"
                 raise ValueError(f"a block M has {what}, and with mem_chunk = {cfg.mem_chunk} and "
                                  f"mem_shift = {cfg.mem_shift} finds nothing before "
                                  f"place {first + 1}; give a smaller mem_chunk or mem_shift"
                                  + ", or a smaller chunk" * bool(depth))
-            for item in filter(is_level, items):
-                check_stack(item, depth + 1)
-
         if "M" not in cfg.layers:
             return
-        check_stack(cfg.tree, 0)
         if cfg.block_size % cfg.mem_chunk:
             raise ValueError(f"block_size ({cfg.block_size}) is not a multiple of mem_chunk "
                              f"({cfg.mem_chunk})")
@@ -2029,8 +2031,7 @@ class Level(Stack):
     def check(cfg):
         chunks = str(cfg.chunk).replace(" ", "").split(",")
         cfg.chunk, block_size, C = ",".join(chunks), cfg.block_size, cfg.n_embd
-        steps = {"(": 1, ")": -1}
-        depth = max(itertools.accumulate(steps.get(c, 0) for c in cfg.layers))
+        depth = max(d for _, d in stacks(cfg.tree))
         for i, c in enumerate(chunks):
             if parse_chunk(c)[0] and i:
                 raise ValueError(f"chunk is a number for every level but the first, not {c!r}")
@@ -2082,7 +2083,7 @@ class Level(Stack):
                              "or a level inside it cannot; leave one of them out")
         outer = [item[0] for item in cfg.tree if not is_level(item)]
 
-        def check_stack(items):
+        for items, _ in stacks(cfg.tree):
             for i, item in enumerate(items):
                 if not is_level(item):
                     continue
@@ -2099,8 +2100,6 @@ class Level(Stack):
                     raise ValueError(f"share_levels runs the first token-level blocks "
                                      f"({''.join(outer)}) in every level, but one of them asks for "
                                      f"{''.join(letters)}")
-                check_stack(item)
-        check_stack(cfg.tree)
 
     def init_cache(self, B, L, like):
         sizes, C = dict.fromkeys(self.CARRIED, (torch.long,)), self.n_embd
@@ -2738,21 +2737,19 @@ class EarlyExit:
             seq = replace(seq, word_end=-(logp.exp() * logp).sum(-1) > self.limit)
         return seq
 
-    def exit_trial(self, seq, B):
-        """Return should_exit(x) for training, so that layers learn to see tokens that stopped.
+    def exit_trial(self, B):
+        """Return should_exit(h) for training, so that layers learn to see tokens that stopped.
 
         In a share exit_rate of the B rows they stop where the likeliest token has more than a
         probability that is drawn per row. Their own exit is then their last layer: there is nothing
         to distil at it, and they teach the classifier nothing.
         """
-        rate, S = self.cfg.exit_rate, seq.n_prefix
         limit = torch.rand(2, B, 1, device=self.wte.weight.device)
-        limit = torch.where(limit[0] < rate, 0.5 + 0.5 * limit[1], 2.0)
+        limit = torch.where(limit[0] < self.cfg.exit_rate, 0.5 + 0.5 * limit[1], 2.0)
 
-        def should_exit(x):
+        def should_exit(h):
             with torch.no_grad():
-                p = self.to_logits(self.ln_f(x[:, S:])).softmax(-1)
-                return F.pad(p.amax(-1) > limit, (S, 0))
+                return self.to_logits(h).softmax(-1).amax(-1) > limit
         return should_exit
 
     def exit_losses(self, exits, exited, logits, targets, step_draw):
@@ -2831,11 +2828,10 @@ class EarlyExit:
         x, seq = self.embed(tokens, history, state, ids=ids)
         S, before = seq.n_prefix, self.ln_f(x[:, seq.n_prefix:])
 
-        def stops(x):
+        def stops(h):
             nonlocal before
-            h = self.ln_f(x[:, S:])
             now, before = should_exit(h, before), h
-            return F.pad(now, (S, 0))  # slots stay to the end
+            return now
 
         x, _, _, depth = self.trunk(x, seq, Aux(), state, stops)
         return self.to_logits(self.ln_f(x[:, S:])), depth[:, S:]
@@ -3105,8 +3101,9 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
     def trunk(self, x, seq, aux, state=None, should_exit=None, until=None):
         """Run x (B, L, C) through the layers, segment after segment, up to the exit `until`.
 
-        should_exit(x) says which positions (B, L) stop at an exit: they stay as they are. Return
-        (x, [x at each exit], exited (B, L) or None, blocks run (B, L) or None).
+        should_exit(h) says which of the normalised vectors (B, T, C) at an exit stop there: they
+        stay as they are. Slots never stop. Return (x, [x at each exit], exited (B, L) or None,
+        blocks run (B, L) or None).
         """
         caches = None if state is None else state.caches
         plan, at_exits, exited, depth = None, [], None, None
@@ -3120,7 +3117,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
                     seq = self.behind_exit(x, seq)
                 at_exits.append(x)
             if first and should_exit is not None:
-                now = should_exit(x)
+                now = F.pad(should_exit(self.ln_f(x[:, seq.n_prefix:])), (seq.n_prefix, 0))
                 exited = now if exited is None else exited | now
                 depth = torch.where(exited, depth.clamp(max=self.exits[first]), depth)
                 if state is not None and bool(exited.all()):
@@ -3206,7 +3203,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         # vectors, then the layers
         x, seq = self.embed(idx, history, state, targets=targets, **more)
         aux = Aux({} if self.record_ff_outputs else None)
-        should_exit = self.exit_trial(seq, len(x)) if self.training and cfg.exit_rate else None
+        should_exit = self.exit_trial(len(x)) if self.training and cfg.exit_rate else None
         x, at_exits, exited, _ = self.trunk(x, seq, aux, state, should_exit)
 
         # logits
@@ -3245,8 +3242,8 @@ CHOICES = {
     "semantic": (*DISTANCES, "soft_ce"),
     "soft_of": ("softmax", "point"),
     "exit_loss": ("depth", "rotate")}
-CHECKED = (Level, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
-           EmbeddingHead, SoftTokens, EarlyExit)
+CHECKED = (Attention, Level, FeaturalMemory, AssociativeMemory, NGrams, Slots, EmbeddingHead,
+           SoftTokens, EarlyExit)
 
 
 def settings(cfg):

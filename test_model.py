@@ -3607,7 +3607,8 @@ train
   --n_gram=2,2 => n_gram ; --n_gram=1 => n_gram ; --n_gram=300 => n_gram ; --n_gram_size=9 => n_gram
   --n_head=5 => n_embd | n_head ; --n_head=4,2 --n_layer=2 => head_dim ; --norm=batch => norm | rms
   --tie=True --embed_norm=False => tie ; --optimizer=sgd => optimizer | adamw
-  --n_mlp=1,2,3 => n_mlp | 3 ; --layers=AA --n_layer=6 => n_layer | AA ; --layers=AX => 'X' | layers
+  --layers=(A)AA --n_head=4,2 => n_head | 2 values ; --n_mlp=1,2,3 => n_mlp | 3
+  --layers=AA --n_layer=6 => n_layer | AA ; --layers=AX => 'X' | layers
   --layers=((A)A)A --concept_of=ema => concept_of | one depth ; --semantic_table=x => semantic_table
   --layers=(A)AF --concept_of=ema => concept_of = state ; --next_latent=-1
   --semantic_table=ppmi => semantic_table | semantic_weight ; --concept_of=ema => ( )
