@@ -1748,9 +1748,9 @@ class Plan:
     """What a level hands to the blocks after it with plan = cross or latent."""
     concepts: torch.Tensor | None  # (B, M, horizon, C) predicted by M states; None: no new ones
     first: torch.Tensor | None  # (B,) which states they are: first, first + 1, ...
-    count: torch.Tensor  # (B, L) a position may read the states 0..count, or with a mask this one
-    mask: torch.Tensor | None  # (B, 1, L, keys) True in its own chunk; None: it sees all of them
-    rolled: torch.Tensor | None  # (B, 1, horizon) which concepts of a state there are; None: all
+    count: torch.Tensor  # (B, L) chunks closed up to each position
+    seen: torch.Tensor  # (B, L, states * horizon) True where it reads a concept; latent: or nothing
+    mask: torch.Tensor | None  # (B, 1, L, keys) latent: which positions it sees; None: all before
 
 
 class Cross(nn.Module):
@@ -1782,26 +1782,19 @@ class Cross(nn.Module):
 
         q = split(self.c_q(x), plan.count)
         if plan.concepts is not None:
-            M = plan.concepts.size(1)
-            state = plan.first[:, None] + torch.arange(M, device=x.device)  # (B, M)
+            state = torch.arange(plan.concepts.size(1), device=x.device)
+            state = plan.first[:, None] + state  # (B, M)
             k, v = self.c_kv(plan.concepts.flatten(1, 2).to(x.dtype)).chunk(2, dim=-1)
             k = split(k, (state[..., None] + ahead).flatten(1))
             v = split_heads(v, self.head_dim)
         if cache is not None:
-            M = self.n_states
             if plan.concepts is not None:
-                place = state.clamp(max=M - 1)[..., None] * self.horizon + ahead
+                place = state.clamp(max=self.n_states - 1)[..., None] * self.horizon + ahead
                 cache.write(place.flatten(1), k=k.transpose(1, 2), v=v.transpose(1, 2))
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
-        state = torch.arange(M, device=x.device).repeat_interleave(self.horizon)
-        count = plan.count[..., None]
-        seen = state <= count if plan.mask is None else state == count
-        if plan.rolled is not None:
-            seen = seen & plan.rolled.repeat(1, 1, M)
         if plan.mask is not None:  # or nothing
-            seen = F.pad(seen, (1, 0), value=True)
             k, v = (F.pad(t, (0, 0, 1, 0)) for t in (k, v))
-        y = attend(q, k, v, seen[:, None], 0.0)
+        y = attend(q, k, v, plan.seen[:, None], 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -2001,10 +1994,10 @@ class Level(Stack):
         self.router = Router(cfg, size) if kind == "route" else None
         self.name, self.weight = f"concept_{depth}", cfg.level_weight(depth)
         self.draw_rate, self.noise, self.draws = cfg.plan_draw, cfg.plan_noise, False
-        self.alone, self.rollout = cfg.plan == "latent", cfg.rollout
-        self.capacity = cfg.most_chunks(depth)
-        self.room = self.capacity + 2  # of caches: for bos, and a place that nobody reads
-        self.room += cfg.horizon * bool(cfg.rollout)
+        self.alone, self.capacity = cfg.plan == "latent", cfg.most_chunks(depth)
+        # the share of training rows that are rolled out, and in how many passes
+        self.rollout, self.n_pass = cfg.rollout or 1.0, cfg.horizon if cfg.rollout else 1
+        self.room = self.capacity + 1 + self.n_pass  # of caches: bos, and a place that nobody reads
         self.n_embd, self.bos = C, parameter(width, init=EMBEDDING)
         # a level of another width has a door: for concepts, and for its states
         self.c_in, self.c_out = (Linear(*way, cfg.bias) if width != C else nn.Identity()
@@ -2019,7 +2012,7 @@ class Level(Stack):
         self.register_buffer("sin", sin, persistent=False)
         inside = cfg if width == C else cfg.widened(width)
         self.add_layers(inside, tree, depth, shared)
-        self.bag, self.of_state = cfg.concept_of == "bag", cfg.concept_of in ("state", "ema")
+        self.bag, self.of_state = cfg.concept_of == "bag", cfg.concept_of == "state"
         self.average = None
         if cfg.concept_of == "ema" and self.weight > 0:
             self.average = Stack()
@@ -2116,23 +2109,22 @@ class Level(Stack):
             seq, sure = self.router(x, seq, aux, cache)
         chunks = self.find_chunks(x, seq, cache)
         sums, inside = self.compose(x[:, seq.n_prefix:], chunks, seq, cache)
-        u, points = None, None
+        new = None
         # asking a GPU whether any chunk closes would wait for it
         always = cache is None or seq.begins or x.device.type != "cpu"
         always = always or torch.compiler.is_compiling()
         if always or bool(chunks.closes.any()):
-            concepts = rms_norm(sums)
-            scored = None
-            if seq.scored is not None:
+            concepts, scored = rms_norm(sums), None
+            if seq.scored is not None and cache is None:
                 scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1)  # (B, M)
-            u, points = self.run_inner(concepts, scored, chunks, seq, aux, cache)
+            u, points, average = self.run_inner(concepts, scored, chunks, seq, aux, cache)
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
-            if scored is not None and self.weight > 0 and cache is None:
-                target = self.target(x, u, concepts, inside, chunks, seq)
+            if scored is not None and self.weight > 0:
+                target = self.target(x[:, seq.n_prefix:], inside, concepts, u, average)
                 self.regress(u, target, scored, chunks, aux)
-        if points is not None and self.training and self.draw_rate:
-            points = self.some_drawn(points, u, concepts, chunks)
-        new = None if u is None else self.returned(u, points)
+            if self.training and self.draw_rate:
+                points = self.some_drawn(points, u, concepts, chunks)
+            new = self.returned(u, points)
         y, plan = self.hand_down(x, new, chunks, seq, cache)
         if self.router is not None:  # straight-through: 1 times what is told, with a gradient
             y = y + (sure - sure.detach())[..., None] * (y - x).detach()
@@ -2200,61 +2192,64 @@ class Level(Stack):
         cache.write(pos, open_sum=opened)
         return chunks.ends.to(x.dtype) @ opened, inside
 
-    def run_inner(self, concepts, scored, chunks, seq, aux, cache, stack=None):
+    def run_inner(self, concepts, scored, chunks, seq, aux, cache):
         """Run the layers inside over bos, where all begins, and concepts (B, M, C).
 
-        Return states (B, M + 1, R, C) and what they hand down (B, M + 1, H, C); None: themselves.
-        scored (B, M): how many scored tokens are in each chunk, or None. stack: layers instead,
-        which hand nothing down.
+        Return states (B, M + 1, R, C); the concepts that they predict (B, M + 1, H, C), None where
+        states are handed down; and the states of the averaged layers (B, M + 1, C), or None.
+        scored (B, M): how many scored tokens are in each chunk; None: there is no loss.
         """
-        n = int(seq.begins)
-        concepts = self.c_in(concepts)
+        n, x, average = int(seq.begins), self.c_in(concepts), None
         if seq.begins:
-            bos = self.bos.to(concepts.dtype).expand(len(concepts), 1, -1)
-            concepts = torch.cat((bos, concepts), dim=1)
+            x = torch.cat((self.bos.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
         if scored is not None:
             scored = F.pad(scored, (n, 0))
         ended = seq.doc_ended | (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
         pos, caches = None, None
-        if cache is not None or self.rollout:
-            place = torch.arange(concepts.size(1), device=concepts.device)
+        if cache is not None or self.n_pass > 1:
+            place = torch.arange(x.size(1), device=x.device)
             pos = (chunks.n_before[:, None] + 1 - n + place).clamp(max=self.room - 1)
-            caches = self.init_caches(len(pos), self.room, concepts) if cache is None else \
-                cache.inside[1:]
+            caches = self.init_caches(len(x), self.room, x) if cache is None else cache.inside[1:]
         aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
-        inner = Sequence.of(concepts, seq.rope_table, 1, pos, self.room, seq.begins,
+        inner = Sequence.of(x, seq.rope_table, 1, pos, self.room, seq.begins,
                             doc_start=F.pad(chunks.doc != chunks.doc_before, (n, 0)),
                             is_token=F.pad(chunks.exists, (n, 0), value=True), doc_ended=ended,
                             scored=scored, layer_mask=seq.layer_mask, memory=seq.memory)
-        u = self.ln(self.c_out((stack or self).run(concepts, inner, aux, caches)[0]))
-        if stack is not None:
-            return u[:, :, None], None
-        if self.rollout:
-            return self.roll_out(u, inner, caches)
-        return u[:, :, None], self.predict(u) if self.tell is None else None
+        u = self.states(self, x, inner, aux, caches)
+        if self.average is not None and scored is not None:
+            with torch.no_grad():
+                average = self.states(self.average, x, inner, Aux())
+        if self.tell is not None:
+            return u[:, :, None], None, average
+        return *self.roll_out(u, inner, caches), average
+
+    def states(self, stack, x, seq, aux, caches=None):
+        """Return what a stack makes of x (B, L, level_embd), as states (B, L, C)."""
+        return self.ln(self.c_out(stack.run(x, seq, aux, caches)[0]))
 
     def predict(self, u):
         """Return the concepts ahead (.., H, C) of states (.., C): points, or draws of them."""
         return self.head.sample(u) if self.draws else self.head(u)
 
     def roll_out(self, u, seq, caches):
-        """Return states (B, M + 1, H, C) and the concepts (B, M + 1, H, C) that they predict.
+        """Return states (B, M + 1, R, C) and the concepts (B, M + 1, H, C) that they predict.
 
-        What state i predicts is read as the concept i by the layers inside, behind all that they
-        have read before; the state that they make of it predicts concept i + 1, and so on. Each
-        state goes on in a branch of its own, with a copy of its row's caches. In training only
-        the first rows do so, and beyond their first concept the others have none.
+        In one pass R is 1. With `rollout`, in R = H: what state i predicts is read as the concept i
+        by the layers inside, behind all that they have read before; the state that they make of it
+        predicts concept i + 1, and so on. Each state goes on in a branch of its own, with a copy of
+        its row's caches. In training only the first rows do so, and beyond their first concept the
+        others have none.
         """
         (B, M, _), n = u.shape, self.n_rolled(len(u))
         states, points, row = [u], [self.predict(u)], torch.arange(n, device=u.device)
         row = row.repeat_interleave(M)
-        for h in range(1, self.horizon):
+        for h in range(1, self.n_pass):
             caches = [cache.select(row) for cache in caches]
             x = self.c_in(rms_norm(points[-1][:n]).to(u.dtype).flatten(0, 1))  # (n M, 1, C)
             pos = (seq.pos[:n] + h).clamp(max=self.room - 1).view(-1, 1)
             branch = Sequence.of(x, seq.rope_table, 1, pos, self.room, False,
                                  layer_mask=seq.layer_mask)
-            x = self.ln(self.c_out(self.run(x, branch, Aux(), caches)[0])).view(n, M, -1)
+            x = self.states(self, x, branch, Aux(), caches).view(n, M, -1)
             states.append(F.pad(x, (0, 0, 0, 0, 0, B - n)))
             points.append(self.predict(states[-1]))
             row = torch.arange(n * M, device=u.device)
@@ -2265,19 +2260,16 @@ class Level(Stack):
         return math.ceil(B * self.rollout) if self.training else B
 
     def rolled(self, u):
-        """Return which concepts ahead of u (B, ..) were predicted (B, 1, H); None: all of them."""
-        if not self.rollout:
-            return None
+        """Return which concepts ahead of u (B, ..) were predicted: (B, 1, H)."""
         row = torch.arange(len(u), device=u.device)[:, None, None]
         return (row < self.n_rolled(len(u))) | (torch.arange(self.horizon, device=u.device) == 0)
 
-    def target(self, x, u, concepts, inside, chunks, seq):
-        """Return what is to be predicted of each chunk (B, M, C)."""
+    def target(self, x, inside, concepts, u, average):
+        """Return what is to be predicted of each chunk (B, M, C), as concept_of says."""
         if self.bag:
-            return rms_norm(inside.to(x.dtype) @ x[:, seq.n_prefix:])
-        if self.average is not None:
-            with torch.no_grad():
-                u = self.run_inner(concepts, None, chunks, seq, Aux(), None, self.average)[0]
+            return rms_norm(inside.to(x.dtype) @ x)
+        if average is not None:
+            return average[:, 1:]
         return u[:, 1:, 0] if self.of_state else concepts
 
     def regress(self, u, target, scored, chunks, aux):
@@ -2289,9 +2281,7 @@ class Level(Stack):
         M, H = target.size(1), self.horizon
         target = self.ahead(target.detach().float()).unflatten(2, (u.size(2), -1))
         loss = self.head.loss(u[:, :M], target).flatten(2)
-        counts = self.ahead(scored) * self.known(chunks)
-        if self.rollout:
-            counts = counts * self.rolled(u)
+        counts = self.ahead(scored) * self.known(chunks) * self.rolled(u)
         aux.losses.append((self.name, self.weight, (loss * counts).sum() / H))
 
     def ahead(self, t):
@@ -2331,11 +2321,17 @@ class Level(Stack):
         S, first = seq.n_prefix, chunks.n_before + 1 - int(seq.begins)
         if self.tell is None:  # a prefix reads u_0, as the first tokens do
             count, mask = F.pad(chunks.count, (S, 0)), None
+            n = new.size(1) if cache is None else self.capacity + 2
+            state = torch.arange(n, device=x.device).repeat_interleave(self.horizon)
+            seen = state <= count[..., None]
             if self.alone:
                 counts = count if cache is None else cache["count"]
                 mask = (count[..., None] == counts[:, None])[:, None]  # (B, 1, L, keys)
                 mask = mask.tril() if cache is None else mask & seq.mask
-            return x, Plan(new, first, count, mask, self.rolled(x))
+                seen = state == count[..., None]
+            seen = seen & self.rolled(x).repeat(1, 1, n)
+            seen = F.pad(seen, (int(self.alone), 0), value=True)
+            return x, Plan(new, first, count, seen, mask)
         # a document without a chunk yet reads u_0, as the first tokens of a text do
         count = chunks.count.masked_fill(chunks.docs > chunks.closed_docs, 0)
         count = F.pad(count, (S, 0))
@@ -2365,7 +2361,7 @@ class Level(Stack):
     def flops(self, L):
         inside = min(L, self.capacity) + 1
         own = n_weights(self.c_in, self.c_out, self.tell, self.head)
-        passes = 1 + self.rollout * (self.horizon - 1)
+        passes = 1 + self.rollout * (self.n_pass - 1)
         below = 6 * (inside * own + L * n_weights(self.router))
         return below + super().flops(inside) * passes
 
