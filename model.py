@@ -432,6 +432,12 @@ def parameter(*shape, init, group="gain"):
     return stated(nn.Parameter(torch.empty(shape)), init, group)
 
 
+def constants(module, **tensors):
+    """Give a module tensors that it computes with, which no checkpoint has."""
+    for name, t in tensors.items():
+        module.register_buffer(name, t, persistent=False)
+
+
 class Linear(nn.Linear):
     """nn.Linear that computes in its input's type and states its law.
 
@@ -562,14 +568,14 @@ def split_heads(x, head_dim, norm=False, rope=None):
 
 
 def binding(places, C, bound=True):
-    """Return cos and sin (places, C/2) of a rotary binding: a vector is turned by its place.
+    """Return {cos, sin} (places, C/2) of a rotary binding: a vector is turned by its place.
 
     So order survives a sum (in the manner of Plate 1995). Angles spread evenly over (0, pi): sums
     of vectors at different places are orthogonal on average. Not bound: nothing turns.
     """
     turn = bound * math.pi * (torch.arange(C // 2) + 0.5) / (C // 2)
     turn = torch.outer(torch.arange(places, dtype=torch.float32), turn)
-    return turn.cos(), turn.sin()
+    return dict(cos=turn.cos(), sin=turn.sin())
 
 
 def causal_pieces(T, device):
@@ -670,6 +676,11 @@ class Cache:
         rows = torch.arange(len(pos), device=pos.device)[:, None]
         for name, new in tensors.items():
             self.tensors[name][rows, pos] = new.to(self.tensors[name].dtype)
+
+    def attended(self, pos, k, v):
+        """Write keys and values (B, H, T, D) at pos; return those of all places (B, H, L, D)."""
+        self.write(pos, k=k.transpose(1, 2), v=v.transpose(1, 2))
+        return self["k"].transpose(1, 2), self["v"].transpose(1, 2)
 
     def read(self, name, pos):
         """Return what stands at positions pos (B, T): (B, T, ...)."""
@@ -859,8 +870,7 @@ class Attention(Layer):
 
     def update_cache(self, x, seq, aux, cache):
         kv = self.c_attn(x if seq.kv_input is None else seq.kv_input, self.q_dim)
-        k, v = self.heads(*kv.chunk(2, dim=-1), seq)
-        cache.write(seq.pos, k=k.transpose(1, 2), v=v.transpose(1, 2))
+        cache.attended(seq.pos, *self.heads(*kv.chunk(2, dim=-1), seq))
 
     def forward(self, x, seq, aux, cache=None):
         B, L, _ = x.shape
@@ -874,8 +884,7 @@ class Attention(Layer):
         if self.qk_scale is not None:
             q = q * self.qk_scale.to(q.dtype)
         if cache is not None:
-            cache.write(seq.pos, k=k.transpose(1, 2), v=v.transpose(1, 2))
-            k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
+            k, v = cache.attended(seq.pos, k, v)
         dropout = self.dropout if self.training else 0.0
         if self.slot_gate is None or seq.tokens is None:  # (a level may share this block)
             y = attend(q, k, v, seq.mask, dropout)
@@ -945,8 +954,7 @@ class Recurrence(Layer):
         rates = C // 2 if self.turns else C  # gate bias: from a few steps to hundreds
         self.rate = parameter(rates, init=lambda p, cfg, g: p.uniform_(0.0, 3.0, generator=g))
         self.c_proj = Linear(C, C, cfg.bias, init=RESIDUAL)
-        stops = 2.0 + torch.arange(C // 2) % 8 if self.turns else None
-        self.register_buffer("stops", stops, persistent=False)
+        constants(self, stops=2.0 + torch.arange(C // 2) % 8 if self.turns else None)
         self.carries = dict(h=(C, torch.float32))
 
     def settle(self, turn):
@@ -1226,7 +1234,7 @@ class FeaturalMemory(Layer):
         # the i-th best half with the j-th best loses to i * j - 1 pairs of halves no worse
         ranks = range(1, min(self.top, self.side) + 1)
         pairs = [(i - 1, j - 1) for i in ranks for j in ranks if i * j <= self.top]
-        self.register_buffer("pairs", torch.tensor(pairs).t().contiguous(), persistent=False)
+        constants(self, pairs=torch.tensor(pairs).t().contiguous())
 
     @staticmethod
     def check(cfg):
@@ -1502,7 +1510,8 @@ class AssociativeMemory(Layer):
         cosine, n_entries = (q @ keys.mT).float(), visible.sum(-1)[:, None]
         with torch.no_grad():
             scores = [cosine.masked_fill(~visible[:, None], float("-inf"))]
-            numbers, old = [(N + torch.arange(L, device=q.device)).expand_as(cosine)], []
+            numbers = [(N + torch.arange(L, device=q.device)).expand_as(cosine)]
+            old = [[q.unsqueeze(3)[:, :, :, :0]] * 2]  # none
             for entries, allowed, first in sources:
                 near, place = entries.nearest(q, min(cfg.mem_top, entries.usage.size(-1)))
                 scores.append(near.masked_fill(~allowed[:, None, :, None], float("-inf")))
@@ -1513,9 +1522,8 @@ class AssociativeMemory(Layer):
             top, found = topk(scores, min(cfg.mem_top, scores.size(-1)))
             chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, found, top.isfinite())
         # attention to them and to nothing
-        old_keys, old_values = (torch.cat(t, 3) for t in zip(*old)) if old else (None, None)
-        if old:  # (B, H, T, n, D)
-            cosine = torch.cat((cosine, (q[..., None, :] * old_keys).sum(-1).float()), -1)
+        old_keys, old_values = (torch.cat(t, 3) for t in zip(*old))  # (B, H, T, n, D)
+        cosine = torch.cat((cosine, (q[..., None, :] * old_keys).sum(-1).float()), -1)
         if self.training and cfg.mem_drop:
             chosen = chosen & (torch.rand_like(cosine) >= cfg.mem_drop)
         # the more there are, the nearer the best false one (arXiv:2501.19399)
@@ -1525,8 +1533,7 @@ class AssociativeMemory(Layer):
         p = torch.cat((logits, null), -1).softmax(-1)[..., :-1]
 
         def read(new, old):
-            y = p[..., :L].to(new.dtype) @ new
-            return y if old is None else y + (p[..., L:, None].to(new.dtype) * old).sum(-2)
+            return p[..., :L].to(new.dtype) @ new + (p[..., L:, None].to(new.dtype) * old).sum(-2)
 
         y = read(values, old_values)
         if cfg.mem_straight:
@@ -1642,9 +1649,7 @@ class Block(nn.Module):
     def forward(self, x, seq, aux, cache=None, plan=None):
         """Return (x, plan): the plan goes on to the next layer."""
         own, seen, entries = (None, None, None) if cache is None else cache.inside
-        start = x
-        if seq.kv_input is not None:
-            seq = self.normed_kv(seq)
+        start, seq = x, self.normed_kv(seq)
         if plan is not None and plan.mask is not None:
             seq = replace(seq, mask=plan.mask)
         x = x + self.drop(self.attn(self.ln_1(x), seq, aux, own))
@@ -1660,17 +1665,15 @@ class Block(nn.Module):
         return x, plan
 
     def normed_kv(self, seq):
-        """Return seq with what keys and values are made of normed, as x is."""
-        return replace(seq, kv_input=self.ln_1(seq.kv_input))
+        """Return seq with what keys and values are made of, if that is not x, normed as x is."""
+        return seq if seq.kv_input is None else replace(seq, kv_input=self.ln_1(seq.kv_input))
 
     def update_cache(self, x, seq, aux, cache, plan):
         """Update the cache by x (B, L, C) without the output. Return the plan."""
         own, seen, entries = cache.inside
         if entries is not None:  # what it enters depends on what it attends to
             return self(x, seq, aux, cache, plan)[1]
-        if seq.kv_input is not None:
-            seq = self.normed_kv(seq)
-        self.attn.update_cache(self.ln_1(x), seq, aux, own)
+        self.attn.update_cache(self.ln_1(x), self.normed_kv(seq), aux, own)
         if plan is not None and self.cross is not None and plan.concepts is not None:
             self.cross(self.ln_x(x), seq, seen, plan)
         return plan
@@ -1781,17 +1784,17 @@ class Cross(nn.Module):
             return split_heads(x, self.head_dim, self.qk_norm, angles(table, chunk, x.dtype))
 
         q = split(self.c_q(x), plan.count)
-        if plan.concepts is not None:
-            state = torch.arange(plan.concepts.size(1), device=x.device)
-            state = plan.first[:, None] + state  # (B, M)
-            k, v = self.c_kv(plan.concepts.flatten(1, 2).to(x.dtype)).chunk(2, dim=-1)
-            k = split(k, (state[..., None] + ahead).flatten(1))
-            v = split_heads(v, self.head_dim)
-        if cache is not None:
-            if plan.concepts is not None:
-                place = state.clamp(max=self.n_states - 1)[..., None] * self.horizon + ahead
-                cache.write(place.flatten(1), k=k.transpose(1, 2), v=v.transpose(1, 2))
+        if plan.concepts is None:  # those before
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
+        else:
+            state = torch.arange(plan.concepts.size(1), device=x.device)
+            state = (plan.first[:, None] + state)[..., None]  # (B, M, 1)
+            k, v = self.c_kv(plan.concepts.flatten(1, 2).to(x.dtype)).chunk(2, dim=-1)
+            k = split(k, (state + ahead).flatten(1))
+            v = split_heads(v, self.head_dim)
+            if cache is not None:
+                place = state.clamp(max=self.n_states - 1) * self.horizon + ahead
+                k, v = cache.attended(place.flatten(1), k, v)
         if plan.mask is not None:  # or nothing
             k, v = (F.pad(t, (0, 0, 1, 0)) for t in (k, v))
         y = attend(q, k, v, plan.seen[:, None], 0.0)
@@ -2007,9 +2010,7 @@ class Level(Stack):
         needed = self.weight > 0 or self.tell is None
         step = replace(cfg, horizon=1, rollout=0.0) if cfg.rollout else cfg
         self.head = CONCEPT_HEADS[cfg.concept](step) if needed else None
-        cos, sin = binding(64 if self.words else size, C, cfg.chunk_binding)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        constants(self, **binding(64 if self.words else size, C, cfg.chunk_binding))
         inside = cfg if width == C else cfg.widened(width)
         self.add_layers(inside, tree, depth, shared)
         self.bag, self.of_state = cfg.concept_of == "bag", cfg.concept_of == "state"
@@ -2439,10 +2440,8 @@ class Slots(nn.Module):
         self.slot_embed = parameter(cfg.n_slot, C, init=normal(0.1), group="table")
         self.empty = parameter(C, init=EMBEDDING)
         age = torch.arange(cfg.history - 1, -1, -1, dtype=torch.float32)
-        self.register_buffer("decay", torch.exp(-4 * age / cfg.history), persistent=False)
-        cos, sin = binding(cfg.span, C, cfg.span_binding)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        constants(self, decay=torch.exp(-4 * age / cfg.history),
+                  **binding(cfg.span, C, cfg.span_binding))
 
     @staticmethod
     def check(cfg):
@@ -2923,17 +2922,15 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def add_tables(self, cfg):
         """Make rotary angles of all positions, and which tokens end a word."""
-        self.register_buffer("cos", None, persistent=False)
-        self.register_buffer("ends_word", None, persistent=False)
-        self.register_buffer("semantic_table", None, persistent=False)  # a trainer may give one
+        # (semantic_table is for a trainer to give)
+        constants(self, cos=None, sin=None, ends_word=None, semantic_table=None)
         attending = cfg.attending() if cfg.pos == "rope" else []
         if attending:
             angle = 10000.0 ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
             length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0)
             length += (2 + cfg.horizon) * bool(self.levels)  # a level has bos, and looks ahead
             angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
-            self.register_buffer("cos", angle.cos(), persistent=False)
-            self.register_buffer("sin", angle.sin(), persistent=False)
+            self.cos, self.sin = angle.cos(), angle.sin()
         if cfg.chunk.startswith("space") and self.levels:
             if not cfg.space:
                 raise ValueError("chunk = space needs the ids that end a word (space), which a "
