@@ -2039,12 +2039,10 @@ class Level(Stack):
             if width % 2 or any(cfg.heads(i)[0] * width % C for i in range(cfg.n_layer)):
                 raise ValueError(f"level_embd ({width}) must be even and hold whole heads, of the "
                                  f"size that n_embd ({C}) has with n_head ({cfg.n_head})")
-            if cfg.share_mlp and width not in (0, C):
-                raise ValueError(f"share_mlp has one MLP of {C} channels (n_embd) for all blocks; "
-                                 f"leave out level_embd ({width})")
-            if cfg.share_levels and width not in (0, C):
-                raise ValueError(f"share_levels runs blocks of {C} channels (n_embd) in the "
-                                 f"levels; leave out level_embd ({width})")
+            for name in ("share_mlp", "share_levels"):
+                if getattr(cfg, name) and width not in (0, C):
+                    raise ValueError(f"{name} gives levels what has {C} channels (n_embd); leave "
+                                     f"out level_embd ({width})")
         if len(chunks) not in (1, depth):
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
         kind = parse_chunk(chunks[0])[0]
@@ -2136,14 +2134,13 @@ class Level(Stack):
 
     def find_chunks(self, x, seq, cache):
         """Return the Chunks of x (B, S + T, C); in a cache, note where they stand."""
-        (B, L, _), S, device = x.shape, seq.n_prefix, x.device
-        T, pos = L - S, None if cache is None else seq.pos[:, S:]
-        zero = torch.zeros(B, dtype=torch.long, device=device)
-        last = dict.fromkeys(self.CARRIED, zero)
+        S, device, doc_start = seq.n_prefix, x.device, seq.doc_start[:, seq.n_prefix:]
+        (B, T), pos = doc_start.shape, None if cache is None else seq.pos[:, S:]
+        last = dict.fromkeys(self.CARRIED, torch.zeros(B, dtype=torch.long, device=device))
         if cache is not None:
             last = {name: cache.before(name, pos) for name in last}
         at = torch.arange(T, device=device)
-        doc_start = seq.doc_start[:, S:]
+        # places in chunks, and where those end
         starts = doc_start | F.pad(seq.word_end[:, :-1], (1, 0)) if self.words else doc_start
         start = torch.where(starts, at, -1).cummax(1).values  # of the running chunk; -1: before
         place = torch.where(start >= 0, at - start, last["next_place"][:, None] + at)
@@ -2154,10 +2151,12 @@ class Level(Stack):
             place = place % size
             closes, M = place == size - 1, T // size if cache is None else -(-T // size)
         closes = closes & seq.is_token[:, S:]
+        # how many are closed, none beyond the capacity, and in which document
         count = last["count"][:, None] + closes.cumsum(1)
         closes = closes & (count <= self.capacity)
         count, docs = count.clamp(max=self.capacity), last["docs"][:, None] + doc_start.cumsum(1)
         chunk = count - last["count"][:, None] - closes.long()  # (B, T) from the first open one on
+        # the same by chunk
         m = torch.arange(min(M, self.capacity), device=device)[:, None]
         closed_docs = torch.where(closes, docs, -1).cummax(1).values
         closed_docs = torch.where(closed_docs < 0, last["closed_docs"][:, None], closed_docs)
@@ -3025,11 +3024,11 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
     # -- the forward
 
     def history_vectors(self, history):
-        """Return what slots are made of, a vector for each id of history (B, H): (B, H, C).
+        """Return what slots are made of: a vector for each id of history (B, cfg.n_history).
 
-        Embeddings, or with `enrich` the output of one pass without gradient over the history.
-        What is missing goes after all that is there, where nothing sees it. Where V counts stand
-        before the ids, their mean embedding comes first.
+        They are embeddings, or with `enrich` the outputs of one pass without gradient over the
+        ids, in which what is missing stands behind all else, where nothing sees it. With
+        running_mean the mean embedding of the counts comes first.
         """
         counts, history = history[:, :-self.cfg.history], history[:, -self.cfg.history:]
         ids = history.clamp(min=0)
