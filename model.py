@@ -18,22 +18,26 @@ character a block:
 Glossary (B rows, T tokens, L = S + T positions, C = n_embd, H heads, D = head_dim, V tokens):
 
     mixer           what moves information between positions: attention or a recurrence
-    slot            one of S context vectors in front of the window, made of what stood before it
-    segment, span   an equal part of the history as its mean; a few tokens as a sum bound by place
+    history         (B, cfg.n_history) ids before the window, -1 where missing
+    slot            one of S context vectors in front of the window, made of the history
+    running mean    a slot: the mean of all that ever came before the window
+    aggregate       a slot: the decayed mean of the history
+    segment, span   slots: the mean of an equal part of it; a few tokens as a sum bound by place
     chunk           positions that make one position of the level above
     concept         what a level reads: the normed, bound sum of a chunk (B, M, C)
     level           a slower stack, over concepts
     plan            what a level hands down: its state, or the concepts that it predicts
+    rollout         a level reads its own predictions, to predict what comes after them
     exit            a place between blocks where the head may read and a token may stop
     draft, verify   the blocks before an exit, run ahead; the rest of them, over several tokens
     entry           a key and a value in an associative memory, with how often it was used
     soft token      a distribution over the vocabulary (B, T, V) in the place of an id (B, T)
     soft region     places at one end of the window where tokens are soft
-    vector          a soft token (B, T, V + C): a symbol as one-hot, and what its embedding lacks
+    vector          a soft token (B, T, V + C): a symbol as one-hot, and what is added to its row
     prefix          positions at the front that are no tokens: slots, a level's start vector
     doc_start       (B, L) True where a document begins
-    word_end        (B, T) True where a word ends
-    is_token        (B, L) False for padding: places of chunks that did not close
+    word_end        (B, T) True where a word or a learned chunk ends
+    is_token        (B, L) False for padding: places in a level for chunks that there are not
     scored          (B, L) how many scored targets stand there
 
 This module knows torch and nothing else: no files, no data, no decoding policy.
@@ -96,21 +100,24 @@ class GPTConfig:
     bias: bool = False  # biases in linear layers and LayerNorm
     tie: bool = False  # output head shares the token embedding
     qk_norm: bool = True  # RMSNorm on queries and keys
-    qk_scale: bool = False  # with it, a learned factor of each head's scores, 1 at first
+    qk_scale: bool = False  # a learned factor of each head's normed scores, 1 at first
     embed_norm: bool = True  # RMSNorm on the embeddings
     # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
-    # or entropy:2.5 (until the first exit is so many nats unsure) | route:4 (learned; mean length)
-    plan: str = "add"  # a level hands down: add (its state) | cross (concepts) | latent (no past)
+        # or entropy:2.5 (until the first exit is so many nats unsure) | route:4 (a mean length)
+    plan: str = "add"  # a level hands down: add (its state) | cross (the concepts that it predicts)
+        # | latent (the same, and blocks behind it see no more of the text than their own chunk)
     plan_draw: float = 0.0  # share of training rows that are handed a draw of the concepts ahead
     plan_noise: float = 0.0  # above 0 they are handed the true ones, with noise of this deviation
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
-    concept_of: str = "chunk"  # its target: chunk | bag (order lost) | state (of the level) | ema
+    concept_of: str = "chunk"  # what is predicted of a chunk: chunk (its concept) | bag (without
+        # order) | state (of the level that has read it) | ema (that of the level's moving average)
     horizon: int = 1  # concepts that are predicted ahead
-    rollout: float = 0.0  # above 0: each from the one before, in this share of training rows
-    level_embd: int | tuple[int, ...] = 0  # channels in levels, one or per depth; 0: as below
+    rollout: float = 0.0  # above 0: one after another, each read as if it had come, in this share
+        # of training rows
+    level_embd: int | tuple[int, ...] = 0  # channels in levels, one or per depth; 0: as outside
     chunk_binding: bool = True  # turn each position of a chunk by its place (False: a plain sum)
     share_levels: bool = False  # levels run the blocks of the token level: one set of weights
     eot: int = -1  # id that ends a document, where memory of the past ends; -1: the dataset's
@@ -137,11 +144,11 @@ class GPTConfig:
     semantic: str = "cos"  # cos | mse (regress the target's embedding) | soft_ce (soft targets)
     semantic_weight: float = 0.0  # weight of that loss; 0: off
     semantic_temp: float = 0.1  # soft_ce: temperature of the cosine; 1e6 is label smoothing
-    next_latent: float = 0.0  # weight of regressing the next output vector; 0: off
-    logit_decay: float = 0.0  # weight of the mean square of logits, in the loss; 0: off
+    next_latent: float = 0.0  # weight of predicting the next output vector from this one; 0: off
+    logit_decay: float = 0.0  # weight of the logits' mean square, as a loss; 0: off
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
-    n_soft: int = 0  # soft region: the first n places of a window (-n: the last), in some rows
-    soft_of: str = "softmax"  # soft tokens are softmax (distributions) | point (regressed vectors)
+    n_soft: int = 0  # the first n places of a window (-n: the last) are soft, in a part of the rows
+    soft_of: str = "softmax"  # a soft token is a softmax (distribution) | point (regressed vector)
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
     # n-grams
@@ -149,14 +156,15 @@ class GPTConfig:
     n_gram_size: int = 16384  # rows of each table
     # slots
     history: int = 0  # tokens before the window that are compressed into context slots
-    running_mean: int = 0  # 1: a slot with the mean of all that came before, without a horizon
+    running_mean: int = 0  # 1: a slot with the mean of all that came before, however long
     aggregate: int = 0  # 1: a slot with the decayed mean of the whole history
     n_segment: int = 0  # slots with the means of as many equal parts of the history
     n_span: int = 0  # slots that each bind `span` tokens, the last n_span * span of the history
     span: int = 0  # tokens in a span
     span_binding: bool = True  # turn each token of a span by its place (False: a bag of tokens)
     enrich: bool = False  # make slots of the model's outputs over the history, not of embeddings
-    slot_gate: bool = False  # heads attend to slots apart, times a gate from 0: for a trained model
+    slot_gate: bool = False  # attend to slots apart, times a gate that starts at 0, so that slots
+        # can be given to a trained model
     # exits
     exit_weight: float = 1.0  # weight of the exits' losses together; 0: they are not trained
     exit_loss: str = "depth"  # depth (all exits, deeper ones more: CALM) | rotate (one a step)
