@@ -75,9 +75,9 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"),
     (-2 ** 20, 2 ** 20, "n_soft"))
+# refused where they do nothing
 SWITCHES = ("share_levels share_mlp qk_scale rollout plan_draw plan_noise enrich slot_gate "
             "mem_drop mem_noise mem_straight exit_rate exit_keys exit_classifier")
-# refused where they do nothing
 
 
 @dataclass
@@ -275,7 +275,7 @@ class GPTConfig:
 
     @property
     def n_history(self):
-        """Numbers of a history: counts of all tokens for a running mean, then ids."""
+        """How many numbers a row of history has: with running_mean V counts, then the ids."""
         return self.running_mean * self.vocab_size + self.history
 
     @property
@@ -1876,7 +1876,7 @@ class EnergyHead(nn.Module):
 class FlowHead(EnergyHead):
     """Denoises: from a mixture (1 - t) e + t y of noise and target it regresses y.
 
-    Which says where the flow from noise to targets goes there (Lipman et al. 2022,
+    That says where the flow from noise to targets goes (Lipman et al. 2022,
     arXiv:2210.02747).
     """
     STEPS, TIMES = 8, 8  # of a sample; features of its time
@@ -1942,8 +1942,9 @@ class Router(nn.Module):
 
     It ends one with probability p_t = (1 - cos(W_q x_t, W_k x_{t-1})) / 2, and does so above 1/2.
     (H-Net, Hwang et al. 2025, arXiv:2507.07955, where such a position begins a chunk.) What the
-    level tells is weighted by how sure that was, straight-through, and a loss aims at chunks of
-    `length` positions on average. At first p_t says how far x_t is from x_{t-1}.
+    level adds is multiplied by how sure the router was of each position, straight-through, and a
+    loss aims at chunks of `length` positions on average. At first p_t says how far x_t is from
+    x_{t-1}.
     """
     WEIGHT = 0.1  # of that loss: with 0.03, as there, chunks were still too short after 250 steps
 
@@ -1974,19 +1975,21 @@ class Router(nn.Module):
 class Level(Stack):
     """A slower stack: next-concept prediction, and the hierarchical RNN, in one.
 
-    What is inside runs once a chunk of the positions outside. Chunk i's concept is
-    c_i = norm(sum_j turn(x_j, place j)); the layers inside run over (bos, c_0, .., c_{n-1}) and
-    give u_0 .. u_n; position t outside reads u_i with i = the number of chunks closed up to and
-    including t, so nothing sees its future. u_i also predicts c_i, the concept that is not
-    complete yet. A document without a closed chunk reads u_0 (with plan = add). With level_embd
-    concepts go in, and states come out, through a matrix each.
+    What is inside runs once a chunk of the positions outside, in five steps:
+
+        find_chunks   tell where chunks end
+        compose       make the concept of chunk i, c_i = norm(sum_j turn(x_j, place j))
+        run_inner     run the layers inside over (bos, c_0, .., c_{n-1}): states u_0 .. u_n
+        regress       predict from u_i the concept c_i, which is not complete yet
+        hand_down     let position t read u_i, i = the number of chunks closed up to and with t
+
+    So nothing sees its future. A document without a closed chunk reads u_0 (with plan = add). With
+    level_embd concepts go in, and states come out, through a matrix each.
     x (B, L, C) -> (B, L, C).
 
-    With another concept_of what u_i predicts is no spelling. bag: the sum of chunk i without
-    places, a summary of the future (arXiv:2510.14751). state: u_{i+1}, what the level makes of the
-    chunk once it has read it, without a gradient. ema: the same of `average`, layers inside whose
-    weights are a moving average (JEPA, Assran et al. 2023, arXiv:2301.08243), which a trainer
-    moves. States that are all alike predict each other; that tokens read them keeps them apart.
+    Variants have a place each: learned chunks are the Router's, concepts predicted one after
+    another are in `roll_out`, what is predicted in their place (concept_of) is in `target`, drawn
+    plans are in `some_drawn`, and latent plans in `hand_down`.
 
     Example, chunk = 2: tokens a b c d e, chunks (a b) (c d); a reads u_0, b and c read u_1 (made of
     bos and c_0), d and e read u_2; u_1 regresses c_1 = the bound sum of (c d).
@@ -2140,6 +2143,8 @@ class Level(Stack):
     def update_cache(self, x, seq, aux, cache, plan):
         return self(x, seq, aux, cache, plan)[1]
 
+    # -- 1. find chunks
+
     def find_chunks(self, x, seq, cache):
         """Return the Chunks of x (B, S + T, C); in a cache, note where they stand."""
         S, device, doc_start = seq.n_prefix, x.device, seq.doc_start[:, seq.n_prefix:]
@@ -2179,6 +2184,8 @@ class Level(Stack):
             cache.write(pos, **{name: getattr(chunks, name) for name in last})
         return chunks
 
+    # -- 2. compose
+
     def compose(self, x, chunks, seq, cache):
         """Return the bound sums of chunks of x (B, T, C): (B, M, C), and the positions inside.
 
@@ -2199,6 +2206,8 @@ class Level(Stack):
         opened = inside.to(x.dtype) @ turned + carried
         cache.write(pos, open_sum=opened)
         return chunks.ends.to(x.dtype) @ opened, inside
+
+    # -- 3. run the layers inside, and predict concepts
 
     def run_inner(self, concepts, scored, chunks, seq, aux, cache):
         """Run the layers inside over bos, where all begins, and concepts (B, M, C).
@@ -2272,8 +2281,18 @@ class Level(Stack):
         row = torch.arange(len(u), device=u.device)[:, None, None]
         return (row < self.n_rolled(len(u))) | (torch.arange(self.horizon, device=u.device) == 0)
 
+    # -- 4. regress
+
     def target(self, x, inside, concepts, u, average):
-        """Return what is to be predicted of each chunk (B, M, C), as concept_of says."""
+        """Return what is to be predicted of each chunk: (B, M, C).
+
+        That is its concept, or with another concept_of something without a spelling. bag: the sum
+        of its vectors without places, a summary of the future (arXiv:2510.14751). state: u_{i+1},
+        what the level makes of chunk i once it has read it. ema: the same of `average`, layers
+        inside whose weights are a moving average, which a trainer moves (JEPA, Assran et al. 2023,
+        arXiv:2301.08243). States that are all alike would predict each other; that tokens read
+        them keeps them apart.
+        """
         if self.bag:
             return rms_norm(inside.to(x.dtype) @ x)
         if average is not None:
@@ -2293,26 +2312,28 @@ class Level(Stack):
         aux.losses.append((self.name, self.weight, (loss * counts).sum() / H))
 
     def ahead(self, t):
-        """Return what state i predicts of concepts t, the i-th on: (B, M, ..) -> (B, M, H, ..)."""
+        """Return for state i the entries i, i + 1, .. of t: (B, M, ..) -> (B, M, H, ..)."""
         pad, M = (0, 0) * (t.dim() - 2), t.size(1)
         return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(self.horizon)], 2)
 
     def known(self, chunks):
-        """Return which of those (B, M, H) there are, in the document of the state."""
+        """Return which concepts ahead exist, in the document of the state: (B, M, H)."""
         same = self.ahead(chunks.doc) == chunks.doc_before[..., None]
         return same & self.ahead(chunks.exists)
 
+    # -- 5. hand down
+
     def returned(self, u, points):
-        """Return what the positions below read of states u (B, M + 1, R, C), one row a state."""
+        """Return what positions outside read: of states u (B, M + 1, R, C), or these points."""
         return points if self.tell is None else self.tell(u[:, :, 0])
 
     def some_drawn(self, points, u, concepts, chunks):
-        """Return points (B, M + 1, H, C), in a share of rows as decoding may draw them.
+        """Return points (B, M + 1, H, C), in a share of rows replaced by draws, as in decoding.
 
-        They are the head's draws, without a gradient. With `noise` they are the true concepts and
-        noise in their place: the tokens then learn to write what is drawn (as a latent diffusion
-        model does, Rombach et al. 2022, arXiv:2112.10752), and training alone sees its future,
-        as far as the chunk to come.
+        They are the head's draws, without a gradient. With `noise` they are the true concepts, with
+        noise added: so tokens learn to write what is drawn (as a latent diffusion model does,
+        Rombach et al. 2022, arXiv:2112.10752). In such rows, and in training alone, a token sees
+        its future, as far as the chunk to come.
         """
         if self.noise:
             true = F.pad(self.ahead(concepts), (0, 0, 0, 0, 0, 1))
@@ -2351,6 +2372,8 @@ class Level(Stack):
             place = first[:, None] + torch.arange(new.size(1), device=x.device)
             states.write(place.clamp(max=self.room - 1), returned=new)
         return x + states.read("returned", count).to(x.dtype), None
+
+    # -- beside the forward
 
     def unbind(self, concepts):
         """Turn concepts (.., C) that are sums back by each place: (.., chunk, C).
@@ -2428,13 +2451,13 @@ class Slots(nn.Module):
 
     As [running mean | aggregate | segments | spans]. history (B, history) token ids, oldest first,
     -1 where there is none, and a vector for each, (B, history, C) -> (B, S, C). The vectors are
-    embeddings, or with `enrich` what the model put out over the history. With running_mean V counts
-    stand before the ids, of each token in all that came before the window, and one vector before
-    the others: the embedding of a soft token, their distribution. The aggregate is a decayed mean
-    of the whole history; a token's weight has fallen to e^-4 when it leaves. A segment is the
-    mean of an equal part; a span is the sum of its tokens, each turned by its place (`binding`).
-    Then a norm, one shared projection and a learned embedding per slot. A slot with nothing in it
-    has the learned vector `empty` in place of its normed sum.
+    embeddings, or with `enrich` what the model put out over the history. With running_mean the ids
+    follow V counts, how often each token stood before the window, and the vectors follow their mean
+    embedding. The aggregate is a decayed mean of the whole history; a token's weight has fallen to
+    e^-4 when it leaves. A segment is the mean of an equal part; a span is the sum of its tokens,
+    each turned by its place (`binding`). Then come a norm, one shared projection and a learned
+    embedding per slot. A slot with nothing in it has the learned vector `empty` in place of its
+    normed sum.
 
     Example, history = 4, n_segment = 2, n_span = 1, span = 2: ids a b c d give the slots
     [a + b, c + d, turn(c, 0) + turn(d, 1)], each normed and projected.
@@ -2589,7 +2612,7 @@ class SoftTokens:
                              f"less than all of it at its end (negative)")
 
     def expect(self, logits):
-        """Return the soft tokens of logits (.., V): where a text ends is no guess."""
+        """Return the soft tokens of logits (.., V). None of them is the end of a text."""
         if self.cfg.eot >= 0:
             logits[..., self.cfg.eot] = float("-inf")
         return logits.softmax(-1)
@@ -2597,10 +2620,10 @@ class SoftTokens:
     def soften(self, idx, history):
         """Return training inputs of which some are soft: idx (B, T) -> (B, T, V or V + C).
 
-        There a token is replaced by what the model expected in its place, from a pass without
-        gradient. To keep that pass cheap, all soft positions lie in the first quarter of the rows
-        (or in a share soft_rate of them, if that is more): there the soft region is soft, and of
-        what is outside as much as makes a share soft_rate of the batch. The end of a text stays.
+        A soft token is what the model expected in the token's place, from a pass without gradient.
+        To keep that pass cheap, all of them stand in the first quarter of the rows (or in a share
+        soft_rate of them, if that is more). In those rows the soft region is soft as a whole, and
+        of the rest as much as makes a share soft_rate of the batch. The end of a text stays hard.
         """
         cfg, (B, T) = self.cfg, idx.shape
         n, last = math.ceil(B * max(cfg.soft_rate, 0.25)), cfg.block_size
@@ -3010,8 +3033,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         """Return an empty State for B rows, with room for every slot and the whole window.
 
         memory {block: Memory}: what blocks M can find besides what they read, of one row, or of B
-        for leave_window to write to. carried: the entries
-        of the first known (B,) tokens, as leave_window gave them.
+        for leave_window to write to. carried: the entries of the first known (B,) tokens, as
+        leave_window gave them.
         """
         device, S, V = self.wte.weight.device, self.cfg.n_slot, self.cfg.vocab_size
         L = S + self.cfg.block_size
@@ -3184,7 +3207,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         cross-entropy over `denom` (default: how many are scored; a trainer passes the count over
         all ranks and micro-steps).
         history (B, cfg.n_history): the ids before the window, oldest first, -1 where missing; with
-        running_mean behind how often each token stood before the window (B, V).
+        running_mean they follow V counts, how often each token stood before the window.
         state: a decoding State that idx continues; it is updated in place.
         ids (B, T): which symbols soft tokens stand for, as far as ends of documents and words go.
         step_draw: what draw_step drew; None: no block is left out, and exits count by depth.
