@@ -73,7 +73,7 @@ class SampleConfig:
     collapse: str = "distance"  # always | never | every:N | distance (off tokens) | entropy (sure)
     collapse_threshold: float = -1.0  # entropy: below which (-1: 0.5); distance: above (-1: 0.1)
     collapse_by: str = "nearest"  # what soft tokens become: nearest | context (drawn in one pass) |
-    #                               whole (drawn by how well it explains all that came after it)
+        # whole (drawn by how well it explains all that came after it)
     collapse_which: str = "all"  # of earlier soft tokens: all | far (less than 0.7 like any symbol)
     collapse_back: int = -1  # collapse only the last n earlier soft tokens; -1: all, 0: none
     n_think: int = 0  # think tokens after the prompt, for a model trained with n_think
