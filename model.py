@@ -1758,7 +1758,7 @@ class Stack(nn.Module):
 class Plan:
     """What a level hands to the blocks after it with plan = cross or latent."""
     concepts: torch.Tensor | None  # (B, M, horizon, C) predicted by M states; None: no new ones
-    first: torch.Tensor | None  # (B,) which states they are: first, first + 1, ...
+    state: torch.Tensor  # (B, M) the numbers of these states
     count: torch.Tensor  # (B, L) chunks closed up to each position
     seen: torch.Tensor  # (B, L, states * horizon) True where it reads a concept; latent: or nothing
     mask: torch.Tensor | None  # (B, 1, L, keys) latent: which positions it sees; None: all before
@@ -1795,8 +1795,7 @@ class Cross(nn.Module):
         if plan.concepts is None:  # those before
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
         else:
-            state = torch.arange(plan.concepts.size(1), device=x.device)
-            state = (plan.first[:, None] + state)[..., None]  # (B, M, 1)
+            state = plan.state[..., None]
             k, v = self.c_kv(plan.concepts.flatten(1, 2).to(x.dtype)).chunk(2, dim=-1)
             k = split(k, (state + ahead).flatten(1))
             v = split_heads(v, self.head_dim)
@@ -1929,7 +1928,7 @@ class Chunks:
     count: torch.Tensor  # (B, T) chunks closed so far
     docs: torch.Tensor  # (B, T) documents begun so far
     closed_docs: torch.Tensor  # (B, T) documents begun when the last chunk closed
-    n_before: torch.Tensor  # (B,) chunks closed before these positions
+    state: torch.Tensor  # (B, M), or (B, M + 1) from the start on: numbers of the states to come
     exists: torch.Tensor  # (B, M) which chunks end here
     end: torch.Tensor  # (B, M) where
     doc: torch.Tensor  # (B, M) documents begun at the end of each
@@ -2171,13 +2170,14 @@ class Level(Stack):
         chunk = count - last["count"][:, None] - closes.long()  # (B, T) from the first open one on
         # the same by chunk
         m = torch.arange(min(M, self.capacity), device=device)[:, None]
+        state = last["count"][:, None] + torch.arange(1 - seq.begins, len(m) + 1, device=device)
         closed_docs = torch.where(closes, docs, -1).cummax(1).values
         closed_docs = torch.where(closed_docs < 0, last["closed_docs"][:, None], closed_docs)
         ends = (chunk[:, None] == m) & closes[:, None]
         doc = (ends * docs[:, None]).sum(-1)
         chunks = Chunks(
             place=place, next_place=torch.where(closes, 0, place + 1), closes=closes, ends=ends,
-            count=count, docs=docs, closed_docs=closed_docs, n_before=last["count"],
+            count=count, docs=docs, closed_docs=closed_docs, state=state,
             exists=ends.any(-1), end=(ends * at).sum(-1), doc=doc,
             doc_before=torch.cat((last["closed_docs"][:, None], doc[:, :-1]), 1))
         if cache is not None:
@@ -2224,8 +2224,7 @@ class Level(Stack):
         ended = seq.doc_ended | (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
         pos, caches = None, None
         if cache is not None or self.n_pass > 1:
-            place = torch.arange(x.size(1), device=x.device)
-            pos = (chunks.n_before[:, None] + 1 - n + place).clamp(max=self.room - 1)
+            pos = chunks.state.clamp(max=self.room - 1)
             caches = self.init_caches(len(x), self.room, x) if cache is None else cache.inside[1:]
         aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
         inner = Sequence.of(x, seq.rope_table, 1, pos, self.room, seq.begins,
@@ -2347,7 +2346,7 @@ class Level(Stack):
 
     def hand_down(self, x, new, chunks, seq, cache):
         """Return (x with what the level tells each position, Plan). new None: no new states."""
-        S, first = seq.n_prefix, chunks.n_before + 1 - int(seq.begins)
+        S = seq.n_prefix
         if self.tell is None:  # a prefix reads u_0, as the first tokens do
             count, mask = F.pad(chunks.count, (S, 0)), None
             n = new.size(1) if cache is None else self.capacity + 2
@@ -2360,7 +2359,7 @@ class Level(Stack):
                 seen = state == count[..., None]
             seen = seen & self.rolled(x).repeat(1, 1, n)
             seen = F.pad(seen, (int(self.alone), 0), value=True)
-            return x, Plan(new, first, count, seen, mask)
+            return x, Plan(new, chunks.state, count, seen, mask)
         # a document without a chunk yet reads u_0, as the first tokens of a text do
         count = chunks.count.masked_fill(chunks.docs > chunks.closed_docs, 0)
         count = F.pad(count, (S, 0))
@@ -2369,8 +2368,7 @@ class Level(Stack):
             return x + one_hot.to(x.dtype) @ new, None
         states = cache.inside[0]
         if new is not None:
-            place = first[:, None] + torch.arange(new.size(1), device=x.device)
-            states.write(place.clamp(max=self.room - 1), returned=new)
+            states.write(chunks.state.clamp(max=self.room - 1), returned=new)
         return x + states.read("returned", count).to(x.dtype), None
 
     # -- beside the forward
