@@ -1452,50 +1452,31 @@ class AssociativeMemory(Layer):
             noise = torch.randn(q.shape, device=q.device)
             q = F.normalize(q.float(), dim=-1) + cfg.mem_noise * noise
         q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
-        window = self.enter(k, v, pos, seq, cache)
+        window = self.init_cache(B, L, x) if cache is None else cache
+        self.enter(k, v, pos, seq, window)
         y, found, weight = self.search(q.transpose(1, 2), pos, window, memory, seq.front)
-        found = {"found": found.transpose(1, 2), "weight": weight.transpose(1, 2)}
-        if cache is not None:
-            cache.write(pos, **found)
-        elif memory is not None:
-            window.tensors.update({name: self.padded(t) for name, t in found.items()})
+        window.write(pos, found=found.transpose(1, 2), weight=weight.transpose(1, 2))
+        if cache is None and memory is not None:
             n = window["is_token"].sum(1)
             aux.memory_writes[self.i] = self.writes(window, seq.front, n, seq.doc_ended)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
-    def padded(self, t, first=0):
-        """Return t (B, L, ...) as it lies in a cache from place `first` on."""
-        B, L, *size = t.shape
-        whole = t.new_zeros(B, L + self.cfg.mem_shift + 1, *size)
-        whole[:, first:first + L] = t
-        return whole
+    def enter(self, k, v, pos, seq, window):
+        """Write keys and values (B, T, H, D) of positions pos (B, T) into a window, a Cache.
 
-    def enter(self, k, v, pos, seq, cache):
-        """Return the window with keys and values (B, T, H, D) of positions pos (B, T): a Cache.
-
-        That is the one given, written to, or one for now. The value of a position stands with the
-        key of the one mem_shift before it, where both are tokens of one document. What is `fixed`
-        stays as it is.
+        The value of a position stands with the key of the one mem_shift before it, where both are
+        tokens of one document. What is `fixed` stays as it is.
         """
         shift, is_token = self.cfg.mem_shift, (pos >= seq.front) & seq.is_token
-        docs = seq.doc_start.cumsum(1)
-        window = Cache({"docs": docs, "is_token": is_token})
-        if cache is not None:
-            docs = docs + cache.before("docs", pos)[:, None]
-            cache.write(pos, docs=docs, is_token=is_token)
-            window = cache
+        docs = seq.doc_start.cumsum(1) + window.before("docs", pos)[:, None]
+        window.write(pos, docs=docs, is_token=is_token)
         key_pos = (pos - shift).clamp(min=0)
         exists = is_token & (pos >= shift) & window["is_token"].gather(1, key_pos)
         exists = exists & (window["docs"].gather(1, key_pos) == docs)
-        if cache is None:
-            values = {"docs": docs, "is_token": is_token, "exists": exists, "values": v}
-            values = {name: self.padded(t) for name, t in values.items()}
-            return Cache({**values, "keys": self.padded(k, shift)})
-        last = cache["fixed"].size(1) - 1
-        open_place = lambda place: torch.where(cache["fixed"].gather(1, place), last, place)
-        cache.write(open_place(pos), values=v, exists=exists)
-        cache.write(open_place(pos + shift), keys=k)
-        return cache
+        last = window["fixed"].size(1) - 1
+        open_place = lambda place: torch.where(window["fixed"].gather(1, place), last, place)
+        window.write(open_place(pos), values=v, exists=exists)
+        window.write(open_place(pos + shift), keys=k)
 
     def search(self, q, pos, window, memory, front):
         """Return what queries q (B, H, T, D) at positions pos (B, T) read: (B, H, T, D).
