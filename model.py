@@ -2401,18 +2401,15 @@ class NGrams(nn.Module):
             raise ValueError(f"n_gram gives lengths, each once and at most block_size "
                              f"({cfg.block_size}), not {cfg.n_gram}")
 
-    def forward(self, ids, pos=None, cache=None):
-        """Return their sum; with a cache of ids (B, T) is at places pos (B, T) of the window."""
-        T, total, hashed, later = ids.size(1), 0, ids, ids
+    def forward(self, ids, pos, cache=None):
+        """Return the sum of their vectors; ids (B, T) stand at places pos (B, T) of the window."""
+        total, hashed, later = 0, ids, ids
         inside = torch.ones_like(ids, dtype=torch.bool)
-        if cache is not None:
-            cache.write(pos, ids=ids)
+        window = Cache.empty(ids, *ids.shape, ids=()) if cache is None else cache
+        window.write(pos, ids=ids)
         for n in range(2, max(self.lengths) + 1):
-            if cache is None:
-                earlier = F.pad(ids, (n - 1, 0), value=-1)[:, :T]
-            else:
-                place = pos - n + 1
-                earlier = cache["ids"].gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
+            place = pos - n + 1
+            earlier = window["ids"].gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
             inside = inside & (earlier >= 0) & (later != self.eot)  # (an end begins a document)
             hashed, later = (hashed * 1_000_003 + earlier + 1) % (2 ** 31 - 1), earlier
             for length, table in zip(self.lengths, self.tables):
