@@ -1,5 +1,5 @@
 """GPT and its variants, bottom-up: settings, primitives, mixers, feed-forward layers, block,
-level, slots, soft tokens, exits, GPT.
+level, n-grams, slots, soft tokens, exits, GPT.
 
 A variant is a setting of GPTConfig. At 0, "" or False it has no parameter and draws no random
 number, and what is left is the plain GPT, bit for bit. `layers` describes the network, one
@@ -2094,7 +2094,7 @@ class Level(Stack):
         return cache
 
     def forward(self, x, seq, aux, cache=None, plan=None):
-        """Return (x, Plan): x with what this level tells each position, or what it predicts."""
+        """Return (x, Plan): with plan = add x and what this level adds, else what it predicts."""
         if self.router is not None:
             seq, sure = self.router(x, seq, aux, cache)
         chunks = self.find_chunks(x, seq, cache)
@@ -2116,7 +2116,7 @@ class Level(Stack):
                 points = self.some_drawn(points, u, concepts, chunks)
             new = self.returned(u, points)
         y, plan = self.hand_down(x, new, chunks, seq, cache)
-        if self.router is not None:  # straight-through: 1 times what is told, with a gradient
+        if self.router is not None:  # straight-through: times 1, and with the gradient of `sure`
             y = y + (sure - sure.detach())[..., None] * (y - x).detach()
         return y, plan
 
@@ -2326,7 +2326,7 @@ class Level(Stack):
         return torch.where(rows, drawn, points)
 
     def hand_down(self, x, new, chunks, seq, cache):
-        """Return (x with what the level tells each position, Plan). new None: no new states."""
+        """Return (x, Plan) as forward does. new: what `returned` gave; None: no chunk has closed."""
         S = seq.n_prefix
         if self.tell is None:  # a prefix reads u_0, as the first tokens do
             count, mask = F.pad(chunks.count, (S, 0)), None
@@ -2761,13 +2761,13 @@ class EarlyExit:
         that stopped.
         """
         cfg, scored, losses = self.cfg, targets >= 0, []
+        names, outputs = [f"exit_{k}" for k in self.exits.values()], exits
         weights = self.exit_weights()
         if step_draw is not None and weights:
             weights = step_draw[cfg.n_layer:].unbind()
-        names, outputs = [f"exit_{k}" for k in self.exits.values()], exits
-        if self.exits_rotate and step_draw is not None and weights:  # read the one that counts
-            outputs = [sum(w.to(h.dtype) * h for w, h in zip(weights, exits))]
-            names, weights = ["exit"], [1.0]
+            if self.exits_rotate:  # read the one that counts
+                outputs = [sum(w.to(h.dtype) * h for w, h in zip(weights, exits))]
+                names, weights = ["exit"], [1.0]
         for name, h, weight in zip(names, outputs, weights):
             out, weight = self.to_logits(h), cfg.exit_weight * weight
             losses.append((name, (1 - cfg.exit_distill) * weight, cross_entropy(out, targets)))
