@@ -2326,14 +2326,15 @@ class Level(Stack):
         return torch.where(rows, drawn, points)
 
     def hand_down(self, x, new, chunks, seq, cache):
-        """Return (x, Plan) as forward does. new: what `returned` gave; None: no chunk has closed."""
+        """Return (x, Plan) as forward does. new: of `returned`; None: no chunk has closed."""
         S = seq.n_prefix
-        if self.tell is None:  # a prefix reads u_0, as the first tokens do
+        # plan = cross or latent; a prefix reads u_0, as the first tokens do
+        if self.tell is None:
             count, mask = F.pad(chunks.count, (S, 0)), None
             n = new.size(1) if cache is None else self.capacity + 2
             state = torch.arange(n, device=x.device).repeat_interleave(self.horizon)
             seen = state <= count[..., None]
-            if self.alone:
+            if self.alone:  # latent: its own chunk, and of concepts those of it, or nothing
                 counts = count if cache is None else cache["count"]
                 mask = (count[..., None] == counts[:, None])[:, None]  # (B, 1, L, keys)
                 mask = mask.tril() if cache is None else mask & seq.mask
@@ -2341,7 +2342,7 @@ class Level(Stack):
             seen = seen & self.rolled(x).repeat(1, 1, n)
             seen = F.pad(seen, (int(self.alone), 0), value=True)
             return x, Plan(new, chunks.state, count, seen, mask)
-        # a document without a chunk yet reads u_0, as the first tokens of a text do
+        # plan = add; a document without a chunk yet reads u_0, as the first tokens of a text do
         count = chunks.count.masked_fill(chunks.docs > chunks.closed_docs, 0)
         count = F.pad(count, (S, 0))
         if cache is None:  # a product with 0 and 1: a lookup's gradient is added up row by row

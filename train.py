@@ -90,7 +90,7 @@ class TrainConfig:
     train_tokens: int = 0  # train on the first n tokens of the training split; 0: on all
     score_last: int = 0  # score only the last n tokens of a row; 0: all
     train_on_all: bool = False  # with score_last: only in validation, train on the whole row
-    loss_skip: int = 0  # first tokens of a training row that are no targets (they are in validation)
+    loss_skip: int = 0  # first tokens of a training row that are no targets (in validation all are)
     question_weight: float = 0.0  # share of questions' tokens that training scores beside answers
     # run
     out_dir: str = "out/gpt"  # checkpoints and log.csv go here
