@@ -2999,7 +2999,7 @@ def test_the_classifier_learns_from_whole_rows():
     x, _ = inputs(m, 16)
     torch.manual_seed(0)
     vectors, seq = m.train().embed(x)
-    whole = ~m.trunk(vectors, seq, Aux(), None, m.exit_trial(seq, len(x)))[2].any(1)
+    whole = ~m.trunk(vectors, seq, Aux(), None, m.exit_trial(len(x)))[2].any(1)
     torch.manual_seed(0)
     lost = m(x, x).losses["sure"]
     early, last = at_exits(m.eval(), x[whole])
