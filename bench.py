@@ -427,8 +427,11 @@ def share_of_cores(cfg):
 
 
 def make_task(cfg, name):
-    """Make the dataset of a synthetic task where it is not there yet; chain0 has no pauses, and
-    chain_written the steps themselves; words is Shakespeare by words, and no_spaces Shakespeare without white space."""
+    """Make the dataset of a synthetic task where it is not there yet.
+
+    chain0 has no pauses, and chain_written the steps themselves. words is Shakespeare by words, and
+    no_spaces Shakespeare without white space.
+    """
     command = {"chain0": ["chain", "--n_pause=0"], "chain_written": ["chain", "--write_steps"],
                "words": ["--tokenizer=word", "--vocab_size=2000"]}.get(name, [name])
     if os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):
@@ -924,12 +927,12 @@ def drawn_nats(run, data, n=16, batches=4):
 MEASURES = {"history_shuffled": ablated(shuffle_history),
             "slots_empty": ablated(lambda h: torch.full_like(h, -1)),
             "plan_shuffled": without_plan("shuffled"), "plan_zeroed": without_plan("zeroed"),
-             "concepts": explained, "chunks": chunk_lengths, "two_futures": two_futures,
-             "forks": forks, "brier": brier, "drawn_nats": drawn_nats,
-             "wrong_distance": wrong_distance, "behind_region": behind_region,
-             "by_words": by_words, "by_step": by_step, "spread": spread,
-             "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
-             "usage": lambda run, data: run.usage(data),
+            "concepts": explained, "chunks": chunk_lengths, "two_futures": two_futures,
+            "forks": forks, "brier": brier, "drawn_nats": drawn_nats,
+            "wrong_distance": wrong_distance, "behind_region": behind_region,
+            "by_words": by_words, "by_step": by_step, "spread": spread,
+            "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
+            "usage": lambda run, data: run.usage(data),
             "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
 
 

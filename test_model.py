@@ -3207,7 +3207,7 @@ def test_the_classifier_learns_from_whole_rows():
     x, _ = inputs(m, 16)
     torch.manual_seed(0)
     vectors, seq = m.train().embed(x)
-    whole = ~m.trunk(vectors, seq, Aux(), None, m.exit_trial(seq, len(x)))[2].any(1)
+    whole = ~m.trunk(vectors, seq, Aux(), None, m.exit_trial(len(x)))[2].any(1)
     torch.manual_seed(0)
     lost = m(x, x).losses["sure"]
     early, last = at_exits(m.eval(), x[whole])
@@ -3815,7 +3815,8 @@ train
   --n_gram=2,2 => n_gram ; --n_gram=1 => n_gram ; --n_gram=300 => n_gram ; --n_gram_size=9 => n_gram
   --n_head=5 => n_embd | n_head ; --n_head=4,2 --n_layer=2 => head_dim ; --norm=batch => norm | rms
   --tie=True --embed_norm=False => tie ; --optimizer=sgd => optimizer | adamw
-  --n_mlp=1,2,3 => n_mlp | 3 ; --layers=AA --n_layer=6 => n_layer | AA ; --layers=AX => 'X' | layers
+  --layers=(A)AA --n_head=4,2 => n_head | 2 values ; --n_mlp=1,2,3 => n_mlp | 3
+  --layers=AA --n_layer=6 => n_layer | AA ; --layers=AX => 'X' | layers
   --layers=((A)A)A --concept_of=ema => concept_of | one depth ; --semantic_table=x => semantic_table
   --layers=(A)AF --concept_of=ema => concept_of = state ; --next_latent=-1
   --semantic_table=ppmi => semantic_table | semantic_weight ; --concept_of=ema => ( )

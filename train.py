@@ -91,8 +91,8 @@ class TrainConfig:
     train_tokens: int = 0  # train on the first n tokens of the training split; 0: on all
     score_last: int = 0  # score only the last n tokens of a row; 0: all
     train_on_all: bool = False  # with score_last: only in validation, train on the whole row
-    loss_skip: int = 0  # first tokens of a row that are no targets in training, but in validation
-    question_weight: float = 0.0  # share of what is not scored (questions) that is, in training
+    loss_skip: int = 0  # first tokens of a training row that are no targets (in validation all are)
+    question_weight: float = 0.0  # share of questions' tokens that training scores beside answers
     # run
     out_dir: str = "out/gpt"  # checkpoints and log.csv go here
     init_from: str = "scratch"  # scratch | resume | auto (resume if there is one) | PATH of a model
@@ -367,7 +367,7 @@ class Data:
         """Return the rows whose scored targets are the tokens first..last (B,) of the split, with
         `last` at the row's end where there is room before it: x (B, T); y (B, T), -1 where not
         scored; history (B, H), -1 where missing: before the split's start, before an end of text,
-        and older than `keep` (B,) tokens; for a running mean behind counts of tokens (B, V).
+        and older than `keep` (B,) tokens; with running_mean behind V counts of tokens, in all.
         also (B, T): targets that count where the mask leaves them out."""
         start = np.maximum(last - self.T, 0)
         pos = start[:, None] + np.arange(-self.H, self.T + 1)
@@ -611,13 +611,17 @@ def lr_factor(step, tcfg):
 
 @torch.no_grad()
 def grow(new, old):
-    """Give the GPT new the weights of the GPT old, so that it puts out the same; raise ValueError
-    where it cannot. Return [(parameter of new, of old, where that stands in it, its factor)].
+    """Give the GPT `new` the weights of the GPT `old`, so that its outputs are the same.
 
-    Parameters pair by name, layers in their order, and old numbers lead each part of what is larger
-    now. What writes into the residual stream writes 0 where it is new; what reads it is drawn, so
-    that there is a gradient. C channels among C' are sqrt(C' / C) as large, so that the norm is the
-    same, and are read by as much less (after Gesmundo and Maile 2023, arXiv:2308.06103)."""
+    Return [(parameter of new, of old, where that stands in it, its factor)]. Raise ValueError where
+    the outputs would change.
+
+    Layers pair in their order and parameters by name. In a tensor that is larger now, old values
+    stand first in each of its parts. What writes into the residual stream writes 0 where it is new;
+    what reads it is drawn, so that there is a gradient. C channels among C' are sqrt(C' / C) times
+    as large, so that the norm is the same, and are read by as much less (after Gesmundo and Maile
+    2023, arXiv:2308.06103).
+    """
     a, b, grown, pairs = old.cfg, new.cfg, [], [(new, old)]
     kind = lambda layer, cfg: layer.i is not None and cfg.letters[layer.i]
     for ours, theirs in pairs:
@@ -1083,7 +1087,7 @@ class Runner:
 
     @torch.no_grad()
     def move_averages(self):
-        """Draw the moving averages that levels regress on (concept_of = ema) to their weights."""
+        """Move the averages that levels regress on (concept_of = ema) towards their weights."""
         for level in self.model.levels:
             if level.average is not None:
                 pair = list(level.average.parameters()), list(level.blocks.parameters())

@@ -2,9 +2,9 @@
 into one sentence.
 
 A preset is a file of assignments whose values are literals or arithmetic on numbers. It is read
-with `ast` and never executed. A setting is a field of a dataclass; its one-line meaning is the
-comment behind the field, and nowhere else; a comment above a field is the heading of those that
-follow.
+with `ast` and never executed. A setting is a field of a dataclass; its meaning is the comment
+behind the field, which an indented line may continue, and nowhere else; a comment above a field is
+the heading of those that follow.
 """
 import ast
 import contextlib
@@ -139,14 +139,17 @@ def read_preset(path):
 
 @functools.lru_cache
 def described(cls):
-    """Return {heading: {field: meaning}} of a dataclass, read from its source: a meaning is the
-    comment behind a field, a heading a comment of its own above the fields that it heads."""
+    """Return {heading: {field: meaning}} of a dataclass, read from its source.
+
+    A meaning is the comment behind a field, with indented lines that continue it; a heading is a
+    comment of its own above the fields that it heads.
+    """
     heading, out = cls.__name__.removesuffix("Config"), {}
-    pattern = r"^    (?:# (.*)|(\w+): [^#\n]*(?:# *(.*))?)$"
+    pattern = r"^    (?:# (.*)|(\w+): [^#\n]*(?:# *(.*(?:\n {8}# .*)*))?)$"
     for title, field, meaning in re.findall(pattern, inspect.getsource(cls), re.M):
         heading = title or heading
         if field:
-            out.setdefault(heading, {})[field] = meaning
+            out.setdefault(heading, {})[field] = re.sub(r"\n +#", "", meaning)
     return out
 
 

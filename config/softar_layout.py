@@ -1,6 +1,7 @@
-"""The layout of softAR's source, by position: 1 a mean of all that ever came before, 2 and 3 means
-of the halves of the history, 4 to 100 tokens, the rest soft in a quarter of the rows. Made for
-python sample.py --soft --collapse=every:32. About five minutes on two cores."""
+"""The layout of softAR's source: means, then tokens, then soft tokens.
+By position: 1 is a mean of all that ever came before, 2 and 3 are means of the halves of the
+history, 4 to 100 are tokens, and the rest is soft in a quarter of the rows. Made for python
+sample.py --soft --collapse=every:32. About five minutes on two cores."""
 out_dir = "out/softar_layout"
 n_layer = 6
 n_head = 4
