@@ -240,6 +240,8 @@ class GPTConfig:
                  "rollout"),
                 (self.n_slot, "context slots: history and one of running_mean, aggregate, "
                  "n_segment, n_span", "enrich slot_gate"),
+                (any(BLOCKS[item[0]][0] is Attention for item in self.tree if not is_level(item)),
+                 "a block A, F or M outside of levels", "slot_gate"),
                 (self.n_span, "spans: history, n_span and span", "span_binding"),
                 (self.semantic_weight, "a semantic_weight above 0", "semantic"),
                 (self.semantic_weight and self.semantic == "soft_ce",
@@ -1137,7 +1139,7 @@ class Pushdown(Layer):
         width = self.n_head * self.head_dim
         self.c_in = Linear(C, (width, width), cfg.bias)  # what is pushed, what is read
         wide = normal(lambda p, cfg: 4 * p.size(1) ** -0.5)  # gates near 0 and 1 from the start
-        self.c_gate = Linear(C, 2 * self.n_head, bias=True, init=wide, group="table")
+        self.c_gate = Linear(C, (self.n_head,) * 2, bias=True, init=wide, group="table")
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
 
     def init_cache(self, B, L, like):
@@ -2066,9 +2068,12 @@ class Level(Stack):
         if not depth:
             return
         for width in (cfg.per_layer("level_embd", d) for d in range(depth)):
-            if width % 2 or any(cfg.heads(i)[0] * width % C for i in range(cfg.n_layer)):
+            heads = [cfg.heads(i)[:2] for i in range(cfg.n_layer)]
+            grown = [(h * width // C, max(1, kv * width // C)) for h, kv in heads]
+            if width % 2 or any(h * width % C for h, _ in heads) or any(h % kv for h, kv in grown):
                 raise ValueError(f"level_embd ({width}) must be even and hold whole heads, of the "
-                                 f"size that n_embd ({C}) has with n_head ({cfg.n_head})")
+                                 f"size that n_embd ({C}) has with n_head ({cfg.n_head}), and as "
+                                 f"many for each of n_kv_head ({cfg.n_kv_head})")
             if cfg.share_mlp and width not in (0, C):
                 raise ValueError(f"share_mlp has one MLP of {C} channels (n_embd) for all blocks; "
                                  f"leave out level_embd ({width})")
@@ -2077,13 +2082,16 @@ class Level(Stack):
                                  f"levels; leave out level_embd ({width})")
         if len(chunks) not in (1, depth):
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
-        kind = parse_chunk(chunks[0])[0]
+        kind, number, _ = parse_chunk(chunks[0])
         if kind and len(chunks) < depth:
             raise ValueError(f"chunk = {cfg.chunk} says nothing of the levels above words; give "
                              f"one value a depth, as {cfg.chunk},4")
         if kind == "entropy" and not (cfg.exit_weight and "." in cfg.layers.split("(")[0]):
             raise ValueError("chunk = entropy reads the first exit, which has to stand before all "
                              "levels and to be trained: layers = A.(A)A, and an exit_weight")
+        if kind == "entropy" and cfg.vocab_size and number >= math.log(cfg.vocab_size):
+            raise ValueError(f"chunk = {chunks[0]} ends no chunk: {cfg.vocab_size} tokens have at "
+                             f"most {math.log(cfg.vocab_size):.2f} nats; give less")
         if kind == "route" and cfg.plan != "add":
             raise ValueError("chunk = route learns by what a level adds; use plan = add")
         if not cfg.most_chunks(depth, block_size):
@@ -2490,6 +2498,9 @@ class Slots(nn.Module):
         if bool(n_span) != bool(span) or n_span * span > history:
             raise ValueError(f"n_span * span ({n_span} * {span}) must be positive and fit into "
                              f"history ({history})")
+        if cfg.slot_gate and cfg.plan == "latent":
+            raise ValueError("slot_gate has every token read the slots, and with plan = latent none "
+                             "reads what came before its chunk; leave one of them out")
         if cfg.n_segment and history % cfg.n_segment:
             raise ValueError(f"history ({history}) is not a multiple of n_segment "
                              f"({cfg.n_segment})")
