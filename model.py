@@ -2082,16 +2082,13 @@ class Level(Stack):
                                  f"levels; leave out level_embd ({width})")
         if len(chunks) not in (1, depth):
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
-        kind, number, _ = parse_chunk(chunks[0])
+        kind = parse_chunk(chunks[0])[0]
         if kind and len(chunks) < depth:
             raise ValueError(f"chunk = {cfg.chunk} says nothing of the levels above words; give "
                              f"one value a depth, as {cfg.chunk},4")
         if kind == "entropy" and not (cfg.exit_weight and "." in cfg.layers.split("(")[0]):
             raise ValueError("chunk = entropy reads the first exit, which has to stand before all "
                              "levels and to be trained: layers = A.(A)A, and an exit_weight")
-        if kind == "entropy" and cfg.vocab_size and number >= math.log(cfg.vocab_size):
-            raise ValueError(f"chunk = {chunks[0]} ends no chunk: {cfg.vocab_size} tokens have at "
-                             f"most {math.log(cfg.vocab_size):.2f} nats; give less")
         if kind == "route" and cfg.plan != "add":
             raise ValueError("chunk = route learns by what a level adds; use plan = add")
         if not cfg.most_chunks(depth, block_size):
@@ -2499,8 +2496,8 @@ class Slots(nn.Module):
             raise ValueError(f"n_span * span ({n_span} * {span}) must be positive and fit into "
                              f"history ({history})")
         if cfg.slot_gate and cfg.plan == "latent":
-            raise ValueError("slot_gate has every token read the slots, and with plan = latent none "
-                             "reads what came before its chunk; leave one of them out")
+            raise ValueError("slot_gate has every token read the slots, and with plan = latent "
+                             "none reads what came before its chunk; leave one of them out")
         if cfg.n_segment and history % cfg.n_segment:
             raise ValueError(f"history ({history}) is not a multiple of n_segment "
                              f"({cfg.n_segment})")
