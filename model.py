@@ -254,6 +254,8 @@ class GPTConfig:
                  "rollout"),
                 (self.n_slot, "context slots: history and one of running_mean, aggregate, "
                  "n_segment, n_span", "enrich slot_gate"),
+                (any(BLOCKS[item[0]][0] is Attention for item in self.tree if not is_level(item)),
+                 "a block A, F or M outside of levels", "slot_gate"),
                 (self.n_span, "spans: history, n_span and span", "span_binding"),
                 (self.semantic_weight, "a semantic_weight above 0", "semantic"),
                 (self.semantic_weight and self.semantic == "soft_ce",
@@ -1151,7 +1153,7 @@ class Pushdown(Layer):
         width = self.n_head * self.head_dim
         self.c_in = Linear(C, (width, width), cfg.bias)  # what is pushed, what is read
         wide = normal(lambda p, cfg: 4 * p.size(1) ** -0.5)  # gates near 0 and 1 from the start
-        self.c_gate = Linear(C, 2 * self.n_head, bias=True, init=wide, group="table")
+        self.c_gate = Linear(C, (self.n_head,) * 2, bias=True, init=wide, group="table")
         self.c_proj = Linear(width, C, cfg.bias, init=RESIDUAL)
         height = self.n_head, torch.float32
         self.carries = dict(v=(self.n_head, self.head_dim), low=height, top=height)
@@ -2033,9 +2035,12 @@ class Level(Stack):
         if not depth:
             return
         for width in (cfg.per_layer("level_embd", d) for d in range(depth)):
-            if width % 2 or any(cfg.heads(i)[0] * width % C for i in range(cfg.n_layer)):
+            heads = [cfg.heads(i)[:2] for i in range(cfg.n_layer)]
+            grown = [(h * width // C, max(1, kv * width // C)) for h, kv in heads]
+            if width % 2 or any(h * width % C for h, _ in heads) or any(h % kv for h, kv in grown):
                 raise ValueError(f"level_embd ({width}) must be even and hold whole heads, of the "
-                                 f"size that n_embd ({C}) has with n_head ({cfg.n_head})")
+                                 f"size that n_embd ({C}) has with n_head ({cfg.n_head}), and as "
+                                 f"many for each of n_kv_head ({cfg.n_kv_head})")
             for name in ("share_mlp", "share_levels"):
                 if getattr(cfg, name) and width not in (0, C):
                     raise ValueError(f"{name} gives levels what has {C} channels (n_embd); leave "
@@ -2468,6 +2473,9 @@ class Slots(nn.Module):
         if bool(n_span) != bool(span) or n_span * span > history:
             raise ValueError(f"n_span * span ({n_span} * {span}) must be positive and fit into "
                              f"history ({history})")
+        if cfg.slot_gate and cfg.plan == "latent":
+            raise ValueError("slot_gate has every token read the slots, and with plan = latent "
+                             "none reads what came before its chunk; leave one of them out")
         if cfg.n_segment and history % cfg.n_segment:
             raise ValueError(f"history ({history}) is not a multiple of n_segment "
                              f"({cfg.n_segment})")

@@ -81,8 +81,9 @@ class PrepareConfig:
                              "other takes one")
         if self.write_steps and self.n_pause != PrepareConfig.n_pause:
             raise ValueError("write_steps stands in the place of n_pause; leave one of them out")
-        if len(self.separator) > 1000:
-            raise ValueError("separator is longer than 1,000 characters; give a shorter one")
+        for name in ("separator", "answer_marker"):
+            if len(getattr(self, name)) > 1000:
+                raise ValueError(f"{name} is longer than 1,000 characters; give a shorter one")
         if self.name:
             check_name(self.name)
 

@@ -953,7 +953,7 @@ class Soft(Plain):
                 if at and cfg.collapse_by != "nearest":
                     p = d.weigh(b, at, first) if logits is None else distribution(
                         logits[b, at - 1:at].float(), cfg)
-                    token = choose(p, self.generator).item()
+                    token = window[at] = choose(p, self.generator).item()
                     chosen = torch.tensor(token, device=d.device)
                     d.soft[b][at] = F.one_hot(chosen, len(d.soft[b][at])).float()
                 place = at - len(window)  # from the end, which all decoders have in common

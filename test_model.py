@@ -267,7 +267,8 @@ def sight(m):
     chunks = m.cfg.chunk.split(",")
     if not (m.training and m.cfg.plan_noise):
         return 0
-    return m.cfg.block_size if "space" in chunks else m.cfg.horizon * math.prod(map(int, chunks))
+    return m.cfg.horizon * math.prod(map(int, chunks)) if all(map(str.isdigit, chunks)) else \
+        m.cfg.block_size
 
 
 def leaks_nothing(m):
@@ -382,6 +383,8 @@ def test_documents_are_apart(name):
     """Where a document begins recurrences, levels and memories begin again: in one forward, token
     by token, and in the next window, which finds what this one stored. Attention is silenced."""
     m = without_attention(make(name, eot=5)).eval()
+    if name == "random" and ":" in m.cfg.chunk and m.levels:
+        return  # how many learned chunks a text has counts: a window has room for so many
     x, h = inputs(m)
     x = x.masked_fill(x == 5, 7)
     early = random_ids(2, *x.shape, low=8)  # no think tokens, whose number counts in a window
@@ -918,6 +921,9 @@ def test_averages_follow_the_weights(tmp_path):
         assert torch.equal(first[average], start[name]) and torch.equal(now[average], now[name])
         far = lambda a, b: (a - b).norm()
         assert 0 < far(behind[average], start[name]) < 0.05 * far(behind[name], start[name])
+    plain = run(tmp_path / "plain", {**v, "concept_of": "chunk"})[1]["model"]
+    grown = run(tmp_path / "b", v, init_from=str(tmp_path / "plain"), ema_decay=1.0)[1]["model"]
+    assert all(torch.equal(grown[average], plain[name]) for name, average in pairs.items())
 
 
 def test_the_next_latent_loss_is_its_formula():
@@ -1066,6 +1072,8 @@ FEATURAL layers=FA n_value_embed=1: layers=FFA n_embd=64 n_head=4
 layers=DM mem_chunk=4 mem_top=3 mem_dim=8: n_embd=40 head_dim=16
 layers=AA: n_head=4 head_dim=16 n_mlp=256
 layers=AA: SLOTS slot_gate=True layers=(A)AMA mem_chunk=4 mem_top=3 mem_dim=8 enrich=True
+layers=SA: layers=SAA n_head=4 head_dim=16
+layers=AA: history=16 running_mean=1 slot_gate=True
 """  # settings, and others that they grow into
 
 
@@ -1118,6 +1126,7 @@ def test_growth(line):
 layers=AA: SLOTS
 layers=AA: n_embd=64
 layers=AA: layers=A
+layers=AA: share_mlp=True
 norm=layer: n_embd=64 n_head=4
 tie=True: n_embd=64 n_head=4
 layers=A(A): n_embd=64 n_head=4
@@ -3865,6 +3874,9 @@ train
   --layers=(A)A --chunk=route:4 --plan=cross => route | plan = add
   --layers=(A)A --level_embd=50 => level_embd | 50 | whole heads
   --layers=(A)A --level_embd=64,64 => level_embd | 2 values for 1
+  --layers=(A)A --n_head=8 --n_kv_head=4 --level_embd=240 => level_embd | n_kv_head
+  --layers=(A)R --history=64 --aggregate=1 --slot_gate=True => slot_gate | outside of levels
+  --layers=(A)A --history=64 --aggregate=1 --slot_gate=True --plan=latent => slot_gate | latent
   --layers=(A)A --level_embd=512 --share_levels=True => share_levels | n_embd
   --layers=AA --value_lr=3 => value_lr | F
   --teacher=x --distill=0 => distill_ce ; --teacher=x --distill_match=-1 => distill_match

@@ -648,17 +648,20 @@ def grow(new, old):
                 where = rows, *map(slice, q.shape[1:])
                 p[where] = q * factor
                 grown.append((p, q, where, factor))
-    if len(grown) < len(list(old.parameters())):
+    places = {id(p): id(q) for p, q, *_ in grown}  # (a shared MLP has room for one)
+    if {*places.values()} != {*map(id, old.parameters())}:
         raise ValueError("not all that is in it has a place")
     if new.num_params() > old.num_params():
         x = torch.arange(min(a.block_size, b.block_size))[None] ** 2 % a.vocab_size
-        h = torch.arange(b.history)[None] % a.vocab_size
-        one, other = (m.eval()(x, history=h[:, b.history - m.cfg.history:]).logits
-                      for m in (new, old))
+        h = torch.arange(max(a.history, b.history))[None] % a.vocab_size
+        counts = torch.arange(a.vocab_size)[None]
+        one, other = (m.eval()(x, history=torch.cat((
+            counts[:, :m.cfg.n_history - m.cfg.history], h[:, h.size(1) - m.cfg.history:]), 1)
+        ).logits for m in (new, old))
         if (one - other).abs().max() > 1e-4:
             raise ValueError("its outputs would change: slots need slot_gate = True, heads their "
                              "old head_dim, more channels norm = rms or scale, an untied head and "
-                             "no old level, slots, R, G or swiglu")
+                             "no old level, slots, R, G, swiglu or share_mlp")
     return grown
 
 
@@ -1082,16 +1085,17 @@ class Runner:
                 o.step()
             o.zero_grad(set_to_none=True)
         if finite:
-            self.move_averages()
+            self.move_averages(self.tcfg.ema_decay)
         return list(out.losses), values
 
     @torch.no_grad()
-    def move_averages(self):
-        """Move the averages that levels regress on (concept_of = ema) towards their weights."""
+    def move_averages(self, keep):
+        """Draw the moving averages that levels regress on (concept_of = ema) to their weights, of
+        which `keep` is the share that stays."""
         for level in self.model.levels:
             if level.average is not None:
                 pair = list(level.average.parameters()), list(level.blocks.parameters())
-                torch._foreach_lerp_(*pair, 1 - self.tcfg.ema_decay)
+                torch._foreach_lerp_(*pair, 1 - keep)
 
     def evaluate(self, data, alter=None, stop=lambda: 0, limit=0):
         """Return (nats a scored token, bits a byte) over a whole split, or its first `limit`
@@ -1360,6 +1364,9 @@ class Training:
             self.run.model.load_state_dict(weights, strict=False)
             n = sum(p.numel() for p in weights.values())
             say(f"learning from {tcfg.teacher}; {n:,} weights start as its own")
+        begun = saved or teacher
+        if begun and begun["model_config"].get("concept_of") != "ema":
+            self.run.move_averages(0.0)  # a start from weights without any has copies of its own
         if self.resumed:
             self.restore(saved, path)
         self.curve, self.compile_seconds = [], 0.0
