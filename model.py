@@ -2111,8 +2111,8 @@ class Level(Stack):
             raise ValueError("rollout runs a level ahead from each of its states, which a memory M "
                              "or a level inside it cannot; leave one of them out")
         if cfg.rollout and cfg.horizon > cfg.most_chunks(depth):
-            raise ValueError(f"rollout looks {cfg.horizon} chunks ahead (horizon), and a window has "
-                             f"{cfg.most_chunks(depth)}; give fewer")
+            raise ValueError(f"rollout looks {cfg.horizon} chunks ahead (horizon), and a window "
+                             f"has {cfg.most_chunks(depth)}; give fewer")
         outer = [item[0] for item in cfg.tree if not is_level(item)]
 
         def check_stack(items):
