@@ -2075,6 +2075,9 @@ class Level(Stack):
         if cfg.rollout and (depth > 1 or any("M" in str(t) for t in cfg.tree if is_level(t))):
             raise ValueError("rollout runs a level ahead from each of its states, which a memory M "
                              "or a level inside it cannot; leave one of them out")
+        if cfg.rollout and cfg.horizon > cfg.most_chunks(depth):
+            raise ValueError(f"rollout looks {cfg.horizon} chunks ahead (horizon), and a window "
+                             f"has {cfg.most_chunks(depth)}; give fewer")
         outer = [item[0] for item in cfg.tree if not is_level(item)]
 
         for items, _ in stacks(cfg.tree):

@@ -3876,6 +3876,7 @@ train
   --layers=(A)A --level_embd=64,64 => level_embd | 2 values for 1
   --layers=(A)A --n_head=8 --n_kv_head=4 --level_embd=240 => level_embd | n_kv_head
   --layers=(A)R --history=64 --aggregate=1 --slot_gate=True => slot_gate | outside of levels
+  --layers=(A)A --plan=cross --rollout=1 --horizon=300 => rollout | horizon
   --layers=(A)A --history=64 --aggregate=1 --slot_gate=True --plan=latent => slot_gate | latent
   --layers=(A)A --level_embd=512 --share_levels=True => share_levels | n_embd
   --layers=AA --value_lr=3 => value_lr | F
