@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import glob
 import hashlib
+import html
 import importlib.util
 import itertools
 import json
@@ -146,7 +147,7 @@ def save(cfg, claim, tables, words, took):
     path, old = os.path.join(HERE, "docs", "results", f"{claim}.json"), {}
     with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
         old = json.load(f)
-    by_hand = "order", "title", "question", "note", "mechanism"
+    by_hand = "order", "title", "question", "note", "mechanism", "plot"
     new = {"claim": claim, "order": 10 * len(CLAIMS), "title": tables[0].title,
            "question": question(CLAIMS.get(claim, mine)),
            "command": f"python bench.py {claim} {shlex.join(words)}".strip(),
@@ -503,7 +504,8 @@ def over_seeds(cfg, arms, threads=0, cold=False):
                 if seed <= own[name].get("seeds", seed)]
         for name, run in runs:
             run = run.result()
-            row = {**{k: run[v] for k, v in METRICS.items()}, "params M": run["params"] / 1e6}
+            row = {**{k: run[v] for k, v in METRICS.items()}, "params M": run["params"] / 1e6,
+                   "curve": [[step, loss] for step, _, loss in run["curve"]]}
             for measure in own[name].get("after", ()):
                 value = run[measure]
                 row.update(value if isinstance(value, dict) else {measure: value})
@@ -545,12 +547,17 @@ def outputs(run, data, size=64):
 def shuffle_history(h):
     """Return each row's history in another order (the same at every call)."""
     order = torch.rand(h.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
-    return h.gather(1, order)
+    return h.gather(1, order.to(h.device))
 
 
 def ablated(alter):
     """Return the measure of the loss with each history altered by alter(history)."""
     return lambda run, data: run.evaluate(data, alter)[0]
+
+
+def unigrams(data, table):
+    """Return how often each row of a table (V, ..) occurs in a split, (V,), where the table is."""
+    return torch.from_numpy(np.bincount(data.tokens, minlength=len(table)) / data.n).to(table)
 
 
 @torch.inference_mode()
@@ -559,7 +566,7 @@ def wrong_distance(run, data, table=None):
     token, where they differ, as a share of what it is between two tokens drawn from the text:
     every model has a table of its own, unless one is given."""
     e, distances = F.normalize(run.model.wte.weight if table is None else table, dim=-1), []
-    frequency = torch.from_numpy(np.bincount(data.tokens, minlength=len(e)) / data.n).float()
+    frequency = unigrams(data, e)
     mean_e = frequency @ e  # two different tokens: take the share that are the same out
     chance = (1 - mean_e @ mean_e) / (1 - frequency @ frequency)
     for _, y, logits in outputs(run, data):
@@ -580,6 +587,7 @@ def by_words(run, data):
             nats[word].append(loss[(y.flatten() >= 0) & ((y.flatten() >= 256) == word)])
     path = os.path.join(run.tcfg.data_dir, run.tcfg.dataset, "train.bin")
     table = train.semantic_table("ppmi", prepare.open_bin(path)[0], run.mcfg.vocab_size, 64)
+    table = table.to(run.place.device)
     return {"loss of words": torch.cat(nats[True]).mean().item(),
             "of bytes": torch.cat(nats[False]).mean().item(),
             "wrong by company": wrong_distance(run, data, table)}
@@ -609,7 +617,7 @@ def spread(run, data):
     for x, _, h, _ in itertools.islice(data.eval_batches(run.place, 64), 8):
         made = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
         states.append(made.u[:, 1:][made.exists])
-    u = torch.cat(states).float()
+    u = torch.cat(states).float().flatten(1)
     return {"spread of states": 1 - (u.mean(0).square().sum() / u.square().sum(1).mean()).item()}
 
 
@@ -619,11 +627,12 @@ def two_steps(run, data, n=2048, rows=16):
     step in its place, after one sampled token, and by the exact sum over the vocabulary; over n
     places of the split. And how far the soft step goes from the sampled one to the sum."""
     model, V, T = run.model.eval(), run.mcfg.vocab_size, run.mcfg.block_size
-    g, total = torch.Generator().manual_seed(0), torch.zeros(3)
+    device, g = run.place.device, torch.Generator().manual_seed(0)
+    total = torch.zeros(3, device=device)
     last = torch.randint(T, data.n, (n,), generator=g).numpy()
     for i in range(0, n, rows):
-        x, y, _ = data.rows(last[i:i + rows], last[i:i + rows])
-        state, each = model.init_state(rows), torch.arange(len(x))
+        x, y = (t.to(device) for t in data.rows(last[i:i + rows], last[i:i + rows])[:2])
+        state, each = model.init_state(rows), torch.arange(len(x), device=device)
         p = model(x[:, :-1], state=state).logits[:, -1].float().softmax(-1)
 
         def behind(tokens, row):
@@ -631,9 +640,11 @@ def two_steps(run, data, n=2048, rows=16):
             logits = model(tokens, state=state.select(row)).logits[:, -1].float()
             return logits.log_softmax(-1).gather(1, y[row, -1:])[:, 0]
 
-        every = behind(torch.arange(V).repeat(len(x))[:, None], each.repeat_interleave(V))
+        every = behind(torch.arange(V, device=device).repeat(len(x))[:, None],
+                       each.repeat_interleave(V))
         total -= torch.stack([behind(p[:, None], each).sum(),
-                              behind(torch.multinomial(p, 1, generator=g), each).sum(),
+                              behind(torch.multinomial(p.cpu(), 1, generator=g).to(device),
+                                     each).sum(),
                               (p.log() + every.view(-1, V)).logsumexp(-1).sum()])
     soft, drawn, exact = (total / n).tolist()
     return {"soft step": soft, "sampled step": drawn, "exact sum": exact,
@@ -645,9 +656,9 @@ def behind_region(run, data, size=64):
     """Return the loss behind the soft region, or where there is none the first quarter of a window,
     where that holds its tokens, what the model expected there, and how often each token occurs at
     all."""
-    model, V, total, count = run.model.eval(), run.mcfg.vocab_size, torch.zeros(3), 0
+    model, V, total, count = run.model.eval(), run.mcfg.vocab_size, [0.0] * 3, 0
     n = max(run.mcfg.n_soft, 0) or run.mcfg.block_size // 4
-    usual = torch.from_numpy(np.bincount(data.tokens, minlength=V) / data.n).float()
+    usual = unigrams(data, model.wte.weight)
     for x, y, h, _ in data.eval_batches(run.place, size):
         h, tokens = h if run.mcfg.n_slot else None, F.one_hot(x, V).float()
         expected = model.expect(model(x[:, :n], history=h).logits)[:, :-1]
@@ -655,16 +666,17 @@ def behind_region(run, data, size=64):
         for i, region in enumerate((tokens[:, 1:n], expected, usual.expand_as(expected))):
             given = torch.cat((tokens[:, :1], region, tokens[:, n:]), 1)
             logits = model(given, history=h, ids=x).logits[:, n:]
-            total[i] += cross_entropy(logits, y)
+            total[i] += cross_entropy(logits, y).item()
         count += int((y >= 0).sum())
-    return dict(zip(("hard region", "soft region", "usual region"), (total / count).tolist()))
+    return {k: t / count for k, t in zip(("hard region", "soft region", "usual region"), total)}
 
 
 @torch.inference_mode()
 def by_hops(run, data):
     """Return the share of right answers of the chain task, by how many pointers are to be
     followed. Where steps are written, the model writes its own."""
-    digits = torch.tensor([data.meta["tokenizer"]["chars"].index(c) for c in "01234"])
+    digits = torch.tensor([data.meta["tokenizer"]["chars"].index(c) for c in "01234"],
+                          device=run.place.device)
     right, written = {}, data.meta.get("write_steps")
     for x, y, logits in outputs(run, data, 256):
         is_k = (x[..., None] == digits).any(-1)
@@ -686,10 +698,11 @@ def by_length(run, data, size=64):
     its string: means over lengths."""
     (start, end), shares = data.docs, {}
     for i in range(0, len(start), size):
-        x, y, _ = data.rows(start[i:i + size] + 1, end[i:i + size])
+        x, y, _ = (t.to(run.place.device) for t in data.rows(start[i:i + size] + 1,
+                                                             end[i:i + size]))
         asked = (y >= 0).sum(1)
         right = ((run.model.eval()(x).logits.argmax(-1) == y) & (y >= 0)).sum(1) / asked
-        for n, r in zip((end - start)[i:i + size] - asked.numpy(), right.tolist()):
+        for n, r in zip((end - start)[i:i + size] - asked.cpu().numpy(), right.tolist()):
             shares.setdefault(int(n), []).append(r)
     found = {}
     for low, high in ((41, 500), (41, 100), (401, 500)):
@@ -901,7 +914,7 @@ def drawn_nats(run, data, n=16, batches=4):
     """Return the nats a token where plans are means, where each is a draw (the mean over n draws:
     by Jensen no less than the nats of the text that draws write), and, where a token sees its own
     chunk's draw alone, what n draws a chunk are together worth: a closer bound of the same."""
-    model, sums, scored = run.model.eval(), torch.zeros(3), 0
+    model, sums, scored = run.model.eval(), torch.zeros(3, device=run.place.device), 0
     if not (model.levels and run.mcfg.draws()):
         return {}
     for x, y, _, _ in itertools.islice(data.eval_batches(run.place, 64), batches):
@@ -910,7 +923,8 @@ def drawn_nats(run, data, n=16, batches=4):
             return F.cross_entropy(logits, y, ignore_index=-1, reduction="none")
 
         made, mean_plan = model.concepts(x)[-1], nats()
-        ends = (made.end[:, :, None] <= torch.arange(x.size(1))) & made.exists[..., None]
+        place = torch.arange(x.size(1), device=x.device)
+        ends = (made.end[:, :, None] <= place) & made.exists[..., None]
         sample.draw_plans(model)
         each = torch.stack([nats() for _ in range(n)])  # (n, B, T)
         sample.draw_plans(model, False)
@@ -1255,6 +1269,17 @@ def gpu_training(cfg, device):
     yield Table(title, rows)
 
 
+def gpu_options(cfg, device):
+    """Time a step at 124M parameters in fp16, and with blocks computed again."""
+    shape = f"{LARGE}32" if device == "cuda" else SIZES["4 layers, 128 wide, 12 x 64"]
+    arms = {flags: read_arm(f"{shape} {flags}") for flags in (
+        "--dtype=bfloat16", "--dtype=float16", "--dtype=bfloat16 --grad_checkpoint=True")}
+    times, about = step_times(arms, cfg.rounds, together=device == "cuda")
+    yield Table(f"a training step, {shape.split(' --vocab')[0]}: fp16, and blocks computed again",
+                [{"arm": flags, "ms a step": 1000 * median(t), "peak MB": about[flags]["peak MB"],
+                  "first step s": about[flags]["compile"]} for flags, t in times.items()])
+
+
 MIXERS = {"A": "--layers=AAAAAA", "R": "--layers=RRRRRR", "R and A": "--layers=RRARRA",
           "level of 4": "--layers=RR(AAAA)R", "level by words": "--layers=(AA)AAAA --chunk=space",
           "F": "--layers=AAFAAF", "M": "--layers=AAMAAM", "exits": "--layers=AA.AA.AA",
@@ -1286,25 +1311,47 @@ def gpu_decoding(cfg, device):
                   "/ recomputing": compare(times["recomputing"], t)} for k, t in times.items()])
 
 
-def gpu_jobs(cfg, device):
-    """Train the main job, and 200 steps of it on both devices."""
+def gpu_exits(cfg, device):
+    """Time one row of a trained model by early exit and by speculation."""
+    shape = ("--n_embd=768 --n_head=12 --batch_size=32 --max_iters=300" if device == "cuda" else
+             "--n_embd=32 --n_head=1 --batch_size=2 --max_iters=2 --eval_tokens=512")
+    flags = "--layers=AA.AA.AAAAAAAA --exit_distill=0.5 --compile=False" + ONCE
+    folder, arms = kept(cfg, "deep", f"{shape} {flags}"), {
+        "every block": "--temperature=0",
+        **{f"exits, softmax > {p}": f"--temperature=0 --exit=softmax --exit_threshold={p}"
+           for p in (0.7, 0.5)},
+        **{f"{k} drafted by exit 2": f"--temperature=0 --speculate={k} --draft_exit=2"
+           for k in (3, 5)}}
+    n = 200 if device == "cuda" else 8
+    yield Table(f"decoding one row greedily, {shape} {flags}, {n} characters", decoding_speed(
+        cfg, folder, [split_ids(cfg, "val")[:32].tolist()], arms, n,
+        types=[("bfloat16", compiled) for compiled in (False, True)[:n // 100 + 1]]))
+
+
+JOB = "config/softar_shakespeare.py "
+
+
+def gpu_same_steps(cfg, device):
+    """Train the main job for 200 steps on both devices."""
     short = "--max_iters=200 --lr_decay_iters=200 --dtype=float32"
     if device == "cpu":
         short = f"{short} --max_iters=2 --lr_decay_iters=2 --eval_tokens=512 --compile=False"
-    job = "config/softar_shakespeare.py "
+    where = dict.fromkeys((device, "cpu"))
     with ThreadPoolExecutor(2) as pool:
-        runs = {f"200 steps, fp32, {where}": pool.submit(fit, cfg, job + short, device=where)
-                for where in dict.fromkeys((device, "cpu"))}
-        runs = {name: run.result() for name, run in runs.items()}
-    if device == "cuda":
-        runs["the whole job"] = fit(cfg, job, device=device)
-    yield Table("config/softar_shakespeare.py",
-                [{"run": name, **{k: run[v] for k, v in METRICS.items()}}
-                 for name, run in runs.items()])
+        runs = pool.map(lambda kind: fit(cfg, JOB + short, device=kind), where)
+    yield Table("config/softar_shakespeare.py, 200 steps in fp32",
+                [{"on": kind, "val loss": run["val_loss"]} for kind, run in zip(where, runs)])
 
 
-GPU_PARTS = (gpu_equals_cpu, gpu_training, gpu_decoding, gpu_mixers, gpu_jobs, gpu_checkpoints,
-             gpu_compiled)
+def gpu_job(cfg, device):
+    """Train the main job."""
+    small = "--max_iters=2 --eval_tokens=512 --compile=False" * (device == "cpu")
+    run = fit(cfg, JOB + small, device=device)
+    yield Table("config/softar_shakespeare.py", [{k: run[v] for k, v in METRICS.items()}])
+
+
+GPU_PARTS = (gpu_equals_cpu, gpu_training, gpu_decoding, gpu_mixers, gpu_job, gpu_exits,
+             gpu_options, gpu_same_steps, gpu_checkpoints, gpu_compiled)
 
 
 def gpu(cfg):
@@ -1373,20 +1420,49 @@ CLAIMS["blocks"] = Trial(
     "--n_embd=128 --n_head=4 --seeds=0", columns=("ms a step", "step time"), timing="all")
 
 EQUAL = " --seconds_of=AAAAAA"
-WORDS = "--layers=(AA)AAAA --chunk=space" + EQUAL
-CLAIMS["think"] = Trial(
-    "does a level above the tokens pay: 6 layers, 256 wide, a window of 1,024 characters, each arm "
-    "for the seconds of the flat model's steps", "thinking above the token, at equal seconds",
-    {"AAAAAA": "--layers=AAAAAA", "(AA)AAAA by words": WORDS,
-     "RR(AAAA)R by words": "--layers=RR(AAAA)R --chunk=space --seeds=1" + EQUAL,
-     "RR(AAA)RA by words": "--layers=RR(AAA)RA --chunk=space --seeds=1" + EQUAL,
-     "RRARRA": "--layers=RRARRA --seeds=1" + EQUAL,
-     "(AA)AAAA by words, n-grams": "--n_gram=2,3 --seeds=1 " + WORDS,
-     "AAAAAA, n-grams": "--layers=AAAAAA --n_gram=2,3 --seeds=1" + EQUAL,
-     "(AA)AAAA by 4": "--layers=(AA)AAAA --chunk=4 --seeds=1" + EQUAL,
-     "AAAA": "--layers=AAAA --seeds=1" + EQUAL},
-    "--n_head=4 --n_embd=256 --block_size=1024 --batch_size=4 --max_iters=1200" + ONCE,
-    columns=(*COMPARED, "ms a step"))
+BY_WORDS = "--layers=(AA)AAAA --chunk=space"
+THINK = ("--n_head=4 --n_embd=256 --block_size=1024 --batch_size=4 --max_iters=1200 "
+         "--eval_interval=200 --log_interval=500")
+LEVELED = Trial(
+    "", "thinking above the token, at equal seconds",
+    {"AAAAAA": "--layers=AAAAAA",
+     **{name: f"{flags} --seeds=1{EQUAL}" for name, flags in {
+         "(AA)AAAA by words": BY_WORDS,
+         "RR(AAAA)R by words": "--layers=RR(AAAA)R --chunk=space",
+         "RR(AAA)RA by words": "--layers=RR(AAA)RA --chunk=space", "RRARRA": "--layers=RRARRA",
+         "(AA)AAAA by words, n-grams": f"{BY_WORDS} --n_gram=2,3",
+         "AAAAAA, n-grams": "--layers=AAAAAA --n_gram=2,3",
+         "(AA)AAAA by 4": "--layers=(AA)AAAA --chunk=4", "AAAA": "--layers=AAAA"}.items()}},
+    THINK, columns=(*COMPARED, "ms a step"))
+LEVELED_MORE = Trial(
+    "", "what else a level by words gains, at equal seconds",
+    {"AAAAAA": "--layers=AAAAAA",
+     **{name: flags + EQUAL for name, flags in {
+         "(AA)AAAA by words": BY_WORDS,
+         "((A)A)AAAA, 4 words": "--layers=((A)A)AAAA --chunk=space,4",
+         "a wider level": f"{BY_WORDS} --level_embd=384 --seeds=2",
+         "(AAAA)AAAA": f"{BY_WORDS} --layers=(AAAA)AAAA --seeds=2",
+         "chunks by a router": "--layers=(AA)AAAA --chunk=route:5 --seeds=2",
+         "a plan rolled out": f"{BY_WORDS} --plan=cross --horizon=3 --rollout=0.25 "
+                              "--concept_weight=0.1 --seeds=2"}.items()}},
+    THINK, columns=(*COMPARED, "ms a step"))
+WINDOWS = Trial(
+    "", "a level by words at windows of 256 and 4,096, at equal seconds",
+    {f"{name}, {T:,}": f"{flags} --block_size={T} --batch_size={4096 // T} "
+                       f"--seconds_of='AAAAAA, {T:,}' --against='AAAAAA, {T:,}' --seeds=1"
+     for T in (256, 4096) for name, flags in (("AAAAAA", "--layers=AAAAAA"),
+                                              ("(AA)AAAA by words", BY_WORDS))},
+    THINK, columns=(*COMPARED, "ms a step"))
+
+
+def think(cfg):
+    """does a level above the tokens pay: 6 layers, 256 wide, a window of 1,024 characters, each arm
+    for the seconds of the flat model's 1,200 steps"""
+    for trial in (LEVELED, LEVELED_MORE, WINDOWS):
+        yield from trial(cfg)
+
+
+CLAIMS["think"] = think
 
 SLOT_MODEL = ("--n_layer=4 --n_head=4 --n_embd=128 --block_size=16 --batch_size=64 "
               "--max_iters=1500 --history_drop=0" + ONCE)
@@ -2101,7 +2177,8 @@ def start_decoding(model, prompts, n, flags="", **more):
                               **config.parse(shlex.split(flags), sample.SampleConfig)[0])
     more = {"leave": sample.make_rule(cfg, model, ""), **more}
     decoder = sample.make_decoder(cfg, model, prompts, **more)
-    return sample.way_of(cfg)(decoder, cfg, torch.Generator().manual_seed(1))
+    g = torch.Generator(model.wte.weight.device).manual_seed(1)
+    return sample.way_of(cfg)(decoder, cfg, g)
 
 
 def write(model, prompts, n, flags="", **more):
@@ -2225,7 +2302,8 @@ def decoding_speed(cfg, folder, prompts, arms, n, other="", types=()):
     accepted."""
     rows = []
     for dtype, compile in types or itertools.product(("float32", "bfloat16"), (False, True)):
-        model, draft = (sample.load(path, dtype=dtype)[0] for path in (folder, other or folder))
+        model, draft = (sample.load(path, the_device(), dtype)[0]
+                        for path in (folder, other or folder))
         ways, texts = {}, {}
 
         def pace(name, _):
@@ -2698,8 +2776,31 @@ def render_record(r):
     prose = [textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
              for text in (r["question"], *r["note"].split("\n\n"), f"*{source}*")]
     parts = [f'<a id="{r["claim"]}"></a>', f"## {r['title']}", prose[0], f"    {r['command']}",
-             *tables, *prose[1:]]
+             *tables, f"![losses by seconds](results/{r['claim']}.svg)" * ("plot" in r), *prose[1:]]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def plot(r):
+    """Return the SVG of the validation losses of a record's arms, those it says under `plot`, by
+    seconds of steps: the first seed."""
+    lines = {}
+    for arm in r["plot"]:
+        f = r["figures"][arm]
+        lines[arm] = [(step * f["ms a step"][0] / 1000, loss) for step, loss in f["curve"][0]]
+    end = max(x for line in lines.values() for x, _ in line)
+    low, high = (f(y for line in lines.values() for _, y in line) for f in (min, max))
+    at = lambda x, y: (60 + 480 * x / end, 20 + 300 * (high - y) / (high - low))
+    say = lambda x, y, text: f'<text x="{x:.0f}" y="{y:.0f}">{html.escape(text)}</text>'
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="800" height="360" font-size="12" '
+             'font-family="sans-serif"><rect width="800" height="360" fill="white"/>',
+             say(60, 352, f"seconds of steps, to {end:,.0f}"), say(4, 14, "validation loss")]
+    parts += [say(8, at(0, y)[1] + 4, f"{y:.3f}") for y in (low, high)]
+    for i, (arm, line) in enumerate(lines.items()):
+        color = f'hsl({360 * i // len(lines)} 70% 40%)'
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
+        parts += [f'<g fill="{color}"><polyline points="{points}" fill="none" stroke="{color}"/>',
+                  say(560, 30 + 20 * i, f"{arm}: {line[-1][1]:.3f}"), "</g>"]
+    return "\n".join([*parts, "</svg>\n"])
 
 
 def render_mechanisms(records):
@@ -2741,8 +2842,9 @@ def rendered(root):
                         pathlib.Path(root, "README.md").read_text(encoding="utf-8"), flags=re.S)
     if not n:
         raise UserError("README.md has no lines <!-- render: mechanisms --> and <!-- end -->")
-    return {"docs/RESULTS.md": RESULTS_HEAD + contents + "\n".join(map(render_record, claims)),
-            "docs/LOG.md": LOG_HEAD + log, "README.md": readme}
+    plots = {f"docs/results/{r['claim']}.svg": plot(r) for r in claims if "plot" in r}
+    results = RESULTS_HEAD + contents + "\n".join(map(render_record, claims))
+    return {**plots, "docs/RESULTS.md": results, "docs/LOG.md": LOG_HEAD + log, "README.md": readme}
 
 
 def render(argv, root=HERE):

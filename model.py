@@ -51,6 +51,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # settings
@@ -788,6 +789,7 @@ class Aux:
     losses: list = field(default_factory=list)  # (name, weight, sum over scored tokens)
     concepts: list = field(default_factory=list)  # LevelOutputs, in the order in which levels run
     memory_writes: dict = field(default_factory=dict)  # block: MemoryWrites
+    recompute: bool = False  # keep a block's input alone, and compute it again going back
 
 
 class Layer(nn.Module):
@@ -1645,6 +1647,11 @@ class Block(nn.Module):
 
     def forward(self, x, seq, aux, cache=None, plan=None):
         """Return (x, plan): the plan goes on to the next layer."""
+        if aux.recompute and cache is None:
+            return checkpoint(self.output, x, seq, aux, None, plan, use_reentrant=False), plan
+        return self.output(x, seq, aux, cache, plan), plan
+
+    def output(self, x, seq, aux, cache, plan):
         own, seen, entries = (None, None, None) if cache is None else cache.inside
         start, seq = x, self.normed_kv(seq)
         if plan is not None and plan.mask is not None:
@@ -1659,7 +1666,7 @@ class Block(nn.Module):
             x = x + self.drop(y)
         if seq.layer_mask is not None:
             x = start + seq.layer_mask[self.i].to(x.dtype) * (x - start)
-        return x, plan
+        return x
 
     def normed_kv(self, seq):
         """Return seq with what keys and values are made of, if that is not x, normed as x is."""
@@ -2936,6 +2943,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             self.lm_head.weight = self.wte.weight
         self.add_tables(cfg)
         self.dtype = torch.float32  # what the forward computes in; a trainer sets bf16
+        self.grad_checkpoint = False  # compute blocks again in the backward pass
         self.record_ff_outputs = False  # leave those of token-level blocks in Output
         for name, p in self.named_parameters():
             if getattr(p, "group", None) not in GROUPS:
@@ -3219,7 +3227,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
         # vectors, then the layers
         x, seq = self.embed(idx, history, state, targets=targets, **more)
-        aux = Aux({} if self.record_ff_outputs else None)
+        aux = Aux({} if self.record_ff_outputs else None,
+                  recompute=self.grad_checkpoint and torch.is_grad_enabled())
         should_exit = self.exit_trial(len(x)) if self.training and cfg.exit_rate else None
         x, at_exits, exited, _ = self.trunk(x, seq, aux, state, should_exit)
 

@@ -1750,7 +1750,7 @@ def send():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "teacher"])
+@pytest.mark.parametrize("name", [*VARIANTS, "teacher", "fp16"])
 def test_resuming_is_exact(name, tmp_path, teacher):
     """Stopped after 3 of 6 steps: the weights, optimizers, memories and losses of a whole run."""
     v, more = settings(VARIANTS.get(name, "SLOTS FEATURAL layers=FAF")), {}
@@ -1758,10 +1758,13 @@ def test_resuming_is_exact(name, tmp_path, teacher):
         more = dict(stream=4)
     if name == "teacher":
         more = dict(teacher=teacher)
+    if name == "fp16":
+        more = dict(dtype="float16")
     r1, whole = run(tmp_path / "a", v, **more)
     run(tmp_path / "b", v, max_iters=3, **more)
     r2, resumed = run(tmp_path / "b", v, init_from="resume", **more)
-    assert all(same(whole[k], resumed[k]) for k in ("model", "optimizers", "memory", "step"))
+    assert all(same(whole[k], resumed[k]) for k in ("model", "optimizers", "memory", "step",
+                                                           "scaler"))
     assert r1["val_loss"] == r2["val_loss"]
     assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
     assert len(losses_of(tmp_path / "a")) == 5
@@ -1906,6 +1909,27 @@ def test_accumulation_is_one_batch(tmp_path, dataset):
                           gradient_accumulation_steps=n, max_iters=4) for n in (1, 4))
     for x, y in zip(a["model"].values(), b["model"].values()):
         agree(x, y)
+
+
+@pytest.mark.parametrize("more", ["", "SLOTS", "layers=(A)A plan=cross", "layers=A.A dropout=0.1"])
+def test_blocks_computed_again_give_the_same(more, tmp_path):
+    (_, a), (_, b) = (run(tmp_path / str(on), settings(more), grad_checkpoint=on)
+                      for on in (False, True))
+    assert same(a["model"], b["model"])
+
+
+def test_a_step_beyond_fp16_is_left_out():
+    """And the scale of losses falls by half."""
+    place = train.Place(torch.device("cpu"), torch.float16)
+    r = train.Runner(GPTConfig(**TINY, vocab_size=10), TrainConfig(batch_size=2), place)
+    x = torch.randint(10, (2, 16))
+    for scale, moves in ((2.0 ** 60, False), (2.0 ** 10, True)):
+        r.scaler.load_state_dict({**r.scaler.state_dict(), "scale": scale})
+        before = {k: v.clone() for k, v in r.model.state_dict().items()}
+        norm = r.step(0, x, x, x)[1][-1]
+        assert torch.isfinite(norm) and (norm > 0) == moves
+        assert same(before, r.model.state_dict()) != moves
+        assert r.scaler.get_scale() == (scale if moves else scale / 2)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):

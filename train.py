@@ -40,7 +40,8 @@ from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, divergence, ends
                    rms_norm, settings)
 
 CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine", "triangle"),
-           "dtype": ("auto", "float32", "bfloat16"), "semantic_table": ("own", "ppmi", "random")}
+           "dtype": ("auto", "float32", "bfloat16", "float16"),
+           "semantic_table": ("own", "ppmi", "random")}
 COUNT, SIZE, WEIGHT, BELOW_ONE = (1, 2 ** 53), (0, 2 ** 53), (0, 1e9), (0, 0.99999)
 RANGES = {"batch_size": (1, 2 ** 20), "gradient_accumulation_steps": (1, 2 ** 20),
           "eval_interval": COUNT, "log_interval": COUNT, "max_iters": COUNT,
@@ -99,7 +100,8 @@ class TrainConfig:
     overwrite: bool = False  # begin anew in an out_dir that has a run, which is deleted
     seed: int = 1337  # of the weights, the batches and dropout
     device: str = "auto"  # auto | cpu | cuda | mps
-    dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
+    dtype: str = "auto"  # auto (bf16 where the hardware has it) | float32 | bfloat16 | float16
+    grad_checkpoint: bool = False  # compute blocks again in the backward pass: less memory
     compile: bool = True  # torch.compile (where there is a compiler)
     eval_interval: int = 250  # steps between validations (and checkpoints)
     eval_tokens: int = 0  # tokens that a validation reads, except the last one; 0: the whole split
@@ -247,7 +249,8 @@ def find_place(tcfg):
     else:
         bf16 = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported()
                                   or torch.cpu._is_amx_tile_supported())
-    dtype = tcfg.dtype if tcfg.dtype != "auto" else "bfloat16" if bf16 else "float32"
+    without = "float16" if kind == "cuda" else "float32"
+    dtype = tcfg.dtype if tcfg.dtype != "auto" else "bfloat16" if bf16 else without
     return Place(device, getattr(torch, dtype), rank, world)
 
 
@@ -474,7 +477,7 @@ class Data:
             clipped = window.clip(max=n - 1)
             x, y, h = self.rows(first[clipped], last[clipped])
             y[torch.from_numpy(window >= n)] = -1
-            yield x, y, h, torch.from_numpy(window % length == 0)
+            yield *(t.to(place.device) for t in (x, y, h)), torch.from_numpy(window % length == 0)
 
 
 def ppmi_table(tokens, V, C, window=4):
@@ -957,7 +960,9 @@ class Runner:
                                 f"{size / 2 ** 30:,.0f} GB to train, and this machine has "
                                 f"{room / 2 ** 30:,.0f}; lower n_embd, n_layer or vocab_size")
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
-        self.model.dtype = place.dtype
+        self.model.dtype, self.model.grad_checkpoint = place.dtype, tcfg.grad_checkpoint
+        # fp16 would lose small gradients
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.optimizers = make_optimizers(self.model, tcfg)
         self.compiled = can_compile(place, tcfg, say)
         self.inner = self.maybe_compile(self.model)
@@ -1071,19 +1076,24 @@ class Runner:
                 out = self.with_memory(
                     self.forward, memory, None if begins is None else begins[rows], mx, my,
                     mh if self.mcfg.n_slot else None, denom=denom, step_draw=step_draw, **more)
-                out.loss.backward()
+                self.scaler.scale(out.loss).backward()
             losses.append(torch.stack([v.detach() for v in out.losses.values()]))
+        for o in self.optimizers:
+            self.scaler.unscale_(o)
         parameters = self.model.parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, tcfg.grad_clip or math.inf)
         values = place.all_sum(torch.stack(losses).sum(0) / place.world)
+        if self.scaler.is_enabled():  # it skips a step whose gradients are beyond fp16
+            norm = norm.nan_to_num(0.0, posinf=0.0)
         values = torch.cat((values, norm[None]))
         finite = place.device.type == "cuda" or bool(values.isfinite().all())
         for o in self.optimizers:
             for g in o.param_groups:
                 g["lr"] = g["peak_lr"] * lr_factor(step, tcfg)
             if finite:
-                o.step()
+                self.scaler.step(o)
             o.zero_grad(set_to_none=True)
+        self.scaler.update()
         if finite:
             self.move_averages(self.tcfg.ema_decay)
         return list(out.losses), values
@@ -1115,7 +1125,6 @@ class Runner:
                     else batches:
                 if stopped := stop():
                     break
-                x, y, h = (t.to(place.device) for t in (x, y, h))
                 h = (alter(h) if alter else h) if self.mcfg.n_slot else None
                 out = self.with_memory(self.inner, memory, begins, x, y, h, denom=one,
                                        step_draw=step_draw)
@@ -1436,6 +1445,8 @@ class Training:
             for o, state in zip(run.optimizers, saved["optimizers"], strict=True):
                 restore_optimizer(o, state, saved["step"])
             restore_memory(run, saved["memory"])
+            if run.scaler.is_enabled() and saved["scaler"]:
+                run.scaler.load_state_dict(saved["scaler"])
         except UNFIT as e:
             raise UserError(f"{path} cannot be gone on with ({summary(e)}); begin another run "
                             f"from its weights, with --init_from={shlex.quote(path)} and another "
@@ -1475,6 +1486,7 @@ class Training:
         state = {**vars(self.progress), "val_loss": val_loss, "memory": memory,
                  "model": run.model.state_dict(),
                  "optimizers": [o.state_dict() for o in run.optimizers],
+                 "scaler": run.scaler.state_dict(),
                  "model_config": settings(self.mcfg), "train_config": vars(self.tcfg),
                  "tokenizer": meta["tokenizer"], "data": self.data, "dataset": self.tcfg.dataset}
         self.files.save(self.place, state, is_best)
