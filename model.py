@@ -41,6 +41,17 @@ Glossary (B rows, T tokens, L = S + T positions, C = n_embd, H heads, D = head_d
     scored          (B, L) how many scored targets stand there
 
 This module knows torch and nothing else: no files, no data, no decoding policy.
+
+Example:
+    >>> model = GPT(GPTConfig(vocab_size=65, layers="(AA)AA", chunk="4", block_size=32), seed=1)
+    >>> ids = torch.randint(65, (2, 33))
+    >>> out = model(ids[:, :-1], targets=ids[:, 1:])
+    >>> out.logits.shape, sorted(out.losses)
+    (torch.Size([2, 32, 65]), ['ce', 'concept_1'])
+    >>> out.loss.backward()
+    >>> state = model.eval().init_state(B=2)  # decoding: a cache, updated in place
+    >>> model(ids[:, :8], state=state).logits[:, -1].shape
+    torch.Size([2, 65])
 """
 import dataclasses
 import hashlib

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import doctest
 import errno
 import functools
 import glob
@@ -502,6 +503,10 @@ def test_a_variant_changes_no_other_parameter(name):
         if n in mine and mine[n].shape == p.shape:
             assert torch.equal(mine[n], p), n
     assert any(n.startswith("slots.") for n in mine) == bool(m.cfg.n_slot)
+
+
+def test_the_example_of_the_model():
+    assert doctest.testmod(sys.modules["model"]) == (0, 7)
 
 
 def test_a_parameter_that_states_no_law_is_refused(monkeypatch):
