@@ -1686,7 +1686,9 @@ FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=
           "R, gate = positive": "config/formal_r.py --gate=positive",
           "R, gate = complex": "config/formal_r.py --gate=complex --weight_decay=0.1",
           "RR(RA)R": "config/formal_h.py",
-          **{k: f"config/formal_s.py --layers={k}" for k in ("RS", "SS", "RR", "RA", "GG")}}
+          "RS, 16 stacks": "config/formal_s.py",
+          **{k: f"config/formal_s.py --layers={k} --n_head=4 --max_iters=1000"
+             for k in ("RS", "SS", "RR", "RA", "GG")}}
 
 
 def formal(question, **tasks):
@@ -1713,8 +1715,8 @@ CLAIMS["formal_more"] = formal(
     reverse_string=["A", "R, gate = real", "R, gate = complex"])
 
 CLAIMS["stack"] = formal(
-    "reverse_string, likewise: a stack behind a recurrence, two stacks, and other mixers by the "
-    "same recipe", reverse_string=["RS", "SS", "RR", "RA", "GG"])
+    "reverse_string, likewise: 16 small stacks behind a recurrence, 4 larger ones, and other mixers "
+    "by the same recipe", reverse_string=["RS, 16 stacks", "RS", "SS", "RR", "RA", "GG"])
 
 LEVELS = "--n_embd=128 --n_head=4 --block_size=256 --batch_size=8 --max_iters=350" + ONCE
 
@@ -2781,15 +2783,15 @@ def render_record(r):
 
 
 def plot(r):
-    """Return the SVG of the validation losses of a record's arms, those it says under `plot`, by
-    seconds of steps: the first seed."""
+    """Return the SVG of the validation losses of a record's arms, those it names under `plot`, by
+    steps times the seconds a step took when it was timed: the first seed."""
     lines = {}
     for arm in r["plot"]:
         f = r["figures"][arm]
         lines[arm] = [(step * f["ms a step"][0] / 1000, loss) for step, loss in f["curve"][0]]
-    end = max(x for line in lines.values() for x, _ in line)
-    low, high = (f(y for line in lines.values() for _, y in line) for f in (min, max))
-    at = lambda x, y: (60 + 480 * x / end, 20 + 300 * (high - y) / (high - low))
+    xs, ys = zip(*itertools.chain(*lines.values()))
+    end, low, high = max(xs), min(ys), max(ys)
+    at = lambda x, y: (60 + 480 * x / (end or 1), 20 + 300 * (high - y) / (high - low or 1))
     say = lambda x, y, text: f'<text x="{x:.0f}" y="{y:.0f}">{html.escape(text)}</text>'
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="800" height="360" font-size="12" '
              'font-family="sans-serif"><rect width="800" height="360" fill="white"/>',

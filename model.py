@@ -776,6 +776,7 @@ class Sequence:
     kv_input: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: x
     layer_mask: torch.Tensor | None = None  # (n_layer,) 0 for a block that is left out; None: none
     memory: dict | None = None  # {block: Memory} that blocks M read
+    recompute: bool = False  # keep only the input of each block, and compute it again going back
 
     @classmethod
     def of(cls, x, rope_table, front, pos=None, capacity=0, begins=True, **more):
@@ -800,7 +801,6 @@ class Aux:
     losses: list = field(default_factory=list)  # (name, weight, sum over scored tokens)
     concepts: list = field(default_factory=list)  # LevelOutputs, in the order in which levels run
     memory_writes: dict = field(default_factory=dict)  # block: MemoryWrites
-    recompute: bool = False  # keep a block's input alone, and compute it again going back
 
 
 class Layer(nn.Module):
@@ -1658,7 +1658,7 @@ class Block(nn.Module):
 
     def forward(self, x, seq, aux, cache=None, plan=None):
         """Return (x, plan): the plan goes on to the next layer."""
-        if aux.recompute and cache is None:
+        if seq.recompute and cache is None:
             return checkpoint(self.output, x, seq, aux, None, plan, use_reentrant=False), plan
         return self.output(x, seq, aux, cache, plan), plan
 
@@ -2243,7 +2243,8 @@ class Level(Stack):
         inner = Sequence.of(x, seq.rope_table, 1, pos, self.room, seq.begins,
                             doc_start=F.pad(chunks.doc != chunks.doc_before, (n, 0)),
                             is_token=F.pad(chunks.exists, (n, 0), value=True), doc_ended=ended,
-                            scored=scored, layer_mask=seq.layer_mask, memory=seq.memory)
+                            scored=scored, layer_mask=seq.layer_mask, memory=seq.memory,
+                            recompute=seq.recompute)
         u = self.states(self, x, inner, aux, caches)
         if self.average is not None and scored is not None:
             with torch.no_grad():
@@ -3132,7 +3133,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             memory, capacity, pos = state.memory, state.capacity, state.advance(x.size(1))
         table = None if self.cos is None else (self.cos, self.sin)
         return x, Sequence.of(x, table, self.n_slot, pos, capacity, begins, tokens=symbols,
-                              memory=memory, **more)
+                              memory=memory, **more,
+                              recompute=self.grad_checkpoint and torch.is_grad_enabled())
 
     def trunk(self, x, seq, aux, state=None, should_exit=None, until=None):
         """Run x (B, L, C) through the layers, segment after segment, up to the exit `until`.
@@ -3238,8 +3240,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
         # vectors, then the layers
         x, seq = self.embed(idx, history, state, targets=targets, **more)
-        aux = Aux({} if self.record_ff_outputs else None,
-                  recompute=self.grad_checkpoint and torch.is_grad_enabled())
+        aux = Aux({} if self.record_ff_outputs else None)
         should_exit = self.exit_trial(len(x)) if self.training and cfg.exit_rate else None
         x, at_exits, exited, _ = self.trunk(x, seq, aux, state, should_exit)
 

@@ -30,6 +30,7 @@ import time
 import tracemalloc
 import zipfile
 from unittest import mock
+from xml.etree import ElementTree
 
 import config  # before torch: it sets the allocator's switches
 import numpy as np
@@ -41,6 +42,7 @@ from torch.nn import functional as F
 
 import bench
 import memory
+import model
 import prepare
 import pretrained
 import sample
@@ -506,7 +508,7 @@ def test_a_variant_changes_no_other_parameter(name):
 
 
 def test_the_example_of_the_model():
-    assert doctest.testmod(sys.modules["model"]) == (0, 7)
+    assert doctest.testmod(model) == (0, 7)
 
 
 def test_a_parameter_that_states_no_law_is_refused(monkeypatch):
@@ -1916,25 +1918,48 @@ def test_accumulation_is_one_batch(tmp_path, dataset):
         agree(x, y)
 
 
-@pytest.mark.parametrize("more", ["", "SLOTS", "layers=(A)A plan=cross", "layers=A.A dropout=0.1"])
-def test_blocks_computed_again_give_the_same(more, tmp_path):
-    (_, a), (_, b) = (run(tmp_path / str(on), settings(more), grad_checkpoint=on)
-                      for on in (False, True))
-    assert same(a["model"], b["model"])
+@pytest.mark.parametrize("more", ["SLOTS", "layers=(A)A plan=cross", "layers=A.A dropout=0.1",
+                                  "n_think=1 think_token=0", "REMEMBERS"])
+def test_blocks_computed_again_give_the_same(more, tmp_path, monkeypatch):
+    """They do run more often."""
+    calls, found, plain = [], [], model.Block.output
+    monkeypatch.setattr(model.Block, "output", lambda b, *a: calls.append(b) or plain(b, *a))
+    for on in (False, True):
+        _, saved = run(tmp_path / str(on), settings(more), grad_checkpoint=on, eval_interval=99,
+                       stream=4 * (more == "REMEMBERS"))
+        found.append((saved["model"], len(calls)))
+        calls.clear()
+    (a, few), (b, many) = found
+    assert same(a, b) and many > few
 
 
-def test_a_step_beyond_fp16_is_left_out():
-    """And the scale of losses falls by half."""
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_step_beyond_fp16_is_left_out(bad, which):
+    """By both optimizers, whosever gradient it is, and the scale of losses falls by half; where
+    that does not help, it is said."""
     place = train.Place(torch.device("cpu"), torch.float16)
-    r = train.Runner(GPTConfig(**TINY, vocab_size=10), TrainConfig(batch_size=2), place)
-    x = torch.randint(10, (2, 16))
-    for scale, moves in ((2.0 ** 60, False), (2.0 ** 10, True)):
-        r.scaler.load_state_dict({**r.scaler.state_dict(), "scale": scale})
-        before = {k: v.clone() for k, v in r.model.state_dict().items()}
-        norm = r.step(0, x, x, x)[1][-1]
-        assert torch.isfinite(norm) and (norm > 0) == moves
-        assert same(before, r.model.state_dict()) != moves
-        assert r.scaler.get_scale() == (scale if moves else scale / 2)
+    r = train.Runner(GPTConfig(**TINY, vocab_size=10), TrainConfig(batch_size=2, compile=False),
+                     place)
+    x, scale = torch.randint(10, (2, 16)), r.scaler.get_scale()
+    p = r.optimizers[which].param_groups[0]["params"][0]
+    state = lambda: copy.deepcopy([r.model.state_dict(), *(o.state_dict() for o in r.optimizers)])
+    assert r.step(0, x, x, x)[1][-1] > 0
+    hook, before = p.register_hook(lambda g: g.index_fill(0, torch.tensor(0), bad)), state()
+    assert r.step(1, x, x, x)[1][-1] == 0
+    assert same(before, state()) and r.scaler.get_scale() == scale / 2
+    for step in range(50):
+        norm = r.step(step, x, x, x)[1][-1]
+    assert not torch.isfinite(norm) and same(before, state())
+    hook.remove()
+    r.scaler.load_state_dict({**r.scaler.state_dict(), "scale": 1024.0})
+    assert r.step(1, x, x, x)[1][-1] > 0 and not same(before, state())
+
+
+def test_the_update_of_a_small_gradient_in_fp16():
+    g = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
+    a, b = (train.Muon.orthogonalize(g * scale, 5, torch.float16) for scale in (1.0, 1e-6))
+    assert (a - b).abs().max() < 0.01
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
@@ -3684,6 +3709,15 @@ def test_docs_are_rendered_from_records(tmp_path, capsys):
     (tmp_path / "docs" / "results").mkdir(parents=True)
     (tmp_path / "docs" / "results" / "a.json").write_text("{}")
     refused(lambda root: bench.render([], root), str(tmp_path), "has no claim")
+
+
+def test_losses_are_drawn_by_seconds():
+    figures = {"<a>": {"curve": [[[0, 2.0], [10, 1.0]]], "ms a step": [500.0]},
+               "b": {"curve": [[[5, 1.5]]], "ms a step": [1000.0]}}
+    svg = ElementTree.fromstring(bench.plot({"plot": list(figures), "figures": figures}))
+    lines = svg.findall(".//{*}polyline")
+    assert [e.get("points") for e in lines] == ["60.0,20.0 540.0,320.0", "540.0,170.0"]
+    assert "<a>: 1.000" in [e.text for e in svg.iter()]
 
 
 def test_killed_writers_lose_nothing(tmp_path):

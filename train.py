@@ -101,7 +101,7 @@ class TrainConfig:
     seed: int = 1337  # of the weights, the batches and dropout
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # auto (bf16 where the hardware has it) | float32 | bfloat16 | float16
-    grad_checkpoint: bool = False  # compute blocks again in the backward pass: less memory
+    grad_checkpoint: bool = False  # compute blocks again going back: less memory
     compile: bool = True  # torch.compile (where there is a compiler)
     eval_interval: int = 250  # steps between validations (and checkpoints)
     eval_tokens: int = 0  # tokens that a validation reads, except the last one; 0: the whole split
@@ -249,8 +249,8 @@ def find_place(tcfg):
     else:
         bf16 = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported()
                                   or torch.cpu._is_amx_tile_supported())
-    without = "float16" if kind == "cuda" else "float32"
-    dtype = tcfg.dtype if tcfg.dtype != "auto" else "bfloat16" if bf16 else without
+    fallback = "float16" if kind == "cuda" else "float32"
+    dtype = tcfg.dtype if tcfg.dtype != "auto" else "bfloat16" if bf16 else fallback
     return Place(device, getattr(torch, dtype), rank, world)
 
 
@@ -528,10 +528,10 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @classmethod
-    def orthogonalize(cls, x, steps):
-        """Return each matrix of x (n, a, b), a <= b, with its singular values near 1."""
+    def orthogonalize(cls, x, steps, dtype):
+        """Return each matrix of x (n, a, b), a <= b, with its singular values near 1, in dtype."""
         a, b, c = cls.QUINTIC
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
         for _ in range(steps):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -561,8 +561,8 @@ class Muon(torch.optim.Optimizer):
                         target, update = target.T, update.T
                     by_shape.setdefault(update.shape, []).append((target, update, scale))
             for matrices in by_shape.values():
-                updates = torch.stack([update for _, update, _ in matrices]).to(self.dtype)
-                updates = self.orthogonalize(updates, group["ns_steps"])
+                updates = torch.stack([update for _, update, _ in matrices])
+                updates = self.orthogonalize(updates, group["ns_steps"], self.dtype)
                 for (target, _, scale), update in zip(matrices, updates):
                     target.add_(update, alpha=-group["lr"] * scale)
 
@@ -961,7 +961,8 @@ class Runner:
                                 f"{room / 2 ** 30:,.0f}; lower n_embd, n_layer or vocab_size")
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
         self.model.dtype, self.model.grad_checkpoint = place.dtype, tcfg.grad_checkpoint
-        # fp16 would lose small gradients
+        # losses are scaled: fp16 would lose small gradients
+        self.beyond = 0  # steps in a row that were left out
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.optimizers = make_optimizers(self.model, tcfg)
         self.compiled = can_compile(place, tcfg, say)
@@ -1045,17 +1046,16 @@ class Runner:
         return None if step_draw is None else step_draw.to(self.place.device)
 
     def with_memory(self, forward, memory, begins, *inputs, **more):
-        """Return forward's Output with what blocks M find in memory, {block: Memory}, and write
-        there what they then write. Memory ends in rows that begin another text (begins,
-        (rows,))."""
-        if not memory:
-            return forward(*inputs, **more)
+        """Return forward's Output with what blocks M find in memory, {block: Memory}. Memory ends
+        in rows that begin another text (begins, (rows,))."""
         for m in memory.values() if begins is not None else ():
             m.usage[begins] = 0
-        out = forward(*inputs, **more, memory=memory)
+        return forward(*inputs, **more, **({"memory": memory} if memory else {}))
+
+    def remember(self, memory, out):
+        """Write what blocks M write, behind a backward pass that may search once more."""
         for i, m in memory.items():
             m.write(out.memory_writes[i])
-        return out
 
     def step(self, step, x, y, h, begins=None):
         """Take one optimizer step on this process's rows. begins (rows,): whose memory ends.
@@ -1077,22 +1077,26 @@ class Runner:
                     self.forward, memory, None if begins is None else begins[rows], mx, my,
                     mh if self.mcfg.n_slot else None, denom=denom, step_draw=step_draw, **more)
                 self.scaler.scale(out.loss).backward()
+                self.remember(memory, out)
             losses.append(torch.stack([v.detach() for v in out.losses.values()]))
         for o in self.optimizers:
             self.scaler.unscale_(o)
         parameters = self.model.parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, tcfg.grad_clip or math.inf)
         values = place.all_sum(torch.stack(losses).sum(0) / place.world)
-        if self.scaler.is_enabled():  # it skips a step whose gradients are beyond fp16
-            norm = norm.nan_to_num(0.0, posinf=0.0)
         values = torch.cat((values, norm[None]))
-        finite = place.device.type == "cuda" or bool(values.isfinite().all())
+        scaled = self.scaler.is_enabled()
+        finite = (place.device.type == "cuda" and not scaled) or bool(values.isfinite().all())
         for o in self.optimizers:
             for g in o.param_groups:
                 g["lr"] = g["peak_lr"] * lr_factor(step, tcfg)
             if finite:
-                self.scaler.step(o)
+                o.step()
             o.zero_grad(set_to_none=True)
+        # gradients beyond fp16 lower the scale; they are an error where that does not help
+        self.beyond = 0 if finite or not scaled else self.beyond + 1
+        if 0 < self.beyond < 50:
+            values[-1] = 0.0
         self.scaler.update()
         if finite:
             self.move_averages(self.tcfg.ema_decay)
@@ -1128,6 +1132,7 @@ class Runner:
                 h = (alter(h) if alter else h) if self.mcfg.n_slot else None
                 out = self.with_memory(self.inner, memory, begins, x, y, h, denom=one,
                                        step_draw=step_draw)
+                self.remember(memory, out)
                 losses.append(out.losses["ce"].detach())
                 count += int((y >= 0).sum())
         self.model.train()
@@ -1161,7 +1166,6 @@ class Runner:
             for m in memories:
                 hooks.enter_context(m.register_forward_pre_hook(count))
             for x, _, h, _ in some:
-                x, h = x.to(self.place.device), h.to(self.place.device)
                 # uncompiled: hooks would have it compiled anew
                 self.model(x, history=h if self.mcfg.n_slot else None)
         self.model.train()
@@ -1445,7 +1449,7 @@ class Training:
             for o, state in zip(run.optimizers, saved["optimizers"], strict=True):
                 restore_optimizer(o, state, saved["step"])
             restore_memory(run, saved["memory"])
-            if run.scaler.is_enabled() and saved["scaler"]:
+            if run.scaler.is_enabled() and saved.get("scaler"):
                 run.scaler.load_state_dict(saved["scaler"])
         except UNFIT as e:
             raise UserError(f"{path} cannot be gone on with ({summary(e)}); begin another run "
