@@ -158,7 +158,9 @@ def save(cfg, claim, tables, words, took):
            "tables": [{"title": t.title, "columns": t.columns,
                        "rows": [[row.get(k, "") for k in t.columns] for row in t.rows]}
                       for t in tables],
-           "figures": {arm: f for t in tables for arm, f in t.figures.items()},
+           "figures": {arm: {k: v for k, v in f.items()
+                             if k != "curve" or arm in old.get("plot", ())}
+                       for t in tables for arm, f in t.figures.items()},
            **{k: old[k] for k in by_hand if old.get(k)}}
     new = json.loads(json.dumps(new), parse_float=lambda digits: float(f"{float(digits):.6g}"))
     prepare.make_dir(os.path.dirname(path))
@@ -1715,8 +1717,8 @@ CLAIMS["formal_more"] = formal(
     reverse_string=["A", "R, gate = real", "R, gate = complex"])
 
 CLAIMS["stack"] = formal(
-    "reverse_string, likewise: 16 small stacks behind a recurrence, 4 larger ones, and other mixers "
-    "by the same recipe", reverse_string=["RS, 16 stacks", "RS", "SS", "RR", "RA", "GG"])
+    "reverse_string, likewise: 16 small stacks behind a recurrence, 4 larger ones, and other "
+    "mixers by the same recipe", reverse_string=["RS, 16 stacks", "RS", "SS", "RR", "RA", "GG"])
 
 LEVELS = "--n_embd=128 --n_head=4 --block_size=256 --batch_size=8 --max_iters=350" + ONCE
 
