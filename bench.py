@@ -1425,36 +1425,36 @@ EQUAL = " --seconds_of=AAAAAA"
 BY_WORDS = "--layers=(AA)AAAA --chunk=space"
 THINK = ("--n_head=4 --n_embd=256 --block_size=1024 --batch_size=4 --max_iters=1200 "
          "--eval_interval=200 --log_interval=500")
-LEVELED = Trial(
-    "", "thinking above the token, at equal seconds",
-    {"AAAAAA": "--layers=AAAAAA",
-     **{name: f"{flags} --seeds=1{EQUAL}" for name, flags in {
-         "(AA)AAAA by words": BY_WORDS,
-         "RR(AAAA)R by words": "--layers=RR(AAAA)R --chunk=space",
-         "RR(AAA)RA by words": "--layers=RR(AAA)RA --chunk=space", "RRARRA": "--layers=RRARRA",
-         "(AA)AAAA by words, n-grams": f"{BY_WORDS} --n_gram=2,3",
-         "AAAAAA, n-grams": "--layers=AAAAAA --n_gram=2,3",
-         "(AA)AAAA by 4": "--layers=(AA)AAAA --chunk=4", "AAAA": "--layers=AAAA"}.items()}},
-    THINK, columns=(*COMPARED, "ms a step"))
-LEVELED_MORE = Trial(
-    "", "what else a level by words gains, at equal seconds",
-    {"AAAAAA": "--layers=AAAAAA",
-     **{name: flags + EQUAL for name, flags in {
-         "(AA)AAAA by words": BY_WORDS,
-         "((A)A)AAAA, 4 words": "--layers=((A)A)AAAA --chunk=space,4",
-         "a wider level": f"{BY_WORDS} --level_embd=384 --seeds=2",
-         "(AAAA)AAAA": f"{BY_WORDS} --layers=(AAAA)AAAA --seeds=2",
-         "chunks by a router": "--layers=(AA)AAAA --chunk=route:5 --seeds=2",
-         "a plan rolled out": f"{BY_WORDS} --plan=cross --horizon=3 --rollout=0.25 "
-                              "--concept_weight=0.1 --seeds=2"}.items()}},
-    THINK, columns=(*COMPARED, "ms a step"))
+THINK_COLUMNS = *COMPARED, "ms a step"
+
+
+def beside_flat(title, arms):
+    """Return the trial of {name: flags} in the seconds of six blocks of attention."""
+    arms = {name: flags + EQUAL for name, flags in arms.items()}
+    return Trial("", f"{title}, at equal seconds", {"AAAAAA": "--layers=AAAAAA", **arms}, THINK,
+                 columns=THINK_COLUMNS)
+
+
+LEVELED = beside_flat("thinking above the token", {k: f"{flags} --seeds=1" for k, flags in {
+    "(AA)AAAA by words": BY_WORDS, "RR(AAAA)R by words": "--layers=RR(AAAA)R --chunk=space",
+    "RR(AAA)RA by words": "--layers=RR(AAA)RA --chunk=space", "RRARRA": "--layers=RRARRA",
+    "(AA)AAAA by words, n-grams": f"{BY_WORDS} --n_gram=2,3",
+    "AAAAAA, n-grams": "--layers=AAAAAA --n_gram=2,3",
+    "(AA)AAAA by 4": "--layers=(AA)AAAA --chunk=4", "AAAA": "--layers=AAAA"}.items()})
+LEVELED_MORE = beside_flat("what else a level by words gains", {
+    "(AA)AAAA by words": BY_WORDS, "((A)A)AAAA, 4 words": "--layers=((A)A)AAAA --chunk=space,4",
+    "a wider level": f"{BY_WORDS} --level_embd=384 --seeds=2",
+    "(AAAA)AAAA": f"{BY_WORDS} --layers=(AAAA)AAAA --seeds=2",
+    "chunks by a router": "--layers=(AA)AAAA --chunk=route:5 --seeds=2",
+    "a plan rolled out": f"{BY_WORDS} --plan=cross --horizon=3 --rollout=0.25 "
+                         "--concept_weight=0.1 --seeds=2"})
 WINDOWS = Trial(
     "", "a level by words at windows of 256 and 4,096, at equal seconds",
     {f"{name}, {T:,}": f"{flags} --block_size={T} --batch_size={4096 // T} "
                        f"--seconds_of='AAAAAA, {T:,}' --against='AAAAAA, {T:,}' --seeds=1"
      for T in (256, 4096) for name, flags in (("AAAAAA", "--layers=AAAAAA"),
                                               ("(AA)AAAA by words", BY_WORDS))},
-    THINK, columns=(*COMPARED, "ms a step"))
+    THINK, columns=THINK_COLUMNS)
 
 
 def think(cfg):
@@ -1688,7 +1688,7 @@ FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=
           "R, gate = positive": "config/formal_r.py --gate=positive",
           "R, gate = complex": "config/formal_r.py --gate=complex --weight_decay=0.1",
           "RR(RA)R": "config/formal_h.py",
-          "RS, 16 stacks": "config/formal_s.py",
+          "RS, 16 stacks": "config/formal_s.py --n_head=16 --max_iters=600",
           **{k: f"config/formal_s.py --layers={k} --n_head=4 --max_iters=1000"
              for k in ("RS", "SS", "RR", "RA", "GG")}}
 
