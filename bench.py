@@ -4,6 +4,7 @@
     python bench.py CLAIM             measure one claim again and print its table:
                                       CLAIMS
     python bench.py CLAIM --save      and write docs/results/CLAIM.json
+    python bench.py all --budget=8    every claim from nothing, saved, as far as so many hours go
     python bench.py render            write docs/RESULTS.md, docs/LOG.md and README's table
     python bench.py mine --layers=RA  is an idea better? its flags beside the plain model
     python bench.py calibrate --exit=softmax --risk=0.02
@@ -1799,12 +1800,12 @@ TARGET_TRIALS = (
     Trial("", "plan: 600 steps of 32 x 72", TARGETS, PLAN_TASK + " --n_embd=128 --n_head=4 "
           "--compile=False --after=spread" + ONCE, timing="",
           columns=(*OF_TARGETS, "spread of states")),
-    Trial("", "star: the share of right first steps (chance 0.5) and paths, 1,200 steps of 32 x 36",
+    Trial("", "star: the share of right first steps (chance 0.5) and paths, 2,000 steps of 128",
           {"AAAA": "", "AAAA, next latent": "--next_latent=0.1",
            **{f"(AA)AA, {k}": f"--layers='(AA)AA' {TARGETS[k]}" for k in
               ("no loss", "chunk", "bag", "ema")}},
-          "--layers=AAAA --dataset=star --n_embd=128 --n_head=4 --block_size=36 --batch_size=32 "
-          "--max_iters=1200 --compile=False --after=by_step" + ONCE, timing="",
+          "--layers=AAAA --dataset=star --n_embd=128 --n_head=4 --block_size=36 --batch_size=128 "
+          "--max_iters=2000 --after=by_step" + ONCE, timing="",
           columns=(*OF_TARGETS, "first step", "path")),
     Trial("", "Shakespeare, (AA)AA by words, 350 steps of 8 x 256",
           {**TARGETS, "label smoothing": SMOOTHED},
@@ -2905,7 +2906,46 @@ def main_mine(argv):
     return 0
 
 
-COMMANDS = {"calibrate": calibrate, "mine": main_mine, "render": render}
+@dataclass
+class AllConfig:
+    budget: float = 8.0  # hours; no claim begins that would not end within them
+
+    def __post_init__(self):
+        config.within(self, 0, 10_000, "budget")
+
+
+def every_claim(argv):
+    """Run every claim, each with its record, within a budget, then render. What is kept in out_dir
+    (out/bench) is not run again: a run that was cut off goes on."""
+    values, budget, _ = config.parse(argv, BenchConfig, AllConfig, doc=every_claim.__doc__)
+    cfg, end = config.build(BenchConfig, **values), time.monotonic() + 3600 * config.build(
+        AllConfig, **budget).budget
+    flags = shlex.split(as_flags({k: v for k, v in values.items() if k not in ("out_dir", "save")}))
+    failed = []
+    for name in CLAIMS:
+        folder, took = os.path.join(cfg.out_dir or "out/bench", name), None
+        done = os.path.join(folder, "done")
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(HERE, "docs", "results", f"{name}.json"), encoding="utf-8") as f:
+                took = json.load(f)["seconds"]
+        about = "nobody knows how long" if took is None else f"about {took / 60:,.0f} minutes"
+        late = time.monotonic() + (took or 0) > end
+        print(f"{name}: " + ("done" if os.path.exists(done) else about + ", left out" * late),
+              flush=True)
+        if late or os.path.exists(done):
+            continue
+        prepare.make_dir(folder)
+        run = [sys.executable, __file__, name, "--save", f"--out_dir={folder}", *flags]
+        if subprocess.run(run).returncode:
+            failed.append(name)
+        else:
+            pathlib.Path(done).touch()
+    if failed:
+        print(f"without a record: {', '.join(failed)}; what they said is above")
+    return render([]) or bool(failed)
+
+
+COMMANDS = {"all": every_claim, "calibrate": calibrate, "mine": main_mine, "render": render}
 
 
 def main(argv):

@@ -11,9 +11,11 @@ same thing (but for what the forward draws: dropout, soft inputs, noise, which a
 micro-step and rank).
 """
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
+import glob
 import inspect
 import io
 import itertools
@@ -84,6 +86,8 @@ class TrainConfig:
     distill: float = 1.0  # with a teacher, weight: of the divergence from its distribution
     distill_match: float = 1.0  # likewise: of giving what replaced feed-forward layers gave
     distill_ce: float = 0.0  # likewise: of the text itself
+    soft_labels: bool = False  # ask a teacher once for the whole text, not in each step
+    born_again: tuple[int, ...] = ()  # steps at which the model begins anew, taught by what it was
     # data
     dataset: str = "shakespeare"  # folder under data_dir, made by prepare.py
     data_dir: str = "data"  # where datasets are kept
@@ -106,6 +110,7 @@ class TrainConfig:
     eval_interval: int = 250  # steps between validations (and checkpoints)
     eval_tokens: int = 0  # tokens that a validation reads, except the last one; 0: the whole split
     eval_only: bool = False  # validate once and stop
+    average: tuple[str, ...] = ()  # eval_only: models to average probabilities with; repeatable
     log_interval: int = 10  # steps between log lines
     always_save_checkpoint: bool = True  # False: only where the validation loss improved
     tensorboard_log: bool = False  # also log to tensorboard
@@ -126,17 +131,29 @@ class TrainConfig:
             raise ValueError(f"warmup_iters ({self.warmup_iters}) leaves nothing of the {end} "
                              f"steps that the learning rate takes (lr_decay_iters, or max_iters); "
                              f"give fewer")
+        if list(self.born_again) != sorted({*range(1, self.max_iters)} & {*self.born_again}):
+            raise ValueError(f"born_again = {','.join(map(str, self.born_again))} must be steps in "
+                             f"rising order, between 0 and max_iters ({self.max_iters})")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) is where learning_rate "
                              f"({self.learning_rate}) falls to; give less")
+
+    @property
+    def labelled(self):
+        """Whether a teacher is asked for the whole text, once."""
+        return bool(self.soft_labels or self.born_again)
 
     def idle(self, mcfg):
         """Return (name, what it needs) of each setting that was changed and has nothing to work
         on, beside a model of mcfg."""
         return config.idle(
             self,
-            (self.teacher, "a teacher (--teacher=PATH)",
-             "teacher_start distill distill_match distill_ce"),
+            (self.teacher, "a teacher (--teacher=PATH)", "teacher_start soft_labels"),
+            (self.teacher and not self.labelled, "a teacher that is asked in each step "
+             "(--teacher=PATH, without --soft_labels)", "distill_match"),
+            (self.teacher or self.born_again, "a teacher (--teacher=PATH, or --born_again)",
+             "distill distill_ce"),
+            (self.eval_only, "eval_only", "average"),
             (self.optimizer == "muon", "optimizer = muon", "muon_lr momentum ns_steps"),
             (self.decay_lr, "decay_lr = True", "schedule lr_decay_iters min_lr"),
             (self.decay_lr and self.schedule == "wsd", "schedule = wsd, and decay_lr", "cooldown"),
@@ -308,6 +325,8 @@ class Data:
         train = split == "train"
         need = (self.stream if train and self.stream else 1) * self.T + 1
         self.question_weight = tcfg.question_weight
+        # what a teacher says of each token, (n, V) logarithms in fp16; before it has, the text
+        self.labels, self.labelled = None, train and tcfg.labelled
         self.last = tcfg.score_last or self.T
         if self.last > self.T:
             raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T}); "
@@ -371,7 +390,8 @@ class Data:
         `last` at the row's end where there is room before it: x (B, T); y (B, T), -1 where not
         scored; history (B, H), -1 where missing: before the split's start, before an end of text,
         and older than `keep` (B,) tokens; with running_mean behind V counts of tokens, in all.
-        also (B, T): targets that count where the mask leaves them out."""
+        also (B, T): targets that count where the mask leaves them out. And for a student of the
+        whole text what its teacher says of each target, (B, T, V)."""
         start = np.maximum(last - self.T, 0)
         pos = start[:, None] + np.arange(-self.H, self.T + 1)
         inside, clipped = (pos >= 0) & (pos < self.n), pos.clip(0, self.n - 1)
@@ -394,7 +414,15 @@ class Data:
                                                          if keep is None else keep)]
             history = np.concatenate((counts, history), 1)
         x, y = np.maximum(tok[:, self.H:-1], 0), np.where(scored, tok, -1)[:, self.H + 1:]
-        return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (x, y, history))
+        made = tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (x, y, history))
+        if not self.labelled:
+            return made
+        at = torch.from_numpy(clipped[:, self.H + 1:])
+        if self.labels is not None:
+            return *made, self.labels[at]
+        likely = torch.nn.functional.one_hot(torch.from_numpy(tok[:, self.H + 1:]).clamp(min=0),
+                                             self.n_vocab)
+        return *made, (likely.half() - 1) * 2 ** 15  # no chance for another
 
     def counts(self, start, keep, most=2 ** 16):
         """Return how often each token occurs (V,) in a document before the place start: in all of
@@ -592,6 +620,9 @@ def make_optimizers(model, tcfg):
 def lr_factor(step, tcfg):
     """Return the learning rate of a step as a share of its peak."""
     warmup, end = tcfg.warmup_iters, tcfg.lr_decay_iters or tcfg.max_iters
+    begun = max((b for b in tcfg.born_again if b <= step), default=0)
+    end = min((b for b in tcfg.born_again if b > step), default=end) - begun
+    step -= begun
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if not tcfg.decay_lr:
@@ -807,6 +838,10 @@ class RunFiles:
         """Return whether a start goes on with this run."""
         return init_from == "resume" or (init_from == "auto" and bool(self.checkpoints()))
 
+    def generation(self, k):
+        """Return the path of what a model was when it was born again for the k-th time."""
+        return os.path.join(self.out_dir, f"ckpt_gen{k}.pt")
+
     def load_last(self, say=lambda text: None):
         """Return (checkpoint, its path) that the run goes on from: the last, or where that is
         damaged the one before, or else the best; raise UserError where there is none."""
@@ -850,7 +885,7 @@ class RunFiles:
 
     def clear(self):
         """Delete the run but for its log, which is begun anew."""
-        for path in self.paths[:-1]:
+        for path in self.paths[:-1] + glob.glob(self.generation("*")):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
@@ -899,6 +934,13 @@ class StopSignal:
 
 # --------------------------------------------------------------------------------------------------
 # a step, a validation
+
+
+def ask(model, x, h, **more):
+    """Return the Output of a model on inputs x (B, T) with histories h (B, H) at least as long as
+    its own."""
+    H = model.cfg.n_history
+    return model(x, history=h[:, h.size(1) - H:] if H else None, **more)
 
 
 class Distillation(torch.nn.Module):
@@ -967,7 +1009,8 @@ class Runner:
         self.optimizers = make_optimizers(self.model, tcfg)
         self.compiled = can_compile(place, tcfg, say)
         self.inner = self.maybe_compile(self.model)
-        self.teacher, self.distillation, self.replaced = None, None, {}
+        self.teacher, self.replaced = None, {}
+        self.distillation = Distillation(self.model, tcfg) if tcfg.born_again else None
         self.tokens = self.n_rows * mcfg.block_size  # of a step
         # what blocks M of this process's rows remember
         self.memory = self.model.init_memory(self.my_rows) if tcfg.stream else {}
@@ -980,7 +1023,7 @@ class Runner:
     def forward(self):
         """What a training step calls, made at the first: whether there is a teacher is known."""
         module = self.inner
-        if self.teacher is not None:
+        if self.distillation is not None:
             module = self.maybe_compile(self.distillation)
         if self.place.world == 1:
             return module
@@ -993,7 +1036,7 @@ class Runner:
         """Return the share of the matmul peak that a step of so many seconds reaches; a teacher's
         forward is a third of a step."""
         flops = self.model.flops_per_token()
-        if self.teacher is not None:
+        if self.teacher is not None and not self.tcfg.labelled:
             flops += self.teacher.flops_per_token() / 3
         return flops * self.tokens / seconds / self.peak / self.place.world
 
@@ -1002,42 +1045,72 @@ class Runner:
         else, that is to give what the MLP gives: `replaced` is {the teacher's block: this model's},
         paired by their names, as weights are. Return those of the teacher's weights that fit this
         model."""
-        try:
-            teacher = GPT.of(saved["model_config"], saved["model"])
-        except ValueError as e:
-            raise UserError(f"teacher {path} does not fit this version ({summary(e)}); train it "
-                            f"again") from None
-        theirs, ours = teacher.cfg, self.mcfg
-        means = theirs.running_mean and theirs.n_history != ours.n_history
-        if theirs.block_size < ours.block_size or theirs.history > ours.history or means:
-            raise UserError(f"teacher {path} reads {theirs.block_size} tokens and {theirs.history} "
-                            f"of history before them; give the student a block_size of at most "
-                            f"{theirs.block_size} and a history of at least {theirs.history}"
-                            + ", that and running_mean = 1" * bool(means))
-        if theirs.n_embd != ours.n_embd:
+        teacher = self.open_other("teacher", path, saved)
+        if teacher.cfg.n_embd != self.mcfg.n_embd:
             like = {}
         else:
-            self.replaced = {t.i: b.i for t, b in zip(teacher.blocks, self.model.blocks)
+            pairs = zip(teacher.blocks, self.model.blocks) if not self.tcfg.labelled else ()
+            self.replaced = {t.i: b.i for t, b in pairs
                              if isinstance(t.mlp, MLP) and b.mlp and not isinstance(b.mlp, MLP)}
             state = self.model.state_dict()
             like = {n: p for n, p in saved["model"].items()
                     if n in state and state[n].shape == p.shape}
-        teacher.dtype = self.place.dtype
-        teacher.eval().requires_grad_(False).to(self.place.device)
         self.teacher = self.maybe_compile(teacher)
         for model in (self.model, teacher):
             model.record_ff_outputs = bool(self.replaced)
         self.distillation = Distillation(self.model, self.tcfg)
         return like
 
+    def open_other(self, name, path, saved):
+        """Return the model of a checkpoint that is to read what this one reads."""
+        try:
+            model = GPT.of(saved["model_config"], saved["model"])
+        except ValueError as e:
+            raise UserError(f"{name} {path} does not fit this version ({summary(e)}); train it "
+                            f"again") from None
+        theirs, ours = model.cfg, self.mcfg
+        means = theirs.running_mean and theirs.n_history != ours.n_history
+        if theirs.block_size < ours.block_size or theirs.history > ours.history or means:
+            raise UserError(f"{name} {path} reads {theirs.block_size} tokens and {theirs.history} "
+                            f"of history before them; give this model a block_size of at most "
+                            f"{theirs.block_size} and a history of at least {theirs.history}"
+                            + ", that and running_mean = 1" * bool(means))
+        model.dtype = self.place.dtype
+        return model.eval().requires_grad_(False).to(self.place.device)
+
     def taught(self, x, h):
         """Return what the teacher says of inputs x (B, T) after histories h (B, H), as Distillation
         takes it."""
-        H = self.teacher.cfg.n_history
         with torch.no_grad():
-            history = h[:, h.size(1) - H:] if H else None
-            out = self.teacher(x, history=history)
+            out = ask(self.teacher, x, h)
         return out.logits, {i: out.ff_outputs[t] for t, i in self.replaced.items()}
+
+    @torch.no_grad()
+    def label(self, data, model):
+        """Return what a model says of each token of a split, (n, V) logarithms in fp16, from
+        windows that overlap by half: so each has half a window before it, or all there is. Every
+        process asks for itself."""
+        data = copy.copy(data)
+        data.mask, data.docs, data.stream, data.labelled = None, None, 0, False
+        data.last = -(-data.T // 2)
+        labels, n = torch.empty(data.n, self.mcfg.vocab_size, dtype=torch.float16), 1
+        model.eval()
+        batches = data.eval_batches(Place(self.place.device, self.place.dtype), self.micro)
+        total = -(-data.n // (data.last * self.micro))
+        for x, y, h, _ in prepare.bar(batches, desc="label", total=total):
+            logits = ask(model, x, h, targets=y, denom=torch.ones((), device=x.device)).logits
+            logits = logits[y >= 0]
+            labels[n:n + len(logits)] = logits.float().log_softmax(-1)
+            n += len(logits)
+        model.train()
+        return labels
+
+    def begin_again(self, seed):
+        """Begin with new weights and new optimizers, in what is compiled already."""
+        self.model.load_state_dict(GPT(self.mcfg, seed).state_dict())
+        self.move_averages(0.0)
+        self.optimizers = make_optimizers(self.model, self.tcfg)
+        self.memory = self.model.init_memory(self.my_rows) if self.tcfg.stream else {}
 
     def draw(self, step):
         """Return what the model draws for a whole step, on the device; None where it draws
@@ -1057,8 +1130,9 @@ class Runner:
         for i, m in memory.items():
             m.write(out.memory_writes[i])
 
-    def step(self, step, x, y, h, begins=None):
-        """Take one optimizer step on this process's rows. begins (rows,): whose memory ends.
+    def step(self, step, x, y, h, labels=None, begins=None):
+        """Take one optimizer step on this process's rows. labels (rows, T, V): what a teacher says
+        of them; begins (rows,): whose memory ends.
 
         Return (names of the losses, a tensor of these and the gradient's norm). Where one is not
         finite, on any process, nothing is updated, except on a GPU, which is not waited for.
@@ -1069,7 +1143,12 @@ class Runner:
             rows = slice(i, i + self.micro)
             torch.manual_seed(hash((tcfg.seed, step, i // self.micro, place.rank)))  # dropout
             mx, my, mh = (t[rows].to(place.device, non_blocking=True) for t in (x, y, h))
-            more = {"taught": self.taught(mx, mh)} if self.teacher is not None else {}
+            more = {}
+            if labels is not None:
+                said = labels[rows].to(place.device, torch.float32, non_blocking=True)
+                more["taught"] = said, {}
+            elif self.teacher is not None:
+                more["taught"] = self.taught(mx, mh)
             memory = {k: m.select(rows) for k, m in self.memory.items()}
             last = rows.stop == self.my_rows
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
@@ -1111,16 +1190,17 @@ class Runner:
                 pair = list(level.average.parameters()), list(level.blocks.parameters())
                 torch._foreach_lerp_(*pair, 1 - keep)
 
-    def evaluate(self, data, alter=None, stop=lambda: 0, limit=0):
+    def evaluate(self, data, alter=None, stop=lambda: 0, limit=0, others=()):
         """Return (nats a scored token, bits a byte) over a whole split, or its first `limit`
         tokens: plain cross-entropy, the same for every variant; None where stop(), asked once a
-        batch, said so on any process. For ablations, alter(history) stands in for each history."""
+        batch, said so on any process. For ablations, alter(history) stands in for each history.
+        others: models whose probabilities are averaged with this one's."""
         place, losses, count, stopped = self.place, [], 0, 0
         one = torch.ones((), device=place.device)
         memory = self.model.init_memory(self.micro) if data.stream else {}
         # a model that computes the same in training takes the graph that is compiled already: a
         # cold start is 10 s shorter
-        reuse = self.compiled and self.teacher is None and not self.model.random()
+        reuse = self.compiled and self.distillation is None and not self.model.random()
         step_draw = self.draw(0) if reuse else None
         batches = data.eval_batches(place, self.micro, self.n_rows, limit)
         self.model.train(reuse)
@@ -1129,11 +1209,16 @@ class Runner:
                     else batches:
                 if stopped := stop():
                     break
-                h = (alter(h) if alter else h) if self.mcfg.n_slot else None
-                out = self.with_memory(self.inner, memory, begins, x, y, h, denom=one,
+                own = (alter(h) if alter else h) if self.mcfg.n_slot else None
+                out = self.with_memory(self.inner, memory, begins, x, y, own, denom=one,
                                        step_draw=step_draw)
                 self.remember(memory, out)
-                losses.append(out.losses["ce"].detach())
+                ce = out.losses["ce"].detach()
+                if others:
+                    each = [out.logits, *(ask(m, x, h).logits for m in others)]
+                    p = sum(logits.detach().float().softmax(-1) for logits in each) / len(each)
+                    ce = -p[y >= 0].gather(-1, y[y >= 0][:, None]).log().sum()
+                losses.append(ce)
                 count += int((y >= 0).sum())
         self.model.train()
         total = sum(torch.stack(losses).tolist()) if losses else 0.0  # a GPU is waited for here
@@ -1186,27 +1271,23 @@ WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log
                   "wandb_project", "wandb_run_name")
 
 
-def find_teacher(tcfg, data):
-    """Return the checkpoint of the teacher, None without one. Which one it is joins data: a resumed
-    run must find the same again."""
-    if not tcfg.teacher:
-        return None
-    path = prepare.checkpoint_path(tcfg.teacher)
+def read_other(name, path, tcfg, data):
+    """Return the checkpoint of another model, such as a teacher, that is to read the same text."""
+    path = prepare.checkpoint_path(path)
     if not os.path.exists(path):
         folder = os.path.dirname(path) or "."
         preset = os.path.join("config", os.path.basename(folder) + ".py")
         known = os.path.exists(os.path.join(os.path.dirname(__file__), preset))
         how = preset if known else f"--out_dir={shlex.quote(folder)}"
-        raise UserError(f"teacher {path} is not there; train it first (python train.py {how}), or "
+        raise UserError(f"{name} {path} is not there; train it first (python train.py {how}), or "
                         f"name another checkpoint")
     saved = prepare.load_checkpoint(path)
     if saved["data"]["tokenizer"] != data["tokenizer"]:
-        raise UserError(f"teacher {path} was trained with another tokenizer than that of dataset "
+        raise UserError(f"{name} {path} was trained with another tokenizer than that of dataset "
                         f"{tcfg.dataset!r}; train one on that")
     if saved["train_config"].get("stream"):
-        raise UserError(f"teacher {path} was trained to remember what stood before its window "
-                        f"(stream), and a teacher is not given that; train one without --stream")
-    data["teacher"] = prepare.checkpoint_id(path)
+        raise UserError(f"{name} {path} was trained to remember what stood before its window "
+                        f"(stream), and is not given that here; name one without --stream")
     return saved
 
 
@@ -1356,7 +1437,12 @@ class Training:
         self.limit = tcfg.eval_tokens if tcfg.eval_tokens < self.val_data.n - 1 else 0
         self.data = {"train.bin": self.train_data.sha[:16], "val.bin": self.val_data.sha[:16],
                      "tokenizer": self.train_data.meta["tokenizer_sha256"][:16]}
-        teacher = find_teacher(tcfg, self.data)
+        others = [read_other("average", path, tcfg, self.data) for path in tcfg.average]
+        teacher = None
+        if tcfg.teacher:
+            teacher = read_other("teacher", tcfg.teacher, tcfg, self.data)
+            # (which one it is, a resumed run must find again)
+            self.data["teacher"] = prepare.checkpoint_id(prepare.checkpoint_path(tcfg.teacher))
         self.files = RunFiles(tcfg.out_dir)
         held.callback(self.files.unlock)
         self.on_disk(self.files.lock)
@@ -1368,6 +1454,7 @@ class Training:
         table = semantic_table(tcfg.semantic_table, self.train_data.tokens, self.mcfg.vocab_size,
                                self.mcfg.n_embd)
         self.run.model.semantic_table = None if table is None else table.to(self.place.device)
+        self.others = [self.run.open_other("average", *o) for o in zip(tcfg.average, others)]
         self.progress = Progress()
         if saved:
             self.load_weights(saved, path)
@@ -1382,6 +1469,8 @@ class Training:
             self.run.move_averages(0.0)  # a start from weights without any has copies of its own
         if self.resumed:
             self.restore(saved, path)
+        if self.train_data.labelled:
+            self.find_labels()
         self.curve, self.compile_seconds = [], 0.0
         self.interval_seconds = []  # of each step since the last log line, but the first
         self.on_gpu, self.pending = self.place.device.type == "cuda", []  # steps not read yet
@@ -1468,6 +1557,24 @@ class Training:
                 p.best_val_loss = min(p.best_val_loss, best["best_val_loss"])
                 files.val_losses[files.best] = best["val_loss"]
 
+    def find_labels(self):
+        """Have the whole text labelled by the teacher of this run's part: what the model was before
+        it was born again, or else the teacher that was given; before both, the text is all."""
+        run, data, k = self.run, self.train_data, sum(b < self.progress.step
+                                                      for b in self.tcfg.born_again)
+        size = data.n * data.n_vocab / 2 ** 29
+        if size > 16:
+            raise UserError(f"what a teacher says of {data.n:,} tokens, each among {data.n_vocab:,}"
+                            f", takes {size:,.0f} GB; give fewer by --train_tokens, or a teacher "
+                            f"that is asked in each step (--teacher, without --soft_labels)")
+        if k:
+            own = copy.deepcopy(run.model.state_dict())
+            run.model.load_state_dict(prepare.load_checkpoint(self.files.generation(k))["model"])
+            data.labels = run.label(data, run.inner)
+            run.model.load_state_dict(own)
+        elif run.teacher is not None:
+            data.labels = run.label(data, run.teacher)
+
     def begin_log(self):
         """Return the Log, begun; a run that is there and not resumed is deleted."""
         log, p = Log(self.tcfg), self.progress
@@ -1482,18 +1589,21 @@ class Training:
         number = torch.tensor([self.signal.number], device=self.place.device)
         return int(self.place.all_gather_rows(number).max())
 
-    def save(self, val_loss=None, is_best=False):
-        """Save this step, with its validation loss if that is known."""
+    def state(self, val_loss=None):
+        """Return what a checkpoint holds."""
         run, meta = self.run, self.train_data.meta
         memory = {i: [self.place.all_gather_rows(t) for t in (m.keys, m.values, m.usage)]
                   for i, m in run.memory.items()}
-        state = {**vars(self.progress), "val_loss": val_loss, "memory": memory,
-                 "model": run.model.state_dict(),
-                 "optimizers": [o.state_dict() for o in run.optimizers],
-                 "scaler": run.scaler.state_dict(),
-                 "model_config": settings(self.mcfg), "train_config": vars(self.tcfg),
-                 "tokenizer": meta["tokenizer"], "data": self.data, "dataset": self.tcfg.dataset}
-        self.files.save(self.place, state, is_best)
+        return {**vars(self.progress), "val_loss": val_loss, "memory": memory,
+                "model": run.model.state_dict(),
+                "optimizers": [o.state_dict() for o in run.optimizers],
+                "scaler": run.scaler.state_dict(),
+                "model_config": settings(self.mcfg), "train_config": vars(self.tcfg),
+                "tokenizer": meta["tokenizer"], "data": self.data, "dataset": self.tcfg.dataset}
+
+    def save(self, val_loss=None, is_best=False):
+        """Save this step, with its validation loss if that is known."""
+        self.files.save(self.place, self.state(val_loss), is_best)
 
     def stop_for(self, what, bad=""):
         """Raise UserError for a number that is not finite, with the last good checkpoint, not
@@ -1516,7 +1626,8 @@ class Training:
         self.log = self.on_disk(self.begin_log) or (lambda *a, **k: None)
         while True:
             done, stopped = p.step >= tcfg.max_iters or tcfg.eval_only, self.stopped()
-            due = p.step > 0 and p.step % tcfg.eval_interval == 0 and p.step != p.validated
+            due = p.step > 0 and p.step % tcfg.eval_interval == 0 or p.step in tcfg.born_again
+            due = due and p.step != p.validated
             if done or due or stopped:
                 self.settle()
             if (done or due) and not stopped:
@@ -1541,10 +1652,29 @@ class Training:
         self.coming = {step + 1: self.maker.submit(make, step + 1)}
         return make(step) if made is None else made.result()
 
+    def begin_again(self):
+        """Make the model as it is the teacher of one that begins anew (Furlanello et al. 2018,
+        arXiv:1805.04770)."""
+        p, tcfg, start = self.progress, self.tcfg, time.perf_counter()
+        k = tcfg.born_again.index(p.step) + 1
+        self.settle()
+        if self.writes:
+            path, state = self.files.generation(k), self.state()
+            self.place.on_rank_zero(lambda: prepare.save_checkpoint(path, state, demote=False))
+        self.train_data.labels = self.run.label(self.train_data, self.run.inner)
+        self.run.begin_again(tcfg.seed + k)
+        self.coming = {}  # (rows with what the teacher before it said)
+        p.step_seconds += time.perf_counter() - start
+        self.say(f"step {p.step}: born again, taught by what it was, which labelled the text in "
+                 f"{time.perf_counter() - start:.0f} s")
+
     def train_step(self):
-        p, run, start = self.progress, self.run, time.perf_counter()
+        p, run = self.progress, self.run
+        if p.step in self.tcfg.born_again:
+            self.begin_again()
+        start = time.perf_counter()
         begins = self.train_data.begins(p.step, run.slice, run.n_rows) if run.memory else None
-        self.pending.append((p.step, *run.step(p.step, *self.batch(p.step), begins)))
+        self.pending.append((p.step, *run.step(p.step, *self.batch(p.step), begins=begins)))
         p.step += 1
         self.settle(leave=int(self.on_gpu and self.compile_seconds > 0))
         seconds = time.perf_counter() - start
@@ -1594,9 +1724,10 @@ class Training:
         if self.writes and tcfg.always_save_checkpoint and files.last_step != p.step:
             self.save()  # before what may take long
         stop = lambda: self.signal.number
-        chosen = scores = run.evaluate(self.val_data, limit=self.limit, stop=stop)
+        score = functools.partial(run.evaluate, self.val_data, stop=stop, others=self.others)
+        chosen = scores = score(limit=self.limit)
         if done and chosen and self.limit:  # (the best is chosen by the same tokens each time)
-            scores = run.evaluate(self.val_data, stop=stop)
+            scores = score()
         if not scores:
             return False
         val_loss, bits = scores
