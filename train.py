@@ -542,11 +542,25 @@ def semantic_table(kind, tokens, V, C):
 # optimizers
 
 
+def dealt(x, do):
+    """Return do(x) of rows x (n, ...) that are the same in all processes: each does its share."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return do(x)
+    size = -(-len(x) // world)
+    mine = x[dist.get_rank() * size:][:size]
+    mine = do(torch.cat((mine, x[:1].expand(size - len(mine), *x.shape[1:]))))  # (all as many)
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine.contiguous())
+    return torch.cat(parts)[:len(x)]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal by Newton-Schulz iterations, as the
     update of a matrix. The rule of torch.optim.Muon, but matrices of one shape go through the
     iterations together, the parts of a fused matrix (its `parts`, row counts) each on its own, and
-    a matrix that has more rows than columns is transposed first."""
+    a matrix that has more rows than columns is transposed first. Processes share the iterations.
+    """
     QUINTIC = (3.4445, -4.7750, 2.0315)
 
     def __init__(self, params, lr, momentum, weight_decay, ns_steps, dtype=torch.bfloat16):
@@ -590,7 +604,8 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(update.shape, []).append((target, update, scale))
             for matrices in by_shape.values():
                 updates = torch.stack([update for _, update, _ in matrices])
-                updates = self.orthogonalize(updates, group["ns_steps"], self.dtype)
+                updates = dealt(updates, lambda x: self.orthogonalize(x, group["ns_steps"],
+                                                                      self.dtype))
                 for (target, _, scale), update in zip(matrices, updates):
                     target.add_(update, alpha=-group["lr"] * scale)
 
