@@ -2,13 +2,16 @@
 
     python prepare.py                                tiny Shakespeare (or, without a network, the
                                                      42 works)
-    python prepare.py --input=book.txt --name=book   a text of your own; repeat --input for several
-                                                     documents
-    python prepare.py --separator='<|endoftext|>' --input=gpt2.txt   documents end there in a text
+    python prepare.py book.txt notes/ "talks/*.jsonl.gz"   texts of your own: files, folders, globs,
+                                                     - for standard input; each file, and each
+                                                     record of .jsonl .csv .parquet, is a document
+    python prepare.py gpt2.txt --separator='<|endoftext|>'   documents end there in a text
+    python prepare.py book.txt --tokenizer=bpe:4096  a tokenizer trained on the text
+    python prepare.py book.txt --tokenizer=out/gpt   that of a checkpoint, to train it further
     python prepare.py --tokenizer=gpt2               any tiktoken encoding instead of characters
     python prepare.py --tokenizer=word --vocab_size=2000   the most frequent words, and bytes that
                                                      spell the others
-    python prepare.py --tokenizer=gpt2 --name=fineweb --input=fineweb_val_000000.bin --input=...
+    python prepare.py --tokenizer=gpt2 --name=fineweb fineweb_val_000000.bin ...
                                                      token files that others published, such as
                                                      modded-nanogpt's (its data/ has a script that
                                                      fetches them) or nanoGPT's; those with val in
@@ -62,7 +65,7 @@ RANGES = {"n_pause": (-1, 64), "doc_len": (16, 10 ** 6), "seed": (0, 2 ** 63 - 1
 @dataclass
 class PrepareConfig:
     input: tuple[str, ...] = ()  # file, folder, glob or - (standard input), as is any word without
-        # a flag; UTF-8 texts, each a document, or .jsonl .ndjson .csv .parquet; all may be .gz
+        # a flag; UTF-8 texts, each a document, or .jsonl .ndjson .csv (all may be .gz) .parquet
     name: str = ""  # folder under data/; default: shakespeare, the task, or the input's name
     tokenizer: str = "char"  # char | byte | word | bpe:N, trained on the text | a tiktoken encoding
         # | PATH of a tokenizer.json, a checkpoint or a dataset, to use theirs
@@ -953,16 +956,21 @@ def open_text(path, unix=False):
 def pieces(path, size=1 << 20, *, unix=False):
     """Yield the text of a file, or of standard input for "-", in pieces of about `size` characters
     that end at a line where there is one, in bounded memory."""
-    path = str(path)
+    path, rest = str(path), ""
     if ending(path) in RECORDS:
         raise UserError(f"{path} holds records, not a text, which prepare.py alone reads; take "
                         f"their text out of it first")
     with open_text(path, unix) as f:
-        for text in iter(lambda: f.read(size) + f.readline(size), ""):
+        for text in iter(lambda: f.read(size), ""):
             if "\0" in text:
                 raise UserError(f"{path} is binary or UTF-16 (it has a zero byte); give a UTF-8 "
                                 f"text")
-            yield text
+            rest += text
+            cut = rest.rfind("\n") + 1 or len(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
 
 
 def ending(path):
@@ -982,8 +990,10 @@ def json_records(path):
 def csv_records(path):
     csv.field_size_limit(2 ** 31 - 1)
     with open_text(path) as f:
-        reader = csv.DictReader(f, strict=True)
-        yield from ((reader.line_num, record) for record in reader)
+        reader = csv.reader(f, strict=True)
+        names = next(reader, ())
+        yield reader.line_num, {}
+        yield from ((reader.line_num, dict(zip(names, row))) for row in reader)
 
 
 def parquet_records(path):
@@ -1053,8 +1063,8 @@ def expand(inputs, stack, field=""):
         if len(found) == n_found:
             raise UserError(f"folder {name} has no texts in it; give another, or files")
     if left_out:
-        print(visible(f"left out, as hidden, empty or no text: {', '.join(left_out[:5])}"
-                      f"{' ...' * (len(left_out) > 5)} ({len(left_out)})"))
+        print(visible(f"left out, as hidden, empty or no text, {len(left_out)}: "
+                      f"{', '.join(left_out[:5])}{' ...' * (len(left_out) > 5)}"))
     return found
 
 
@@ -1142,18 +1152,16 @@ def frequent_words(texts, n_vocab):
 
 
 def byte_pairs(texts, n_vocab):
-    """Return the spec of a byte-level BPE trained on texts, split into words as GPT-2's are."""
+    """Return the spec of a byte-level BPE trained on texts, split into words as GPT-2's are, of
+    n_vocab tokens or as many as the texts give; 256 bytes and the end of a text are always there.
+    """
     T = tokenizers_package()
     tok, level = T.Tokenizer(T.models.BPE()), T.pre_tokenizers.ByteLevel
     tok.pre_tokenizer, tok.decoder = level(add_prefix_space=False), T.decoders.ByteLevel()
     tok.train_from_iterator(texts, T.trainers.BpeTrainer(
         vocab_size=n_vocab, special_tokens=[END], initial_alphabet=level.alphabet(),
         show_progress=False))
-    spec = spec_of_json(tok.to_str())
-    if spec["n_vocab"] != n_vocab:
-        raise UserError(f"bpe:N makes 257 tokens or more, of this text {spec['n_vocab']:,}, not "
-                        f"{n_vocab:,}; give --tokenizer=bpe:{spec['n_vocab']}")
-    return spec
+    return spec_of_json(tok.to_str())
 
 
 def prepare_text(paths, cfg, folder, source):
@@ -1254,11 +1262,11 @@ def split_texts(files, n_train, most, marker, several):
         for text, ends in file:
             if not inside:
                 reach = most if n_done < n_train else n_train
-            has_answer, cut = marker in text, max(reach - n_done, 0)
-            for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                asked = part.find(marker) + len(marker) if has_answer else len(part)
-                yield from ((split, piece, scored) for piece, scored in (
-                    (part[:asked], False), (part[asked:], True)) if piece)
+            # without a marker all of it is answer
+            has_answer, cut = marker in text, min(max(reach - n_done, 0), len(text))
+            asked = text.find(marker) + len(marker) if has_answer else len(text)
+            for a, b in itertools.pairwise(sorted({0, cut, asked, len(text)})):
+                yield "train" if a < cut else "val", text[a:b], a >= asked
             n_done += len(text)
             inside = not ends and bool(text or inside)
             if ends:
@@ -1666,9 +1674,9 @@ def name_of(path):
 
 def next_command(cfg, name):
     """Return the command that trains on a dataset, from the checkpoint whose tokenizer it has."""
-    preset, start = f"config/{name}.py", os.path.exists(checkpoint_path(cfg.tokenizer))
+    preset = f"config/{name}.py"
     what = [preset] if os.path.exists(preset) else [f"--dataset={name}", f"--out_dir=out/{name}"]
-    what += [f"--init_from={cfg.tokenizer}"] * start
+    what += [f"--init_from={cfg.tokenizer}"] * os.path.exists(checkpoint_path(cfg.tokenizer))
     what += [f"--data_dir={cfg.data_dir}"] * (cfg.data_dir != PrepareConfig.data_dir)
     return shlex.join(["python", "train.py", *what])
 
