@@ -12,7 +12,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -2539,10 +2538,17 @@ def test_own_data_of_all_kinds(tmp_path, monkeypatch):
     assert [name for _, name in shown] == ["all", "some", "stdin", "r", "r", "r", "0"]
     left = shown[0][0].splitlines()[0]
     assert all(f"{folder}/{name}" in left for name in (".x", "e.txt", "p.png")) and "b/" not in left
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(importlib.import_module("pyarrow").Table.from_pylist(records),
-                        tmp_path / "r.parquet")
-    assert ids(f"{tmp_path}/r.parquet") == want
+
+
+def test_parquet(tmp_path):
+    """Its columns of text alone are read, in batches."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    records = [{"id": i, "t": f"number {i}" if i % 3 else None, "v": [0.5]} for i in range(2500)]
+    parquet.write_table(arrow.Table.from_pylist(records), tmp_path / "r.parquet")
+    texts = [r["t"] for r in records if r["t"]]
+    assert [t for t, _ in prepare.documents(tmp_path / "r.parquet", "", field="t")] == texts
+    refused(lambda name: [*prepare.documents(name, "", field="v")], tmp_path / "r.parquet",
+            "line 1", "fields 't'", "'v'")
 
 
 def test_many_documents_are_not_cut(tmp_path):
