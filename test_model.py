@@ -10,6 +10,7 @@ import doctest
 import errno
 import functools
 import glob
+import gzip
 import hashlib
 import io
 import itertools
@@ -2405,7 +2406,8 @@ def test_words_are_ids_and_what_is_none_is_spelled(tmp_path):
     assert prepare.command(str(tmp_path / "x" / "train.bin")).count("--vocab_size=263") == 1
     refused(prepare.main, [*argv, "--vocab_size=264", "--overwrite"], "6 words", "--vocab_size=263")
     run(tmp_path / "o", dataset="x", data_dir=str(tmp_path))
-    refused(lambda path: run(tmp_path / "p", init_from=path), str(tmp_path / "o"), "own dataset")
+    refused(lambda path: run(tmp_path / "p", init_from=path), str(tmp_path / "o"),
+            f"--tokenizer={tmp_path}/o/ckpt")
     assert quiet(sample.main, [f"--out_dir={tmp_path}/o", "--prompt=the cat", "--max_new_tokens=5",
                                "--device=cpu", "--dtype=float32"]).startswith("the cat")
 
@@ -2554,6 +2556,88 @@ def test_separators_end_documents(tmp_path, monkeypatch):
     train, val = (ids_of(tmp_path, s).tolist() for s in ("train", "val"))
     text = prepare.Tokenizer(meta["tokenizer"]).decode(train + val)
     assert text == "\n\n".join(docs) + "\n\n" and len(val) == 10 * len(docs[0] + "|")
+
+
+def test_own_data_of_all_kinds(tmp_path, monkeypatch):
+    """Files, folders, globs, standard input, records and .gz are the same documents, and whatever
+    is left out of a folder is said."""
+    docs = [f'document "{i:02}",\n' * 9 for i in range(20)]
+    folder, records = tmp_path / "all", [{"id": i, "t": t} for i, t in enumerate(docs)]
+    (folder / "b").mkdir(parents=True)
+    for i, text in enumerate(docs):
+        raw, name = text.encode(), f"b/{i:02}.txt{'.gz' * (i % 2)}"
+        (folder / name).write_bytes(gzip.compress(raw) if i % 2 else raw)
+    for name, raw in ((".x", b"x"), ("e.txt", b""), ("p.png", b"P\0")):
+        (folder / name).write_bytes(raw)
+    lines = "".join(json.dumps(r) + "\n" for r in records).encode()
+    (tmp_path / "r.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "r.ndjson.gz").write_bytes(gzip.compress(lines))
+    with open(tmp_path / "r.csv", "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerows([["", "t"], *enumerate(docs), [20, ""]])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("$".join(docs).encode())))
+
+    def ids(*argv):
+        out = quiet(prepare.main, [*argv, f"--data_dir={tmp_path}/data", "--tokenizer=byte"])
+        name = re.search(r"train.py --dataset=(\w+) --out_dir=", out)[1]
+        shown.append((out, name))
+        both = [*ids_of(tmp_path / "data", "train", name), *ids_of(tmp_path / "data", "val", name)]
+        shutil.rmtree(tmp_path / "data" / name)
+        return prepare.Tokenizer({"kind": "byte"}).decode(both)
+    shown, want = [], "\n\n".join(docs) + "\n\n"
+    for argv in ([f"{folder}/"], [f"{folder}/b/*", "--name=some"], ["-", "--separator=$"],
+                 [f"{tmp_path}/r.jsonl"], [f"{tmp_path}/r.ndjson.gz", "--field=t"],
+                 [f"--input={tmp_path}/r.csv"], [f"{folder}/b/0*", f"--input={folder}/b/1*"]):
+        assert ids(*argv) == want, argv
+    assert [name for _, name in shown] == ["all", "some", "stdin", "r", "r", "r", "0"]
+    left = shown[0][0].splitlines()[0]
+    assert all(f"{folder}/{name}" in left for name in (".x", "e.txt", "p.png")) and "b/" not in left
+
+
+def test_parquet(tmp_path):
+    """Its columns of text alone are read, in batches."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    records = [{"id": i, "t": f"number {i}" if i % 3 else None, "v": [0.5]} for i in range(2500)]
+    parquet.write_table(arrow.Table.from_pylist(records), tmp_path / "r.parquet")
+    texts = [r["t"] for r in records if r["t"]]
+    assert [t for t, _ in prepare.documents(tmp_path / "r.parquet", "", field="t")] == texts
+    refused(lambda name: [*prepare.documents(name, "", field="v")], tmp_path / "r.parquet",
+            "line 1", "fields 't'", "'v'")
+
+
+def test_many_documents_are_not_cut(tmp_path):
+    """Validation begins with a document where there are a hundred, unless one is a twentieth of the
+    text; line ends may be LF, then in prompts too."""
+    for n, length, whole in ((200, 70, True), (40, 70, False), (110, 6000, False)):
+        docs = ["ab\r\n" * 10] * n
+        docs[int(n * 0.89)] = "x" * length * (n > 100) + "\r\n" * 40
+        path = tmp_path / "d.jsonl"
+        path.write_text("".join(json.dumps({"t": t}) + "\n" for t in docs))
+        quiet(prepare.main, [str(path), f"--data_dir={tmp_path}", f"--name=d{n}", "--unix_lines"])
+        tok = prepare.Tokenizer(prepare.open_dataset(f"d{n}", str(tmp_path))["tokenizer"])
+        train_ids, val = (ids_of(tmp_path, s, f"d{n}") for s in ("train", "val"))
+        assert (train_ids[-1] == tok.eot) == whole, n
+        both = [*train_ids, *val]
+        assert tok.decode(both) == "".join(t.replace("\r", "") + "\n\n" for t in docs)
+        assert tok.encode("a\r\nb\r") == tok.encode("a\nb\n")
+
+
+def test_byte_pairs_are_exact_and_a_tokenizer_travels(tmp_path):
+    """bpe:N, trained twice, is one; any text comes back; a dataset, or a checkpoint, lends it to
+    another text."""
+    pytest.importorskip("tokenizers")
+    argv, meta = prepared(tmp_path, TEXT, "--tokenizer=bpe:300")
+    tok, odd = prepare.Tokenizer(meta["tokenizer"]), f"día \r\n\u2028 \U0001f600{prepare.END}"
+    assert tok.decode(tok.encode(odd)) == odd and tok.n_vocab == 300
+    assert "".join(tok.decode(ids_of(tmp_path, s).tolist()) for s in ("train", "val")) == TEXT
+    assert "--tokenizer=bpe:300" in prepare.command(str(tmp_path / "x" / "train.bin"))
+    assert prepared(tmp_path, TEXT, "--tokenizer=bpe:300")[1] == meta
+    assert 300 < prepared(tmp_path, TEXT, "--tokenizer=bpe:9999", "--overwrite")[1]["n_vocab"] < 600
+    quiet(prepare.main, [*argv, "--overwrite"])
+    run(tmp_path / "o", dataset="x", data_dir=str(tmp_path), max_iters=1)
+    for name, path in (("y", tmp_path / "x"), ("z", tmp_path / "o")):
+        assert prepared(tmp_path, odd * 90, f"--tokenizer={path}",
+                        name=name)[1]["tokenizer"] == tok.spec
 
 
 def test_answers_are_scored_alone(tmp_path, monkeypatch):
@@ -3903,7 +3987,12 @@ def stage(trained, tmp_path_factory):
     for name, body in (("t.txt", TEXT[:700].encode()), ("snow.txt", "It was \u2603".encode()),
                        ("one.txt", b"I"), ("empty.txt", b""), ("abc.txt", b"x" * 12),
                        ("latin.txt", b"\xe9" * 50), ("binary.txt", b"abc\0def" * 100),
-                       ("x.jsonl", b'{"text": "a"}\n' * 100), ("mine.html", b"<!doctype html>")):
+                       ("x.jsonl", b'{"text": "a"}\n' * 100), ("mine.html", b"<!doctype html>"),
+                       ("x.csv", b"a,b\nc,d\n"), ("bad.csv", b'a\n"b" c,d\n'),
+                       ("bad.jsonl", b'{"a": "x"}\n\n{"a": \n'), ("x.parquet", b"PAR1"),
+                       ("cut.gz", gzip.compress(TEXT.encode())[:99]),
+                       ("mixed.txt", b"x" * 2_000_000 + b"\xe9t\xe9"), ("none/.x", b"hidden")):
+        (s / name).parent.mkdir(exist_ok=True)
         (s / name).write_bytes(body)
     os.mkfifo(s / "pipe")
     prepared(s, "short but fine, " * 50, name="ok")
@@ -4035,15 +4124,19 @@ prepare
   star --tokenizer=word --vocab_size=300 => does nothing for star
   --source=moon ; cipher --tokenizer=byte => cipher | --tokenizer ; cipher --seed=-1
   cipher shakespeare => one dataset ; --tokenizer=char parity_of_what => parity_of_what
-  shakespere => did you mean shakespeare? ; {S}/t.txt => given as --input={S}/t.txt
+  shakespere => did you mean shakespeare? | no file ; cipher {S}/t.txt => one dataset
   cipher --n_docs=1000000000 ; cipher --doc_len=10000000 ; cipher --separator=x
   cipher --separator={NINES} ; plan --n_docs=10 --data_dir={S} => --n_docs
 prepare --data_dir={S} --name=new
   --input={S}/empty.txt => empty.txt | is empty ; --input={S}/binary.txt => binary.txt | binary
   --input={S}/latin.txt => latin.txt | UTF-8 ; --input={S}/gone.txt => gone.txt
-  --input={S}/x.jsonl => x.jsonl | extract their text ; --input={S}/pipe => pipe | save it as a file
-  --input=/dev/stdin => /dev/stdin | save it as a file ; --input=- => save it as a file
-  --input={S} => {S} | save it as a file ; --input={S}/abc.txt => too short | 64 are needed | 640
+  {S}/x.csv => x.csv | line 2 | 'a', 'b' | --field=NAME ; {S}/x.jsonl --field=t => 'text' | 't'
+  {S}/bad.jsonl => bad.jsonl, line 3 ; {S}/bad.csv => bad.csv, line 2 ; {S}/x.parquet => parquet
+  {S}/cut.gz => cut.gz is truncated ; {S}/mixed.txt => mixed.txt | byte 2,000,000 | UTF-8
+  {S}/none => {S}/none has no texts ; {S}/no*.txt => no*.txt cannot be read ; - - => once
+  {S}/t.txt --field=x => --field ; {S}/t.txt --tokenizer=bpe:x => none of char, byte, bpe:N
+  {S}/t.txt --tokenizer={S}/ok => the vocabulary has no ; {S}/pipe => pipe | save it as a file
+  --input=/dev/stdin => /dev/stdin | prepare.py - ; {S}/abc.txt => too short | 64 are needed | 640
   --input={S}/t.txt --separator=\\n\\n => nowhere in | t.txt | $'
   --input={S}/t.txt --answer_marker=A: => answer_marker | --separator
   --input={S}/t.txt --separator=e --answer_marker=%% => '%%' is nowhere
@@ -4150,7 +4243,7 @@ def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(command, words
                      if os.path.isfile(p) and not p.endswith("lock")}
     before = files()
     refused(main, argv, *words.split(" | "))
-    assert files() == before
+    assert files() == before and not os.path.exists(f"{stage['S']}/new")
 
 
 @pytest.mark.parametrize("argv", [["train.py", "--n_layr=3"], ["sample.py", "--out_dir=/nowhere"],
@@ -4198,12 +4291,14 @@ def test_advice_of_training_can_be_followed(tmp_path):
     known = sorted(set(TEXT))
     for i, (body, more, words) in enumerate((
             (TEXT + "é", [], "take 'é' out"),
-            (TEXT, [f"--input={tmp_path}/d0.txt"], "one document"),
-            (TEXT.replace(known[-1], known[-2]), [], f"add a line with {known[-1]!r} to the text"),
-            (TEXT, ["--tokenizer=byte"], "--tokenizer=char --overwrite"))):
+            (TEXT.replace(known[-1], known[-2]), [], "--tokenizer="),
+            (TEXT, ["--tokenizer=byte"], "--tokenizer="))):
         prepared(tmp_path, body, *more, name=f"d{i}")
-        refused(train.main, [*argv, f"--dataset=d{i}", f"--data_dir={tmp_path}",
-                             f"--out_dir={tmp_path}/n"], words, "python prepare.py")
+        there = [*argv, f"--dataset=d{i}", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/n{i}"]
+        text = refused(train.main, there, words, "python prepare.py")
+        if i == 1:
+            quiet(prepare.main, shlex.split(text.split("prepare.py ")[1]))
+            assert train.main([*there, "--layers=(A)A"]) == 0
 
 
 @pytest.mark.parametrize("rate, warned", [(100.0, True), (1e-3, False)])

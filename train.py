@@ -1347,22 +1347,12 @@ def with_stored(m, t):
 def other_tokenizer(path, theirs, ours, tcfg):
     """Return what to do about the dataset of tcfg, with tokenizer `ours`, to go on from a
     checkpoint with `theirs`, a sentence."""
-    wrong, file = f"{path} has another tokenizer: ", os.path.join(tcfg.data_dir, tcfg.dataset, "")
-    if theirs["kind"] == "word":
-        return f"{wrong}it knows the words of its own dataset; train on that, or begin anew"
-    if theirs["kind"] != "char" or ours["kind"] != "char":
-        kind = f"--tokenizer={theirs.get('encoding', theirs['kind'])}"
-        kind = f"--tokenizer={path}" if theirs["kind"] == "tokenizers" else kind
-        return f"{wrong}make the dataset with {prepare.command(file, kind, '--overwrite')}"
-    lacks = sorted({*theirs["chars"]} - {*ours["chars"]})
-    unknown = sorted({*ours["chars"]} - {*theirs["chars"]})
-    todo = [f"add a line with {' '.join(map(repr, lacks))} to the text"] if lacks else []
-    todo += [f"take {' '.join(map(repr, unknown))} out of it"] if unknown else []
-    if theirs["eot"] != ours["eot"]:
-        several = "give it as several documents (--input=A --input=B, or --separator)"
-        todo += [several if theirs["eot"] else "give it as one document (one --input)"]
-    return (f"{wrong}the model needs a text of exactly its own characters; {', '.join(todo)}, and "
-            f"make it again with {prepare.command(file, '--overwrite')}")
+    file = os.path.join(tcfg.data_dir, tcfg.dataset, "")
+    unknown = {*ours.get("chars", ())} - {*theirs.get("chars", ours.get("chars", ()))}
+    out = f"take {' '.join(map(repr, sorted(unknown)))} out of the text, and " if unknown else ""
+    kind = path if path.endswith(".pt") else theirs.get("encoding", path)
+    return (f"{path} has another tokenizer: {out}make the dataset with its own, "
+            f"{prepare.command(file, f'--tokenizer={kind}', '--overwrite')}")
 
 
 def differences(saved, now):

@@ -216,15 +216,15 @@ def nearest(word, words):
 def stray(arg, words, kinds):
     """Return what to say of a word that is neither a setting nor one of `words`."""
     there = os.path.exists(arg)
-    text = next((f"--{k}={'FILE:' * (k == 'prompt' and there)}{arg}" for k in ("input", "prompt")
-                 if k in kinds), "")
+    text = f"--prompt={'FILE:' * there}{arg}" * ("prompt" in kinds)
     if not words:
         return (f"{arg} is neither a preset (a file that ends in .py, such as "
                 f"config/shakespeare.py) nor a setting (such as --seed=1)")
     like = nearest(arg, words)
     if text and (there or "did you mean" not in like):
         like = f"; a text is given as {shlex.quote(text)}"
-    return f"{arg} is none of {', '.join(words)}{like}"
+    file = ", and no file" * ("input" in kinds)
+    return f"{arg} is none of {', '.join(words)}{file}{like}"
 
 
 # What a beginner sets, shown first.
@@ -287,14 +287,15 @@ class Given(dict):
     named = frozenset()
 
 
-def parse(argv, *classes, doc="", words=(), free=()):
+def parse(argv, *classes, doc="", words=(), free=(), files=""):
     """Return the settings of a command line `[WORD ...] [PRESET.py ...] [--key=value ...]`, where
     `--key value` is as good, and `--key` for a boolean. A later preset overrides an earlier one, a
     setting of the command line every preset; of a tuple of strings all are gathered.
 
     The result has a Given for each dataclass in `classes` (a setting that two share goes to both),
     and then the list of `words` that stood there (names of datasets, claims or commands). Behind a
-    word that is in `free` too all others are taken as they stand (names of files, a text).
+    word that is in `free` too all others are taken as they stand (names of files, a text). What
+    names a file otherwise, or looks like it, is a value of the setting `files`.
     UserError names what is wrong; --help prints and exits."""
     kinds = {}
     for cls in classes:
@@ -323,6 +324,9 @@ def parse(argv, *classes, doc="", words=(), free=()):
             override[name] = value if gathered is None else gathered + value
         elif found and found[0] in free:
             found.append(arg)
+        elif files and arg not in words and (re.search(r"^-$|[./\\*?[]", arg)
+                                             or os.path.exists(arg)):
+            override[files] = (*override.get(files, ()), arg)
         elif arg.endswith(".py"):
             preset = {}
             for key, value in read_preset(arg).items():
