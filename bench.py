@@ -207,12 +207,6 @@ def read_arm(flags="", **more):
     return parse_arm(flags, **more)[:2]
 
 
-def stand_in(m):
-    """Return the GPTConfig of model settings without a dataset: Shakespeare's 65 characters, one of
-    them for thinking, and as many that end a word that random text has words as long."""
-    return GPTConfig(**{"vocab_size": 65, "think_token": 0, "space": tuple(range(12)), **m})
-
-
 def like_nanogpt(m, t):
     """Return nanoGPT's settings at the shape of another arm, without dropout."""
     mcfg, tcfg = GPTConfig(**m), TrainConfig(**t)
@@ -261,7 +255,7 @@ def train_arm(m, t, after=(), leak="", share=0.0):
 def start_run(m, t, profiled=False):
     """Make the Runner of an arm and a batch of random tokens, and do the first step, which
     compiles."""
-    mcfg, tcfg = config.build(stand_in, m=m), config.build(TrainConfig, **t)
+    mcfg, tcfg = config.build(sample.stand_in, m=m), config.build(TrainConfig, **t)
     # the compiler's kernels by name
     torch._inductor.config.cpp.enable_kernel_profile = profiled
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
@@ -1029,7 +1023,7 @@ def decode_arms(cfg, prompt, more=False):
 def decode_times(m, rounds, more=False):
     """Return {name: [seconds a token per round]} of decode_arms for one shape, from half a window
     on, in turns."""
-    cfg = stand_in(m)
+    cfg = sample.stand_in(m)
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
 
     @torch.inference_mode()
@@ -1093,7 +1087,7 @@ def decode(cfg):
              "12 layers, 768 wide": "--n_layer=12 --n_head=12 --n_embd=768 --block_size=256"}
     for size, shape in sizes.items():
         m, _ = read_arm(shape)
-        model = GPT(stand_in(m))
+        model = GPT(sample.stand_in(m))
         inside = sum(p.numel() for p in model.blocks.parameters())
         head = model.lm_head.weight.numel()
         bytes_a_second = bandwidth()
@@ -1139,7 +1133,7 @@ def stream(cfg, total=100_000, block=20_000):
     for name, flags in (("AA with slots, history 256", "config/softar_shakespeare.py --layers=AA"),
                         ("AA", "--layers=AA"), ("RR", "--layers=RR")):
         m, _ = read_arm(f"--block_size=256 --n_embd=128 --n_head=4 {flags}")
-        steps = start_decoding(GPT(stand_in(m)).eval(), [[1]], total).generate()
+        steps = start_decoding(GPT(sample.stand_in(m)).eval(), [[1]], total).generate()
         for tokens in range(block, total + 1, block):
             a_token = seconds(lambda: next(steps), block)
             rows.append({"model": name, "tokens": tokens, "peak MB": peak_mb(),
@@ -1966,7 +1960,8 @@ def costs(cfg, arms):
     times = once(cfg, str(arms), lambda: step_times(
         arms, min(cfg.rounds, 3), threads=share_of_cores(cfg))[0])
     with torch.device("meta"):
-        flops = {name: GPT(stand_in(m), None).flops_per_token() for name, (m, _) in arms.items()}
+        flops = {name: GPT(sample.stand_in(m), None).flops_per_token()
+                 for name, (m, _) in arms.items()}
     return lambda a, b: compare(times[a], times[b]), lambda a, b: flops[a] / flops[b]
 
 
@@ -2107,7 +2102,7 @@ def mine(cfg, presets, settings):
     plain = f"{shlex.join(presets) or MINE} {both}"
     yours = f"{plain} {as_flags(idea)}"
     m, t = read_arm(yours)
-    mcfg, tcfg = config.build(stand_in, m=m), config.build(TrainConfig, **t)
+    mcfg, tcfg = config.build(sample.stand_in, m=m), config.build(TrainConfig, **t)
     config.refuse_idle(idea, *mcfg.idle(), *tcfg.idle(mcfg))
     if "layers" in idea:
         plain += f" --layers={'A' * mcfg.n_layer}"

@@ -19,6 +19,8 @@
                                                   --memory=facts.db then remembers it
     python sample.py memory FILE list TEXT        what is in a store; also stats, show ID,
                                                   forget ID or TEXT, prune N
+    python sample.py info PATH                    what a checkpoint or a preset is: its parts with
+                                                  their parameters and FLOPs, settings, losses
 
 There is no upper bound on max_new_tokens: when the window is full, its oldest quarter folds into
 the context slots, or is dropped where the model has none.
@@ -45,7 +47,7 @@ from torch.nn import functional as F
 import memory
 import prepare
 from config import UserError, summary
-from model import GPT, Level, Linear
+from model import GPT, GPTConfig, Level, Linear
 
 
 @dataclass
@@ -1535,9 +1537,51 @@ def inspect(cfg, path="", action="stats", *words):
     return 0
 
 
+def stand_in(m):
+    """Return the GPTConfig of model settings without a dataset: Shakespeare's 65 characters, one of
+    them for thinking, and as many that end a word that random text has words as long."""
+    return GPTConfig(**{"vocab_size": 65, "think_token": 0, "space": tuple(range(12)), **m})
+
+
+def info(cfg, path=""):
+    """Show what a checkpoint or a preset is: its parts as they run, what was set, its losses."""
+    import train  # only here: for its settings and its log
+    if path.endswith(".py"):
+        m, t, _ = config.parse([path], GPTConfig, train.TrainConfig)
+        model, held = GPT(config.build(stand_in, m=m), None), {}
+    else:
+        cfg.out_dir = path or cfg.out_dir
+        model, ckpt, path = open_model(cfg)
+        m, t = ckpt["model_config"], ckpt["train_config"]
+        held = {k: ckpt[k] for k in ("step", "val_loss", "best_val_loss")}
+        with contextlib.suppress(UserError):
+            for row in train.read_log(os.path.dirname(path)):
+                held.update({f"log.csv: {k}": v for k, v in row.items() if v})
+    meanings, total = dict(config.letters([GPTConfig])), model.flops_per_token()
+    lines, seen = [], set()
+    for name, part, depth, flops in reversed([*model.token_costs()]):
+        inside = {*part.parameters()} if part else set()
+        if inside or name in meanings:
+            # what is shared counts once, and a level without what is shown in it
+            own = inside - seen
+            what = f"{'    ' * depth}{name}  {meanings.get(name, type(part).__name__)}"
+            lines.append(f"{what:60.60}{sum(p.numel() for p in own):13,}"
+                         f"{sum(p.nbytes for p in own):15,}{flops / total:8.1%}")
+        seen |= inside
+    print(config.visible(path), f"\n{'':63}parameters          bytes   FLOPs", *reversed(lines),
+          f"\n{model.num_params():,} parameters without learned positions, {total:,.0f} FLOPs a "
+          f"token (forward and backward), {model.cfg.vocab_size:,} symbols\n", sep="\n")
+    defaults = {**vars(GPTConfig()), **vars(train.TrainConfig())}
+    for name, value in {**m, **t, **held}.items():
+        if value != defaults.get(name):
+            print(config.visible(f"{name} = {value!s:.80}"))
+    return 0
+
+
 COMMANDS = {  # what each does, and the settings that it takes besides out_dir
     "learn": (learn, "memory knn device dtype int8"),
-    "memory": (inspect, "limit")}
+    "memory": (inspect, "limit"),
+    "info": (info, "")}
 
 
 def main(argv):

@@ -2309,6 +2309,26 @@ def test_a_memory_counts_what_it_reads():
     assert make("plain", n_head=1, **kind).flops(1) == attention + memory
 
 
+def test_what_info_shows_adds_up(tmp_path):
+    """Of every variant each parameter is in one line, and the shares of FLOPs are the whole; a
+    line a layer and exit, indented by level."""
+    path = tmp_path / "x.py"
+    for name in VARIANTS:
+        given = {**BASE, **settings(VARIANTS[name])}
+        path.write_text("".join(f"{k} = {v!r}\n" for k, v in given.items()))
+        _, tree, total, changed = quiet(sample.main, ["info", str(path)]).split("\n\n")
+        m, rows = GPT(settings_of(name), None), [line.rsplit(None, 3) for line in tree.splitlines()[1:]]
+        *counts, shares = zip(*(row[1:] for row in rows))
+        n, size = (sum(int(c.replace(",", "")) for c in column) for column in counts)
+        assert 4 * n == size and n == m.num_params() + (m.wpe.weight.numel() if m.wpe else 0)
+        assert total.startswith(f"{m.num_params():,} parameters"), name
+        assert sum(float(share[:-1]) for share in shares) == pytest.approx(100, abs=0.05 * len(rows))
+        parts = [row[0].split()[0] for row in rows]
+        assert [p for p in parts if p == "." or p in BLOCKS] == [c for c in m.cfg.layers
+                                                                if c in "." or c in BLOCKS]
+        assert f"n_embd = {m.cfg.n_embd}" in changed and "n_embd = 384" not in changed
+
+
 # ------------------------------------------------------------------------------------------------
 # tokenizers and datasets
 
@@ -4203,7 +4223,7 @@ def test_presets_are_arithmetic(tmp_path):
 def test_every_preset_is_valid():
     for path in glob.glob(os.path.join(HERE, "config", "[!_]*.py")):
         m, t, _ = config.parse([path], GPTConfig, TrainConfig)
-        GPT(bench.stand_in(m))
+        GPT(sample.stand_in(m))
         assert TrainConfig(**t).out_dir == "out/" + os.path.basename(path)[:-3]
 
 

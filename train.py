@@ -728,7 +728,7 @@ class Log:
         rows = []
         try:
             if os.path.lexists(self.path):
-                rows = [row for row in self.read()
+                rows = [row for row in self.read(self.path)
                         if int(row["step"]) <= (step if row["train_loss"] else scored)]
         except (OSError, ValueError, KeyError, csv.Error) as e:
             names = (f"{self.path}.damaged{i}" for i in itertools.count(1))
@@ -739,10 +739,11 @@ class Log:
         self.rewrite(rows)
         self.loggers["log.csv"] = self.write, lambda: None
 
-    def read(self):
+    @staticmethod
+    def read(path):
         """Return the rows of log.csv as dicts of strings; raise an error where it is something
         else."""
-        with open(self.path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8") as f:
             whole, _, _ = f.read().rpartition("\n")  # the last row may have been cut short
         fields, *rows = csv.reader(whole.splitlines())
         return [dict(zip(fields, row, strict=True)) for row in rows]
@@ -764,7 +765,7 @@ class Log:
         if not os.path.exists(self.path):
             self.rewrite([row])
         elif not row.keys() <= {*self.fields}:
-            self.rewrite([*self.read(), row])
+            self.rewrite([*self.read(self.path), row])
         else:
             with open(self.path, "a", newline="", encoding="utf-8") as f:
                 csv.DictWriter(f, self.fields).writerow(row)
@@ -783,6 +784,15 @@ class Log:
     def close(self):
         for name, (_, close) in list(self.loggers.items()):
             self.attempt(name, close)
+
+
+def read_log(folder):
+    """Return the rows of the log.csv of a run, dicts of strings; UserError where it has none."""
+    try:
+        return Log.read(os.path.join(folder, "log.csv"))
+    except (OSError, ValueError, csv.Error) as e:
+        raise UserError(f"{folder} has no log.csv that can be read ({summary(e)}); name the "
+                        f"out_dir of a run of train.py") from None
 
 
 class RunFiles:
