@@ -8,6 +8,7 @@
     python bench.py mine --layers=RA  is an idea better? its flags beside the plain model
     python bench.py calibrate --exit=softmax --risk=0.02
                                       store the loosest threshold of early exit that keeps a risk
+    python bench.py curves RUN...     the loss of runs by step, second and token, as an SVG
     python bench.py --profile         where the time of a step goes, by operator
 
 Speeds are medians of A B A B turns within one run, each training arm in a process of its own.
@@ -2779,27 +2780,64 @@ def render_record(r):
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def plot(r):
-    """Return the SVG of the validation losses of a record's arms, those it names under `plot`, by
-    steps times the seconds a step took when it was timed: the first seed."""
-    lines = {}
-    for arm in r["plot"]:
-        f = r["figures"][arm]
-        lines[arm] = [(step * f["ms a step"][0] / 1000, loss) for step, loss in f["curve"][0]]
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="800"'
+
+
+def plot(what, lines, loss="validation loss"):
+    """Return the SVG of lines {name: [(x, y)]}, where x is `what`."""
     xs, ys = zip(*itertools.chain(*lines.values()))
     end, low, high = max(xs), min(ys), max(ys)
     at = lambda x, y: (60 + 480 * x / (end or 1), 20 + 300 * (high - y) / (high - low or 1))
     say = lambda x, y, text: f'<text x="{x:.0f}" y="{y:.0f}">{html.escape(text)}</text>'
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="800" height="360" font-size="12" '
+    parts = [SVG + ' height="360" font-size="12" '
              'font-family="sans-serif"><rect width="800" height="360" fill="white"/>',
-             say(60, 352, f"seconds of steps, to {end:,.0f}"), say(4, 14, "validation loss")]
+             say(60, 352, f"{what}, to {end:,.0f}"), say(4, 14, loss)]
     parts += [say(8, at(0, y)[1] + 4, f"{y:.3f}") for y in (low, high)]
-    for i, (arm, line) in enumerate(lines.items()):
+    for i, (name, line) in enumerate(lines.items()):
         color = f'hsl({360 * i // len(lines)} 70% 40%)'
         points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         parts += [f'<g fill="{color}"><polyline points="{points}" fill="none" stroke="{color}"/>',
-                  say(560, 30 + 20 * i, f"{arm}: {line[-1][1]:.3f}"), "</g>"]
+                  say(560, 30 + 20 * i, f"{name}: {line[-1][1]:.3f}"), "</g>"]
     return "\n".join([*parts, "</svg>\n"])
+
+
+def plot_record(r):
+    """Return the plot of the arms that a record names under `plot`, by steps times the seconds a
+    step took when it was timed: the first seed."""
+    lines = {}
+    for arm in r["plot"]:
+        f = r["figures"][arm]
+        lines[arm] = [(step * f["ms a step"][0] / 1000, loss) for step, loss in f["curve"][0]]
+    return plot("seconds of steps", lines)
+
+
+@dataclass
+class CurvesConfig:
+    svg: str = "curves.svg"  # the file to draw
+    loss: str = "val_loss"  # a column of log.csv, such as train_loss
+    json: bool = False  # print the table as JSON lines
+
+
+def curves(argv):
+    """draw a loss of runs, given by their out_dir, by step, by second and by token"""
+    own, (_, *runs) = config.parse(["curves", *argv], CurvesConfig, doc=curves.__doc__,
+                                   words=["curves"], free=["curves"])
+    cfg = CurvesConfig(**own)
+    if not runs:
+        raise UserError("curves takes runs, as python bench.py curves out/gpt")
+    sample.check_page(cfg.svg, "svg", SVG)
+    logs = {run: train.read_log(run, cfg.loss) for run in runs}
+    panels = [plot(x, {run: [(row[x], row[cfg.loss]) for row in log] for run, log in logs.items()},
+                   cfg.loss)
+              for x in ("step", "step_seconds", "tokens")  # (which older logs do not count)
+              if all(x in row for log in logs.values() for row in log)]
+    parts = [f'<g transform="translate(0 {360 * i})">{p}</g>' for i, p in enumerate(panels)]
+    with prepare.replacing(cfg.svg) as f:
+        f.write("".join((f'{SVG} height="{360 * len(parts)}">', *parts, "</svg>\n")).encode())
+    show(cfg, Table(f"the last {cfg.loss} of runs, all in {cfg.svg}", [
+        {"run": run, "lowest": min(row[cfg.loss] for row in log), **log[-1]}
+        for run, log in logs.items()]))
+    return 0
 
 
 def render_mechanisms(records):
@@ -2841,7 +2879,7 @@ def rendered(root):
                         pathlib.Path(root, "README.md").read_text(encoding="utf-8"), flags=re.S)
     if not n:
         raise UserError("README.md has no lines <!-- render: mechanisms --> and <!-- end -->")
-    plots = {f"docs/results/{r['claim']}.svg": plot(r) for r in claims if "plot" in r}
+    plots = {f"docs/results/{r['claim']}.svg": plot_record(r) for r in claims if "plot" in r}
     results = RESULTS_HEAD + contents + "\n".join(map(render_record, claims))
     return {**plots, "docs/RESULTS.md": results, "docs/LOG.md": LOG_HEAD + log, "README.md": readme}
 
@@ -2900,7 +2938,7 @@ def main_mine(argv):
     return 0
 
 
-COMMANDS = {"calibrate": calibrate, "mine": main_mine, "render": render}
+COMMANDS = {"calibrate": calibrate, "curves": curves, "mine": main_mine, "render": render}
 
 
 def main(argv):

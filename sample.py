@@ -1245,17 +1245,17 @@ def show(made, text, i, tok, cfg, mcfg):
     return f"\033[{'36;4' if cfg.soft else f'38;5;{colour}'}m{text}\033[0m"
 
 
-def check_page(path):
-    """Raise UserError where a page at path would take the place of something else, or has no
-    folder."""
+def check_page(path, name="trace_html", start=PAGE):
+    """Raise UserError where a page at path, the setting of this name, would take the place of
+    something else (ours has this start), or has no folder."""
     if not os.path.isdir(os.path.dirname(path) or "."):
-        raise UserError(f"the folder of trace_html {path} does not exist; make it, or name another")
+        raise UserError(f"the folder of {name} {path} does not exist; make it, or name another")
     ours = False
     if os.path.isfile(path):
         with open(path, "rb") as f:
-            ours = f.read(len(PAGE)) == PAGE.encode()
+            ours = f.read(len(start)) == start.encode()
     if os.path.lexists(path) and not ours:
-        raise UserError(f"trace_html {path} is there already, and is not a page that this wrote; "
+        raise UserError(f"{name} {path} is there already, and is not a page that this wrote; "
                         f"choose another file")
 
 

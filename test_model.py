@@ -3734,10 +3734,32 @@ def test_docs_are_rendered_from_records(tmp_path, capsys):
 def test_losses_are_drawn_by_seconds():
     figures = {"<a>": {"curve": [[[0, 2.0], [10, 1.0]]], "ms a step": [500.0]},
                "b": {"curve": [[[5, 1.5]]], "ms a step": [1000.0]}}
-    svg = ElementTree.fromstring(bench.plot({"plot": list(figures), "figures": figures}))
+    svg = ElementTree.fromstring(bench.plot_record({"plot": list(figures), "figures": figures}))
     lines = svg.findall(".//{*}polyline")
     assert [e.get("points") for e in lines] == ["60.0,20.0 540.0,320.0", "540.0,170.0"]
     assert "<a>: 1.000" in [e.text for e in svg.iter()]
+
+
+def test_curves_of_runs(trained, tmp_path):
+    """By step, second and token, and what a log of an older version does not count is left out;
+    info says what the same log holds. Nothing else is replaced."""
+    a, b, svg = str(trained / "ending"), str(tmp_path / "b & c"), str(tmp_path / "x.svg")
+    shutil.copytree(a, b)
+    quiet(bench.main, ["curves", a, b, f"--svg={svg}"])
+    texts = [e.text for e in ElementTree.parse(svg).iter() if e.text and ", to " in e.text]
+    assert [t.split(",")[0] for t in texts] == ["step", "step_seconds", "tokens"]
+    assert texts[0] == "step, to 6" and texts[2] == f"tokens, to {6 * 4 * 16}"
+    held = quiet(sample.main, ["info", f"{a}/ckpt.pt"])
+    assert "\nstep = 6\n" in held and f"\nlog.csv: tokens = {6 * 4 * 16}.0\n" in held
+    log = tmp_path / "b & c" / "log.csv"
+    log.write_text("step,val_loss,train_loss\n3,2.5,\n6,,2.0\n")
+    shown = json_lines(quiet(bench.main, ["curves", a, b, f"--svg={svg}", "--json"]))
+    assert len(ElementTree.parse(svg).findall(".//{*}polyline")) == 2
+    assert shown[1]["val_loss"] == shown[1]["lowest"] == 2.5 and shown[0]["step"] == 6
+    log.write_text("step,val_loss\n3,x\n")
+    for argv, words in (([], "takes runs"), ([str(tmp_path)], "no log.csv"), ([b], "log.csv"),
+                        ([a, "--loss=val"], "'val'"), ([a, f"--svg={log}"], "is there already")):
+        refused(bench.main, ["curves", *argv], words)
 
 
 def test_killed_writers_lose_nothing(tmp_path):

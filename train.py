@@ -708,7 +708,7 @@ class Log:
     log.csv has FIELDS, and a column for whatever else was logged (train_NAME: the mean since the
     last row of a loss that is not cross-entropy), which is added when it first comes."""
     FIELDS = ["step", "train_loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "mfu",
-              "step_seconds"]
+              "step_seconds", "tokens"]
 
     def __init__(self, tcfg):
         """Start LOGGERS, which may fail; log.csv is not touched."""
@@ -786,13 +786,18 @@ class Log:
             self.attempt(name, close)
 
 
-def read_log(folder):
-    """Return the rows of the log.csv of a run, dicts of strings; UserError where it has none."""
+def read_log(folder, column="step"):
+    """Return the rows of the log.csv of a run that have this column, dicts of numbers; UserError
+    where there are none."""
     try:
-        return Log.read(os.path.join(folder, "log.csv"))
-    except (OSError, ValueError, csv.Error) as e:
-        raise UserError(f"{folder} has no log.csv that can be read ({summary(e)}); name the "
-                        f"out_dir of a run of train.py") from None
+        rows = Log.read(os.path.join(folder, "log.csv"))
+        rows = [{k: float(v) for k, v in row.items() if v} for row in rows if row[column]]
+        if not rows:
+            raise KeyError("no row has one")
+        return rows
+    except (OSError, ValueError, KeyError, csv.Error) as e:
+        raise UserError(f"{folder} has no log.csv with {column} ({summary(e)}); name the out_dir "
+                        f"of a run of train.py, and a column that it has") from None
 
 
 class RunFiles:
@@ -1594,6 +1599,7 @@ class Training:
                  + "".join(f", {name} {value:.4f}" for name, value in means.items()))
         self.log(p.step, train_loss=ce, lr=run.optimizers[0].param_groups[0]["lr"],
                  tokens_per_s=run.tokens / each, mfu=run.mfu(each), step_seconds=p.step_seconds,
+                 tokens=p.step * run.tokens,
                  **{f"train_{name}": value for name, value in means.items()})
         self.interval_seconds, p.interval_losses = [], []
 
@@ -1623,7 +1629,7 @@ class Training:
                      f"{usage['slot_entropy']:.2f}")
         self.say(line)
         self.log(p.step, val_loss=val_loss, bits_per_byte=bits, step_seconds=p.step_seconds,
-                 **usage)
+                 tokens=p.step * run.tokens, **usage)
         # killed between its best checkpoint and its last, a run does the step again, as well
         again = chosen[0] == p.best_val_loss and files.last_step != p.step
         better = chosen[0] < p.best_val_loss or again
