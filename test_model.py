@@ -1904,9 +1904,10 @@ def test_starting_from_a_checkpoint(tmp_path):
 
 def test_evaluation_changes_nothing(tmp_path):
     v, said = dict(SLOTS, **FEATURAL, layers="AF"), []
-    a, b = (run(tmp_path / str(n), v, eval_interval=n, say=said.append)[1]["model"]
-            for n in (1, 100))
+    a, b = (run(tmp_path / str(n), v, eval_interval=n, sample_every=3 * n,
+                say=said.append)[1]["model"] for n in (1, 100))
     assert same(a, b) and any("slots used" in s for s in said)
+    assert all(any(s.startswith(f"step {n}: '") for s in said) for n in (3, 6))
 
 
 @pytest.mark.parametrize("dataset", ["text", "cipher"])
@@ -1986,17 +1987,29 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
 
 
 def test_optional_logs(tmp_path, monkeypatch, capsys):
-    """wandb gets what log.csv gets; one that is missing, fails or stops is one sentence."""
-    logged = lambda out: run(out, wandb_log=True, overwrite=True, wandb_run_name="mine")
+    """wandb gets what log.csv gets, and settings; a resumed run goes on with its id, in trackio
+    with its name; one that is missing, fails or stops is one sentence."""
+    logged = lambda out, **more: run(out, wandb_log=True, wandb_run_name="mine",
+                                     **{"overwrite": True, **more})
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused(logged, tmp_path, "pip install wandb")
-    wandb = mock.Mock()
+    wandb, trackio = mock.Mock(), mock.Mock()
+    wandb.init.return_value.id = "r1"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
     logged(tmp_path)
-    wandb.init.assert_called_once_with(project="nanoconcept", name="mine")
+    begun = wandb.init.mock_calls[0].kwargs
+    given = begun.pop("config")
+    assert begun == dict(project="nanoconcept", name="mine", id=None, resume="never")
+    assert given["n_embd"] == TINY["n_embd"] and given["max_iters"] == 6
     wandb.finish.assert_called_once_with()
     rows = losses_of(tmp_path)
     assert [str(c.kwargs["step"]) for c in wandb.log.mock_calls] == [row[0] for row in rows]
+    saved = prepare.load_checkpoint(tmp_path / "ckpt.pt")["train_config"]["wandb_id"]
+    logged(tmp_path, overwrite=False, init_from="resume", trackio_log=True, wandb_id=saved)
+    for logger, has in ((wandb, {"id": "r1"}), (trackio, {})):
+        begun = logger.init.mock_calls[-1].kwargs
+        assert begun["resume"] == "allow" and {k: begun[k] for k in begun if k == "id"} == has
     wandb.log.side_effect = [None, ZeroDivisionError("no net")]
     logged(tmp_path)
     assert capsys.readouterr().err.count("wandb takes no more (no net); training") == 1
@@ -3750,6 +3763,7 @@ def test_curves_of_runs(trained, tmp_path):
     assert [t.split(",")[0] for t in texts] == ["step", "step_seconds", "tokens"]
     assert texts[0] == "step, to 6" and texts[2] == f"tokens, to {6 * 4 * 16}"
     held = quiet(sample.main, ["info", f"{a}/ckpt.pt"])
+    assert "\nlog.csv: train_exit_1 = " in held  # every loss is logged
     assert "\nstep = 6\n" in held and f"\nlog.csv: tokens = {6 * 4 * 16}.0\n" in held
     log = tmp_path / "b & c" / "log.csv"
     log.write_text("step,val_loss,train_loss\n3,2.5,\n6,,2.0\n")

@@ -14,6 +14,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import importlib
 import inspect
 import io
 import itertools
@@ -46,6 +47,7 @@ COUNT, SIZE, WEIGHT, BELOW_ONE = (1, 2 ** 53), (0, 2 ** 53), (0, 1e9), (0, 0.999
 RANGES = {"batch_size": (1, 2 ** 20), "gradient_accumulation_steps": (1, 2 ** 20),
           "eval_interval": COUNT, "log_interval": COUNT, "max_iters": COUNT,
           "warmup_iters": SIZE, "lr_decay_iters": SIZE, "eval_tokens": SIZE, "score_last": SIZE,
+          "sample_every": SIZE,
           "train_tokens": SIZE, "ema_decay": (0, 1),
           "loss_skip": SIZE, "question_weight": (0, 1),
           "stream": SIZE, "ns_steps": (1, 100), "weight_decay": WEIGHT, "grad_clip": WEIGHT,
@@ -107,11 +109,14 @@ class TrainConfig:
     eval_tokens: int = 0  # tokens that a validation reads, except the last one; 0: the whole split
     eval_only: bool = False  # validate once and stop
     log_interval: int = 10  # steps between log lines
+    sample_every: int = 0  # steps between samples of 100 tokens, which are printed; 0: none
     always_save_checkpoint: bool = True  # False: only where the validation loss improved
     tensorboard_log: bool = False  # also log to tensorboard
     wandb_log: bool = False  # also log to Weights & Biases
-    wandb_project: str = "nanoconcept"  # its project
-    wandb_run_name: str = ""  # its run; default: out_dir
+    trackio_log: bool = False  # also log to trackio
+    wandb_project: str = "nanoconcept"  # its project, and trackio's
+    wandb_run_name: str = ""  # its run, and trackio's; default: out_dir
+    wandb_id: str = ""  # id of a run to go on with; default: a new one, kept when this is resumed
 
     def __post_init__(self):
         config.check(self, CHOICES, RANGES)
@@ -149,7 +154,8 @@ class TrainConfig:
             ("M" in mcfg.layers, "a block M in layers", "stream"),
             (mcfg.history and not self.stream, "history, without stream", "history_drop"),
             ("F" in mcfg.layers, "a block F in layers", "value_lr"),
-            (self.wandb_log, "wandb_log", "wandb_project wandb_run_name"))
+            (self.wandb_log or self.trackio_log, "wandb_log or trackio_log",
+             "wandb_project wandb_run_name wandb_id"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -683,22 +689,30 @@ def grow_optimizers(fresh, old, grown):
 # logs, the files of a run, signals
 
 
-def start_tensorboard(tcfg):
+def start_tensorboard(name, tcfg, mcfg):
     from torch.utils.tensorboard import SummaryWriter
     tb = SummaryWriter(tcfg.out_dir)
     return lambda step, values: [tb.add_scalar(k, v, step) for k, v in values.items()], tb.close
 
 
-def start_wandb(tcfg):
-    import wandb
-    wandb.init(project=tcfg.wandb_project, name=tcfg.wandb_run_name or tcfg.out_dir)
-    return lambda step, values: wandb.log(values, step=step), wandb.finish
+def start_wandb(name, tcfg, mcfg):
+    """Start wandb, or trackio, which is like it but knows a run by its name."""
+    logger, own = importlib.import_module(name), {}
+    if name == "wandb":
+        own["id"] = tcfg.wandb_id or None
+    run = logger.init(project=tcfg.wandb_project, name=tcfg.wandb_run_name or tcfg.out_dir,
+                      config={**settings(mcfg), **vars(tcfg)},
+                      resume="allow" if tcfg.wandb_id else "never", **own)
+    tcfg.wandb_id = tcfg.wandb_id or str(run.id)  # goes into checkpoints
+    return lambda step, values: logger.log(values, step=step), logger.finish
 
 
-# what logs beside log.csv where NAME_log asks for it: what returns (a function of a step and its
-# values, one for the end), and what a user does where that fails
+# what logs beside log.csv where NAME_log asks for it: what takes the name and the settings and
+# returns (a function of a step and its values, one for the end), and what a user does where that
+# fails
 LOGGERS = {"tensorboard": (start_tensorboard, "pip install tensorboard"),
-           "wandb": (start_wandb, "pip install wandb and run wandb login")}
+           "wandb": (start_wandb, "pip install wandb and run wandb login"),
+           "trackio": (start_wandb, "pip install trackio")}
 
 
 class Log:
@@ -710,14 +724,14 @@ class Log:
     FIELDS = ["step", "train_loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "mfu",
               "step_seconds", "tokens"]
 
-    def __init__(self, tcfg):
+    def __init__(self, tcfg, mcfg):
         """Start LOGGERS, which may fail; log.csv is not touched."""
         self.path, self.fields = os.path.join(tcfg.out_dir, "log.csv"), self.FIELDS
         self.loggers = {}
         for name, (start, todo) in LOGGERS.items():
             if getattr(tcfg, f"{name}_log"):
                 try:
-                    self.loggers[name] = start(tcfg)
+                    self.loggers[name] = start(name, tcfg, mcfg)
                 except Exception as e:  # whatever they raise
                     raise UserError(f"{name} did not start ({summary(e)}); {todo}, or leave "
                                     f"{name}_log out") from None
@@ -1197,8 +1211,8 @@ class Runner:
 # Settings that belong to a start and not to the run, and those that change nothing it computes.
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only")
 OF_DATA = "vocab_size", "eot", "space", "think_token"  # settings of a model that a dataset gives
-WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log", "wandb_log",
-                  "wandb_project", "wandb_run_name")
+WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "sample_every", "tensorboard_log",
+                  "wandb_log", "trackio_log", "wandb_project", "wandb_run_name", "wandb_id")
 
 
 def find_teacher(tcfg, data):
@@ -1485,7 +1499,7 @@ class Training:
 
     def begin_log(self):
         """Return the Log, begun; a run that is there and not resumed is deleted."""
-        log, p = Log(self.tcfg), self.progress
+        log, p = Log(self.tcfg, self.mcfg), self.progress
         self.held.callback(log.close)
         if not self.resumed:
             self.files.clear()
@@ -1544,6 +1558,8 @@ class Training:
             self.train_step()
             if p.step % tcfg.log_interval == 0:
                 self.log_losses()
+            if tcfg.sample_every and p.step % tcfg.sample_every == 0:
+                self.show_sample()
         return self.result(stopped)
 
     def batch(self, step):
@@ -1602,6 +1618,17 @@ class Training:
                  tokens=p.step * run.tokens,
                  **{f"train_{name}": value for name, value in means.items()})
         self.interval_seconds, p.interval_losses = [], []
+
+    def show_sample(self):
+        """Print what the model writes now, by random numbers of its own."""
+        import sample  # only here
+        tok, first = prepare.Tokenizer(self.train_data.meta["tokenizer"]), self.train_data.tokens[0]
+        decoder = sample.Decoder(self.run.model.eval(), [[int(first)]], tok.eot)
+        steps = sample.generate(decoder, sample.SampleConfig(max_new_tokens=100),
+                                torch.Generator(self.place.device).manual_seed(self.tcfg.seed))
+        text = tok.decode([made.token for made in sample.gather(steps, 1)[0]])
+        self.run.model.train()
+        self.say(f"step {self.progress.step}: {text!r}")
 
     def validate(self, done):
         """Score the validation split, log and save; done: at the end, all of it. Return False where
