@@ -9,6 +9,7 @@
     python bench.py mine --layers=RA  is an idea better? its flags beside the plain model
     python bench.py calibrate --exit=softmax --risk=0.02
                                       store the loosest threshold of early exit that keeps a risk
+    python bench.py curves RUN...     the loss of runs by step, second and token, as an SVG
     python bench.py --profile         where the time of a step goes, by operator
 
 Speeds are medians of A B A B turns within one run, each training arm in a process of its own.
@@ -208,12 +209,6 @@ def read_arm(flags="", **more):
     return parse_arm(flags, **more)[:2]
 
 
-def stand_in(m):
-    """Return the GPTConfig of model settings without a dataset: Shakespeare's 65 characters, one of
-    them for thinking, and as many that end a word that random text has words as long."""
-    return GPTConfig(**{"vocab_size": 65, "think_token": 0, "space": tuple(range(12)), **m})
-
-
 def like_nanogpt(m, t):
     """Return nanoGPT's settings at the shape of another arm, without dropout."""
     mcfg, tcfg = GPTConfig(**m), TrainConfig(**t)
@@ -262,7 +257,7 @@ def train_arm(m, t, after=(), leak="", share=0.0):
 def start_run(m, t, profiled=False):
     """Make the Runner of an arm and a batch of random tokens, and do the first step, which
     compiles."""
-    mcfg, tcfg = config.build(stand_in, m=m), config.build(TrainConfig, **t)
+    mcfg, tcfg = config.build(sample.stand_in, m=m), config.build(TrainConfig, **t)
     # the compiler's kernels by name
     torch._inductor.config.cpp.enable_kernel_profile = profiled
     run = train.Runner(mcfg, tcfg, train.find_place(tcfg))
@@ -1030,7 +1025,7 @@ def decode_arms(cfg, prompt, more=False):
 def decode_times(m, rounds, more=False):
     """Return {name: [seconds a token per round]} of decode_arms for one shape, from half a window
     on, in turns."""
-    cfg = stand_in(m)
+    cfg = sample.stand_in(m)
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
 
     @torch.inference_mode()
@@ -1094,7 +1089,7 @@ def decode(cfg):
              "12 layers, 768 wide": "--n_layer=12 --n_head=12 --n_embd=768 --block_size=256"}
     for size, shape in sizes.items():
         m, _ = read_arm(shape)
-        model = GPT(stand_in(m))
+        model = GPT(sample.stand_in(m))
         inside = sum(p.numel() for p in model.blocks.parameters())
         head = model.lm_head.weight.numel()
         bytes_a_second = bandwidth()
@@ -1140,7 +1135,7 @@ def stream(cfg, total=100_000, block=20_000):
     for name, flags in (("AA with slots, history 256", "config/softar_shakespeare.py --layers=AA"),
                         ("AA", "--layers=AA"), ("RR", "--layers=RR")):
         m, _ = read_arm(f"--block_size=256 --n_embd=128 --n_head=4 {flags}")
-        steps = start_decoding(GPT(stand_in(m)).eval(), [[1]], total).generate()
+        steps = start_decoding(GPT(sample.stand_in(m)).eval(), [[1]], total).generate()
         for tokens in range(block, total + 1, block):
             a_token = seconds(lambda: next(steps), block)
             rows.append({"model": name, "tokens": tokens, "peak MB": peak_mb(),
@@ -1967,7 +1962,8 @@ def costs(cfg, arms):
     times = once(cfg, str(arms), lambda: step_times(
         arms, min(cfg.rounds, 3), threads=share_of_cores(cfg))[0])
     with torch.device("meta"):
-        flops = {name: GPT(stand_in(m), None).flops_per_token() for name, (m, _) in arms.items()}
+        flops = {name: GPT(sample.stand_in(m), None).flops_per_token()
+                 for name, (m, _) in arms.items()}
     return lambda a, b: compare(times[a], times[b]), lambda a, b: flops[a] / flops[b]
 
 
@@ -2108,7 +2104,7 @@ def mine(cfg, presets, settings):
     plain = f"{shlex.join(presets) or MINE} {both}"
     yours = f"{plain} {as_flags(idea)}"
     m, t = read_arm(yours)
-    mcfg, tcfg = config.build(stand_in, m=m), config.build(TrainConfig, **t)
+    mcfg, tcfg = config.build(sample.stand_in, m=m), config.build(TrainConfig, **t)
     config.refuse_idle(idea, *mcfg.idle(), *tcfg.idle(mcfg))
     if "layers" in idea:
         plain += f" --layers={'A' * mcfg.n_layer}"
@@ -2785,27 +2781,64 @@ def render_record(r):
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def plot(r):
-    """Return the SVG of the validation losses of a record's arms, those it names under `plot`, by
-    steps times the seconds a step took when it was timed: the first seed."""
-    lines = {}
-    for arm in r["plot"]:
-        f = r["figures"][arm]
-        lines[arm] = [(step * f["ms a step"][0] / 1000, loss) for step, loss in f["curve"][0]]
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="800"'
+
+
+def plot(what, lines, loss="validation loss"):
+    """Return the SVG of lines {name: [(x, y)]}, where x is `what`."""
     xs, ys = zip(*itertools.chain(*lines.values()))
     end, low, high = max(xs), min(ys), max(ys)
     at = lambda x, y: (60 + 480 * x / (end or 1), 20 + 300 * (high - y) / (high - low or 1))
     say = lambda x, y, text: f'<text x="{x:.0f}" y="{y:.0f}">{html.escape(text)}</text>'
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="800" height="360" font-size="12" '
+    parts = [SVG + ' height="360" font-size="12" '
              'font-family="sans-serif"><rect width="800" height="360" fill="white"/>',
-             say(60, 352, f"seconds of steps, to {end:,.0f}"), say(4, 14, "validation loss")]
+             say(60, 352, f"{what}, to {end:,.0f}"), say(4, 14, loss)]
     parts += [say(8, at(0, y)[1] + 4, f"{y:.3f}") for y in (low, high)]
-    for i, (arm, line) in enumerate(lines.items()):
+    for i, (name, line) in enumerate(lines.items()):
         color = f'hsl({360 * i // len(lines)} 70% 40%)'
         points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         parts += [f'<g fill="{color}"><polyline points="{points}" fill="none" stroke="{color}"/>',
-                  say(560, 30 + 20 * i, f"{arm}: {line[-1][1]:.3f}"), "</g>"]
+                  say(560, 30 + 20 * i, f"{name}: {line[-1][1]:.3f}"), "</g>"]
     return "\n".join([*parts, "</svg>\n"])
+
+
+def plot_record(r):
+    """Return the plot of the arms that a record names under `plot`, by steps times the seconds a
+    step took when it was timed: the first seed."""
+    lines = {}
+    for arm in r["plot"]:
+        f = r["figures"][arm]
+        lines[arm] = [(step * f["ms a step"][0] / 1000, loss) for step, loss in f["curve"][0]]
+    return plot("seconds of steps", lines)
+
+
+@dataclass
+class CurvesConfig:
+    svg: str = "curves.svg"  # the file to draw
+    loss: str = "val_loss"  # a column of log.csv, such as train_loss
+    json: bool = False  # print the table as JSON lines
+
+
+def curves(argv):
+    """draw a loss of runs, given by their out_dir, by step, by second and by token"""
+    own, (_, *runs) = config.parse(["curves", *argv], CurvesConfig, doc=curves.__doc__,
+                                   words=["curves"], free=["curves"])
+    cfg = CurvesConfig(**own)
+    if not runs:
+        raise UserError("curves takes runs, as python bench.py curves out/gpt")
+    sample.check_page(cfg.svg, "svg", SVG)
+    logs = {run: train.read_log(run, cfg.loss) for run in runs}
+    panels = [plot(x, {run: [(row[x], row[cfg.loss]) for row in log] for run, log in logs.items()},
+                   cfg.loss)
+              for x in ("step", "step_seconds", "tokens")  # (which older logs do not count)
+              if all(x in row for log in logs.values() for row in log)]
+    parts = [f'<g transform="translate(0 {360 * i})">{p}</g>' for i, p in enumerate(panels)]
+    with prepare.replacing(cfg.svg) as f:
+        f.write("".join((f'{SVG} height="{360 * len(parts)}">', *parts, "</svg>\n")).encode())
+    show(cfg, Table(f"the last {cfg.loss} of runs, all in {cfg.svg}", [
+        {"run": run, "lowest": min(row[cfg.loss] for row in log), **log[-1]}
+        for run, log in logs.items()]))
+    return 0
 
 
 def render_mechanisms(records):
@@ -2847,7 +2880,7 @@ def rendered(root):
                         pathlib.Path(root, "README.md").read_text(encoding="utf-8"), flags=re.S)
     if not n:
         raise UserError("README.md has no lines <!-- render: mechanisms --> and <!-- end -->")
-    plots = {f"docs/results/{r['claim']}.svg": plot(r) for r in claims if "plot" in r}
+    plots = {f"docs/results/{r['claim']}.svg": plot_record(r) for r in claims if "plot" in r}
     results = RESULTS_HEAD + contents + "\n".join(map(render_record, claims))
     return {**plots, "docs/RESULTS.md": results, "docs/LOG.md": LOG_HEAD + log, "README.md": readme}
 
@@ -2945,7 +2978,8 @@ def every_claim(argv):
     return render([]) or bool(failed)
 
 
-COMMANDS = {"all": every_claim, "calibrate": calibrate, "mine": main_mine, "render": render}
+COMMANDS = {"all": every_claim, "calibrate": calibrate, "curves": curves, "mine": main_mine,
+            "render": render}
 
 
 def main(argv):

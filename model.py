@@ -1645,7 +1645,7 @@ class Block(nn.Module):
         super().__init__()
         mixer, feed_forward = BLOCKS[letter]
         norm = NORMS[cfg.norm]
-        self.i = i
+        self.letter, self.i = letter, i
         self.ln_1, self.attn = norm(cfg), mixer(cfg, i)
         self.ln_x, self.cross = (norm(cfg), Cross(cfg, i, n_states)) if n_states else (None, None)
         self.mlp = feed_forward(cfg, i)
@@ -1698,9 +1698,10 @@ class Block(nn.Module):
         if cache.inside[2] is not None:
             yield self.i, self.mlp.writes(cache.inside[2], front, n, ended)
 
-    def flops(self, L):
-        plans = 0 if self.cross is None else 6 * L * n_weights(self.cross)
-        return self.attn.flops(L) + plans + (0 if self.mlp is None else self.mlp.flops(L))
+    def costs(self, L, times=1, depth=0):
+        flops = self.attn.flops(L) + 6 * L * n_weights(self.cross)
+        flops += 0 if self.mlp is None else self.mlp.flops(L)
+        yield self.letter, self, depth, times * flops
 
 
 class Stack(nn.Module):
@@ -1709,6 +1710,7 @@ class Stack(nn.Module):
     GPT is one, and so is every level. Neither counts in the other's names, so that parameters keep
     theirs when a model grows a level.
     """
+    exits = {}  # a GPT may have some
 
     def add_layers(self, cfg, tree, depth=0, shared=None):
         """Make the layers of a tree. shared: the token-level blocks, for levels that run those."""
@@ -1753,8 +1755,18 @@ class Stack(nn.Module):
         for layer, cache in zip(self.order, caches):
             yield from layer.cached_writes(cache, front, n, ended)
 
+    def costs(self, L, times=1, depth=0):
+        """Yield (name, module, depth, operations as in Layer.flops) of layers run so many times.
+
+        Blocks have their letter for a name. A level is followed by what stands in it, one deeper.
+        """
+        for i, layer in enumerate(self.order):
+            if i in self.exits:
+                yield ".", None, depth, 0
+            yield from layer.costs(L, times, depth)
+
     def flops(self, L):
-        return sum(layer.flops(L) for layer in self.order)
+        return sum(flops for *_, flops in self.costs(L))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2402,12 +2414,14 @@ class Level(Stack):
                                     for name in ("count", "docs", "closed_docs"))
         yield from self.memory_writes(cache.inside[1:], 1, count, ended | (docs > closed_docs))
 
-    def flops(self, L):
+    def costs(self, L, times=1, depth=0):
         inside = min(L, self.capacity) + 1
-        own = n_weights(self.c_in, self.c_out, self.tell, self.head)
+        yield "( )", self, depth, 6 * times * L * n_weights(self.router)
+        for name in ("c_in", "c_out", "tell", "head"):
+            part = getattr(self, name)
+            yield name, part, depth + 1, 6 * times * inside * n_weights(part)
         passes = 1 + self.rollout * (self.n_pass - 1)
-        below = 6 * (inside * own + L * n_weights(self.router))
-        return below + super().flops(inside) * passes
+        yield from super().costs(inside, times * passes, depth + 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3027,19 +3041,29 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         some = self.cfg.rollout % 1  # not all rows
         return some > 0 or any(getattr(self.cfg, name) for name in names.split())
 
-    def flops_per_token(self):
-        """Return floating-point operations of forward and backward per token of the window.
+    def token_costs(self):
+        """Yield (name, module, depth, operations of forward and backward per token of the window).
 
-        Slots count as positions, a pass of thinking whole, one without gradient a third.
+        All parts come in the order in which they run; the module is None where one is absent. Slots
+        count as positions, a pass of thinking whole, one without gradient a third.
         """
-        cfg, head = self.cfg, 6 * n_weights(self.lm_head, self.point, self.latent)
-        if self.lm_head is None:
-            head += 6 * self.wte.weight.numel()
+        cfg, T = self.cfg, self.cfg.block_size
         passes = 1 + cfg.n_think + bool(cfg.soft_rate or cfg.n_soft) / 3
         reads = passes + (len(self.exits) if cfg.exit_weight else 0) + (self.limit is not None) / 3
-        history = self.flops(cfg.n_slot + cfg.history) / 3 if cfg.enrich else 0
-        trunk = self.flops(cfg.n_slot + cfg.block_size) * passes + history
-        return head * reads + trunk / cfg.block_size
+        table = self.wte.weight.numel() if self.lm_head is None else 0
+        yield "wte", self.wte, 0, 6 * reads * table
+        for name in ("wpe", "n_grams", "slots", "embed_norm"):
+            yield name, getattr(self, name), 0, 0
+        window, history = (self.costs(cfg.n_slot + n) for n in (T, cfg.history))
+        for (*part, flops), (*_, more) in zip(window, history):
+            yield *part, (passes * flops + cfg.enrich * more / 3) / T
+        for name in ("ln_f", "lm_head", "point", "latent", "sure"):
+            part = getattr(self, name)
+            yield name, part, 0, 6 * reads * n_weights(part)
+
+    def flops_per_token(self):
+        """Return operations of forward and backward per token of the window."""
+        return sum(flops for *_, flops in self.token_costs())
 
     # -- decoding
 

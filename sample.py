@@ -11,7 +11,8 @@
     python sample.py --beams=8                    the likeliest text; --best_of=8: the likeliest
                                                   of 8 samples
     python sample.py --soft --trace               tokens stay soft while they lie near symbols
-    python sample.py --interactive                go on from what is typed, turn by turn
+    python sample.py --interactive                talk, turn by turn; --log=talk.jsonl keeps what
+                                                  was said, and --memory=FILE remembers it
     python sample.py learn --knn=works.db FILE... read texts into a datastore, without a gradient;
                                                   --knn=works.db then uses it
     python sample.py learn --memory=facts.db FILE...
@@ -19,6 +20,8 @@
                                                   --memory=facts.db then remembers it
     python sample.py memory FILE list TEXT        what is in a store; also stats, show ID,
                                                   forget ID or TEXT, prune N
+    python sample.py info PATH                    what a checkpoint or a preset is: its parts with
+                                                  their parameters and FLOPs, settings, losses
 
 There is no upper bound on max_new_tokens: when the window is full, its oldest quarter folds into
 the context slots, or is dropped where the model has none.
@@ -35,6 +38,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 
 import config  # before torch: it sets the allocator's switches
@@ -45,7 +49,7 @@ from torch.nn import functional as F
 import memory
 import prepare
 from config import UserError, summary
-from model import GPT, Level, Linear
+from model import GPT, GPTConfig, Level, Linear
 
 
 @dataclass
@@ -99,7 +103,9 @@ class SampleConfig:
     knn_temp: float = 0.0625  # knn: a place at distance d counts exp(-d^2 / (knn_temp n_embd))
     limit: int = 20  # memory list: entries to show; 0: all
     # output
-    interactive: bool = False  # go on from what is typed, turn by turn, with all turns in view
+    interactive: bool = False  # talk: lines are typed and answered in turn, with all in view
+    roles: str = "You,Model"  # interactive: names before lines; empty: text goes on without names
+    log: str = ""  # interactive: a file to which what is said is added, a JSON object a line
     trace: bool = False  # colour tokens by exit, draft, contrastive shift, or entropy
     trace_html: str = ""  # write that as a page for a browser
     json: bool = False  # a JSON line a token: entropy, soft or not, which before it were
@@ -116,6 +122,8 @@ class SampleConfig:
             self.stop, self.stop_at_end = "", True
         for name in ("stop", "think_after"):
             check_utf8(getattr(self, name), name)
+        if not re.fullmatch("([^,]+,[^,]+)?", self.roles):
+            raise ValueError(f"roles is two names, such as You,Model, or empty, not {self.roles!r}")
         ways = [k for k in WAYS if getattr(self, k)]
         if len(ways) > 1:
             raise ValueError(f"{ways[0]} and {ways[1]} are two ways to decode; choose one")
@@ -167,6 +175,7 @@ class SampleConfig:
             (self.memory, "a memory, such as --memory=facts.db", "memory_index"),
             (not self.interactive, "a run that is not interactive: that reads lines and shows one "
              "sample as it is made", "n beams best_of json trace_html n_think"),
+            (self.interactive, "a conversation: --interactive", "roles log"),
             (not self.interactive or self.prompt not in ("-", "FILE:-"), "standard input, which "
              "interactive reads", "prompt"),
             (not self.json, "text to colour, and json prints none (trace_html does)", "trace"),
@@ -1243,17 +1252,17 @@ def show(made, text, i, tok, cfg, mcfg):
     return f"\033[{'36;4' if cfg.soft else f'38;5;{colour}'}m{text}\033[0m"
 
 
-def check_page(path):
-    """Raise UserError where a page at path would take the place of something else, or has no
-    folder."""
+def check_page(path, name="trace_html", start=PAGE):
+    """Raise UserError where a page at path, the setting of this name, would take the place of
+    something else (ours has this start), or has no folder."""
     if not os.path.isdir(os.path.dirname(path) or "."):
-        raise UserError(f"the folder of trace_html {path} does not exist; make it, or name another")
+        raise UserError(f"the folder of {name} {path} does not exist; make it, or name another")
     ours = False
     if os.path.isfile(path):
         with open(path, "rb") as f:
-            ours = f.read(len(PAGE)) == PAGE.encode()
+            ours = f.read(len(start)) == start.encode()
     if os.path.lexists(path) and not ours:
-        raise UserError(f"trace_html {path} is there already, and is not a page that this wrote; "
+        raise UserError(f"{name} {path} is there already, and is not a page that this wrote; "
                         f"choose another file")
 
 
@@ -1302,30 +1311,56 @@ def write(steps, cfg, tok, mcfg, prompt, used, keep=False):
     return [pieces for _, pieces in samples]
 
 
-def converse(decoder, cfg, tok, mcfg, prompt, generator, think, used):
+def converse(decoder, cfg, tok, path, prompt, generator, think, used, log):
     """Turn by turn: a line is read, appended to all that stands there, and gone on from; what was
-    shown then stands there too. used: as in write."""
+    shown then stands there too. With roles each line has a name before it, and the model stops
+    where it would speak for the other. Turns go to the file `log`, and to the memory of the model
+    of `path`, both sides' lines as one text. used: as in write."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then knows the arrow keys, and the lines before)
+
+    def say(role, text):
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "role": role, "text": text}
+        print(json.dumps(line, ensure_ascii=False), file=log, flush=True)
+
     print(on_screen(prompt), end="\n" if prompt and not prompt.endswith("\n") else "")
-    line_end = "\n" if can_encode(tok, "\n") else ""
+    you, other = (cfg.roles or SampleConfig.roles).split(",")
+    before, after, stands = f"{you}: ", f"\n{other}:", prompt
+    if not (cfg.roles and can_encode(tok, after + before)):
+        before, after = "", "\n" if can_encode(tok, "\n") else ""
+    elif not cfg.stop:
+        cfg.stop = f"\n{you}:"
     while True:
         try:
-            text = input("> ")
-            decoder.extend(encode(tok, text + line_end, "the line"))
+            text = input(before or "> ")
+            line = "\n" * (before > "" and stands[-1:] not in ("", "\n")) + before + text + after
+            ids = encode(tok, line, "the line")
         except EOFError:
             print()
             return
         except (UnicodeDecodeError, UserError) as e:
             config.note(f"{e}; type another line")
             continue
+        decoder.extend(ids)
+        say(you, text)
+        print(after[1:], end="")
         copied = decoder.select([0])  # what is made and not shown goes
         steps = generate(copied, cfg, generator, think=think)
-        pieces = write(steps, cfg, tok, mcfg, prompt, used, keep=True)[0]
-        shown = [made.token for _, made in pieces]
-        if cfg.stop_at_end and shown[-1:] == [tok.eot]:
-            del shown[-1]
+        pieces = write(steps, cfg, tok, decoder.model.cfg, prompt, used, keep=True)[0]
+        if cfg.stop_at_end and pieces and pieces[-1][1].token == tok.eot:
+            del pieces[-1]
+        while cfg.stop and pieces and not pieces[-1][0]:  # tokens of the stop
+            del pieces[-1]
+        shown, stands = [made.token for _, made in pieces], "".join(piece for piece, _ in pieces)
         decoder.extend(shown)
+        say(other, stands.strip())
+        stands = line + stands
+        if cfg.memory:
+            try:
+                with memory.open_store("memory", cfg.memory, decoder.model, path, True) as store:
+                    memory.learn(store, decoder.model, tok, ids + shown)
+            except UserError as e:
+                config.note(f"[not remembered: {e}]")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1479,12 +1514,15 @@ def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
         if its["tokenizer"] != ckpt["tokenizer"]:
             raise UserError(f"{name} {named} has another tokenizer than the model; name one that "
                             f"was trained on the same dataset")
+    if cfg.memory or ckpt["train_config"].get("stream"):
+        more["memory"] = model.init_memory(1)  # what leaves the window is kept, as in training
     if cfg.memory:
+        if cfg.interactive:  # what is said will be written there; a new one is made
+            memory.open_store("memory", cfg.memory, model, path, write=True).close()
         store = stores.enter_context(memory.open_store("memory", cfg.memory, model, path))
-        more["memory"], more["sources"] = memory.open_memory(
-            store, model, model.cfg.mem_size, cfg.memory_index)
-    elif ckpt["train_config"].get("stream"):  # what leaves the window is kept, as in training
-        more["memory"] = model.init_memory(1)
+        if store.count() or not cfg.interactive:
+            more["memory"], more["sources"] = memory.open_memory(
+                store, model, model.cfg.mem_size, cfg.memory_index)
     if cfg.knn:
         store = stores.enter_context(memory.open_store("knn", cfg.knn, model, path))
         more["neighbours"] = memory.Neighbours.open(
@@ -1535,9 +1573,51 @@ def inspect(cfg, path="", action="stats", *words):
     return 0
 
 
+def stand_in(m):
+    """Return the GPTConfig of model settings without a dataset: Shakespeare's 65 characters, one of
+    them for thinking, and as many that end a word that random text has words as long."""
+    return GPTConfig(**{"vocab_size": 65, "think_token": 0, "space": tuple(range(12)), **m})
+
+
+def info(cfg, path=""):
+    """Show what a checkpoint or a preset is: its parts as they run, what was set, its losses."""
+    import train  # only here: for its settings and its log
+    if path.endswith(".py"):
+        m, t, _ = config.parse([path], GPTConfig, train.TrainConfig)
+        model, held = GPT(config.build(stand_in, m=m), None), {}
+    else:
+        cfg.out_dir = path or cfg.out_dir
+        model, ckpt, path = open_model(cfg)
+        m, t = ckpt["model_config"], ckpt["train_config"]
+        held = {k: ckpt[k] for k in ("step", "val_loss", "best_val_loss")}
+        with contextlib.suppress(UserError):
+            for row in train.read_log(os.path.dirname(path)):
+                held.update({f"log.csv: {k}": v for k, v in row.items() if v})
+    meanings, total = dict(config.letters([GPTConfig])), model.flops_per_token()
+    lines, seen = [], set()
+    for name, part, depth, flops in reversed([*model.token_costs()]):
+        inside = {*part.parameters()} if part else set()
+        if inside or name in meanings:
+            # what is shared counts once, and a level without what is shown in it
+            own = inside - seen
+            what = f"{'    ' * depth}{name}  {meanings.get(name, type(part).__name__)}"
+            lines.append(f"{what:60.60}{sum(p.numel() for p in own):13,}"
+                         f"{sum(p.nbytes for p in own):15,}{flops / total:8.1%}")
+        seen |= inside
+    print(config.visible(path), f"\n{'':63}parameters          bytes   FLOPs", *reversed(lines),
+          f"\n{model.num_params():,} parameters without learned positions, {total:,.0f} FLOPs a "
+          f"token (forward and backward), {model.cfg.vocab_size:,} symbols\n", sep="\n")
+    defaults = {**vars(GPTConfig()), **vars(train.TrainConfig())}
+    for name, value in {**m, **t, **held}.items():
+        if value != defaults.get(name):
+            print(config.visible(f"{name} = {value!s:.80}"))
+    return 0
+
+
 COMMANDS = {  # what each does, and the settings that it takes besides out_dir
     "learn": (learn, "memory knn device dtype int8"),
-    "memory": (inspect, "limit")}
+    "memory": (inspect, "limit"),
+    "info": (info, "")}
 
 
 def main(argv):
@@ -1584,7 +1664,8 @@ def decode(cfg, stores):
                     f"train one with python train.py --soft_rate=0.1 --soft_of={kind}]")
     used = collections.Counter()  # (store, id) of what was found
     if cfg.interactive:
-        converse(decoder, cfg, tok, mcfg, prompt, generator, think, used)
+        log = stores.enter_context(open(cfg.log or os.devnull, "a", encoding="utf-8"))
+        converse(decoder, cfg, tok, path, prompt, generator, think, used, log)
     else:
         print("" if cfg.json else on_screen(prompt), end="", flush=True)
         found = cfg.trace and bool(decoder.sources or decoder.neighbours)

@@ -1908,9 +1908,10 @@ def test_starting_from_a_checkpoint(tmp_path):
 
 def test_evaluation_changes_nothing(tmp_path):
     v, said = dict(SLOTS, **FEATURAL, layers="AF"), []
-    a, b = (run(tmp_path / str(n), v, eval_interval=n, say=said.append)[1]["model"]
-            for n in (1, 100))
+    a, b = (run(tmp_path / str(n), v, eval_interval=n, sample_every=3 * n,
+                say=said.append)[1]["model"] for n in (1, 100))
     assert same(a, b) and any("slots used" in s for s in said)
+    assert all(any(s.startswith(f"step {n}: '") for s in said) for n in (3, 6))
 
 
 @pytest.mark.parametrize("dataset", ["text", "cipher"])
@@ -1990,17 +1991,29 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
 
 
 def test_optional_logs(tmp_path, monkeypatch, capsys):
-    """wandb gets what log.csv gets; one that is missing, fails or stops is one sentence."""
-    logged = lambda out: run(out, wandb_log=True, overwrite=True, wandb_run_name="mine")
+    """wandb gets what log.csv gets, and settings; a resumed run goes on with its id, in trackio
+    with its name; one that is missing, fails or stops is one sentence."""
+    logged = lambda out, **more: run(out, wandb_log=True, wandb_run_name="mine",
+                                     **{"overwrite": True, **more})
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused(logged, tmp_path, "pip install wandb")
-    wandb = mock.Mock()
+    wandb, trackio = mock.Mock(), mock.Mock()
+    wandb.init.return_value.id = "r1"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
     logged(tmp_path)
-    wandb.init.assert_called_once_with(project="nanoconcept", name="mine")
+    begun = wandb.init.mock_calls[0].kwargs
+    given = begun.pop("config")
+    assert begun == dict(project="nanoconcept", name="mine", id=None, resume="never")
+    assert given["n_embd"] == TINY["n_embd"] and given["max_iters"] == 6
     wandb.finish.assert_called_once_with()
     rows = losses_of(tmp_path)
     assert [str(c.kwargs["step"]) for c in wandb.log.mock_calls] == [row[0] for row in rows]
+    saved = prepare.load_checkpoint(tmp_path / "ckpt.pt")["train_config"]["wandb_id"]
+    logged(tmp_path, overwrite=False, init_from="resume", trackio_log=True, wandb_id=saved)
+    for logger, has in ((wandb, {"id": "r1"}), (trackio, {})):
+        begun = logger.init.mock_calls[-1].kwargs
+        assert begun["resume"] == "allow" and {k: begun[k] for k in begun if k == "id"} == has
     wandb.log.side_effect = [None, ZeroDivisionError("no net")]
     logged(tmp_path)
     assert capsys.readouterr().err.count("wandb takes no more (no net); training") == 1
@@ -2362,6 +2375,28 @@ def test_a_memory_counts_what_it_reads():
     attention = 6 * 4 * 16 ** 2 + 12 * 16
     memory = 6 * (16 * 2 * 8 + 16 * 16 + 2 * 2 * 16 * 4 + 2 * 4 * 16)
     assert make("plain", n_head=1, **kind).flops(1) == attention + memory
+
+
+def test_what_info_shows_adds_up(tmp_path):
+    """Of every variant each parameter is in one line, and the shares of FLOPs are the whole; a
+    line a layer and exit, indented by level."""
+    path = tmp_path / "x.py"
+    for name in VARIANTS:
+        given = {**BASE, **settings(VARIANTS[name])}
+        path.write_text("".join(f"{k} = {v!r}\n" for k, v in given.items()))
+        _, tree, total, changed = quiet(sample.main, ["info", str(path)]).split("\n\n")
+        m = GPT(settings_of(name), None)
+        rows = [line.rsplit(None, 3) for line in tree.splitlines()[1:]]
+        *counts, shares = zip(*(row[1:] for row in rows))
+        n, size = (sum(int(c.replace(",", "")) for c in column) for column in counts)
+        assert 4 * n == size and n == m.num_params() + (m.wpe.weight.numel() if m.wpe else 0)
+        assert total.startswith(f"{m.num_params():,} parameters"), name
+        whole = sum(float(share[:-1]) for share in shares)
+        assert whole == pytest.approx(100, abs=0.05 * len(rows))
+        parts = [row[0].split()[0] for row in rows]
+        assert [p for p in parts if p == "." or p in BLOCKS] == [c for c in m.cfg.layers
+                                                                if c in "." or c in BLOCKS]
+        assert f"n_embd = {m.cfg.n_embd}" in changed and "n_embd = 384" not in changed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3247,7 +3282,7 @@ def test_a_sample_ends_at_the_first_end_of_a_text(decode, trained, n, more):
     ("ending", "", ["a", "b"], ["--stop_at_end", "--temperature=2"])])
 def test_interactive_turns(trained, decode, monkeypatch, name, begun, lines, more):
     """Each line goes on from all before it, what is shown is what stands there then, and a line
-    that cannot be read is passed by."""
+    that cannot be read is passed by. These models cannot write names, which have a colon."""
     tok, extend, given = tokenizer_of(trained / name), sample.Decoder.extend, []
     typed = [lines[0].strip() or begun, "\u2603", lines[1].strip(), EOFError]
     monkeypatch.setattr(sample.Decoder, "extend",
@@ -3257,8 +3292,41 @@ def test_interactive_turns(trained, decode, monkeypatch, name, begun, lines, mor
     line, one, other, two = map(tok.decode, given)
     assert [line, other] == [begun + lines[0], lines[1]]
     assert not any(tok.eot in ids for ids in given)
-    shown = [t.split("a")[0] if "--stop=a" in more else t for t in (one, two)]
-    assert text == (begun and line) + "".join(t + "\n" for t in shown) + "\n"
+    assert not ("--stop=a" in more and "a" in one + two)
+    assert text == (begun and line) + "".join(t + "\n" for t in (one, two)) + "\n"
+
+
+def test_a_conversation(trained, decode, tmp_path, monkeypatch):
+    """Each side has its name, the model stops where the other would speak, and what was said is in
+    the log, and in the memory: there the next conversation finds it, until it is forgotten."""
+    log, store = tmp_path / "talk.jsonl", tmp_path / "talk.db"
+    run(tmp_path / "m", REMEMBERS, data_dir=str(trained / "data"), dataset="bytes", max_iters=1)
+    talk = [tmp_path / "m", "--interactive", f"--log={log}", f"--memory={store}",
+            "--max_new_tokens=12"]
+
+    def spoken(*lines, argv=talk):
+        monkeypatch.setattr("builtins.input", mock.Mock(side_effect=[*lines, EOFError]))
+        return decode(*argv)
+    given, extend = [], sample.Decoder.extend
+    with monkeypatch.context() as m:
+        m.setattr(sample.Decoder, "extend", lambda d, ids: given.append(ids) or extend(d, ids))
+        m.setattr(sample, "generate", lambda d, *a, **k: (
+            [[sample.GeneratedToken(t)]] for t in tok.encode(" It was.\nYou: no")))
+        tok = tokenizer_of(tmp_path / "m")
+        assert spoken("the worst", "the age") == "\n" + 2 * "Model: It was.\n" + "\n"
+    whole = "You: the worst\nModel: It was.\nYou: the age\nModel: It was."
+    assert "".join(map(tok.decode, given)) == whole
+    turns = json_lines(log.read_text())
+    assert [f"{t['role']}: {t['text']}" for t in turns] == whole.split("\n")
+    assert all(time.strptime(t["time"], "%Y-%m-%dT%H:%M:%S%z") for t in turns)
+    spoken("the worst")
+    assert len(json_lines(log.read_text())) == 6
+    remembered = lambda: [e for some in memory.Store(store).sound() for e in some
+                          if e.text.endswith("the worst")]
+    assert len(remembered()) >= 2
+    on_store(store, "forget", "the worst")
+    assert not remembered()
+    refused(lambda argv: spoken("a", argv=argv), ["exits", *talk[1:]], "no block M")
 
 
 def test_the_beginning_of_a_text(trained, tmp_path, capsys):
@@ -3587,7 +3655,7 @@ def test_int8_is_close(name):
 IDLE = """
 soft_top_k=2 gumbel=1 collapse_threshold=1 collapse_by=context collapse_back=1 collapse=never
    alpha=0.2 beta=0.2 exit_threshold=0.5 exit_decay=1 speculate=2 draft=x draft_exit=1 knn_k=3
-   knn_lambda=0.5 knn_temp=1 memory_index=True int8=True
+   knn_lambda=0.5 knn_temp=1 memory_index=True int8=True roles=A,B log=x
 temperature=0: top_k=3 top_p=0.9 min_p=0.1 best_of=2 soft=True
 beams=2: top_k=3 top_p=0.9 min_p=0.1 temperature=0.5 repetition_penalty=1.1 think_after=x
    plan_draw=True
@@ -3852,10 +3920,32 @@ def test_docs_are_rendered_from_records(tmp_path, capsys):
 def test_losses_are_drawn_by_seconds():
     figures = {"<a>": {"curve": [[[0, 2.0], [10, 1.0]]], "ms a step": [500.0]},
                "b": {"curve": [[[5, 1.5]]], "ms a step": [1000.0]}}
-    svg = ElementTree.fromstring(bench.plot({"plot": list(figures), "figures": figures}))
+    svg = ElementTree.fromstring(bench.plot_record({"plot": list(figures), "figures": figures}))
     lines = svg.findall(".//{*}polyline")
     assert [e.get("points") for e in lines] == ["60.0,20.0 540.0,320.0", "540.0,170.0"]
     assert "<a>: 1.000" in [e.text for e in svg.iter()]
+
+
+def test_curves_of_runs(trained, tmp_path):
+    """By step, second and token, and what a log of an older version does not count is left out;
+    info says what the same log holds. Nothing else is replaced."""
+    a, b, svg = str(trained / "ending"), str(tmp_path / "b & c"), str(tmp_path / "x.svg")
+    shutil.copytree(a, b)
+    quiet(bench.main, ["curves", a, b, f"--svg={svg}"])
+    texts = [e.text for e in ElementTree.parse(svg).iter() if e.text and ", to " in e.text]
+    assert [t.split(",")[0] for t in texts] == ["step", "step_seconds", "tokens"]
+    assert texts[0] == "step, to 6" and texts[2] == f"tokens, to {6 * 4 * 16}"
+    held = quiet(sample.main, ["info", f"{a}/ckpt.pt"])
+    assert "\nlog.csv: train_exit_1 = " in held  # every loss is logged
+    assert "\nstep = 6\n" in held and f"\nlog.csv: tokens = {6 * 4 * 16}.0\n" in held
+    log = tmp_path / "b & c" / "log.csv"
+    log.write_text("step,val_loss,train_loss\n3,2.5,\n6,,2.0\n")
+    shown = json_lines(quiet(bench.main, ["curves", a, b, f"--svg={svg}", "--json"]))
+    assert len(ElementTree.parse(svg).findall(".//{*}polyline")) == 2
+    assert shown[1]["val_loss"] == shown[1]["lowest"] == 2.5 and shown[0]["step"] == 6
+    log.write_text("step,val_loss\n3,x\n")
+    for argv, words in (([b], "log.csv"), ([a, f"--svg={log}"], "is there already")):
+        refused(bench.main, ["curves", *argv], words)
 
 
 def test_killed_writers_lose_nothing(tmp_path):
@@ -4209,6 +4299,12 @@ sample --out_dir={O}/strong
   --knn={S}/t.txt => not a store ; --knn={S}/empty.db => no entries ; --knn_lambda=0.5 => --knn=
   --knn={S}/k.db --knn_lambda=1.5 => knn_lambda | 1.5 ; --knn={S}/k.db --knn_k=0
   --knn={S}/k.db --knn_temp=0
+sample info
+  {S}/no => no/ckpt.pt | cannot be read ; {S}/no.py => no.py | cannot be read ; --n=2 => n | info
+sample --interactive
+  --roles=A => two names | 'A' ; --roles=A, => two names ; --roles=A,B,C => two names
+bench curves
+  {S} => no log.csv | out_dir ; {O}/weak --loss=val => 'val' | column ; --svg=x => takes runs
 sample memory
   frob => frob ; {S} stats => folder ; {S}/none.db list => none.db | does not exist
   {S}/none.db forget 1 => none.db | does not exist ; {S}/{NOT_UTF8}.db list => does not exist
@@ -4355,7 +4451,7 @@ def test_presets_are_arithmetic(tmp_path):
 def test_every_preset_is_valid():
     for path in glob.glob(os.path.join(HERE, "config", "[!_]*.py")):
         m, t, _ = config.parse([path], GPTConfig, TrainConfig)
-        GPT(bench.stand_in(m))
+        GPT(sample.stand_in(m))
         assert TrainConfig(**t).out_dir == "out/" + os.path.basename(path)[:-3]
 
 

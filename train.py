@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import functools
 import glob
+import importlib
 import inspect
 import io
 import itertools
@@ -48,6 +49,7 @@ COUNT, SIZE, WEIGHT, BELOW_ONE = (1, 2 ** 53), (0, 2 ** 53), (0, 1e9), (0, 0.999
 RANGES = {"batch_size": (1, 2 ** 20), "gradient_accumulation_steps": (1, 2 ** 20),
           "eval_interval": COUNT, "log_interval": COUNT, "max_iters": COUNT,
           "warmup_iters": SIZE, "lr_decay_iters": SIZE, "eval_tokens": SIZE, "score_last": SIZE,
+          "sample_every": SIZE,
           "train_tokens": SIZE, "ema_decay": (0, 1),
           "loss_skip": SIZE, "question_weight": (0, 1),
           "stream": SIZE, "ns_steps": (1, 100), "weight_decay": WEIGHT, "grad_clip": WEIGHT,
@@ -112,11 +114,14 @@ class TrainConfig:
     eval_only: bool = False  # validate once and stop
     average: tuple[str, ...] = ()  # eval_only: models to average probabilities with; repeatable
     log_interval: int = 10  # steps between log lines
+    sample_every: int = 0  # steps between samples of 100 tokens, which are printed; 0: none
     always_save_checkpoint: bool = True  # False: only where the validation loss improved
     tensorboard_log: bool = False  # also log to tensorboard
     wandb_log: bool = False  # also log to Weights & Biases
-    wandb_project: str = "nanoconcept"  # its project
-    wandb_run_name: str = ""  # its run; default: out_dir
+    trackio_log: bool = False  # also log to trackio
+    wandb_project: str = "nanoconcept"  # its project, and trackio's
+    wandb_run_name: str = ""  # its run, and trackio's; default: out_dir
+    wandb_id: str = ""  # id of a run to go on with; default: a new one, kept when this is resumed
 
     def __post_init__(self):
         config.check(self, CHOICES, RANGES)
@@ -166,7 +171,8 @@ class TrainConfig:
             ("M" in mcfg.layers, "a block M in layers", "stream"),
             (mcfg.history and not self.stream, "history, without stream", "history_drop"),
             ("F" in mcfg.layers, "a block F in layers", "value_lr"),
-            (self.wandb_log, "wandb_log", "wandb_project wandb_run_name"))
+            (self.wandb_log or self.trackio_log, "wandb_log or trackio_log",
+             "wandb_project wandb_run_name wandb_id"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -729,22 +735,30 @@ def grow_optimizers(fresh, old, grown):
 # logs, the files of a run, signals
 
 
-def start_tensorboard(tcfg):
+def start_tensorboard(name, tcfg, mcfg):
     from torch.utils.tensorboard import SummaryWriter
     tb = SummaryWriter(tcfg.out_dir)
     return lambda step, values: [tb.add_scalar(k, v, step) for k, v in values.items()], tb.close
 
 
-def start_wandb(tcfg):
-    import wandb
-    wandb.init(project=tcfg.wandb_project, name=tcfg.wandb_run_name or tcfg.out_dir)
-    return lambda step, values: wandb.log(values, step=step), wandb.finish
+def start_wandb(name, tcfg, mcfg):
+    """Start wandb, or trackio, which is like it but knows a run by its name."""
+    logger, own = importlib.import_module(name), {}
+    if name == "wandb":
+        own["id"] = tcfg.wandb_id or None
+    run = logger.init(project=tcfg.wandb_project, name=tcfg.wandb_run_name or tcfg.out_dir,
+                      config={**settings(mcfg), **vars(tcfg)},
+                      resume="allow" if tcfg.wandb_id else "never", **own)
+    tcfg.wandb_id = tcfg.wandb_id or str(run.id)  # goes into checkpoints
+    return lambda step, values: logger.log(values, step=step), logger.finish
 
 
-# what logs beside log.csv where NAME_log asks for it: what returns (a function of a step and its
-# values, one for the end), and what a user does where that fails
+# what logs beside log.csv where NAME_log asks for it: what takes the name and the settings and
+# returns (a function of a step and its values, one for the end), and what a user does where that
+# fails
 LOGGERS = {"tensorboard": (start_tensorboard, "pip install tensorboard"),
-           "wandb": (start_wandb, "pip install wandb and run wandb login")}
+           "wandb": (start_wandb, "pip install wandb and run wandb login"),
+           "trackio": (start_wandb, "pip install trackio")}
 
 
 class Log:
@@ -754,16 +768,16 @@ class Log:
     log.csv has FIELDS, and a column for whatever else was logged (train_NAME: the mean since the
     last row of a loss that is not cross-entropy), which is added when it first comes."""
     FIELDS = ["step", "train_loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "mfu",
-              "step_seconds"]
+              "step_seconds", "tokens"]
 
-    def __init__(self, tcfg):
+    def __init__(self, tcfg, mcfg):
         """Start LOGGERS, which may fail; log.csv is not touched."""
         self.path, self.fields = os.path.join(tcfg.out_dir, "log.csv"), self.FIELDS
         self.loggers = {}
         for name, (start, todo) in LOGGERS.items():
             if getattr(tcfg, f"{name}_log"):
                 try:
-                    self.loggers[name] = start(tcfg)
+                    self.loggers[name] = start(name, tcfg, mcfg)
                 except Exception as e:  # whatever they raise
                     raise UserError(f"{name} did not start ({summary(e)}); {todo}, or leave "
                                     f"{name}_log out") from None
@@ -774,7 +788,7 @@ class Log:
         rows = []
         try:
             if os.path.lexists(self.path):
-                rows = [row for row in self.read()
+                rows = [row for row in self.read(self.path)
                         if int(row["step"]) <= (step if row["train_loss"] else scored)]
         except (OSError, ValueError, KeyError, csv.Error) as e:
             names = (f"{self.path}.damaged{i}" for i in itertools.count(1))
@@ -785,10 +799,11 @@ class Log:
         self.rewrite(rows)
         self.loggers["log.csv"] = self.write, lambda: None
 
-    def read(self):
+    @staticmethod
+    def read(path):
         """Return the rows of log.csv as dicts of strings; raise an error where it is something
         else."""
-        with open(self.path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8") as f:
             whole, _, _ = f.read().rpartition("\n")  # the last row may have been cut short
         fields, *rows = csv.reader(whole.splitlines())
         return [dict(zip(fields, row, strict=True)) for row in rows]
@@ -810,7 +825,7 @@ class Log:
         if not os.path.exists(self.path):
             self.rewrite([row])
         elif not row.keys() <= {*self.fields}:
-            self.rewrite([*self.read(), row])
+            self.rewrite([*self.read(self.path), row])
         else:
             with open(self.path, "a", newline="", encoding="utf-8") as f:
                 csv.DictWriter(f, self.fields).writerow(row)
@@ -829,6 +844,20 @@ class Log:
     def close(self):
         for name, (_, close) in list(self.loggers.items()):
             self.attempt(name, close)
+
+
+def read_log(folder, column="step"):
+    """Return the rows of the log.csv of a run that have this column, dicts of numbers; UserError
+    where there are none."""
+    try:
+        rows = Log.read(os.path.join(folder, "log.csv"))
+        rows = [{k: float(v) for k, v in row.items() if v} for row in rows if row[column]]
+        if not rows:
+            raise KeyError("no row has one")
+        return rows
+    except (OSError, ValueError, KeyError, csv.Error) as e:
+        raise UserError(f"{folder} has no log.csv with {column} ({summary(e)}); name the out_dir "
+                        f"of a run of train.py, and a column that it has") from None
 
 
 class RunFiles:
@@ -1282,8 +1311,8 @@ class Runner:
 # Settings that belong to a start and not to the run, and those that change nothing it computes.
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only")
 OF_DATA = "vocab_size", "eot", "space", "think_token"  # settings of a model that a dataset gives
-WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "tensorboard_log", "wandb_log",
-                  "wandb_project", "wandb_run_name")
+WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "sample_every", "tensorboard_log",
+                  "wandb_log", "trackio_log", "wandb_project", "wandb_run_name", "wandb_id")
 
 
 def read_other(name, path, tcfg, data):
@@ -1582,7 +1611,7 @@ class Training:
 
     def begin_log(self):
         """Return the Log, begun; a run that is there and not resumed is deleted."""
-        log, p = Log(self.tcfg), self.progress
+        log, p = Log(self.tcfg, self.mcfg), self.progress
         self.held.callback(log.close)
         if not self.resumed:
             self.files.clear()
@@ -1645,6 +1674,8 @@ class Training:
             self.train_step()
             if p.step % tcfg.log_interval == 0:
                 self.log_losses()
+            if tcfg.sample_every and p.step % tcfg.sample_every == 0:
+                self.show_sample()
         return self.result(stopped)
 
     def batch(self, step):
@@ -1719,8 +1750,20 @@ class Training:
                  + "".join(f", {name} {value:.4f}" for name, value in means.items()))
         self.log(p.step, train_loss=ce, lr=run.optimizers[0].param_groups[0]["lr"],
                  tokens_per_s=run.tokens / each, mfu=run.mfu(each), step_seconds=p.step_seconds,
+                 tokens=p.step * run.tokens,
                  **{f"train_{name}": value for name, value in means.items()})
         self.interval_seconds, p.interval_losses = [], []
+
+    def show_sample(self):
+        """Print what the model writes now, by random numbers of its own."""
+        import sample  # only here
+        tok, first = prepare.Tokenizer(self.train_data.meta["tokenizer"]), self.train_data.tokens[0]
+        decoder = sample.Decoder(self.run.model.eval(), [[int(first)]], tok.eot)
+        steps = sample.generate(decoder, sample.SampleConfig(max_new_tokens=100),
+                                torch.Generator(self.place.device).manual_seed(self.tcfg.seed))
+        text = tok.decode([made.token for made in sample.gather(steps, 1)[0]])
+        self.run.model.train()
+        self.say(f"step {self.progress.step}: {text!r}")
 
     def validate(self, done):
         """Score the validation split, log and save; done: at the end, all of it. Return False where
@@ -1749,7 +1792,7 @@ class Training:
                      f"{usage['slot_entropy']:.2f}")
         self.say(line)
         self.log(p.step, val_loss=val_loss, bits_per_byte=bits, step_seconds=p.step_seconds,
-                 **usage)
+                 tokens=p.step * run.tokens, **usage)
         # killed between its best checkpoint and its last, a run does the step again, as well
         again = chosen[0] == p.best_val_loss and files.last_step != p.step
         better = chosen[0] < p.best_val_loss or again
