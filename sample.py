@@ -1600,7 +1600,8 @@ def info(cfg, path=""):
         if inside or name in meanings:
             # what is shared counts once, and a level without what is shown in it
             own = inside - seen
-            what = f"{'    ' * depth}{name}  {meanings.get(name, type(part).__name__)}"
+            meaning = meanings.get(name, type(part).__name__).split(":")[0]
+            what = f"{'    ' * depth}{name}  {meaning}"
             lines.append(f"{what:60.60}{sum(p.numel() for p in own):13,}"
                          f"{sum(p.nbytes for p in own):15,}{flops / total:8.1%}")
         seen |= inside
