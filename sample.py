@@ -66,6 +66,7 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # divide the odds of tokens in the window (CTRL); 1: off
     stop: str = ""  # end a sample before this text; <|endoftext|>: as stop_at_end
     stop_at_end: bool = False  # end a sample where the model ends the text
+    average: tuple[str, ...] = ()  # checkpoints to average probabilities with; repeatable
     # contrastive decoding
     amateur: str = ""  # contrastive decoding: against a checkpoint | exit:K | context:N
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the first
@@ -149,7 +150,7 @@ class SampleConfig:
              "soft_top_k gumbel"),
             (self.soft != "vector" or self.collapse != "never", "draws, and vectors that never "
              "collapse are not drawn",
-             "temperature top_k top_p min_p repetition_penalty amateur knn"),
+             "temperature top_k top_p min_p repetition_penalty amateur knn average"),
             (self.collapse != "always", "soft tokens, and with collapse = always there are none",
              "soft_top_k gumbel collapse_by collapse_which collapse_back"),
             (self.collapse != "never", "soft tokens that collapse, and with collapse = never none "
@@ -158,8 +159,8 @@ class SampleConfig:
              "collapse_threshold"),
             (self.collapse_back, "earlier soft tokens, and collapse_back = 0 leaves those as they "
              "are", "collapse_by collapse_which"),
-            (self.collapse_by == "nearest" or not self.knn, "the model alone to draw from with "
-             "collapse_by = context or whole", "knn"),
+            (self.collapse_by == "nearest", "the model alone to draw from with collapse_by = "
+             "context or whole", "knn average"),
             (self.exit, "early exits, such as --exit=softmax", "exit_threshold exit_decay"),
             (self.exit_threshold >= 0, "an exit_threshold: none is ever stored for it",
              "exit_decay"),
@@ -168,7 +169,7 @@ class SampleConfig:
             (self.speculate, "drafts to make, such as --speculate=4", "draft_exit draft"),
             (self.amateur, "contrastive decoding, such as --amateur=context:8", "alpha beta"),
             (not (self.exit or self.speculate), "every layer of every token, which exit and "
-             "speculate save", "amateur knn"),
+             "speculate save", "amateur knn average"),
             (self.knn, "a datastore, such as --knn=works.db", "knn_k knn_lambda knn_temp"),
             (self.knn_lambda, "a knn_lambda above 0", "knn_k knn_temp"),
             (self.knn_k > 1, "several places to weigh, and knn_k = 1 takes one", "knn_temp"),
@@ -432,17 +433,17 @@ class Decoder:
     for the ring at once (as ids), and slots and window are computed anew in one pass."""
 
     def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None,
-                 memory=None, sources=None, neighbours=None, amateur=None, draft=None):
+                 memory=None, sources=None, neighbours=None, amateur=None, draft=None, others=()):
         """context: a window of so many tokens, and no history; at_exit: keep the logits `early` of
         the exit after so many blocks too; leave: an exit_rule by which tokens leave early; memory
         {block: Memory}: what blocks M find, and write to when the window is full (a copy of their
         own); sources {block: (store, ids (H, N))}: which entries those are; neighbours: a
         memory.Neighbours; amateur, draft: a Decoder that reads the same tokens, to contrast with
-        or to propose them."""
+        or to propose them; others: Decoders whose probabilities are averaged with this one's."""
         self.model, self.eot, self.at_exit, self.leave = model, eot, at_exit, leave
         self.made = 0  # tokens behind the prompt
         self.neighbours, self.sources = neighbours, sources or {}
-        self.amateur, self.draft = amateur, draft
+        self.amateur, self.draft, self.others = amateur, draft, list(others)
         self.step = compiled(model) if compile else model
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
@@ -471,7 +472,7 @@ class Decoder:
 
     def companions(self):
         """Return the Decoders that read the same tokens."""
-        return [d for d in (self.amateur, self.draft) if d]
+        return [d for d in (self.amateur, self.draft, *self.others) if d]
 
     def append(self, b, token, soft=None):
         """Append a token to row b, and what it holds if it is soft. Return True if the window
@@ -602,6 +603,9 @@ class Decoder:
         self.found = [[] for _ in self.rows]
         if self.neighbours:
             self.logits, self.found = self.neighbours.mix(self.logits, self.h)
+        if self.others:
+            each = torch.stack([d.logits.float() for d in (self, *self.others)])
+            self.logits = each.log_softmax(-1).logsumexp(0)
         for i, places, weights in self.model.recalled(self.state) if self.sources else ():
             self.record_entries(*self.sources[i], places, weights)
 
@@ -695,6 +699,7 @@ class Decoder:
         new.early = None if self.early is None else self.early[at]
         new.amateur = self.amateur and self.amateur.select(rows)
         new.draft = self.draft and self.draft.select(rows)
+        new.others = [d.select(rows) for d in self.others]
         return new
 
     @torch.inference_mode()
@@ -1483,9 +1488,10 @@ def amateur_of(cfg, model):
     return kind, int(number)
 
 
-def make_decoder(cfg, model, rows, eot=None, other=None, **more):
+def make_decoder(cfg, model, rows, eot=None, other=None, average=(), **more):
     """Return the Decoder of the settings over rows of ids, beside its amateur or draft. other: the
-    model of that, where it is not a part of this one; more: arguments of the Decoder."""
+    model of that, where it is not a part of this one; average: models to average it with; more:
+    arguments of the Decoder."""
     if cfg.plan_draw:
         if not (model.levels and model.cfg.draws()):
             raise UserError("plan_draw needs a model whose levels hand down concepts that can be "
@@ -1500,20 +1506,25 @@ def make_decoder(cfg, model, rows, eot=None, other=None, **more):
         more["amateur"] = start(model, context=number)
     elif cfg.amateur or cfg.draft:
         more["amateur" if cfg.amateur else "draft"] = start(other)
-    return start(model, **more)
+    return start(model, others=map(start, average), **more)
 
 
 def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
     """Return the Decoder of the settings over ids, as many rows as they need, with the files that
     they name. stores: an ExitStack that closes what is opened."""
-    more = {"leave": make_rule(cfg, model, path)}
+    def load_other(name, path):
+        other, its = load(path, cfg.device, cfg.dtype, cfg.int8)
+        if its["tokenizer"] != ckpt["tokenizer"]:
+            raise UserError(f"{name} {path} has another tokenizer than the model; name one that "
+                            f"was trained on the same dataset")
+        return other
+
+    more = {"leave": make_rule(cfg, model, path),
+            "average": [load_other("average", other) for other in cfg.average]}
     name = "amateur" if cfg.amateur else "draft"
     named = getattr(cfg, name)
     if named and not amateur_of(cfg, model)[0]:
-        more["other"], its = load(named, cfg.device, cfg.dtype, cfg.int8)
-        if its["tokenizer"] != ckpt["tokenizer"]:
-            raise UserError(f"{name} {named} has another tokenizer than the model; name one that "
-                            f"was trained on the same dataset")
+        more["other"] = load_other(name, named)
     if cfg.memory or ckpt["train_config"].get("stream"):
         more["memory"] = model.init_memory(1)  # what leaves the window is kept, as in training
     if cfg.memory:

@@ -2348,7 +2348,7 @@ def test_an_average_is_scored(tmp_path):
     total, n = 0.0, 0
     for x, y, h, _ in split("val", SLOTS).eval_batches(CPU, 4):
         p = sum(train.ask(m, x, h).logits.softmax(-1) for m in models) / 2
-        total -= float(p[y >= 0].gather(1, y[y >= 0][:, None]).log().sum())
+        total -= p[y >= 0].gather(1, y[y >= 0][:, None]).log().sum().item()
         n += int((y >= 0).sum())
     assert score("b")["val_loss"] == pytest.approx(total / n, abs=1e-5)
     assert score("a")["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-5)
@@ -3151,6 +3151,11 @@ strong --temperature=0 == --top_p=0 --seed=9
 strong --temperature=0 == --min_p=1 --seed=9
 strong --seed=1 != --seed=1 --amateur={O}/weak
 strong --seed=1 == --seed=1 --amateur={O}/weak --beta=0 --alpha=0
+strong --seed=1 == --seed=1 --average={O}/strong
+strong --seed=1 != --seed=1 --average={O}/weak --average={O}/strong
+strong --average={O}/weak --beams=2
+strong --average={O}/weak --soft
+strong --average={O}/weak --amateur={O}/weak --best_of=2
 strong --seed=1 != --seed=1 --repetition_penalty=1.5 --dtype=bfloat16
 strong --seed=1 == --seed=1 --soft --collapse=always
 strong --soft --collapse=never
@@ -3669,10 +3674,11 @@ soft=vector: soft_top_k=2 gumbel=1
 soft=vector collapse=never: temperature=1 top_k=3 top_p=0.9 min_p=0.1 repetition_penalty=2 knn=k
 soft=True knn=k: collapse_by=context
 soft=True knn=k: collapse_by=whole
+soft=True average=x: collapse_by=whole
 knn=k knn_lambda=0: knn_k=3 knn_temp=1
 knn=k knn_k=1: knn_temp=1
-exit=softmax: amateur=x knn=k
-speculate=2 draft_exit=1: amateur=x knn=k
+exit=softmax: amateur=x knn=k average=x
+speculate=2 draft_exit=1: amateur=x knn=k average=x
 json=True: trace=True
 interactive=True: n=2 beams=2 best_of=2 json=True trace_html=x n_think=1 prompt=-
 """  # settings, and others that beside them do nothing
