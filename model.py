@@ -1710,7 +1710,7 @@ class Stack(nn.Module):
     GPT is one, and so is every level. Neither counts in the other's names, so that parameters keep
     theirs when a model grows a level.
     """
-    exits = {}  # a GPT may have some
+    exits = {}  # levels have none
 
     def add_layers(self, cfg, tree, depth=0, shared=None):
         """Make the layers of a tree. shared: the token-level blocks, for levels that run those."""
@@ -2013,7 +2013,7 @@ class Level(Stack):
     bos and c_0), d and e read u_2; u_1 regresses c_1 = the bound sum of (c d).
     """
 
-    i = None  # a block has a number
+    letter, i = "( )", None  # a block has a number
     CARRIED = "next_place", "count", "docs", "closed_docs"  # of Chunks, by a cache
 
     def __init__(self, cfg, tree, depth, shared):
@@ -2416,7 +2416,7 @@ class Level(Stack):
 
     def costs(self, L, times=1, depth=0):
         inside = min(L, self.capacity) + 1
-        yield "( )", self, depth, 6 * times * L * n_weights(self.router)
+        yield self.letter, self, depth, 6 * times * L * n_weights(self.router)
         for name in ("c_in", "c_out", "tell", "head"):
             part = getattr(self, name)
             yield name, part, depth + 1, 6 * times * inside * n_weights(part)
@@ -2906,6 +2906,11 @@ def mean_square(logits, targets):
     et al. 2021, arXiv:2011.09468).
     """
     return logits.float().square().mean(-1).masked_fill(targets < 0, 0.0).sum()
+
+
+def averaged(each):
+    """Return logits of the mean of the distributions that have these logits, (..., V) each."""
+    return torch.stack([logits.float() for logits in each]).log_softmax(-1).logsumexp(0)
 
 
 def divergence(logits, others):

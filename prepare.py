@@ -90,6 +90,10 @@ class PrepareConfig:
         if (self.tokenizer == "word") != (self.vocab_size > 257):
             raise ValueError("tokenizer = word needs a vocab_size above 257, such as 2000, and no "
                              "other takes one")
+        kind, _, n = self.tokenizer.partition(":")
+        if kind == "bpe" and not (re.fullmatch("[0-9]{3,6}", n) and int(n) > 256):
+            raise ValueError(f"tokenizer = {self.tokenizer} needs a number of tokens above 256 "
+                             f"(bytes, and the end of a text), such as bpe:4096")
         if self.write_steps and self.n_pause != PrepareConfig.n_pause:
             raise ValueError("write_steps stands in the place of n_pause; leave one of them out")
         for name in ("separator", "answer_marker"):
@@ -370,10 +374,10 @@ def command(path, *more):
         what = []
     else:
         what = [f"--input={f}" for f in (files if isinstance(files, list) else ["FILE"])]
-    if isinstance(spec, dict) and spec.get("kind") != "char" and "--tokenizer" not in "".join(more):
+    if isinstance(spec, dict) and "--tokenizer" not in "".join(more):
         kind = "PATH" if spec.get("kind") == "tokenizers" else spec.get("kind")
         kind = meta.get("tokenizer_from", spec.get("encoding", kind))
-        what.append(f"--tokenizer={kind}")
+        what += [f"--tokenizer={kind}"] if kind != PrepareConfig.tokenizer else []
         what += [f"--vocab_size={meta['n_vocab']}"] if kind == "word" else []
     what += [f"--{k}={meta[k]}" for k in TEXT_SETTINGS if meta.get(k)]
     named = [f"--name={name}"] if name not in (*what[:1], "shakespeare") else []
@@ -923,7 +927,12 @@ def unix_lines(text):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def opened(path):
+def readable_name(path):
+    """Return what a message calls a file to read: standard input may be a copy of it."""
+    return "standard input" if path == "-" or "standard input" in os.path.basename(path) else path
+
+
+def open_bytes(path):
     """Open a file, unpacked where it is .gz, or standard input for "-", to read bytes."""
     if path == "-":
         return io.BytesIO(sys.stdin.buffer.read())
@@ -935,9 +944,9 @@ def open_text(path, unix=False):
     """Yield a UTF-8 file, or standard input for "-", open as a text. A byte-order mark at its
     beginning is dropped, line ends are kept unless they are to be LF (unix). UserError, while it is
     read too, for what is no text."""
-    name = "standard input" if path == "-" else path
+    name = readable_name(path)
     try:
-        with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig",
+        with open_bytes(path) as raw, io.TextIOWrapper(raw, "utf-8-sig",
                                                    newline=None if unix else "") as f:
             try:
                 yield f
@@ -963,8 +972,8 @@ def pieces(path, size=1 << 20, *, unix=False):
     with open_text(path, unix) as f:
         for text in iter(lambda: f.read(size), ""):
             if "\0" in text:
-                raise UserError(f"{path} is binary or UTF-16 (it has a zero byte); give a UTF-8 "
-                                f"text")
+                raise UserError(f"{readable_name(path)} is binary or UTF-16 (it has a zero byte); "
+                                f"give a UTF-8 text")
             rest += text
             cut = rest.rfind("\n") + 1 or len(rest)
             yield rest[:cut]
@@ -993,7 +1002,8 @@ def csv_records(path):
         reader = csv.reader(f, strict=True)
         names = next(reader, ())
         yield reader.line_num, {}
-        yield from ((reader.line_num, dict(zip(names, row))) for row in reader)
+        yield from ((reader.line_num, dict(zip(names, row, strict=True)) if row else {})
+                    for row in reader)
 
 
 def parquet_records(path):
@@ -1028,16 +1038,17 @@ def record_texts(path, field):
                 field = texts[0] if len(texts) == 1 else ""
             text = record.get(field, 0) if field else 0
             if text is not None and type(text) is not str:
-                wanted = f" and no text in {field!r}" * bool(field)
-                raise UserError(f"{path}, line {n}, has the fields "
+                wanted = f" and no text in {field!r}" * bool(field) or \
+                    " and no text in them" * (not texts)
+                raise UserError(f"{readable_name(path)}, line {n}, has the fields "
                                 f"{', '.join(map(repr, record)):.300}{wanted}; say which of them "
                                 f"holds the text with --field=NAME")
             if text:  # (what JSON lets stand alone, half of a pair of UTF-16, becomes a ?)
                 yield text.encode(errors="replace").decode()
     except (ValueError, RecursionError, OSError, csv.Error) as e:
         why = getattr(e, "msg", config.summary(e))
-        raise UserError(f"{path}, line {n + 1}, is no record ({why}); mend it, or fetch the file "
-                        f"again") from None
+        raise UserError(f"{readable_name(path)}, line {n + 1}, is no record ({why}); mend it, or "
+                        f"fetch the file again") from None
 
 
 def expand(inputs, stack, field=""):
@@ -1071,7 +1082,7 @@ def expand(inputs, stack, field=""):
 def is_text(path):
     """Return whether a file in a folder is one to read: what cannot be is, to say why."""
     head = b"?"
-    with contextlib.suppress(OSError, EOFError, zlib.error), opened(path) as f:
+    with contextlib.suppress(OSError, EOFError, zlib.error), open_bytes(path) as f:
         head = f.read(1 << 16)
     return ending(path) == ".parquet" or head and b"\0" not in head
 
@@ -1127,14 +1138,16 @@ def origin_hash(folder, cfg, **origin):
 
 
 TEXT_SETTINGS = "separator", "answer_marker", "field", "unix_lines"
-WHOLE = 100  # so many documents, and validation begins with one; fewer are cut
+N_UNCUT = 100  # so many documents, and validation begins with one; fewer are cut
 
 
-def first(texts, n_chars):
+def beginning(texts, n_chars):
     """Yield the first n_chars characters of texts."""
     for text in texts:
         yield text[:n_chars]
-        n_chars = max(n_chars - len(text), 0)
+        n_chars -= len(text)
+        if n_chars <= 0:
+            return
 
 
 def frequent_words(texts, n_vocab):
@@ -1164,12 +1177,32 @@ def byte_pairs(texts, n_vocab):
     return spec_of_json(tok.to_str())
 
 
+def make_tokenizer(texts, cfg, chars, several):
+    """Return the Tokenizer that the settings ask for, trained on texts if it is one to train."""
+    if cfg.vocab_size:
+        spec = frequent_words(texts, cfg.vocab_size)
+    elif cfg.tokenizer.startswith("bpe:"):
+        spec = byte_pairs(texts, int(cfg.tokenizer[4:]))
+    else:
+        spec = tokenizer_spec(cfg.tokenizer, chars, eot=several)
+    if cfg.unix_lines and not spec.get("unix_lines"):
+        if os.path.exists(cfg.tokenizer) and not cfg.tokenizer.endswith(".json"):
+            raise UserError(f"unix_lines is a part of a tokenizer, and that of {cfg.tokenizer} has "
+                            f"none; leave it out")
+        spec["unix_lines"] = True
+    tok = Tokenizer(spec)
+    if tok.eot is None and several:
+        raise UserError(f"tokenizer {cfg.tokenizer} has no token that ends a text; give one text, "
+                        f"without a separator")
+    return tok
+
+
 def prepare_text(paths, cfg, folder, source):
     """Read the files twice, each time in bounded memory: count characters (and collect the
     vocabulary), then encode. The first 90% of the characters are train, the rest val. With several
-    documents, an end-of-text token closes each; where there are WHOLE, or an answer_marker, the one
-    in which train ends is not cut, unless that took 5% more of the text. With an answer_marker what
-    is to be predicted is what stands behind the marker, and the end of that."""
+    documents, an end-of-text token closes each; where there are N_UNCUT, or an answer_marker, the
+    one in which train ends is not cut, unless that took 5% more of the text. With an answer_marker
+    what is to be predicted is what stands behind the marker, and the end of that."""
     for path in paths:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path} is not a file on a disk, and a text is read twice here; save "
@@ -1197,7 +1230,7 @@ def prepare_text(paths, cfg, folder, source):
                 seen.update([path] if END in text else ())
                 shown.update(len(text))
             if n_chars == start:
-                raise UserError(f"{path} is empty; give a text")
+                raise UserError(f"{readable_name(path)} is empty; give a text")
     if cfg.separator and not n_ends:
         raise UserError(f"separator {cfg.separator!r} is nowhere in {' '.join(files)}; give the "
                         f"text that stands between documents there (a line end is $'\\n' in a "
@@ -1205,23 +1238,12 @@ def prepare_text(paths, cfg, folder, source):
     if seen and not cfg.separator:
         print(f"{visible(min(seen))} has {END} in it, which is read as letters; if documents end "
               f"there, give --separator='{END}'")
-    n_train, n_done, several = int(n_chars * 0.9), 0, len(paths) > 1 or n_ends > 0
-    texts = first((text for path in paths for text, _ in read(path)), n_train)
-    if cfg.vocab_size:
-        spec = frequent_words(texts, cfg.vocab_size)
-    elif re.fullmatch("bpe:[0-9]{1,6}", cfg.tokenizer):
-        spec = byte_pairs(texts, int(cfg.tokenizer[4:]))
-    else:
-        spec = tokenizer_spec(cfg.tokenizer, chars, eot=several)
-    if cfg.unix_lines and not os.path.exists(cfg.tokenizer):
-        spec["unix_lines"] = True
-    tok = Tokenizer(spec)
-    if tok.eot is None and several:
-        raise UserError(f"tokenizer {cfg.tokenizer} has no token that ends a text; give one text, "
-                        f"without a separator")
+    n_train, several = int(n_chars * 0.9), len(paths) > 1 or n_ends > 0
+    texts = beginning((text for path in paths for text, _ in read(path)), n_train)
+    tok = make_tokenizer(texts, cfg, chars, several)
     n_bytes, n_done, answered = {"train": 0, "val": 0}, 0, False
     # how far a document in which train ends may reach
-    most = n_chars if marker else int(n_chars * 0.95) if n_ends + len(paths) >= WHOLE else n_train
+    most = n_chars if marker else int(n_chars * 0.95) if n_ends + len(paths) >= N_UNCUT else n_train
     parts = split_texts((read(path, bool(marker)) for path in paths), n_train, most, marker,
                         several)
     with dataset_writer(folder, tok, made_from, bool(marker)) as (write, meta), \
@@ -1675,7 +1697,8 @@ def name_of(path):
 def next_command(cfg, name):
     """Return the command that trains on a dataset, from the checkpoint whose tokenizer it has."""
     preset = f"config/{name}.py"
-    what = [preset] if os.path.exists(preset) else [f"--dataset={name}", f"--out_dir=out/{name}"]
+    known = not (cfg.input or cfg.name) and os.path.exists(preset)
+    what = [preset] if known else [f"--dataset={name}", f"--out_dir=out/{name}"]
     what += [f"--init_from={cfg.tokenizer}"] * os.path.exists(checkpoint_path(cfg.tokenizer))
     what += [f"--data_dir={cfg.data_dir}"] * (cfg.data_dir != PrepareConfig.data_dir)
     return shlex.join(["python", "train.py", *what])

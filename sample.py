@@ -49,7 +49,7 @@ from torch.nn import functional as F
 import memory
 import prepare
 from config import UserError, summary
-from model import GPT, GPTConfig, Level, Linear
+from model import GPT, GPTConfig, Level, Linear, averaged
 
 
 @dataclass
@@ -604,8 +604,7 @@ class Decoder:
         if self.neighbours:
             self.logits, self.found = self.neighbours.mix(self.logits, self.h)
         if self.others:
-            each = torch.stack([d.logits.float() for d in (self, *self.others)])
-            self.logits = each.log_softmax(-1).logsumexp(0)
+            self.logits = averaged([d.logits for d in (self, *self.others)])
         for i, places, weights in self.model.recalled(self.state) if self.sources else ():
             self.record_entries(*self.sources[i], places, weights)
 
@@ -1324,21 +1323,24 @@ def converse(decoder, cfg, tok, path, prompt, generator, think, used, log):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then knows the arrow keys, and the lines before)
 
-    def say(role, text):
+    def log_turn(role, text):
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "role": role, "text": text}
         print(json.dumps(line, ensure_ascii=False), file=log, flush=True)
 
     print(on_screen(prompt), end="\n" if prompt and not prompt.endswith("\n") else "")
     you, other = (cfg.roles or SampleConfig.roles).split(",")
-    before, after, stands = f"{you}: ", f"\n{other}:", prompt
+    before, after, last = f"{you}: ", f"\n{other}:", prompt  # last: what stands before a line
     if not (cfg.roles and can_encode(tok, after + before)):
+        if cfg.roles != SampleConfig.roles:
+            config.note(f"[this model cannot write {you}: and {other}:, so nobody is named; give "
+                        f"other --roles]" * bool(cfg.roles))
         before, after = "", "\n" if can_encode(tok, "\n") else ""
     elif not cfg.stop:
         cfg.stop = f"\n{you}:"
     while True:
         try:
             text = input(before or "> ")
-            line = "\n" * (before > "" and stands[-1:] not in ("", "\n")) + before + text + after
+            line = "\n" * (before > "" and last[-1:] not in ("", "\n")) + before + text + after
             ids = encode(tok, line, "the line")
         except EOFError:
             print()
@@ -1347,7 +1349,7 @@ def converse(decoder, cfg, tok, path, prompt, generator, think, used, log):
             config.note(f"{e}; type another line")
             continue
         decoder.extend(ids)
-        say(you, text)
+        log_turn(you, text)
         print(after[1:], end="")
         copied = decoder.select([0])  # what is made and not shown goes
         steps = generate(copied, cfg, generator, think=think)
@@ -1356,10 +1358,10 @@ def converse(decoder, cfg, tok, path, prompt, generator, think, used, log):
             del pieces[-1]
         while cfg.stop and pieces and not pieces[-1][0]:  # tokens of the stop
             del pieces[-1]
-        shown, stands = [made.token for _, made in pieces], "".join(piece for piece, _ in pieces)
+        shown, last = [made.token for _, made in pieces], "".join(piece for piece, _ in pieces)
         decoder.extend(shown)
-        say(other, stands.strip())
-        stands = line + stands
+        log_turn(other, last.strip())
+        last = last or line
         if cfg.memory:
             try:
                 with memory.open_store("memory", cfg.memory, decoder.model, path, True) as store:
@@ -1590,9 +1592,11 @@ def stand_in(m):
     return GPTConfig(**{"vocab_size": 65, "think_token": 0, "space": tuple(range(12)), **m})
 
 
-def info(cfg, path=""):
+def info(cfg, path="", *more):
     """Show what a checkpoint or a preset is: its parts as they run, what was set, its losses."""
-    import train  # only here: for its settings and its log
+    if more:
+        raise UserError(f"info takes one checkpoint or preset, not {' and '.join([path, *more])}")
+    import train  # here: who samples does not wait for the loop to be loaded
     if path.endswith(".py"):
         m, t, _ = config.parse([path], GPTConfig, train.TrainConfig)
         model, held = GPT(config.build(stand_in, m=m), None), {}

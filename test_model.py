@@ -4182,7 +4182,8 @@ train
   --layers=(A)A --history=64 --aggregate=1 --slot_gate=True --plan=latent => slot_gate | latent
   --layers=(A)A --level_embd=512 --share_levels=True => share_levels | n_embd
   --layers=AA --value_lr=3 => value_lr | F
-  --born_again=9,3 => rising order ; --born_again=750 => max_iters
+  --born_again=9,3 => rise ; --born_again=750 => max_iters
+  --born_again=5 --warmup_iters=9 => warmup_iters
   --average=x => eval_only ; --eval_only --average=x/ckpt.pt => average x/ckpt.pt is not there
   --soft_labels => --teacher=PATH ; --teacher=x --distill=0 => distill_ce
   --teacher=x --distill_match=-1 => distill_match

@@ -10,6 +10,7 @@ that was stopped goes on exactly as if it had not been, and any number of proces
 same thing (but for what the forward draws: dropout, soft inputs, noise, which are drawn by
 micro-step and rank).
 """
+import bisect
 import contextlib
 import copy
 import csv
@@ -39,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import prepare
 import pretrained
 from config import UserError, summary, visible
-from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, divergence, ends_with_document,
-                   rms_norm, settings)
+from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, averaged, cross_entropy, divergence,
+                   ends_with_document, rms_norm, settings)
 
 CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine", "triangle"),
            "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -131,14 +132,15 @@ class TrainConfig:
         if self.teacher and not (self.distill or self.distill_ce):
             raise ValueError("distill = 0 and distill_ce = 0 leave nothing to learn but what "
                              "feed-forward layers give; set one of them")
-        end = self.decay_lr and self.lr_decay_iters or self.max_iters
-        if end <= self.warmup_iters:
-            raise ValueError(f"warmup_iters ({self.warmup_iters}) leaves nothing of the {end} "
-                             f"steps that the learning rate takes (lr_decay_iters, or max_iters); "
-                             f"give fewer")
-        if list(self.born_again) != sorted({*range(1, self.max_iters)} & {*self.born_again}):
-            raise ValueError(f"born_again = {','.join(map(str, self.born_again))} must be steps in "
-                             f"rising order, between 0 and max_iters ({self.max_iters})")
+        bounds = 0, *self.born_again, self.decay_lr and self.lr_decay_iters or self.max_iters
+        if self.born_again[-1:] >= (self.max_iters,):
+            raise ValueError(f"born_again = {self.born_again[-1]} is never reached; give steps "
+                             f"below max_iters ({self.max_iters})")
+        if min(b - a for a, b in itertools.pairwise(bounds)) <= self.warmup_iters:
+            raise ValueError(f"between two of the steps {', '.join(map(str, bounds))}, where a "
+                             f"learning rate begins and ends (born_again, and then lr_decay_iters "
+                             f"or max_iters), warmup_iters ({self.warmup_iters}) leaves nothing; "
+                             f"give fewer, or steps that rise by more")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) is where learning_rate "
                              f"({self.learning_rate}) falls to; give less")
@@ -331,8 +333,7 @@ class Data:
         train = split == "train"
         need = (self.stream if train and self.stream else 1) * self.T + 1
         self.question_weight = tcfg.question_weight
-        # what a teacher says of each token, (n, V) logarithms in fp16; before it has, the text
-        self.labels, self.labelled = None, train and tcfg.labelled
+        self.labels = None  # what a teacher makes of each token, (n, V) logarithms in fp16
         self.last = tcfg.score_last or self.T
         if self.last > self.T:
             raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T}); "
@@ -396,8 +397,8 @@ class Data:
         `last` at the row's end where there is room before it: x (B, T); y (B, T), -1 where not
         scored; history (B, H), -1 where missing: before the split's start, before an end of text,
         and older than `keep` (B,) tokens; with running_mean behind V counts of tokens, in all.
-        also (B, T): targets that count where the mask leaves them out. And for a student of the
-        whole text what its teacher says of each target, (B, T, V)."""
+        also (B, T): targets that count where the mask leaves them out. And where the text has
+        labels, those of each target, (B, T, V)."""
         start = np.maximum(last - self.T, 0)
         pos = start[:, None] + np.arange(-self.H, self.T + 1)
         inside, clipped = (pos >= 0) & (pos < self.n), pos.clip(0, self.n - 1)
@@ -421,14 +422,9 @@ class Data:
             history = np.concatenate((counts, history), 1)
         x, y = np.maximum(tok[:, self.H:-1], 0), np.where(scored, tok, -1)[:, self.H + 1:]
         made = tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (x, y, history))
-        if not self.labelled:
+        if self.labels is None:
             return made
-        at = torch.from_numpy(clipped[:, self.H + 1:])
-        if self.labels is not None:
-            return *made, self.labels[at]
-        likely = torch.nn.functional.one_hot(torch.from_numpy(tok[:, self.H + 1:]).clamp(min=0),
-                                             self.n_vocab)
-        return *made, (likely.half() - 1) * 2 ** 15  # no chance for another
+        return *made, self.labels[torch.from_numpy(clipped[:, self.H + 1:])]
 
     def counts(self, start, keep, most=2 ** 16):
         """Return how often each token occurs (V,) in a document before the place start: in all of
@@ -548,7 +544,7 @@ def semantic_table(kind, tokens, V, C):
 # optimizers
 
 
-def dealt(x, do):
+def shared_out(x, do):
     """Return do(x) of rows x (n, ...) that are the same in all processes: each does its share."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
@@ -610,8 +606,8 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(update.shape, []).append((target, update, scale))
             for matrices in by_shape.values():
                 updates = torch.stack([update for _, update, _ in matrices])
-                updates = dealt(updates, lambda x: self.orthogonalize(x, group["ns_steps"],
-                                                                      self.dtype))
+                updates = shared_out(
+                    updates, lambda x: self.orthogonalize(x, group["ns_steps"], self.dtype))
                 for (target, _, scale), update in zip(matrices, updates):
                     target.add_(update, alpha=-group["lr"] * scale)
 
@@ -640,10 +636,9 @@ def make_optimizers(model, tcfg):
 
 def lr_factor(step, tcfg):
     """Return the learning rate of a step as a share of its peak."""
-    warmup, end = tcfg.warmup_iters, tcfg.lr_decay_iters or tcfg.max_iters
-    begun = max((b for b in tcfg.born_again if b <= step), default=0)
-    end = min((b for b in tcfg.born_again if b > step), default=end) - begun
-    step -= begun
+    bounds = 0, *tcfg.born_again, tcfg.lr_decay_iters or tcfg.max_iters
+    k, warmup = bisect.bisect(tcfg.born_again, step), tcfg.warmup_iters
+    step, end = step - bounds[k], bounds[k + 1] - bounds[k]
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if not tcfg.decay_lr:
@@ -678,11 +673,10 @@ def grow(new, old):
     2023, arXiv:2308.06103).
     """
     a, b, grown, pairs = old.cfg, new.cfg, [], [(new, old)]
-    kind = lambda layer, cfg: layer.i is not None and cfg.letters[layer.i]
     for ours, theirs in pairs:
         rest = list(getattr(theirs, "order", ()))
         for layer in getattr(ours, "order", ()):
-            same = rest and kind(layer, b) == kind(rest[0], a)
+            same = rest and layer.letter == rest[0].letter
             partner = rest.pop(0) if same else None
             if layer in [*ours.blocks, *ours.levels]:  # (a level may run blocks of others)
                 pairs.append((layer, partner))
@@ -757,8 +751,9 @@ def start_wandb(name, tcfg, mcfg):
 # returns (a function of a step and its values, one for the end), and what a user does where that
 # fails
 LOGGERS = {"tensorboard": (start_tensorboard, "pip install tensorboard"),
-           "wandb": (start_wandb, "pip install wandb and run wandb login"),
-           "trackio": (start_wandb, "pip install trackio")}
+           # (before wandb: an id that is there already means a resumed run to it)
+           "trackio": (start_wandb, "pip install trackio"),
+           "wandb": (start_wandb, "pip install wandb and run wandb login")}
 
 
 class Log:
@@ -994,16 +989,18 @@ class Distillation(torch.nn.Module):
         super().__init__()
         self.student, self.tcfg = student, tcfg
 
-    def forward(self, idx, targets, history, taught, denom=None, **more):
+    def forward(self, idx, targets, history, taught=None, denom=None, **more):
         """Return the student's Output with two more losses, in nats and in shares of a layer's
         output, means over scored tokens: "teacher", the divergence of the student's distribution
         from the teacher's; "match", how far what each replaced feed-forward layer gives is from
         what the teacher's gave in its place (squares of lengths: 0 is a copy, 1 as good as
         nothing). taught: (the teacher's logits (B, T, V), {block: its output (B, S + T, C)})."""
-        logits, wanted = taught
         tcfg, scored = self.tcfg, targets >= 0
         denom = scored.sum().clamp(min=1) if denom is None else denom
         out = self.student(idx, targets, history, denom=denom, **more)
+        if taught is None:  # of a model that was not born again yet
+            return out
+        logits, wanted = taught
 
         def mean(each):  # (B, T or S + T): slots are not scored
             return each[:, -scored.size(1):].masked_fill(~scored, 0.0).sum() / denom
@@ -1135,7 +1132,7 @@ class Runner:
         windows that overlap by half: so each has half a window before it, or all there is. Every
         process asks for itself."""
         data = copy.copy(data)
-        data.mask, data.docs, data.stream, data.labelled = None, None, 0, False
+        data.mask, data.docs, data.stream, data.labels = None, None, 0, None
         data.last = -(-data.T // 2)
         labels, n = torch.empty(data.n, self.mcfg.vocab_size, dtype=torch.float16), 1
         model.eval()
@@ -1189,8 +1186,8 @@ class Runner:
             mx, my, mh = (t[rows].to(place.device, non_blocking=True) for t in (x, y, h))
             more = {}
             if labels is not None:
-                said = labels[rows].to(place.device, torch.float32, non_blocking=True)
-                more["taught"] = said, {}
+                logits = labels[rows].to(place.device, torch.float32, non_blocking=True)
+                more["taught"] = logits, {}
             elif self.teacher is not None:
                 more["taught"] = self.taught(mx, mh)
             memory = {k: m.select(rows) for k, m in self.memory.items()}
@@ -1257,12 +1254,11 @@ class Runner:
                 out = self.with_memory(self.inner, memory, begins, x, y, own, denom=one,
                                        step_draw=step_draw)
                 self.remember(memory, out)
-                ce = out.losses["ce"].detach()
+                ce = out.losses["ce"]
                 if others:
-                    each = [out.logits, *(ask(m, x, h).logits for m in others)]
-                    p = sum(logits.detach().float().softmax(-1) for logits in each) / len(each)
-                    ce = -p[y >= 0].gather(-1, y[y >= 0][:, None]).log().sum()
-                losses.append(ce)
+                    ce = cross_entropy(
+                        averaged([out.logits, *(ask(m, x, h).logits for m in others)]), y)
+                losses.append(ce.detach())
                 count += int((y >= 0).sum())
         self.model.train()
         total = sum(torch.stack(losses).tolist()) if losses else 0.0  # a GPU is waited for here
@@ -1309,7 +1305,7 @@ class Runner:
 
 
 # Settings that belong to a start and not to the run, and those that change nothing it computes.
-OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only")
+OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only", "average")
 OF_DATA = "vocab_size", "eot", "space", "think_token"  # settings of a model that a dataset gives
 WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "sample_every", "tensorboard_log",
                   "wandb_log", "trackio_log", "wandb_project", "wandb_run_name", "wandb_id")
@@ -1398,7 +1394,8 @@ def check_resumed(saved, path, tcfg, mcfg, data, say):
     changed = differences(before, {**settings(mcfg), **vars(tcfg), **data})
     if any(k in changed for k in ("eval_tokens", "score_last")):
         saved["best_val_loss"] = math.inf  # of other tokens
-    free = (saved["train_config"].keys() | vars(tcfg).keys()) - {"optimizer", "stream", "teacher"}
+    fixed = {"optimizer", "stream", "teacher", "born_again"}
+    free = (saved["train_config"].keys() | vars(tcfg).keys()) - fixed
     wrong = [f"{k}: {old!r} -> {now!r}" for k, (old, now) in changed.items() if k not in free]
     if wrong:
         raise UserError(f"{path} does not fit this run ({'; '.join(wrong)}); leave these settings "
@@ -1503,7 +1500,7 @@ class Training:
             self.run.move_averages(0.0)  # a start from weights without any has copies of its own
         if self.resumed:
             self.restore(saved, path)
-        if self.train_data.labelled:
+        if tcfg.labelled:
             self.find_labels()
         self.curve, self.compile_seconds = [], 0.0
         self.interval_seconds = []  # of each step since the last log line, but the first
@@ -1594,9 +1591,9 @@ class Training:
     def find_labels(self):
         """Have the whole text labelled by the teacher of this run's part: what the model was before
         it was born again, or else the teacher that was given; before both, the text is all."""
-        run, data, k = self.run, self.train_data, sum(b < self.progress.step
-                                                      for b in self.tcfg.born_again)
-        size = data.n * data.n_vocab / 2 ** 29
+        run, data = self.run, self.train_data
+        k = bisect.bisect_left(self.tcfg.born_again, self.progress.step)
+        size = data.n * data.n_vocab / 2 ** 29  # GB, in each process
         if size > 16:
             raise UserError(f"what a teacher says of {data.n:,} tokens, each among {data.n_vocab:,}"
                             f", takes {size:,.0f} GB; give fewer by --train_tokens, or a teacher "
@@ -1694,15 +1691,15 @@ class Training:
         p, tcfg, start = self.progress, self.tcfg, time.perf_counter()
         k = tcfg.born_again.index(p.step) + 1
         self.settle()
-        if self.writes:
-            path, state = self.files.generation(k), self.state()
-            self.place.on_rank_zero(lambda: prepare.save_checkpoint(path, state, demote=False))
+        path, state = self.files.generation(k), self.state()
+        self.place.on_rank_zero(lambda: prepare.save_checkpoint(path, state, demote=False))
+        self.train_data.labels = None  # (before as many are made)
         self.train_data.labels = self.run.label(self.train_data, self.run.inner)
         self.run.begin_again(tcfg.seed + k)
-        self.coming = {}  # (rows with what the teacher before it said)
+        self.coming = {}  # (rows with labels of the teacher before)
         p.step_seconds += time.perf_counter() - start
-        self.say(f"step {p.step}: born again, taught by what it was, which labelled the text in "
-                 f"{time.perf_counter() - start:.0f} s")
+        self.say(f"step {p.step}: begins again; its teacher is the model so far, which labelled "
+                 f"the text in {time.perf_counter() - start:.0f} s")
 
     def train_step(self):
         p, run = self.progress, self.run
@@ -1754,15 +1751,17 @@ class Training:
                  **{f"train_{name}": value for name, value in means.items()})
         self.interval_seconds, p.interval_losses = [], []
 
+    @torch.no_grad()
     def show_sample(self):
         """Print what the model writes now, by random numbers of its own."""
-        import sample  # only here
-        tok, first = prepare.Tokenizer(self.train_data.meta["tokenizer"]), self.train_data.tokens[0]
-        decoder = sample.Decoder(self.run.model.eval(), [[int(first)]], tok.eot)
-        steps = sample.generate(decoder, sample.SampleConfig(max_new_tokens=100),
-                                torch.Generator(self.place.device).manual_seed(self.tcfg.seed))
-        text = tok.decode([made.token for made in sample.gather(steps, 1)[0]])
-        self.run.model.train()
+        model, device = self.run.model.eval(), self.place.device
+        draws = torch.Generator(device).manual_seed(self.tcfg.seed)
+        state, ids = model.init_state(1), [int(self.train_data.tokens[0])]
+        for _ in range(min(100, self.mcfg.block_size)):
+            logits = model(torch.tensor([ids[-1:]], device=device), state=state).logits[0, -1]
+            ids.append(int(torch.multinomial((logits / 0.8).softmax(-1), 1, generator=draws)))
+        model.train()
+        text = prepare.Tokenizer(self.train_data.meta["tokenizer"]).decode(ids[1:])
         self.say(f"step {self.progress.step}: {text!r}")
 
     def validate(self, done):
