@@ -1001,9 +1001,13 @@ def csv_records(path):
     with open_text(path) as f:
         reader = csv.reader(f, strict=True)
         names = next(reader, ())
+        if len(set(names)) < len(names):
+            raise ValueError("two columns have one name")
         yield reader.line_num, {}
-        yield from ((reader.line_num, dict(zip(names, row, strict=True)) if row else {})
-                    for row in reader)
+        for row in reader:
+            if len(row) > len(names):
+                raise ValueError("more fields than there are names")
+            yield reader.line_num, dict(zip(names, row))
 
 
 def parquet_records(path):
@@ -1027,22 +1031,30 @@ RECORDS = {".jsonl": json_records, ".ndjson": json_records, ".csv": csv_records,
 def record_texts(path, field):
     """Yield what stands in a field of each record, the only one that is text where none is named;
     what is empty is left out."""
-    n = 0
+    n, records, head = 0, RECORDS[ending(path)](path), []
+
+    def refuse(line, record, why):
+        raise UserError(f"{readable_name(path)}, line {line}, has the fields "
+                        f"{', '.join(map(repr, record)):.300}{why}; say which of them holds the "
+                        f"text with --field=NAME")
+
     try:
-        for n, record in RECORDS[ending(path)](path):
-            if not record:
-                continue
-            if not field:  # (all that a CSV file has are strings)
-                texts = [k for k, v in record.items() if type(v) is str
-                         and not re.fullmatch(r"\s*-?[0-9.]+\s*", v)]
-                field = texts[0] if len(texts) == 1 else ""
-            text = record.get(field, 0) if field else 0
+        for n, record in records if not field else ():
+            head.append((n, record))
+            if len(head) == 100:
+                break
+        if head:  # (all that a CSV file has are strings)
+            texts = {k: 0 for _, record in head for k, v in record.items() if type(v) is str
+                     and not re.fullmatch(r"\s*-?[0-9.]+\s*", v)}
+            if len(texts) != 1:
+                refuse(*next((h for h in head if h[1]), head[0]), " and no text" * (not texts))
+            field = next(iter(texts))
+        for n, record in itertools.chain(head, records):
+            text = record.get(field, 0) if record else None
             if text is not None and type(text) is not str:
-                wanted = f" and no text in {field!r}" * bool(field) or \
-                    " and no text in them" * (not texts)
-                raise UserError(f"{readable_name(path)}, line {n}, has the fields "
-                                f"{', '.join(map(repr, record)):.300}{wanted}; say which of them "
-                                f"holds the text with --field=NAME")
+                refuse(n, record, f" and no text in {field!r}")
+            if text and "\0" in text:
+                raise ValueError("it has a zero byte")
             if text:  # (what JSON lets stand alone, half of a pair of UTF-16, becomes a ?)
                 yield text.encode(errors="replace").decode()
     except (ValueError, RecursionError, OSError, csv.Error) as e:
@@ -1082,6 +1094,8 @@ def expand(inputs, stack, field=""):
 def is_text(path):
     """Return whether a file in a folder is one to read: what cannot be is, to say why."""
     head = b"?"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return False
     with contextlib.suppress(OSError, EOFError, zlib.error), open_bytes(path) as f:
         head = f.read(1 << 16)
     return ending(path) == ".parquet" or head and b"\0" not in head

@@ -1264,9 +1264,9 @@ def check_page(path, name="trace_html", start=PAGE):
     ours = False
     if os.path.isfile(path):
         with open(path, "rb") as f:
-            ours = f.read(len(start)) == start.encode()
+            ours = f.read(len(start)) in (b"", start.encode())
     if os.path.lexists(path) and not ours:
-        raise UserError(f"{name} {path} is there already, and is not a page that this wrote; "
+        raise UserError(f"{name} {path} is there already, and is not one that this wrote; "
                         f"choose another file")
 
 
@@ -1666,6 +1666,8 @@ def decode(cfg, stores):
                         f"prepare.py --input=ONE --input=TWO")
     if cfg.trace_html:
         check_page(cfg.trace_html)
+    if cfg.log:
+        check_page(cfg.log, "log", '{"time": ')
     think = think_tokens(cfg, mcfg, tok, path)
     ids += [mcfg.think_token] * cfg.n_think
     decoder = open_decoder(cfg, model, ckpt, path, ids, tok.eot, stores)

@@ -1834,7 +1834,8 @@ def test_a_run_is_not_overwritten(tmp_path):
     """A second start is refused and says what can be done; --overwrite deletes a run when all else
     is known to be possible; files of the user's own stay; --eval_only touches nothing."""
     mine = {"page.tmpl", "ckpt.pt.tmp", "a.csv.7.tmp", f"ckpt.pt.{os.getppid()}.tmp"}
-    left = {"ckpt.pt.999999999.tmp", "log.csv.999999999.tmp", "exits.json"}
+    mine.add("ckpt_gen_best.pt")
+    left = {"ckpt.pt.999999999.tmp", "log.csv.999999999.tmp", "exits.json", "ckpt_gen1.pt"}
     for name in mine | left:
         (tmp_path / name).write_text(name)
     r, _ = run(tmp_path, overwrite=True, max_iters=2)
@@ -2320,7 +2321,7 @@ def test_a_model_born_again_learns_from_what_it_was(tmp_path):
     assert not (tmp_path / "born" / "ckpt_gen1.pt").exists()
 
 
-def test_a_text_is_labelled_with_half_a_window_before_each_token(teacher):
+def test_a_text_is_labelled_with_half_a_window_before_each_token(teacher, tmp_path):
     """In logarithms of chances; and rows have those of their targets."""
     r, _ = learner(teacher)
     data = split(model=dict(SLOTS), soft_labels=True, teacher=teacher)
@@ -2335,6 +2336,16 @@ def test_a_text_is_labelled_with_half_a_window_before_each_token(teacher):
     _, y, _, said = data.rows(last - 7, last)
     for b, n in ((1, 40), (2, data.n - 1)):
         assert (said[b] == labels[n - 15:n + 1]).all() and y[b, -1] == int(data.tokens[n])
+    # an answer has its whole document before it
+    quiet(prepare.main, ["star", "--n_docs=40", f"--data_dir={tmp_path}"])
+    shape = dict(TINY, block_size=36)
+    data = split(model=shape, dataset="star", data_dir=tmp_path)
+    run_ = train.Runner(GPTConfig(**shape, **data.facts(GPTConfig(**shape))),
+                        TrainConfig(compile=False, dtype="float32"), CPU)
+    labels, (begin, end) = run_.label(data, run_.model), data.docs
+    for a, b in ((begin[k], end[k]) for k in (0, 1, 17)):
+        logits = run_.model(torch.tensor(data.tokens[a:b + 1].astype(int))[None]).logits[0, :-1]
+        agree(labels[a + 1:b + 1].float(), logits.log_softmax(-1), 1e-2)
 
 
 def test_an_average_is_scored(tmp_path):
@@ -4084,6 +4095,7 @@ def stage(trained, tmp_path_factory):
                        ("one.txt", b"I"), ("empty.txt", b""), ("abc.txt", b"x" * 12),
                        ("latin.txt", b"\xe9" * 50), ("binary.txt", b"abc\0def" * 100),
                        ("x.jsonl", b'{"text": "a"}\n' * 100), ("mine.html", b"<!doctype html>"),
+                       ("two.csv", b"a,a\nb,c\n"), ("more.csv", b"id,t\n1,b, c\n"),
                        ("x.csv", b"a,b\nc,d\n"), ("bad.csv", b'a\n"b" c,d\n'),
                        ("bad.jsonl", b'{"a": "x"}\n\n{"a": \n'), ("x.parquet", b"PAR1"),
                        ("cut.gz", gzip.compress(TEXT.encode())[:99]),
@@ -4228,10 +4240,11 @@ prepare --data_dir={S} --name=new
   --input={S}/empty.txt => empty.txt | is empty ; --input={S}/binary.txt => binary.txt | binary
   --input={S}/latin.txt => latin.txt | UTF-8 ; --input={S}/gone.txt => gone.txt
   {S}/x.csv => x.csv | line 2 | 'a', 'b' | --field=NAME ; {S}/x.jsonl --field=t => 'text' | 't'
+  {S}/two.csv => two columns have one name ; {S}/more.csv => more.csv, line 2 | more fields
   {S}/bad.jsonl => bad.jsonl, line 3 ; {S}/bad.csv => bad.csv, line 2 ; {S}/x.parquet => parquet
   {S}/cut.gz => cut.gz is truncated ; {S}/mixed.txt => mixed.txt | byte 2,000,000 | UTF-8
   {S}/none => {S}/none has no texts ; {S}/no*.txt => no*.txt cannot be read ; - - => once
-  {S}/t.txt --field=x => --field ; {S}/t.txt --tokenizer=bpe:x => none of char, byte, bpe:N
+  {S}/t.txt --field=x => --field ; {S}/t.txt --tokenizer=bpe:x => above 256 | bpe:4096
   {S}/t.txt --tokenizer={S}/ok => the vocabulary has no ; {S}/pipe => pipe | save it as a file
   --input=/dev/stdin => /dev/stdin | prepare.py - ; {S}/abc.txt => too short | 64 are needed | 640
   --input={S}/t.txt --separator=\\n\\n => nowhere in | t.txt | $'
@@ -4304,6 +4317,7 @@ sample --out_dir={O}/weak
 sample --out_dir={O}/strong
   --knn={S}/m.db => m.db | memory | knn ; --knn={S}/gone.db => gone.db | does not exist | learn
   --knn={S}/t.txt => not a store ; --knn={S}/empty.db => no entries ; --knn_lambda=0.5 => --knn=
+  --interactive --log={S}/t.txt => log | not one that this wrote
   --knn={S}/k.db --knn_lambda=1.5 => knn_lambda | 1.5 ; --knn={S}/k.db --knn_k=0
   --knn={S}/k.db --knn_temp=0
 sample info

@@ -16,13 +16,13 @@ import copy
 import csv
 import dataclasses
 import functools
-import glob
 import importlib
 import inspect
 import io
 import itertools
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -881,6 +881,12 @@ class RunFiles:
         """Return the path of what a model was when it was born again for the k-th time."""
         return os.path.join(self.out_dir, f"ckpt_gen{k}.pt")
 
+    def all_paths(self):
+        """Return the paths of all that a run may leave, the log last."""
+        names = os.listdir(self.out_dir) if os.path.isdir(self.out_dir) else []
+        born = [name for name in names if re.fullmatch(r"ckpt_gen\d+\.pt", name)]
+        return [os.path.join(self.out_dir, name) for name in born] + self.paths
+
     def load_last(self, say=lambda text: None):
         """Return (checkpoint, its path) that the run goes on from: the last, or where that is
         damaged the one before, or else the best; raise UserError where there is none."""
@@ -915,7 +921,7 @@ class RunFiles:
 
     def check_new(self, tcfg):
         """Refuse to begin a run where there is one, unless that is to be overwritten."""
-        found = [os.path.basename(p) for p in self.paths if os.path.lexists(p)]
+        found = [os.path.basename(p) for p in self.all_paths() if os.path.lexists(p)]
         killed = tcfg.init_from == "auto" and found == ["log.csv"]  # before it saved anything
         if found and not killed and not tcfg.overwrite:
             resume = "go on with it by --init_from=resume, " if self.checkpoints() else ""
@@ -924,7 +930,7 @@ class RunFiles:
 
     def clear(self):
         """Delete the run but for its log, which is begun anew."""
-        for path in self.paths[:-1] + glob.glob(self.generation("*")):
+        for path in self.all_paths()[:-1]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
@@ -1129,20 +1135,22 @@ class Runner:
     @torch.no_grad()
     def label(self, data, model):
         """Return what a model says of each token of a split, (n, V) logarithms in fp16, from
-        windows that overlap by half: so each has half a window before it, or all there is. Every
-        process asks for itself."""
-        data = copy.copy(data)
-        data.mask, data.docs, data.stream, data.labels = None, None, 0, None
-        data.last = -(-data.T // 2)
-        labels, n = torch.empty(data.n, self.mcfg.vocab_size, dtype=torch.float16), 1
+        windows that overlap by half: so each has half a window before it, or all there is; where
+        answers need their whole document, from a window for each. Every process asks for itself."""
+        first = np.arange(1, data.n, -(-data.T // 2))
+        if data.docs:  # an answer needs its whole document
+            first = np.append(1, data.docs[0][1:])
+        last = np.append(first[1:] - 1, data.n - 1)
+        data, place = copy.copy(data), torch.arange(data.T)
+        data.mask, data.docs, data.labels = None, None, None
+        labels = torch.zeros(data.n, self.mcfg.vocab_size, dtype=torch.float16)
         model.eval()
-        batches = data.eval_batches(Place(self.place.device, self.place.dtype), self.micro)
-        total = -(-data.n // (data.last * self.micro))
-        for x, y, h, _ in prepare.bar(batches, desc="label", total=total):
+        for i in prepare.bar(range(0, len(first), self.micro), desc="label"):
+            at = np.arange(i, i + self.micro).clip(max=len(first) - 1)  # (as many rows each time)
+            x, y, h = (t.to(self.place.device) for t in data.rows(first[at], last[at]))
             logits = ask(model, x, h, targets=y, denom=torch.ones((), device=x.device)).logits
-            logits = logits[y >= 0]
-            labels[n:n + len(logits)] = logits.float().log_softmax(-1)
-            n += len(logits)
+            pos = 1 + torch.from_numpy(last[at] - data.T).clamp(min=0)[:, None] + place
+            labels[pos[y.cpu() >= 0]] = logits[y >= 0].float().log_softmax(-1).half().cpu()
         model.train()
         return labels
 
@@ -1500,7 +1508,7 @@ class Training:
             self.run.move_averages(0.0)  # a start from weights without any has copies of its own
         if self.resumed:
             self.restore(saved, path)
-        if tcfg.labelled:
+        if tcfg.labelled and self.writes and self.progress.step < tcfg.max_iters:
             self.find_labels()
         self.curve, self.compile_seconds = [], 0.0
         self.interval_seconds = []  # of each step since the last log line, but the first
@@ -1600,7 +1608,11 @@ class Training:
                             f"that is asked in each step (--teacher, without --soft_labels)")
         if k:
             own = copy.deepcopy(run.model.state_dict())
-            run.model.load_state_dict(prepare.load_checkpoint(self.files.generation(k))["model"])
+            path = self.files.generation(k)
+            if not os.path.exists(path):
+                raise UserError(f"{path}, which teaches this run, is not there; put it back, or "
+                                f"begin anew with --overwrite")
+            run.model.load_state_dict(prepare.load_checkpoint(path)["model"])
             data.labels = run.label(data, run.inner)
             run.model.load_state_dict(own)
         elif run.teacher is not None:
