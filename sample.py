@@ -74,7 +74,7 @@ class SampleConfig:
     # soft tokens
     soft: bool | str = False  # read soft tokens (vector: regressed points) until they collapse
     soft_top_k: int = 0  # soft: over the k most likely tokens; 0: over those that the filters keep
-    gumbel: float = 0.0  # soft: temperature of a Gumbel-softmax on each soft token; 0: no noise
+    gumbel: float = 0.5  # soft: temperature of a Gumbel-softmax on each soft token; 0: no noise
     collapse: str = "distance"  # always | never | every:N | distance (off tokens) | entropy (sure)
     collapse_threshold: float = -1.0  # entropy: below which (-1: 0.5); distance: above (-1: 0.1)
     collapse_by: str = "nearest"  # what soft tokens become: nearest | context (drawn in one pass) |
@@ -198,7 +198,7 @@ RANGES = {
     "collapse_back": (-1, 2 ** 62), "knn_k": (1, 2 ** 31), "seed": (0, 2 ** 63 - 1),
     "top_p": SHARE, "min_p": SHARE, "alpha": SHARE, "knn_lambda": SHARE, "exit_threshold": SHARE,
     "beta": STRENGTH, "exit_decay": STRENGTH, "collapse_threshold": STRENGTH,
-    "temperature": STRENGTH, "gumbel": (1e-3, 1000), "knn_temp": (1e-6, 1e9),
+    "temperature": STRENGTH, "gumbel": STRENGTH, "knn_temp": (1e-6, 1e9),
     "repetition_penalty": (0.01, 100),
 }
 
@@ -390,12 +390,12 @@ def make_rule(cfg, model, path):
 
 def soft_token(p, cfg, generator):
     """Return the distribution (B, V) that stands in the place of a token: the k most likely of p,
-    stirred by Gumbel noise if asked (without it the first component dominates what the model makes
-    of a mixture)."""
+    drawn by a Gumbel-softmax (without that noise the likeliest dominates what the model makes of a
+    mixture, and long texts end in blanks)."""
     logits = keep_top_k(p.log(), cfg.soft_top_k)
     if cfg.gumbel:
         u = torch.rand(p.shape, generator=generator, device=p.device).clamp(1e-9, 1 - 1e-7)
-        logits = (logits - (-u.log()).log()) / cfg.gumbel
+        logits = (logits - (-u.log()).log()) / max(cfg.gumbel, 1e-3)
     return logits.softmax(-1)
 
 
