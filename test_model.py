@@ -2326,6 +2326,7 @@ def test_a_text_is_labelled_with_half_a_window_before_each_token(teacher, tmp_pa
     r, _ = learner(teacher)
     data = split(model=dict(SLOTS), soft_labels=True, teacher=teacher)
     labels = data.labels = r.label(data, r.teacher)
+    labels = torch.from_numpy(labels)
     agree(labels[1:].float().exp().sum(-1), torch.ones(data.n - 1), 2e-3)
     for first in (1, 9, 401):
         x, _, h = split(model=SLOTS).rows(*(np.array([t]) for t in (first, first + 7)))
@@ -2342,7 +2343,7 @@ def test_a_text_is_labelled_with_half_a_window_before_each_token(teacher, tmp_pa
     data = split(model=shape, dataset="star", data_dir=tmp_path)
     run_ = train.Runner(GPTConfig(**shape, **data.facts(GPTConfig(**shape))),
                         TrainConfig(compile=False, dtype="float32"), CPU)
-    labels, (begin, end) = run_.label(data, run_.model), data.docs
+    labels, (begin, end) = torch.from_numpy(run_.label(data, run_.model)), data.docs
     for a, b in ((begin[k], end[k]) for k in (0, 1, 17)):
         logits = run_.model(torch.tensor(data.tokens[a:b + 1].astype(int))[None]).logits[0, :-1]
         agree(labels[a + 1:b + 1].float(), logits.log_softmax(-1), 1e-2)

@@ -424,7 +424,8 @@ class Data:
         made = tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (x, y, history))
         if self.labels is None:
             return made
-        return *made, self.labels[torch.from_numpy(clipped[:, self.H + 1:])]
+        # (NumPy's: a thread that has PyTorch index would start another pool of threads)
+        return *made, torch.from_numpy(self.labels[clipped[:, self.H + 1:]])
 
     def counts(self, start, keep, most=2 ** 16):
         """Return how often each token occurs (V,) in a document before the place start: in all of
@@ -1134,7 +1135,7 @@ class Runner:
 
     @torch.no_grad()
     def label(self, data, model):
-        """Return what a model says of each token of a split, (n, V) logarithms in fp16, from
+        """Return what a model says of each token of a split, an array (n, V) of logarithms, from
         windows that overlap by half: so each has half a window before it, or all there is; where
         answers need their whole document, from a window for each. Every process asks for itself."""
         first = np.arange(1, data.n, -(-data.T // 2))
@@ -1152,7 +1153,7 @@ class Runner:
             pos = 1 + torch.from_numpy(last[at] - data.T).clamp(min=0)[:, None] + place
             labels[pos[y.cpu() >= 0]] = logits[y >= 0].float().log_softmax(-1).half().cpu()
         model.train()
-        return labels
+        return labels.numpy()
 
     def begin_again(self, seed):
         """Begin with new weights and new optimizers, in what is compiled already."""
