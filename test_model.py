@@ -4198,7 +4198,7 @@ train
   --layers=AA --value_lr=3 => value_lr | F
   --born_again=9,3 => rise ; --born_again=750 => max_iters
   --born_again=5 --warmup_iters=9 => warmup_iters
-  --average=x => eval_only ; --eval_only --average=x/ckpt.pt => average x/ckpt.pt is not there
+  --average=x => eval_only
   --soft_labels => --teacher=PATH ; --teacher=x --distill=0 => distill_ce
   --teacher=x --distill_match=-1 => distill_match
   --distill_ce=1 => distill_ce | --teacher=
@@ -4216,6 +4216,7 @@ train {ON}
   --layers=AM --stream=3 --score_last=4 => stream | leave stream out, or score_last
   --teacher=out/softar_shakespeare/no.pt => not there | config/softar_shakespeare.py
   --teacher={S}/t/no.pt => no.pt is not there | train.py --out_dir={S}/t
+  --eval_only --average={S}/t/no.pt => average {S}/t/no.pt is not there
 train {ON} {TINY}
   --teacher={O}/strong => history of at least 16
   --history=16 --n_span=3 --span=4 --teacher={O}/strong --block_size=17 => block_size of at most 16
