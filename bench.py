@@ -2943,7 +2943,7 @@ def run_claim(cfg, name, run, words):
         show(cfg, table)
         tables.append(table)
     if cfg.save:
-        words = [a for a in words if a not in (name, "--save") and "out/bench/" not in a]
+        words = [a for a in words if a not in (name, "--save") and not a.startswith("--out_dir=")]
         save(cfg, name, tables, words, time.perf_counter() - start)
 
 
