@@ -90,7 +90,7 @@ class TrainConfig:
     distill_match: float = 1.0  # likewise: of giving what replaced feed-forward layers gave
     distill_ce: float = 0.0  # likewise: of the text itself
     soft_labels: bool = False  # ask a teacher once for the whole text, not in each step
-    born_again: tuple[int, ...] = ()  # steps at which the model begins anew, taught by what it was
+    born_again: tuple[int, ...] = ()  # steps at which a new model begins, the last one its teacher
     # data
     dataset: str = "shakespeare"  # folder under data_dir, made by prepare.py
     data_dir: str = "data"  # where datasets are kept
@@ -879,7 +879,7 @@ class RunFiles:
         return init_from == "resume" or (init_from == "auto" and bool(self.checkpoints()))
 
     def generation(self, k):
-        """Return the path of what a model was when it was born again for the k-th time."""
+        """Return the path of the model of the k-th part of a run with born_again."""
         return os.path.join(self.out_dir, f"ckpt_gen{k}.pt")
 
     def all_paths(self):
@@ -1005,7 +1005,7 @@ class Distillation(torch.nn.Module):
         tcfg, scored = self.tcfg, targets >= 0
         denom = scored.sum().clamp(min=1) if denom is None else denom
         out = self.student(idx, targets, history, denom=denom, **more)
-        if taught is None:  # of a model that was not born again yet
+        if taught is None:  # the first part of a run with born_again has no teacher
             return out
         logits, wanted = taught
 
@@ -1155,8 +1155,8 @@ class Runner:
         model.train()
         return labels.numpy()
 
-    def begin_again(self, seed):
-        """Begin with new weights and new optimizers, in what is compiled already."""
+    def reset(self, seed):
+        """Draw new weights and make new optimizers; what is compiled stays."""
         self.model.load_state_dict(GPT(self.mcfg, seed).state_dict())
         self.move_averages(0.0)
         self.optimizers = make_optimizers(self.model, self.tcfg)
@@ -1598,8 +1598,8 @@ class Training:
                 files.val_losses[files.best] = best["val_loss"]
 
     def find_labels(self):
-        """Have the whole text labelled by the teacher of this run's part: what the model was before
-        it was born again, or else the teacher that was given; before both, the text is all."""
+        """Have the whole text labelled by the teacher of this part of the run: the model of the part
+        before it, or in the first part the teacher that was given, if there is one."""
         run, data = self.run, self.train_data
         k = bisect.bisect_left(self.tcfg.born_again, self.progress.step)
         size = data.n * data.n_vocab / 2 ** 29  # GB, in each process
@@ -1699,8 +1699,8 @@ class Training:
         return make(step) if made is None else made.result()
 
     def begin_again(self):
-        """Make the model as it is the teacher of one that begins anew (Furlanello et al. 2018,
-        arXiv:1805.04770)."""
+        """Keep the model as the teacher of a new one of its shape, and begin with that (Furlanello
+        et al. 2018, arXiv:1805.04770)."""
         p, tcfg, start = self.progress, self.tcfg, time.perf_counter()
         k = tcfg.born_again.index(p.step) + 1
         self.settle()
@@ -1708,7 +1708,7 @@ class Training:
         self.place.on_rank_zero(lambda: prepare.save_checkpoint(path, state, demote=False))
         self.train_data.labels = None  # (before as many are made)
         self.train_data.labels = self.run.label(self.train_data, self.run.inner)
-        self.run.begin_again(tcfg.seed + k)
+        self.run.reset(tcfg.seed + k)
         self.coming = {}  # (rows with labels of the teacher before)
         p.step_seconds += time.perf_counter() - start
         self.say(f"step {p.step}: begins again; its teacher is the model so far, which labelled "
