@@ -1598,8 +1598,8 @@ class Training:
                 files.val_losses[files.best] = best["val_loss"]
 
     def find_labels(self):
-        """Have the whole text labelled by the teacher of this part of the run: the model of the part
-        before it, or in the first part the teacher that was given, if there is one."""
+        """Have the whole text labelled by the teacher of this part of the run: the model of the
+        part before it, or in the first part the teacher that was given, if there is one."""
         run, data = self.run, self.train_data
         k = bisect.bisect_left(self.tcfg.born_again, self.progress.step)
         size = data.n * data.n_vocab / 2 ** 29  # GB, in each process
