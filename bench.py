@@ -1620,6 +1620,7 @@ CLAIMS["topic"] = Trial(
      "2 segments": "--history=256 --n_segment=2",
      "64 spans of 4": "--history=256 --n_span=64 --span=4",
      "uncompressed": "--block_size=272 --score_last=16",
+     "uncompressed, its own document": "--block_size=272 --score_last=16 --doc_mask=True",
      "uncompressed, all scored": "--block_size=272 --batch_size=4 --seconds_of=aggregate"},
     SLOT_MODEL + " --dataset=topic --n_layer=2 --batch_size=32 --max_iters=600 --compile=False "
     "--after=above_floor", columns=("val loss", "spread", "above_floor", "steps", "ms a step"),

@@ -90,7 +90,7 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (-2 ** 20, 2 ** 20, "n_soft"))
 # refused where they do nothing
 SWITCHES = ("share_levels share_mlp qk_scale rollout plan_draw plan_noise enrich slot_gate "
-            "mem_drop mem_noise mem_straight exit_rate exit_keys exit_classifier")
+            "doc_mask mem_drop mem_noise mem_straight exit_rate exit_keys exit_classifier")
 
 
 @dataclass
@@ -117,6 +117,7 @@ class GPTConfig:
     qk_norm: bool = True  # RMSNorm on queries and keys
     qk_scale: bool = False  # a learned factor of each head's normed scores, 1 at first
     embed_norm: bool = True  # RMSNorm on the embeddings
+    doc_mask: bool = False  # attention sees its own document alone, as all else does anyway
     # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
@@ -234,7 +235,7 @@ class GPTConfig:
         for useful, needs, names in (
                 (has("R"), "a block R in layers", "gate"),
                 (self.attending(), "a block that attends (A, F or M) in layers",
-                 "n_kv_head qk_norm"),
+                 "n_kv_head qk_norm doc_mask"),
                 (self.qk_norm and has("AFM"), "qk_norm = True and a block A, F or M in layers",
                  "qk_scale"),
                 (self.attending() or has("DS"), "a block with heads (A, D, S, F or M) in layers",
@@ -730,9 +731,9 @@ class State:
     """What decoding carries from one forward to the next, made by GPT.init_state.
 
     `pos` (B,) counts the positions that each row has filled; `caches` has one Cache a layer, and
-    `own` those of what stands before all layers, by name: "n_grams", "thoughts". Every shape stays
-    as it is, so that a decoding step compiles once; that no row outgrows `capacity` is
-    for the caller to see to.
+    `own` those of what stands before all layers, by name: "n_grams", "docs", "thoughts". Every shape
+    stays as it is, so that a decoding step compiles once; that no row outgrows `capacity` is for
+    the caller to see to.
     """
 
     def __init__(self, pos, caches, capacity, begun=False, memory=None, own=None):
@@ -779,10 +780,12 @@ class Sequence:
     recompute: bool = False  # keep only the input of each block, and compute it again going back
 
     @classmethod
-    def of(cls, x, rope_table, front, pos=None, capacity=0, begins=True, **more):
+    def of(cls, x, rope_table, front, pos=None, capacity=0, begins=True, docs=None, **more):
         """Return the Sequence of inputs x: its mask and rotary angles follow from positions.
 
-        Unless `more` says otherwise, all of them are tokens of one document.
+        docs (B, places): how many documents have begun at each place that is looked at, where only
+        one's own is seen; None: all are. Unless `more` says otherwise, all inputs are tokens of one
+        document.
         """
         mask, index = None, slice(x.size(1))
         nowhere = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -790,6 +793,10 @@ class Sequence:
         if pos is not None:
             mask = (torch.arange(capacity, device=x.device) <= pos[..., None])[:, None]
             index = pos[:, None]
+        if docs is not None:
+            own = docs if pos is None else docs.gather(1, pos)
+            seen = (own[..., None] == docs[:, None])[:, None]
+            mask = seen.tril() if mask is None else mask & seen
         rope = angles(rope_table, index, x.dtype)
         return cls(front, front * begins, begins, pos, mask, rope, rope_table, **more)
 
@@ -888,6 +895,9 @@ class Attention(Layer):
         if cfg.n_value_embed > sum(item[0] == "A" for item in cfg.tree):
             raise ValueError(f"n_value_embed ({cfg.n_value_embed}) must lie between 0 and the "
                              f"number of token-level blocks A")
+        if cfg.doc_mask and (cfg.slot_gate or cfg.plan != "add"):
+            raise ValueError("doc_mask hides other documents, and slot_gate and plan = cross or "
+                             "latent let tokens look across; leave one of them out")
 
     def heads(self, qk, v, seq):
         """Split queries and keys, and values, (B, L, heads * D) into (B, heads, L, D)."""
@@ -2043,6 +2053,7 @@ class Level(Stack):
         inside = cfg if width == C else cfg.widened(width)
         self.add_layers(inside, tree, depth, shared)
         self.bag, self.of_state = cfg.concept_of == "bag", cfg.concept_of == "state"
+        self.doc_mask = cfg.doc_mask
         self.average = None
         if cfg.concept_of == "ema" and self.weight > 0:
             self.average = Stack()
@@ -2133,7 +2144,7 @@ class Level(Stack):
         if self.router is not None:
             sizes["key"] = (C,)
         cache = Cache.empty(like, B, L, open_sum=(C, torch.float32), **sizes)
-        states = Cache.empty(like, B, self.room, returned=(C,))
+        states = Cache.empty(like, B, self.room, returned=(C,), docs=(torch.long,))
         cache.inside = [states, *self.init_caches(B, self.room, like)]
         return cache
 
@@ -2247,12 +2258,16 @@ class Level(Stack):
         if scored is not None:
             scored = F.pad(scored, (n, 0))
         ended = seq.doc_ended | (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
-        pos, caches = None, None
+        pos, caches, docs = None, None, F.pad(chunks.doc, (n, 0))
         if cache is not None or self.n_pass > 1:
             pos = chunks.state.clamp(max=self.room - 1)
             caches = self.init_caches(len(x), self.room, x) if cache is None else cache.inside[1:]
+        if cache is not None:
+            cache.inside[0].write(pos, docs=docs)
+            docs = cache.inside[0]["docs"]
         aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
         inner = Sequence.of(x, seq.rope_table, 1, pos, self.room, seq.begins,
+                            docs if self.doc_mask else None,
                             doc_start=F.pad(chunks.doc != chunks.doc_before, (n, 0)),
                             is_token=F.pad(chunks.exists, (n, 0), value=True), doc_ended=ended,
                             scored=scored, layer_mask=seq.layer_mask, memory=seq.memory,
@@ -3090,6 +3105,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         like, own = torch.empty(0, device=device), {}
         if self.n_grams is not None:
             own["n_grams"] = Cache.empty(like, B, self.cfg.block_size, ids=(torch.long,))
+        if self.cfg.doc_mask:
+            own["docs"] = Cache.empty(like, B, L, docs=(torch.long,))
         if self.cfg.n_think:
             own["thoughts"] = Cache.empty(like, B, L, p=(V,), count=(torch.long,))
         pos = torch.zeros(B, dtype=torch.long, device=device)
@@ -3152,6 +3169,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         S, more, pos, capacity = x.size(1) - tokens.size(1), {}, None, 0
         ids = likeliest if ids is None else ids
         more["doc_start"] = F.pad(ids == cfg.eot, (S, 0))
+        docs = more["doc_start"].cumsum(1) if cfg.doc_mask else None
         if self.ends_word is not None:
             more["word_end"] = self.ends_word[ids]
         if targets is not None:  # a token that is a target is scored where it stands
@@ -3160,8 +3178,12 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             more["layer_mask"] = step_draw[:cfg.n_layer]
         if state is not None:
             memory, capacity, pos = state.memory, state.capacity, state.advance(x.size(1))
+        if state is not None and docs is not None:
+            cache = state.own["docs"]
+            cache.write(pos, docs=docs + cache.before("docs", pos)[:, None])
+            docs = cache["docs"]
         table = None if self.cos is None else (self.cos, self.sin)
-        return x, Sequence.of(x, table, self.n_slot, pos, capacity, begins, tokens=symbols,
+        return x, Sequence.of(x, table, self.n_slot, pos, capacity, begins, docs, tokens=symbols,
                               memory=memory, **more,
                               recompute=self.grad_checkpoint and torch.is_grad_enabled())
 

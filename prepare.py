@@ -5,6 +5,9 @@
     python prepare.py book.txt notes/ "talks/*.jsonl.gz"   texts of your own: files, folders, globs,
                                                      - for standard input; each file, and each
                                                      record of .jsonl .csv .parquet, is a document
+    python prepare.py hf:roneneldan/TinyStories      the training split of a dataset of Hugging
+                                                     Face's hub (pip install datasets), or of one
+                                                     of its parts, hf:NAME:PART
     python prepare.py gpt2.txt --separator='<|endoftext|>'   documents end there in a text
     python prepare.py book.txt --tokenizer=bpe:4096  a tokenizer trained on the text
     python prepare.py book.txt --tokenizer=out/gpt   that of a checkpoint, to train it further
@@ -65,7 +68,8 @@ RANGES = {"n_pause": (-1, 64), "doc_len": (16, 10 ** 6), "seed": (0, 2 ** 63 - 1
 @dataclass
 class PrepareConfig:
     input: tuple[str, ...] = ()  # file, folder, glob or - (standard input), as is any word without
-        # a flag; UTF-8 texts, each a document, or .jsonl .ndjson .csv (all may be .gz) .parquet
+        # a flag; UTF-8 texts, each a document, or .jsonl .ndjson .csv (all may be .gz), .parquet,
+        # and hf:NAME
     name: str = ""  # folder under data/; default: shakespeare, the task, or the input's name
     tokenizer: str = "char"  # char | byte | word | bpe:N, trained on the text | a tiktoken encoding
         # | PATH of a tokenizer.json, a checkpoint or a dataset, to use theirs
@@ -983,7 +987,9 @@ def pieces(path, size=1 << 20, *, unix=False):
 
 
 def ending(path):
-    """Return how the name of a file ends, without a .gz: .jsonl of talks.jsonl.gz."""
+    """Return how the name of a file ends, without a .gz: .jsonl of talks.jsonl.gz; or hf:."""
+    if path.startswith("hf:"):
+        return "hf:"
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
@@ -1022,10 +1028,26 @@ def parquet_records(path):
         yield from enumerate(batch.to_pylist(), 1000 * n + 1)
 
 
+def hub_records(path):
+    _, name, part = f"{path}:".split(":", 2)
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{path} is fetched by the package datasets; install it: pip install "
+                        f"datasets") from None
+    try:  # (it raises a class of its own for each of its doings, some right from the network's)
+        found = datasets.load_dataset(name, part.rstrip(":") or None, split="train")
+    except Exception as e:
+        raise UserError(f"{path} cannot be loaded by the package datasets: {config.summary(e)}; "
+                        f"give hf:NAME, or hf:NAME:PART, of one that has a training "
+                        f"split") from None
+    yield from enumerate(found, 1)
+
+
 # endings of files of records -> function that yields (line, record as a dict); what is wrong with
 # one is an exception of the package, at the line behind
 RECORDS = {".jsonl": json_records, ".ndjson": json_records, ".csv": csv_records,
-           ".parquet": parquet_records}
+           ".parquet": parquet_records, "hf:": hub_records}
 
 
 def record_texts(path, field):
@@ -1076,7 +1098,9 @@ def expand(inputs, stack, field=""):
                                 "standard input" + ".jsonl" * bool(field))
             with open(name, "wb") as f:
                 shutil.copyfileobj(sys.stdin.buffer, f)
-        for path in sorted(glob.glob(name, recursive=True)) or [name]:
+        hub = ending(name) == "hf:"
+        found += [name] * hub
+        for path in () if hub else sorted(glob.glob(name, recursive=True)) or [name]:
             # (what is no folder is an error of os.walk; why it cannot be read is said when it is)
             for at, folders, files in os.walk(path, onerror=lambda e: found.append(e.filename)):
                 folders[:] = sorted(x for x in folders if x[0] != ".")
@@ -1702,8 +1726,9 @@ def main(argv):
 def name_of(path):
     """Return the name of a dataset by its first input.
 
-    Example: book of texts/book.txt.gz, texts of "texts/*.gz"
+    Example: book of texts/book.txt.gz, texts of "texts/*.gz", Pile of hf:some/Pile:all
     """
+    path = path.split(":")[1] if ending(path) == "hf:" else path
     path = re.split(r"[*?[]", os.path.abspath(path).removesuffix(".gz"))[0].rstrip(os.sep)
     return os.path.splitext(os.path.basename(path))[0].strip("-") or "stdin"
 

@@ -96,6 +96,7 @@ share_mlp: layers=A(R)A share_mlp=True n_mlp=48
 qk_scale: qk_scale=True n_kv_head=1
 logit_decay: logit_decay=0.1
 value_embed: n_value_embed=1
+doc_mask+slots+value_embed+gqa: SLOTS doc_mask=True n_value_embed=2 n_kv_head=1
 tie: tie=True
 dropout: dropout=0.2
 channel_drop: channel_drop=0.2
@@ -136,6 +137,7 @@ stack+level+slots+think: SLOTS layers=S(S)A n_think=2 think_token=3 n_head=4
 level: layers=(A)A
 level_inside: layers=A(A)A chunk=3 plan=cross concept=energy concept_weight=0.1
 levels_cross: WORDS layers=((A)A)A chunk=space,2 plan=cross concept=flow horizon=3 level_embd=64,48
+levels_doc_mask: WORDS layers=A((AR)M)A chunk=space,2 doc_mask=True mem_chunk=2 mem_top=4 mem_dim=8
 levels_shared: layers=((A)AA)AA share_levels=True concept_weight=0.1,0 eot=-1
 plan_draw: WORDS layers=(R)AA plan=latent concept=flow concept_weight=0.1 plan_draw=0.5
 plan_noise: layers=((A)A)A chunk=4,2 plan=latent concept=energy plan_draw=1 plan_noise=0.5
@@ -386,8 +388,10 @@ def test_rows_are_apart(name):
 @invariant
 def test_documents_are_apart(name):
     """Where a document begins recurrences, levels and memories begin again: in one forward, token
-    by token, and in the next window, which finds what this one stored. Attention is silenced."""
-    m = without_attention(make(name, eot=5)).eval()
+    by token, and in the next window, which finds what this one stored. Attention is silenced, but
+    where doc_mask ends it there."""
+    m = make(name, eot=5).eval()
+    m = m if m.cfg.doc_mask else without_attention(m)
     if name == "random" and ":" in m.cfg.chunk and m.levels:
         return  # how many learned chunks a text has counts: a window has room for so many
     x, h = inputs(m)
@@ -605,7 +609,7 @@ mem_noise=0.1 mem_straight=True dropout=0.1 channel_drop=0.1 head=nearest semant
 semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
 exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
 n_gram=4 n_gram_size=9 concept_of=bag concept_of=state concept_of=ema next_latent=0.3 slot_gate=True
-n_soft=5 n_soft=-3 soft_of=point share_mlp=True qk_scale=True logit_decay=0.1
+n_soft=5 n_soft=-3 soft_of=point share_mlp=True qk_scale=True logit_decay=0.1 doc_mask=True
 """  # what random settings choose from
 
 
@@ -1765,6 +1769,8 @@ def test_resuming_is_exact(name, tmp_path, teacher):
     v, more = settings(VARIANTS.get(name, "SLOTS FEATURAL layers=FAF")), {}
     if "mem_chunk" in v:
         more = dict(stream=4)
+    if "doc_mask" in v:
+        v["eot"] = 3  # (no document ends in this text)
     if name == "teacher":
         more = dict(teacher=teacher)
     if name == "born again":
@@ -1913,6 +1919,12 @@ def test_evaluation_changes_nothing(tmp_path):
                 say=said.append)[1]["model"] for n in (1, 100))
     assert same(a, b) and any("slots used" in s for s in said)
     assert all(any(s.startswith(f"step {n}: '") for s in said) for n in (3, 6))
+
+
+def test_a_document_mask_needs_documents():
+    cfg = GPTConfig(**TINY, doc_mask=True)
+    refused(split().facts, cfg, "documents end", "--separator")
+    assert split(dataset="cipher").facts(cfg)["eot"] >= 0
 
 
 @pytest.mark.parametrize("dataset", ["text", "cipher"])
@@ -2650,6 +2662,23 @@ def test_parquet(tmp_path):
     assert [t for t, _ in prepare.documents(tmp_path / "r.parquet", "", field="t")] == texts
     refused(lambda name: [*prepare.documents(name, "", field="v")], tmp_path / "r.parquet",
             "line 1", "fields 't'", "'v'")
+
+
+def test_datasets_of_the_hub(tmp_path, monkeypatch):
+    """The package finds them; its records are documents, and what it raises is said."""
+    def load_dataset(name, part, split):
+        if part == "none":
+            raise LookupError("no part none\n\nlong story")
+        return [{"n": 1, "text": f"{name} {part} {split} {i}\n"} for i in range(50)]
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    argv = ["hf:some/Set:part", f"--data_dir={tmp_path}", "--tokenizer=byte"]
+    refused(prepare.main, argv, "pip install datasets")
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert "--dataset=Set " in quiet(prepare.main, argv)
+    text = prepare.Tokenizer({"kind": "byte"}).decode([*ids_of(tmp_path, "train", "Set")])
+    assert text.startswith("some/Set part train 0\n\n\nsome/Set part train 1\n")
+    refused(prepare.main, ["hf:some/Set:none", "--name=b", *argv[1:]], "hf:some/Set:none", "no part none;")
 
 
 def test_many_documents_are_not_cut(tmp_path):
@@ -4174,6 +4203,8 @@ train
   --logit_decay=0.1 --ce_weight=0 --semantic_weight=1 --head=nearest => ce_weight above 0
   --logit_decay=-1 ; --loss_skip=5 --score_last=5 => loss_skip | scored whole
   --question_weight=2
+  --doc_mask=True --layers=R => nothing to work on
+  --doc_mask=True --layers=(A)A --plan=cross => doc_mask | look across
   --share_levels => nothing to work on ; --mem_straight => nothing to work on
   --exit_keys => nothing to work on ; --exit_classifier => nothing to work on
   --layers=.A => between ; --layers=A. => between ; --layers=A..A => between

@@ -379,9 +379,12 @@ class Data:
                             f"prepare.py chain makes, or one of the dataset's {self.n_vocab} ids "
                             f"as --think_token, not {think}")
         begins_again = any(map(ends_with_document, mcfg.layers)) or mcfg.n_gram or \
-            mcfg.soft_rate or mcfg.n_soft
+            mcfg.soft_rate or mcfg.n_soft or mcfg.doc_mask
         if eot < 0 and begins_again and self.eot is not None:
             eot = self.eot
+        if mcfg.doc_mask and eot < 0:
+            raise UserError("doc_mask needs a dataset whose documents end: prepare it from several "
+                            "files, or with --separator")
         if "(" in mcfg.layers and mcfg.chunk.startswith("space"):
             space = space or tuple(prepare.Tokenizer(self.meta["tokenizer"]).spaces())
             if not space:
