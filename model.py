@@ -731,7 +731,7 @@ class State:
     """What decoding carries from one forward to the next, made by GPT.init_state.
 
     `pos` (B,) counts the positions that each row has filled; `caches` has one Cache a layer, and
-    `own` those of what stands before all layers, by name: "n_grams", "docs", "thoughts". Every shape
+    `own` those of what stands before all layers: "n_grams", "docs", "thoughts". Every shape
     stays as it is, so that a decoding step compiles once; that no row outgrows `capacity` is for
     the caller to see to.
     """

@@ -2678,7 +2678,8 @@ def test_datasets_of_the_hub(tmp_path, monkeypatch):
     assert "--dataset=Set " in quiet(prepare.main, argv)
     text = prepare.Tokenizer({"kind": "byte"}).decode([*ids_of(tmp_path, "train", "Set")])
     assert text.startswith("some/Set part train 0\n\n\nsome/Set part train 1\n")
-    refused(prepare.main, ["hf:some/Set:none", "--name=b", *argv[1:]], "hf:some/Set:none", "no part none;")
+    refused(prepare.main, ["hf:some/Set:none", "--name=b", *argv[1:]], "hf:some/Set:none",
+            "no part none;")
 
 
 def test_many_documents_are_not_cut(tmp_path):
