@@ -426,18 +426,20 @@ def share_of_cores(cfg):
     return max(1, (os.cpu_count() or 1) // cfg.jobs)
 
 
-def make_task(cfg, name):
-    """Make the dataset of a synthetic task where it is not there yet.
+MADE = {  # dataset: how python prepare.py makes it
+    "chain0": "chain --n_pause=0", "chain_written": "chain --write_steps",
+    "words": "--tokenizer=word --vocab_size=2000", "bytes": "--tokenizer=byte",
+    "bpe_1024": "--tokenizer=bpe:1024", "bpe_4096": "--tokenizer=bpe:4096"}
 
-    chain0 has no pauses, and chain_written the steps themselves. words is Shakespeare by words, and
-    no_spaces Shakespeare without white space.
-    """
-    command = {"chain0": ["chain", "--n_pause=0"], "chain_written": ["chain", "--write_steps"],
-               "words": ["--tokenizer=word", "--vocab_size=2000"]}.get(name, [name])
+
+def make_task(cfg, name):
+    """Make a dataset of MADE, of a synthetic task, or no_spaces, Shakespeare without white space,
+    where it is not there yet."""
+    command = MADE.get(name, name).split()
     if os.path.exists(os.path.join(cfg.data_dir, name, "meta.json")):
         return
     argv = [f"--name={name}", f"--data_dir={cfg.data_dir}"]
-    if command[0] in prepare.TASKS or name == "words":
+    if command[0] in prepare.TASKS or name in MADE:
         prepare.main([*command, *argv])
     if name == "no_spaces":
         paths = prepare.fetch_shakespeare(prepare.PrepareConfig(data_dir=cfg.data_dir))[0]
@@ -953,8 +955,9 @@ MEASURES = {"generations": generations, "history_shuffled": ablated(shuffle_hist
             "concepts": explained, "chunks": chunk_lengths, "two_futures": two_futures,
             "forks": forks, "brier": brier, "drawn_nats": drawn_nats,
             "wrong_distance": wrong_distance, "behind_region": behind_region,
-            "by_words": by_words, "by_step": by_step, "spread": spread,
-            "two_steps": two_steps, "hops": by_hops, "lengths": by_length, "dense_M": dense,
+            "by_words": by_words, "by_step": by_step, "spread": spread, "two_steps": two_steps,
+            "hops": by_hops, "lengths": by_length, "dense_M": dense,
+            "bits": lambda run, data: run.evaluate(data)[1],
             "usage": lambda run, data: run.usage(data),
             "above_floor": lambda run, data: run.evaluate(data)[0] - data.meta["entropy_rate"]}
 
@@ -1683,6 +1686,14 @@ CLAIMS["words"] = Trial(
     MINE + " --dataset=words --after=by_words --after=wrong_distance", timing="",
     columns=("val loss", "difference", "sd of it", "loss of words", "of bytes", "wrong by company",
              "wrong_distance"))
+
+CLAIMS["tokenizers"] = Trial(
+    "tokenizers on one text: characters, bytes, words with bytes for the rest, and byte pairs, all "
+    "in the seconds of characters", "bits per byte, 4 layers, 128 wide, 12 x 64, 1,000 steps",
+    {"char": "", **{name: f"--dataset={name} --seconds_of=char"
+                    for name in ("bytes", "words", "bpe_1024", "bpe_4096")}},
+    SMALL + " --max_iters=1000 --compile=False --after=bits",
+    columns=("bits", "val loss", "steps", "step time", "params M"))
 
 CLAIMS["chain"] = Trial(
     "following 2 to 4 pointers: thinking (5 passes over 2 layers), as many pause tokens, neither, "
