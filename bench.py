@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -240,7 +241,13 @@ class Arm:
 CHILD = {}
 
 
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def begin_child(threads, env):
+    threading.Thread(target=end_with_parent, daemon=True).start()  # (if that is killed)
     os.environ.update(env)
     if threads:
         torch.set_num_threads(threads)

@@ -1118,7 +1118,7 @@ def expand(inputs, stack, field=""):
 def is_text(path):
     """Return whether a file in a folder is one to read: what cannot be is, to say why."""
     head = b"?"
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path):  # (a link to nothing is none)
         return False
     with contextlib.suppress(OSError, EOFError, zlib.error), open_bytes(path) as f:
         head = f.read(1 << 16)

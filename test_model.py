@@ -2629,6 +2629,7 @@ def test_own_data_of_all_kinds(tmp_path, monkeypatch):
     for name, raw in ((".x", b"x"), ("e.txt", b""), ("p.png", b"P\0")):
         (folder / name).write_bytes(raw)
     lines = "".join(json.dumps(r) + "\n" for r in records).encode()
+    (folder / "link").symlink_to("nowhere")
     (tmp_path / "r.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
     (tmp_path / "r.ndjson.gz").write_bytes(gzip.compress(lines))
     with open(tmp_path / "r.csv", "w", newline="") as f:
@@ -2650,7 +2651,8 @@ def test_own_data_of_all_kinds(tmp_path, monkeypatch):
         assert ids(*argv) == want, argv
     assert [name for _, name in shown] == ["all", "some", "stdin", "r", "r", "r", "0"]
     left = shown[0][0].splitlines()[0]
-    assert all(f"{folder}/{name}" in left for name in (".x", "e.txt", "p.png")) and "b/" not in left
+    assert all(f"{folder}/{name}" in left for name in (".x", "e.txt", "p.png", "link"))
+    assert "b/" not in left
 
 
 def test_parquet(tmp_path):
