@@ -2272,7 +2272,7 @@ def test_use_of_memories_is_measured(teacher):
 
 def lesson(r, x, y, h):
     """Return (loss, losses by name) of a batch, with those that the teacher adds."""
-    out = r.distillation(x, y, h, r.taught(x, h))
+    out = r.distillation(x, y, h, r.ask_teacher(x, h))
     return out.loss, out.losses
 
 

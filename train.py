@@ -999,18 +999,18 @@ class Distillation(torch.nn.Module):
         super().__init__()
         self.student, self.tcfg = student, tcfg
 
-    def forward(self, idx, targets, history, taught=None, denom=None, **more):
+    def forward(self, idx, targets, history, teacher=None, denom=None, **more):
         """Return the student's Output with two more losses, in nats and in shares of a layer's
         output, means over scored tokens: "teacher", the divergence of the student's distribution
         from the teacher's; "match", how far what each replaced feed-forward layer gives is from
         what the teacher's gave in its place (squares of lengths: 0 is a copy, 1 as good as
-        nothing). taught: (the teacher's logits (B, T, V), {block: its output (B, S + T, C)})."""
+        nothing). teacher: (its logits (B, T, V), {block: its output (B, S + T, C)})."""
         tcfg, scored = self.tcfg, targets >= 0
         denom = scored.sum().clamp(min=1) if denom is None else denom
         out = self.student(idx, targets, history, denom=denom, **more)
-        if taught is None:  # the first part of a run with born_again has no teacher
+        if teacher is None:  # the first part of a run with born_again has no teacher
             return out
-        logits, wanted = taught
+        logits, wanted = teacher
 
         def mean(each):  # (B, T or S + T): slots are not scored
             return each[:, -scored.size(1):].masked_fill(~scored, 0.0).sum() / denom
@@ -1129,7 +1129,7 @@ class Runner:
         model.dtype = self.place.dtype
         return model.eval().requires_grad_(False).to(self.place.device)
 
-    def taught(self, x, h):
+    def ask_teacher(self, x, h):
         """Return what the teacher says of inputs x (B, T) after histories h (B, H), as Distillation
         takes it."""
         with torch.no_grad():
@@ -1199,9 +1199,9 @@ class Runner:
             more = {}
             if labels is not None:
                 logits = labels[rows].to(place.device, torch.float32, non_blocking=True)
-                more["taught"] = logits, {}
+                more["teacher"] = logits, {}
             elif self.teacher is not None:
-                more["taught"] = self.taught(mx, mh)
+                more["teacher"] = self.ask_teacher(mx, mh)
             memory = {k: m.select(rows) for k, m in self.memory.items()}
             last = rows.stop == self.my_rows
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
