@@ -597,11 +597,12 @@ def open_memory(store, model, room, index=False):
 class Neighbours:
     """kNN-LM (Khandelwal et al. 2020, arXiv:1911.00172): of texts read once, every output vector
     and the token that came next. The tokens behind the k vectors nearest to the one at hand, each
-    counting exp(-d^2 / temp), go into the model's distribution with the weight lam."""
+    counting exp(-d^2 / temp), and nothing where d^2 is above `within`, go into the model's
+    distribution with the weight lam; where none counts it stays as it is."""
 
-    def __init__(self, keys, tokens, k, lam, temp, ids=None, store=None):
+    def __init__(self, keys, tokens, k, lam, temp, ids=None, store=None, within=math.inf):
         """keys (N, C), tokens (N,) long; ids (N,) in a Store, where there is one."""
-        self.k, self.lam, self.temp = k, lam, temp
+        self.k, self.lam, self.temp, self.within = k, lam, temp, within
         self.tokens, self.ids, self.store = tokens, ids, store
         # |q - k|^2 = |q|^2 - 2 (q.k - |k|^2 / 2): with one more channel the nearest have the
         # largest inner product
@@ -610,7 +611,7 @@ class Neighbours:
         self.keys[:, -1] = self.keys[:, :-1].square().sum(1) / -2
 
     @classmethod
-    def open(cls, store, k, lam, temp, device="cpu", n_vocab=None):
+    def open(cls, store, k, lam, temp, device="cpu", n_vocab=None, within=math.inf):
         """Return those of a Store of the kind "knn"; UserError where a token is none of n_vocab."""
         a = store.arrays(KNN_LAYER)
         if not len(a["ids"]):
@@ -620,7 +621,8 @@ class Neighbours:
         if n_vocab is not None:
             wrong = (tokens < 0) | (tokens >= n_vocab)
             store.refuse(a["ids"][wrong.numpy()].tolist(), "no token of this model")
-        return cls(torch.from_numpy(a["keys"]), tokens.to(device), k, lam, temp, a["ids"], store)
+        return cls(torch.from_numpy(a["keys"]), tokens.to(device), k, lam, temp, a["ids"], store,
+                   within)
 
     def find(self, h, own=None):
         """Return squared distances and rows (Q, k) of the entries nearest to h (Q, C), the nearest
@@ -637,15 +639,19 @@ class Neighbours:
         """Return logits (B, V) over output vectors h (B, C) as those of the mixture, with the same
         sum of exponentials, and the n entries of each row that told most, [(store, id)]."""
         d2, rows = self.find(h)
+        near = d2 <= self.within
         found = [[] for _ in rows]
         if self.store:
-            found = [[(self.store, i) for i in self.ids[row]] for row in rows[:, :n].cpu().numpy()]
+            found = [[(self.store, i) for i in self.ids[row[counts]]]
+                     for row, counts in zip(*(t[:, :n].cpu().numpy() for t in (rows, near)))]
         if not self.lam:
             return logits, found
-        weights = (-d2 / self.temp).softmax(1)
+        lam = self.lam * near[:, :1].float()
+        # (where none is near all would be NaN)
+        weights = (-d2.masked_fill(~near, math.inf) / self.temp).softmax(1).nan_to_num()
         p = torch.zeros_like(logits).scatter_add(1, self.tokens[rows], weights)
-        ours = logits + (math.log(1 - self.lam) if self.lam < 1 else -math.inf)
-        theirs = p.log() + math.log(self.lam) + logits.logsumexp(-1, keepdim=True)
+        ours = logits + torch.log1p(-lam)
+        theirs = p.log() + lam.log() + logits.logsumexp(-1, keepdim=True)
         return torch.logaddexp(ours, theirs), found
 
 

@@ -102,6 +102,7 @@ class SampleConfig:
     knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
     knn_k: int = 256  # knn: how many places
     knn_temp: float = 0.0625  # knn: a place at distance d counts exp(-d^2 / (knn_temp n_embd))
+    knn_within: float = 0.0  # knn: and nothing where d^2 / n_embd is above this; 0: always
     limit: int = 20  # memory list: entries to show; 0: all
     # output
     interactive: bool = False  # talk: lines are typed and answered in turn, with all in view
@@ -170,7 +171,8 @@ class SampleConfig:
             (self.amateur, "contrastive decoding, such as --amateur=context:8", "alpha beta"),
             (not (self.exit or self.speculate), "every layer of every token, which exit and "
              "speculate save", "amateur knn average"),
-            (self.knn, "a datastore, such as --knn=works.db", "knn_k knn_lambda knn_temp"),
+            (self.knn, "a datastore, such as --knn=works.db", "knn_k knn_lambda knn_temp "
+             "knn_within"),
             (self.knn_lambda, "a knn_lambda above 0", "knn_k knn_temp"),
             (self.knn_k > 1, "several places to weigh, and knn_k = 1 takes one", "knn_temp"),
             (self.memory, "a memory, such as --memory=facts.db", "memory_index"),
@@ -198,7 +200,7 @@ RANGES = {
     "collapse_back": (-1, 2 ** 62), "knn_k": (1, 2 ** 31), "seed": (0, 2 ** 63 - 1),
     "top_p": SHARE, "min_p": SHARE, "alpha": SHARE, "knn_lambda": SHARE, "exit_threshold": SHARE,
     "beta": STRENGTH, "exit_decay": STRENGTH, "collapse_threshold": STRENGTH,
-    "temperature": STRENGTH, "gumbel": STRENGTH, "knn_temp": (1e-6, 1e9),
+    "temperature": STRENGTH, "gumbel": STRENGTH, "knn_temp": (1e-6, 1e9), "knn_within": (0, 1e9),
     "repetition_penalty": (0.01, 100),
 }
 
@@ -1540,7 +1542,7 @@ def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
         store = stores.enter_context(memory.open_store("knn", cfg.knn, model, path))
         more["neighbours"] = memory.Neighbours.open(
             store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp * model.cfg.n_embd, cfg.device,
-            model.cfg.vocab_size)
+            model.cfg.vocab_size, (cfg.knn_within or math.inf) * model.cfg.n_embd)
     decoder = make_decoder(cfg, model, [ids], eot, **more)
     return decoder.select([0] * (1 if cfg.beams else cfg.best_of or cfg.n))
 

@@ -4018,6 +4018,16 @@ def test_knn_mixture_is_the_formula():
         mixed, _ = neighbours(share).mix(logits, h)
         agree(mixed.softmax(-1), share * want + (1 - share) * logits.softmax(-1))
         agree(mixed.logsumexp(-1), logits.logsumexp(-1))
+    for share in (0.3, 1.0):  # 3 of the first row's count, and none of the others'
+        some = memory.Neighbours(keys, tokens, 7, share, 5.0, within=far[0, 2].item() + 1e-3)
+        counts = far <= some.within
+        assert counts[0].sum() == 3 and not counts.all() and not counts.any(1).all()
+        weights = (-far / 5).exp() * counts
+        want = torch.zeros(4, 9).scatter_add(
+            1, tokens[near], weights / weights.sum(1, keepdim=True).clamp(min=1e-9))
+        lam = share * counts[:, :1]
+        mixed, _ = some.mix(logits, h)
+        agree(mixed.softmax(-1), lam * want + (1 - lam) * logits.softmax(-1))
     d2 = (keys[:, None] - keys).square().sum(-1).fill_diagonal_(math.inf)
     far, near = neighbours(0.3).find(keys, own=torch.arange(50))
     assert near.tolist() == d2.argsort(1)[:, :7].tolist()
