@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import pickle
 import platform
 import re
@@ -4522,6 +4523,46 @@ def test_every_preset_is_valid():
         m, t, _ = config.parse([path], GPTConfig, TrainConfig)
         GPT(sample.stand_in(m))
         assert TrainConfig(**t).out_dir == "out/" + os.path.basename(path)[:-3]
+
+
+def commands_of(text):
+    """Yield the commands of a page, which stand indented or between backticks, as words."""
+    code = re.findall(r"^ {4,}(\S.*)$|`([^`\n]+)`", text.replace("\\\n", " "), re.M)
+    for line in (a or b for a, b in code):
+        for command in re.split(r" && | \| ", re.sub(r" +#.*", "", line).replace("\\|", "|")):
+            if re.match(r"(\w+=\S+ )*(python|torchrun) .*\.py", command):
+                yield shlex.split(command)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in (
+    "GUIDE", "HOWTO", "CONTRIBUTING", "YOUR_IDEA"))])
+def test_commands_of_the_docs_are_taken(page):
+    """Each is one that its program begins with: its presets are there, its flags have those values
+    and go together."""
+    n = 0
+    for words in commands_of(pathlib.Path(HERE, page).read_text(encoding="utf-8")):
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        program, argv, n = words[at], words[at + 1:], n + 1
+        if program == "train.py":
+            m, t, _ = config.parse(argv, GPTConfig, TrainConfig)
+            mcfg, tcfg = sample.stand_in(m), TrainConfig(**t)
+            if tcfg.init_from == "scratch":  # (a checkpoint knows more)
+                config.refuse_idle(m.named | t.named, *mcfg.idle(), *tcfg.idle(mcfg))
+        elif program == "prepare.py":
+            prepare.PrepareConfig(**config.parse(
+                argv, prepare.PrepareConfig, words=["shakespeare", *prepare.TASKS],
+                files="input")[0])
+        elif program == "bench.py":
+            if not {*argv[:1]} & {*bench.COMMANDS}:
+                config.parse(argv, bench.BenchConfig, words=[*bench.CLAIMS, "CLAIM"])
+        elif program in ("sample.py", "pretrained.py"):
+            known = sample if program == "sample.py" else pretrained
+            kind = sample.SampleConfig if known is sample else pretrained.PretrainedConfig
+            values, found = config.parse(argv, kind, words=known.COMMANDS, free=known.COMMANDS)
+            kind(**values)
+            if found and known is sample:
+                assert values.keys() <= {"out_dir", *sample.COMMANDS[found[0]][1].split()}, argv
+    assert n > (page == "README.md") * 15
 
 
 @pytest.mark.parametrize("main, settings", [
