@@ -1637,6 +1637,14 @@ CLAIMS["topic"] = Trial(
     "--after=above_floor", columns=("val loss", "spread", "above_floor", "steps", "ms a step"),
     derived={"gap closed": gap("no history", "uncompressed")}, timing="all")
 
+CLAIMS["documents"] = Trial(
+    "windows of five documents, each of them a list of pointers and a question, read across and "
+    "each document alone (doc_mask), beside windows of one",
+    "chain0, 2 layers, 128 wide, 600 steps of 3,072 tokens: nats of an answer's token",
+    {"read across": "", "its own document": "--doc_mask=True",
+     "windows of one": "--block_size=64 --batch_size=48"},
+    SMALL + " --dataset=chain0 --n_layer=2 --block_size=256 --max_iters=600 --compile=False")
+
 CLAIMS["soft"] = Trial(
     "the token after next, behind a soft step, a sampled one and the exact sum, with and without "
     "soft inputs in training", "nats of the token after next, 1,500 steps of 12 x 64",
