@@ -1225,22 +1225,34 @@ def retrieved(made):
 
 
 HEAT = 40, 148, 220, 208, 196  # of a terminal: from green to red
-PAGE = ("<!doctype html><meta charset=utf-8><title>trace</title><style>"
-        "body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;white-space:pre-wrap}"
-        "hr{border:0;border-top:1px solid #ccc}</style>")
-SPAN = '<span title="{}" style="background:hsl({:.0f},70%,85%)">{}</span>'
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Trace</title>
+<meta name=viewport content="width=device-width">
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'">
+<style>
+:root{color-scheme:light dark;--low:#cfe6ff;--high:#ff9a5c}
+@media(prefers-color-scheme:dark){:root{--low:#123a5c;--high:#a0440c}}
+body{font:16px/1.6 monospace;max-width:60em;margin:auto;padding:1em 1em 8em}
+pre{font:inherit;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext;
+border-top:1px solid #888;padding-top:1em}
+i,u{font-style:normal;cursor:pointer;background:color-mix(in oklab,var(--high) var(--v),var(--low))}
+i:hover,u:hover{outline:2px solid}
+pre :hover:after{content:attr(data-t);position:fixed;left:0;right:0;bottom:0;padding:.5em 1em;
+background:canvas;border-top:2px solid;white-space:pre-wrap}
+p i{padding:.1em .5em;margin:.1em 0;display:inline-block}
+</style><h1>Trace</h1><p>"""
+TOKEN = '<{0} style=--v:{1:.0%} data-t="{2}">{3}</{0}>'
 
 
 def heat(made, mcfg):
-    """Return (0 to 1, what it means) of a token: by its exit, its draft, its contrastive shift or
+    """Return (what it means, 0 to 1) of a token: by its exit, its draft, its contrastive shift or
     else its entropy."""
     if made.depth is not None:
-        return made.depth / mcfg.n_layer, f"left after {made.depth} of {mcfg.n_layer} blocks"
+        return f"left after {made.depth} of {mcfg.n_layer} blocks", made.depth / mcfg.n_layer
     if made.drafted is not None:
-        return float(not made.drafted), "drafted" if made.drafted else "not drafted"
+        return "drafted" if made.drafted else "not drafted", float(not made.drafted)
     if made.shift is not None:
-        return min(max(made.shift / 2 + 0.5, 0.0), 1.0), f"shift {made.shift:+.2f}"
-    return min(made.entropy / math.log(mcfg.vocab_size), 1.0), f"entropy {made.entropy:.2f}"
+        return f"shift {made.shift:+.2f}", min(max(made.shift / 2 + 0.5, 0.0), 1.0)
+    return f"entropy {made.entropy:.2f}", min(made.entropy / math.log(mcfg.vocab_size), 1.0)
 
 
 def show(made, text, i, tok, cfg, mcfg):
@@ -1254,7 +1266,7 @@ def show(made, text, i, tok, cfg, mcfg):
     text = on_screen(text)
     if not (cfg.trace and text and sys.stdout.isatty()) or (cfg.soft and not made.soft):
         return text
-    colour = HEAT[min(int(heat(made, mcfg)[0] * len(HEAT)), len(HEAT) - 1)]
+    colour = HEAT[min(int(heat(made, mcfg)[1] * len(HEAT)), len(HEAT) - 1)]
     return f"\033[{'36;4' if cfg.soft else f'38;5;{colour}'}m{text}\033[0m"
 
 
@@ -1272,17 +1284,25 @@ def check_page(path, name="trace_html", start=PAGE):
                         f"choose another file")
 
 
-def write_page(path, prompt, samples, mcfg):
-    """Write samples, lists of (text, GeneratedToken), as a page: each token on its colour, with
-    what that means under the pointer."""
-    page = [PAGE]
+def write_page(path, prompt, samples, mcfg, plans):
+    """Write samples, lists of (text, GeneratedToken), as a page: each token on its colour, soft
+    ones underlined, with what that means under the pointer; what colours mean; lines of plans."""
+    shown = lambda text: html.escape(config.visible(text))
+    scale = dict(heat(made, mcfg) for pieces in samples for _, made in pieces)
+    marks, page = sorted(scale, key=scale.get), [PAGE]
+    for at in sorted({i * (len(marks) - 1) // 4 for i in range(5)} if marks else ()):
+        page += TOKEN.format("i", scale[marks[at]], "", marks[at]), "\n"
+    page.append("<p>Point at a token, or tap it: what its colour means, and how likely the model "
+                "found it. Underlined: soft. Without a colour: the prompt.")
     for pieces in samples:
-        page.append(html.escape(prompt))
+        page += "<pre>\n", shown(prompt)  # (a line end right behind the tag is not shown)
         for text, made in pieces:
-            value, meaning = heat(made, mcfg)
+            meaning, value = heat(made, mcfg)
             title = "\n".join((f"{meaning}, {math.exp(made.logp):.0%}", *retrieved(made)))
-            page.append(SPAN.format(html.escape(title), 120 * (1 - value), html.escape(text)))
-        page.append("<hr>")
+            page.append(TOKEN.format("iu"[made.soft], value, shown(title), shown(text)))
+        page.append("</pre>")
+    if plans:
+        page += "<pre>", shown("\n".join(plans)), "</pre>"
     with prepare.replacing(path) as f:
         f.write("".join(page).encode())
 
@@ -1690,8 +1710,9 @@ def decode(cfg, stores):
         print("" if cfg.json else on_screen(prompt), end="", flush=True)
         found = cfg.trace and bool(decoder.sources or decoder.neighbours)
         samples = write(run.generate(), cfg, tok, mcfg, prompt, used, bool(cfg.trace_html) or found)
-        plans = cfg.trace and not (cfg.beams or cfg.best_of)
-        for line in decoder.plan_lines(tok) if plans else ():
+        plans = (cfg.trace or cfg.trace_html) and not (cfg.beams or cfg.best_of)
+        plans = decoder.plan_lines(tok) if plans else []
+        for line in plans if cfg.trace else ():
             print(line)
         for piece, made in samples[0] if found else ():
             if made.found:
@@ -1699,7 +1720,7 @@ def decode(cfg, stores):
         if run.report:
             config.note(run.report)
         if cfg.trace_html:
-            write_page(cfg.trace_html, prompt, samples, mcfg)
+            write_page(cfg.trace_html, prompt, samples, mcfg, plans)
     memory.count_uses(used)
     return 0
 

@@ -12,6 +12,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import html.parser
 import io
 import itertools
 import json
@@ -3281,8 +3282,51 @@ def test_what_is_shown_of_each_token(decode, trained, tmp_path):
         decode("exits", f"--trace_html={tmp_path}/t.html", "--exit=margin", "--exit_threshold=0.2",
                "--prompt=It was", "--max_new_tokens=40")
     page = (tmp_path / "t.html").read_text()
-    assert page.startswith("<!doctype html>")
-    assert page.count("<span") == 40 and "of 3 blocks" in page
+    assert page.startswith("<!doctype html><html lang=en>")
+    assert page.split("<pre>")[1].count("<i ") == 40 and "of 3 blocks" in page
+
+
+class PageText(html.parser.HTMLParser):
+    """The tags and attributes of a page, the texts of its <pre>, and what is under the pointer."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.names, self.texts, self.titles = set(), [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names |= {tag, *(name for name, _ in attrs)}
+        self.texts += [""] * (tag == "pre")
+        self.titles += [value for name, value in attrs if name == "data-t" and self.texts]
+
+    def handle_data(self, data):
+        if self.texts:
+            self.texts[-1] += data
+
+
+def test_a_page_shows_text_and_runs_none(tmp_path):
+    """Markup, quotes and what steers a terminal or the direction of a text are shown; line ends at
+    the start stay; nothing is loaded; five marks at most say what the colours mean."""
+    hostile = ["<script>alert(1)</script>", "</pre>", "<img src=http://x onerror=y>", "'\"&amp;{}",
+               "\u202e\u200b", "\x00\x1b[2J\r", "\U0001f600", "\u05d0\u05d1", "--></style>"]
+    store = types.SimpleNamespace(texts=lambda ids: [hostile[0]])
+    made = [sample.GeneratedToken(1, entropy=i / 300, soft=i % 2 == 0, found=[(store, 7)])
+            for i in range(900)]
+    pieces = [(hostile[i % len(hostile)], token) for i, token in enumerate(made)]
+    path, mcfg = str(tmp_path / "t.html"), GPTConfig(vocab_size=65)
+    sample.write_page(path, "\n\n<b>", [pieces, []], mcfg, ["</i>"])
+    page = (tmp_path / "t.html").read_text(encoding="utf-8")
+    read = PageText(page)
+    texts = ["\n\n<b>" + "".join(text for text, _ in pieces), "\n\n<b>", "</i>"]
+    assert [text.removeprefix("\n") for text in read.texts] == [*map(config.visible, texts)]
+    assert read.names == {*"html lang meta charset name content http-equiv style title h1 p pre "
+                           "i u data-t".split()}
+    assert "url(" not in page and "default-src 'none'" in page and "viewport" in page
+    assert len(read.titles) == 900 and read.titles[3].endswith(f"7 {hostile[0]!r}")
+    assert page.split("<pre>")[0].count("<i ") == 5 and page.count("<u ") == 450
+    plain = [sample.GeneratedToken(1, entropy=1.0, logp=-1.0)]
+    sample.write_page(path, "", [[("a", token) for token in plain * 1000]], mcfg, [])
+    assert os.path.getsize(path) < 60 * 1000
 
 
 def test_compiled_decoding_is_decoding(trained):
