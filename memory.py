@@ -1,8 +1,8 @@
 """What surrounds memories: search, the store on disk, reading texts in, and kNN-LM.
 
-Bottom-up: exact search and an index for very many keys; the Store, one file of SQL; what reads
-texts into one, for the memory of blocks M or as a datastore; what opens one for a model; and the
-work of `python sample.py memory FILE list|show|forget|prune|stats`.
+Bottom-up: exact search and an index for very many keys; the Store, one file of SQL or a schema of
+PostgreSQL; what reads texts into one, for the memory of blocks M or as a datastore; what opens one
+for a model; and the work of `python sample.py memory FILE list|show|forget|prune|stats`.
 """
 import bisect
 import collections
@@ -111,7 +111,8 @@ class Clusters:
 
 
 # -------------------------------------------------------------------------------------------------
-# the store: entries with a key, a value and the text they came from, in one file of SQL
+# the store: entries with a key, a value and the text they came from, in one file of SQL or on a
+# server
 
 
 COLUMNS = ("id, layer, head, key, value, text, source, start, stop, "
@@ -129,6 +130,13 @@ HALF_LIFE = 7 * 24 * 3600.0  # seconds after which a use counts half when entrie
 LEARN_AGAIN = "learn its texts with this model, into a new file"
 MAX_ENTRY = 2 ** 20  # bytes
 KNN_LAYER = -1  # the layer of output vectors in a datastore
+# (what has no SQL are the indexes that SQLite makes for itself)
+FIND_TABLES = "SELECT type, name, sql FROM sqlite_master WHERE sql NOTNULL LIMIT 3"
+FIND_SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+URL = "postgres(ql)?://"
+URL_HELP = ("the URL of a store is postgresql://USER@HOST/DATABASE?schema=NAME, a NAME of small "
+            "letters, digits and _; with a PASSWORD as USER:PASSWORD@, its / ? @ % written %2F "
+            "%3F %40 %25")
 
 
 def connect(path, write):
@@ -147,6 +155,108 @@ def connect(path, write):
     return db, empty
 
 
+# What a Store says to SQLite, and how PostgreSQL says it, in this order. Its catalog is told as
+# SQLite would tell it, and what could run something of somebody else's, or lose rows in a crash, is
+# no "table" there.
+POSTGRES_SQL = {
+    "?": "%s", "INTEGER": "BIGINT", "REAL": "DOUBLE PRECISION", "BLOB": "BYTEA",
+    "PRAGMA integrity_check(1)": "SELECT 'ok'",  # the server sees to its pages
+    "PRAGMA journal_mode = WAL": "SET synchronous_commit = on",
+    FIND_SIZE: "SELECT pg_total_relation_size('entries')",
+    FIND_TABLES: """
+        SELECT CASE WHEN bool_and(relkind = 'r' AND relpersistence = 'p' AND relchecks = 0 AND NOT (
+                relhasrules OR relhastriggers OR relrowsecurity OR relhassubclass OR relispartition
+                OR atthasdef OR attidentity <> '')) THEN 'table' ELSE 'other' END,
+            relname, 'CREATE TABLE ' || relname || ' (' || string_agg(
+                attname || CASE atttypid WHEN 'bigint'::regtype THEN ' INTEGER'
+                    WHEN 'double precision'::regtype THEN ' REAL' WHEN 'bytea'::regtype THEN ' BLOB'
+                    WHEN 'text'::regtype THEN ' TEXT' ELSE ' other' END
+                || CASE WHEN attnum = indkey[0] AND indnatts = 1 THEN ' PRIMARY KEY'
+                    WHEN attnotnull THEN ' NOT NULL' ELSE '' END, ', ' ORDER BY attnum) || ')'
+        FROM pg_class c JOIN pg_attribute ON attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+            LEFT JOIN pg_index ON indrelid = c.oid AND indisprimary
+        WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
+            AND NOT EXISTS (SELECT FROM pg_index WHERE indexrelid = c.oid AND indisprimary)
+        GROUP BY c.oid, relname"""}
+
+
+class Postgres(contextlib.AbstractContextManager):
+    """A schema of a PostgreSQL database, to a Store what a connection of sqlite3 is, its errors
+    included. A commit is on the server's disk when it returns, a transaction sees one moment."""
+
+    def __init__(self, url):
+        try:
+            import psycopg
+        except ImportError:
+            raise UserError("a store in PostgreSQL needs a package; pip install "
+                            "\"psycopg[binary]\"") from None
+        self.Error = psycopg.Error
+        parts = re.split(r"(?<=[?&])schema=([a-z_][a-z0-9_]{0,62})(?:&|$)", url, maxsplit=1)
+        before, self.schema, after = (*parts, "nanoconcept", "")[:3]
+        try:
+            # (what libpq says of a URL may quote the password)
+            if not re.fullmatch("[^/]*//[^/?@]*@?[^@]*", url):
+                raise self.Error
+            options = psycopg.conninfo.conninfo_to_dict(before + after)
+        except self.Error:
+            raise UserError(URL_HELP) from None
+        options = {"connect_timeout": 10, **options, "client_encoding": "utf8"}
+        with self.translated():
+            self.db = psycopg.connect(**options, autocommit=True)
+
+    def start(self, write, new, busy):
+        """Return whether the schema is empty. write: until it is closed nobody else may;
+        UserError(busy) where somebody does. new: make the schema if there is none."""
+        with self.translated():
+            # (a batch may wait for a model; a writer whose machine is gone holds its lock)
+            self.db.execute(f'''SET search_path = "{self.schema}"; SET lock_timeout = 10000;
+                SET idle_in_transaction_session_timeout = 0; SET tcp_keepalives_idle = 60;
+                SET default_transaction_isolation = "repeatable read";
+                SET default_transaction_read_only = {not write}''')
+        lock = zlib.crc32(f"nanoconcept {self.schema}".encode())
+        if write and not self.execute("SELECT pg_try_advisory_lock(?)", (lock,)).fetchone()[0]:
+            raise UserError(busy)
+        if new and not self.execute("SELECT current_schema()").fetchone()[0]:
+            self.execute(f'CREATE SCHEMA "{self.schema}"')
+        return not self.execute(FIND_TABLES).fetchone()
+
+    @contextlib.contextmanager
+    def translated(self):
+        try:
+            yield
+        except self.Error as e:
+            raise sqlite3.OperationalError(summary(e)) from None
+
+    def execute(self, query, values=(), method="execute"):
+        for ours, theirs in POSTGRES_SQL.items():
+            query = query.replace(ours, theirs)
+        with self.translated():
+            cursor = self.db.cursor(binary=True)
+            getattr(cursor, method)(query, values)
+            return cursor
+
+    def executemany(self, query, rows):
+        return self.execute(query, rows, "executemany")
+
+    @property
+    def in_transaction(self):
+        return self.db.info.transaction_status in (2, 3)  # fine, or failed
+
+    def __exit__(self, kind, *_):
+        if kind:
+            with contextlib.suppress(self.Error):  # of a connection that is lost
+                self.db.rollback()
+        else:
+            with self.translated():
+                self.db.commit()
+
+    def close(self):
+        with contextlib.suppress(self.Error):
+            self.db.rollback()
+            self.db.execute("SELECT pg_advisory_unlock_all()")  # before the next writer comes
+        self.db.close()
+
+
 def checksum(*entry):
     """Return the CRC-32 of an Entry without its own, types included: it finds every flipped bit and
     every damage of up to 32 bits in a row."""
@@ -162,11 +272,12 @@ def shape_of(text):
 
 
 class Store:
-    """Entries of a memory or a datastore on disk, one file, as numpy arrays to the outside. Each
-    belongs to a layer and a head, and has a key (D,), a value (E,), the end of the text that led
-    to it, where in that text it stands, how often and when last it was used, and a checksum. One
-    process writes at a time, any number read and see what is committed. What `batch` writes is on
-    the disk when it ends, whole, or not at all; so a process may be killed at any moment.
+    """Entries of a memory or a datastore on disk, as numpy arrays to the outside: one file, or one
+    schema of the server at a URL. Each belongs to a layer and a head, and has a key (D,), a value
+    (E,), the end of the text that led to it, where in that text it stands, how often and when last
+    it was used, and a checksum. One process writes at a time, any number read and see what is
+    committed. What `batch` writes is on the disk when it ends, whole, or not at all; so a process
+    may be killed at any moment.
 
     model: what the entries belong to (prepare.checkpoint_id); kind: "memory" or "knn"; key, value:
     (D, type), (E, type) of numpy. A store that holds something else is refused; None takes what it
@@ -176,19 +287,27 @@ class Store:
         self.path, self.lock, self.db = str(path), None, None
         wanted = {"format": STORE_FORMAT, "kind": kind, "model": model,
                   "key": key and f"{key[0]} {key[1]}", "value": value and f"{value[0]} {value[1]}"}
+        new, self.remote = write and None not in wanted.values(), re.match(URL, self.path)
+        missing = UserError(f"store {path} does not exist; python sample.py learn makes one")
+        busy = f"store {path} is being written by another process; wait for it to end"
         if os.path.isdir(path):
             raise UserError(f"store {path} is a folder; name a file")
-        if not os.path.isfile(path) and (not write or None in wanted.values()):
-            raise UserError(f"store {path} does not exist; python sample.py learn makes one")
+        if not (self.remote or os.path.isfile(path) or new):
+            raise missing
         lock = f"{path}.lock"
         if write and os.path.isfile(lock) and os.path.getsize(lock):
             raise UserError(f"{lock} holds something, and a store at {path} needs an empty file of "
                             f"that name; choose another name")
         try:
-            if write:
-                self.lock = prepare.hold(lock, f"store {path} is being written by another "
-                                               f"process; wait for it to end")
-            self.db, empty = connect(path, write)
+            if self.remote:
+                self.db = Postgres(self.path)
+                empty = self.db.start(write, new, busy)
+                if empty and not new:
+                    raise missing
+            else:
+                if write:
+                    self.lock = prepare.hold(lock, busy)
+                self.db, empty = connect(path, write)
             if write and empty:
                 self.create(wanted)
             self.recognize()
@@ -197,9 +316,11 @@ class Store:
                 self.db.execute("PRAGMA journal_mode = WAL")
         except (OSError, *DAMAGE) as e:
             self.close()
-            raise UserError(f"{path} cannot be opened ({summary(e)}): it is not a store of this "
-                            f"project, or damaged, or its folder takes no files; nothing in it was "
-                            f"changed, name another file") from None
+            raise UserError(f"{path} cannot be opened ({summary(e)}): " + (
+                "see that the server is there and lets you in, and that nothing else is in the "
+                "schema, or name another with ?schema=NAME" if self.remote else
+                "it is not a store of this project, or damaged, or its folder takes no files; "
+                "nothing in it was changed, name another file")) from None
         except UserError:
             self.close()
             raise
@@ -217,9 +338,7 @@ class Store:
     def recognize(self):
         """Read what the store is. sqlite3.DatabaseError unless the file has our tables, each page
         in its place, and nothing else: a view or a trigger of somebody else's is never run."""
-        # (what has no SQL are the indexes that SQLite makes for itself)
-        schema = set(self.db.execute("SELECT type, name, sql FROM sqlite_master "
-                                     "WHERE sql NOTNULL LIMIT 3"))
+        schema = set(self.db.execute(FIND_TABLES))
         if schema != SCHEMA:
             if {row[:2] for row in schema} == {row[:2] for row in SCHEMA}:
                 raise UserError(f"store {self.path} was made by another version of this program; "
@@ -329,10 +448,12 @@ class Store:
         return np.array(ids)
 
     def put(self, entries):
-        """Write each Entry, given without its checksum, in the place of one of the same id."""
+        """Write each Entry, given without its checksum, or its use where it is there already."""
         marks = ", ".join("?" * len(Entry._fields))
-        self.db.executemany(f"REPLACE INTO entries ({COLUMNS}) VALUES ({marks})",
-                            ((*entry, checksum(*entry)) for entry in entries))
+        self.db.executemany(
+            f"INSERT INTO entries ({COLUMNS}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET uses "
+            f"= excluded.uses, worth = excluded.worth, last = excluded.last, checksum = "
+            f"excluded.checksum", ((*entry, checksum(*entry)) for entry in entries))
 
     def entries(self, where="", *values):
         """Yield lists of Entry in the order of their ids."""
@@ -420,8 +541,8 @@ class Store:
         read. Return how many there were."""
         with self.batch():
             ids = self.within(what) if isinstance(what, str) else what
-            delete = "DELETE FROM entries WHERE id = ?"
-            gone = sum(self.db.execute(delete, (int(i),)).rowcount for i in ids)
+            gone = self.db.executemany("DELETE FROM entries WHERE id = ?",
+                                       [(int(i),) for i in ids]).rowcount
             facts = self.read_facts()
             self.put_facts({**facts, "n": facts["n"] - gone})
         return gone
@@ -458,10 +579,10 @@ class Store:
         """Return what the store says of itself, and its size: facts, bytes, entries, and a list
         of (layer, entries, used ones, uses)."""
         n = sum(map(len, self.sound()))
-        layers = self.db.execute("SELECT layer, COUNT(*), SUM(uses > 0), SUM(uses) FROM entries "
-                                 "GROUP BY layer").fetchall()
-        size, = self.db.execute("SELECT page_count * page_size FROM pragma_page_count, "
-                                "pragma_page_size").fetchone()
+        layers = self.db.execute(
+            "SELECT layer, COUNT(*), COUNT(NULLIF(uses, 0)), CAST(SUM(uses) AS BIGINT) "
+            "FROM entries GROUP BY layer ORDER BY layer").fetchall()
+        size, = self.db.execute(FIND_SIZE).fetchone()
         return {**self.facts, "bytes": size, "entries": n, "layers": layers}
 
 
@@ -562,7 +683,8 @@ def open_indexes(store, found):
             index = Clusters(keys, centroids, lists if check == now else None)
             indexes.setdefault(i, []).append(index)
             new.update(zip(names, (index.centroids, index.lists, now)))
-    if any(new[name] is not saved.get(name) for name in new if not name.endswith("keys")):
+    changed = any(new[name] is not saved.get(name) for name in new if not name.endswith("keys"))
+    if changed and not store.remote:
         try:
             with prepare.replacing(path) as f:
                 np.savez(f, **{name: t.numpy() for name, t in new.items()})

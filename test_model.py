@@ -57,6 +57,8 @@ from model import BLOCKS, Aux, GPT, GPTConfig, Layer, Sequence, attend, mlp, top
 from train import Data, TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+# the URL of a database in which the tests of stores may make schemas, and drop them
+POSTGRES = os.environ.get("NANOCONCEPT_POSTGRES", "")
 BASE = dict(vocab_size=24, block_size=16, layers="AA", n_head=2, n_embd=32, eot=5)
 NANOGPT = dict(norm="layer", mlp="gelu", pos="learned", init="gpt2", tie=True, qk_norm=False,
                embed_norm=False)
@@ -3390,10 +3392,10 @@ def test_interactive_turns(trained, decode, monkeypatch, name, begun, lines, mor
     assert text == (begun and line) + "".join(t + "\n" for t in (one, two)) + "\n"
 
 
-def test_a_conversation(trained, decode, tmp_path, monkeypatch):
+def test_a_conversation(trained, decode, place, tmp_path, monkeypatch):
     """Each side has its name, the model stops where the other would speak, and what was said is in
     the log, and in the memory: there the next conversation finds it, until it is forgotten."""
-    log, store = tmp_path / "talk.jsonl", tmp_path / "talk.db"
+    log, store = tmp_path / "talk.jsonl", place
     run(tmp_path / "m", REMEMBERS, data_dir=str(trained / "data"), dataset="bytes", max_iters=1)
     talk = [tmp_path / "m", "--interactive", f"--log={log}", f"--memory={store}",
             "--max_new_tokens=12"]
@@ -3806,13 +3808,44 @@ def add_texts(store, texts, spans):
                      source=store.read_facts()["next"])
 
 
-@pytest.fixture
-def store(tmp_path):
-    """Return the path of a store of 50 entries, whose name is an odd one."""
-    path = str(tmp_path / "a b?#.db")
+def with_entries(path):
+    """Return the path of a store of 50 entries, which is made."""
     with memory.Store(path, **FACTS, write=True) as s:
         s.add(0, *entries(50), now=1e9)
     return path
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Return the path of a store of 50 entries, whose name is an odd one."""
+    return with_entries(str(tmp_path / "a b?#.db"))
+
+
+@contextlib.contextmanager
+def schema():
+    """Yield the URL of a schema of PostgreSQL that is not there, and drop it behind the test."""
+    if not POSTGRES:
+        pytest.skip("NANOCONCEPT_POSTGRES is not set: no server to try stores on")
+    name = f"test_{os.getpid()}"
+    try:
+        yield f"{POSTGRES}{'&' if '?' in POSTGRES else '?'}schema={name}"
+    finally:
+        sql(POSTGRES, f"DROP SCHEMA IF EXISTS {name} CASCADE")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request, tmp_path):
+    """Return where a store may be made, a file and a URL."""
+    with schema() if request.param == "postgres" else contextlib.nullcontext(
+            str(tmp_path / "s b?#.db")) as path:
+        yield path
+
+
+@pytest.fixture
+def server_store():
+    """Return the URL of a store of 50 entries."""
+    with schema() as url:
+        yield with_entries(url)
 
 
 def on_store(path, *argv):
@@ -3821,16 +3854,25 @@ def on_store(path, *argv):
 
 
 def sql(path, script):
+    """Run SQL behind the back of the store at path, a file or a URL."""
+    if "://" in str(path):
+        psycopg = pytest.importorskip("psycopg")
+        url, _, name = path.partition(f"{'&' if '?' in POSTGRES else '?'}schema=")
+        with psycopg.connect(url) as db:
+            db.execute(f"SET search_path = {name or 'public'}; {script}")
+        return
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript(script)
 
 
-def test_a_store_gives_back_what_was_written(store):
+def test_a_store_gives_back_what_was_written(place):
     """Two layers, read beside a writer, who alone writes; of what is not committed nothing is
     seen."""
+    store, file = with_entries(place), "://" not in place
     head, keys, values, texts = entries(100, seed=5)
     with memory.Store(store, **FACTS, write=True) as s:
-        assert s.db.execute("PRAGMA synchronous").fetchone() == (2,)  # flushed before it is told
+        flushed = "PRAGMA synchronous" if file else "SHOW synchronous_commit"
+        assert s.db.execute(flushed).fetchone()[0] in (2, "on")  # before it is told
         ids = s.add(5, head, keys, values, texts, now=50.0)
         refused(lambda path: memory.Store(path, **FACTS, write=True), store,
                 "being written by another process; wait")
@@ -3840,16 +3882,16 @@ def test_a_store_gives_back_what_was_written(store):
                 assert len(reader.arrays(5)["ids"]) == 100
                 raise KeyError
             refused(reader.forget, [1], "cannot be used")
-    assert os.listdir(os.path.dirname(store)) == ["a b?#.db"]
+    assert not file or os.listdir(os.path.dirname(store)) == [os.path.basename(store)]
     with memory.Store(store) as s:
         want = dict(ids=ids, head=head, keys=keys, values=values, uses=[0] * 100, last=[50.0] * 100)
         assert all(np.array_equal(s.arrays(5)[k], v) for k, v in want.items())
         assert s.texts(ids[::-1]) == texts[::-1] and len(s.arrays(0)["keys"]) == 50
 
 
-def test_forgetting_and_pruning(tmp_path):
+def test_forgetting_and_pruning(place):
     """By number and by text; the best used stay, where a use counts half a half-life later."""
-    with memory.Store(tmp_path / "s.db", **FACTS, write=True) as s:
+    with memory.Store(place, **FACTS, write=True) as s:
         ids, ages = s.add(0, *entries(10), now=0.0), 3 * memory.HALF_LIFE
         s.touch(ids[:3], [9, 2, 1], now=0.0)  # worth 10, 3 and 2 then, and others 1
         s.touch(ids[3:4], 1, now=ages)  # 1 + 1/8, when 10 are 10/8
@@ -3865,10 +3907,10 @@ def test_forgetting_and_pruning(tmp_path):
         assert s.count() == 0
 
 
-def test_forgetting_a_text_takes_what_brings_it_back(tmp_path):
+def test_forgetting_a_text_takes_what_brings_it_back(place):
     """Entries for its characters go, wherever it was read, and none for what stands behind it; of
     tokens those that overlap it."""
-    with memory.Store(tmp_path / "s.db", **FACTS, write=True) as s:
+    with memory.Store(place, **FACTS, write=True) as s:
         def read(text):
             add_texts(s, [text[max(i - 9, 0):i + 1] for i in range(len(text))],
                       [(i, i + 1) for i in range(len(text))])
@@ -4005,6 +4047,99 @@ def test_a_full_disk_loses_no_entry(store):
         assert np.array_equal(s.arrays(0)["keys"], entries(50)[1])
 
 
+# The same on a server, whose own errors are those of the refusal.
+ALTERED_POSTGRES = """
+other tables: CREATE TABLE mine (x INT)
+other tables: CREATE VIEW mine AS SELECT 1
+other tables: CREATE INDEX mine ON entries (text)
+other tables: CREATE RULE mine AS ON INSERT TO facts DO ALSO NOTHING
+other tables: ALTER TABLE entries ENABLE ROW LEVEL SECURITY
+other tables: ALTER TABLE entries ALTER uses SET DEFAULT 1
+another version: ALTER TABLE entries ALTER layer TYPE INT
+another version: ALTER TABLE entries DROP CONSTRAINT entries_pkey
+other tables: ALTER TABLE entries SET UNLOGGED
+other tables: ALTER TABLE entries ADD CHECK (id > 0)
+cannot be read: UPDATE facts SET value = '{}'
+damaged entry (3: UPDATE entries SET layer = 7 WHERE id = 3
+damaged entry (3: UPDATE entries SET key = '' WHERE id = 3
+49 of its 50: DELETE FROM entries WHERE id = 3
+"""
+
+
+@pytest.mark.parametrize("row", table(ALTERED_POSTGRES))
+def test_only_what_a_store_has_is_opened_on_a_server(server_store, row):
+    word, script = row.split(": ", 1)
+    sql(server_store, script)
+
+    def read(url):
+        with memory.Store(url) as s:
+            s.arrays(0)
+    refused(read, server_store, word)
+
+
+def test_a_lost_connection_loses_no_entry(server_store):
+    """In the middle of a batch, and behind it; what was committed is there, and others may
+    write."""
+    with memory.Store(server_store, write=True) as s:
+        pid = s.db.db.info.backend_pid
+
+        def lose(n):
+            with s.batch():
+                s.add(0, *entries(n))
+                sql(server_store, f"SELECT pg_terminate_backend({pid})")
+                s.add(0, *entries(n))
+        refused(lose, 9, "cannot be used", "untouched")
+        for use in (s.forget, s.arrays, lambda ids: s.count()):
+            refused(use, [1], "cannot be used")
+    with memory.Store(server_store, write=True) as s:
+        assert np.array_equal(s.arrays(0)["keys"], entries(50)[1])
+        refused(lambda text: s.add(0, [0], np.zeros((1, 8)), np.zeros((1, 4)), [text]), "a\0b",
+                "cannot be used")
+        assert s.count() == len(s.arrays(0)["ids"]) == 50
+
+
+def test_a_server_that_does_not_let_in(server_store):
+    """No such database, a schema that is not there, nobody at that port: one sentence, and nothing
+    is made there."""
+    gone = server_store.replace("schema=", "schema=gone_")
+    for more in ({}, {"write": True}):
+        refused(lambda url: memory.Store(url, **more), gone, "does not exist", "learn")
+    for part, other in ((r"/\w+\?", "/gone?"), (r"://", "://nobody:x@127.0.0.1:1/x?a=")):
+        url = re.sub(part, other, server_store, count=1).partition("?")[0]
+        refused(memory.Store, url, "cannot be opened")
+
+
+def test_a_url_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    for scheme in ("postgres", "postgresql"):
+        refused(sample.main, ["memory", f"{scheme}://u@h/d", "stats"], "psycopg[binary]")
+
+
+SECRETS = """
+postgresql://me:se@cret@host/db
+postgresql://me:se/cret@host/db
+postgresql://me:secret%zz@host/db
+postgresql://me:secret@host/db?schema=A
+postgresql://me:secret@host/db?scheme=a
+postgresql://host/db?x=1&password=secret
+postgres://me:secret@host:port/db?sslpassword=secret&schema=a
+"""
+
+
+@pytest.mark.parametrize("url", table(SECRETS))
+def test_no_password_is_shown(url, tmp_path):
+    """Whatever is wrong with the URL, and wherever it stands."""
+    pytest.importorskip("psycopg")
+    for argv in (["memory", url, "stats"], [url], [f"--memori={url}"], [f"--seed={url}"],
+                 ["learn", f"--memory={url}"], ["memory", url]):
+        with pytest.raises(UserError) as e:
+            sample.main(argv)
+        shown = config.visible(str(e.value))
+        assert "secret" not in shown and "cret" not in shown
+        assert "\n" not in shown
+    assert config.visible("postgresql://me@host:5432/db") == "postgresql://me@host:5432/db"
+
+
 def test_docs_are_rendered_from_records(tmp_path, capsys):
     """No figure is typed by hand; a record that lacks a field is named."""
     assert bench.main(["render", "--check"]) == 0, capsys.readouterr().out
@@ -4044,8 +4179,8 @@ def test_curves_of_runs(trained, tmp_path):
         refused(bench.main, ["curves", *argv], words)
 
 
-def test_killed_writers_lose_nothing(tmp_path):
-    figures = bench.kill_writers(str(tmp_path / "s.db"), 3)
+def test_killed_writers_lose_nothing(place):
+    figures = bench.kill_writers(place, 3)
     assert figures["kills"] == 3 and figures["batches told committed"] > 0
     assert not figures["of them lost"] and not figures["damaged or half written"]
 
@@ -4095,14 +4230,14 @@ def test_output_vectors_of_a_text(name, n):
         agree(logits[t], out.logits[0, -1])
 
 
-def test_memory_from_the_shell(trained, tmp_path):
+def test_memory_from_the_shell(trained, place, tmp_path):
     """What was learned from a file is found, shown with its text, counted, and gone when it is
     forgotten; what one row of a decoder writes is its own."""
-    store, text, file = str(tmp_path / "m.db"), TEXT[:400], tmp_path / "t.txt"
+    store, text, file = place, TEXT[:400], tmp_path / "t.txt"
     file.write_text(text)
     shell = lambda *argv: quiet(sample.main, [f"--out_dir={trained}/memory", *argv])
     learn = ["learn", f"--memory={store}", str(file)]
-    assert shell(*learn).splitlines()[-1] == f"{store}: {399 * 4:,} entries"
+    assert shell(*learn).splitlines()[-1] == f"{config.visible(store)}: {399 * 4:,} entries"
     model, _ = sample.load(str(trained / "memory"))
     with memory.Store(store) as s:
         a = s.arrays(1)
@@ -4127,14 +4262,14 @@ def test_memory_from_the_shell(trained, tmp_path):
     assert shell(*learn, str(file)).count("entries") == 3
 
 
-def test_knn_from_the_shell(trained, decode, tmp_path):
+def test_knn_from_the_shell(trained, decode, place, tmp_path):
     """What was learned from files is what stands in them, and moves what is decoded by its weight,
     temperature and number of places."""
-    store, text = str(tmp_path / "k.db"), TEXT[:3000]
+    store, text = place, TEXT[:3000]
     for name, piece in (("t.txt", text), ("u.py", text[:500])):  # a text is a text
         (tmp_path / name).write_text(piece)
     shown = decode("strong", "learn", f"--knn={store}", f"{tmp_path}/t.txt", f"{tmp_path}/u.py")
-    assert shown.splitlines()[-1] == f"{store}: 3,498 entries"
+    assert shown.splitlines()[-1] == f"{config.visible(store)}: 3,498 entries"
     tok = tokenizer_of(trained / "strong")
     with memory.Store(store) as s:
         a = s.arrays(-1)
