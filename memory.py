@@ -769,8 +769,8 @@ class Neighbours:
         if not self.lam:
             return logits, found
         lam = self.lam * near[:, :1].float()
-        # (where none is near all would be NaN)
-        weights = (-d2.masked_fill(~near, math.inf) / self.temp).softmax(1).nan_to_num()
+        weights = ((d2[:, :1] - d2) / self.temp).exp() * near  # (the nearest, if any, is 1)
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
         p = torch.zeros_like(logits).scatter_add(1, self.tokens[rows], weights)
         ours = logits + torch.log1p(-lam)
         theirs = p.log() + lam.log() + logits.logsumexp(-1, keepdim=True)

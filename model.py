@@ -117,7 +117,7 @@ class GPTConfig:
     qk_norm: bool = True  # RMSNorm on queries and keys
     qk_scale: bool = False  # a learned factor of each head's normed scores, 1 at first
     embed_norm: bool = True  # RMSNorm on the embeddings
-    doc_mask: bool = False  # attention sees its own document alone, as all else does anyway
+    doc_mask: bool = False  # attention stops where its document began, as memories always do
     # recurrences and levels
     gate: str = "real"  # of R: positive (0 to 1) | real (-1 to 1) | complex (channel pairs turn)
     chunk: str | int = "4"  # positions in a chunk, or space (a word); "space,4": one value a depth
@@ -853,7 +853,7 @@ class Attention(Layer):
     arXiv:2010.04245, who learn a factor of normed scores, as qk_scale does.) The last n_value_embed
     token-level blocks A add a token embedding of their own to the values. (B, L, C) -> (B, L, C).
     """
-    ends_with_document = False  # it sees the whole window
+    ends_with_document = False  # it sees the whole window (unless doc_mask is on)
 
     def __init__(self, cfg, i):
         super().__init__()
@@ -895,9 +895,9 @@ class Attention(Layer):
         if cfg.n_value_embed > sum(item[0] == "A" for item in cfg.tree):
             raise ValueError(f"n_value_embed ({cfg.n_value_embed}) must lie between 0 and the "
                              f"number of token-level blocks A")
-        if cfg.doc_mask and (cfg.slot_gate or cfg.plan != "add"):
-            raise ValueError("doc_mask hides other documents, and slot_gate and plan = cross or "
-                             "latent let tokens look across; leave one of them out")
+        if cfg.doc_mask and (cfg.slot_gate or cfg.n_think or cfg.plan != "add"):
+            raise ValueError("doc_mask hides other documents, and slot_gate, n_think and plan = "
+                             "cross or latent let tokens look across; leave one of them out")
 
     def heads(self, qk, v, seq):
         """Split queries and keys, and values, (B, L, heads * D) into (B, heads, L, D)."""
@@ -2144,7 +2144,8 @@ class Level(Stack):
         if self.router is not None:
             sizes["key"] = (C,)
         cache = Cache.empty(like, B, L, open_sum=(C, torch.float32), **sizes)
-        states = Cache.empty(like, B, self.room, returned=(C,), docs=(torch.long,))
+        sizes = {"docs": (torch.long,)} if self.doc_mask else {}
+        states = Cache.empty(like, B, self.room, returned=(C,), **sizes)
         cache.inside = [states, *self.init_caches(B, self.room, like)]
         return cache
 
@@ -2258,16 +2259,17 @@ class Level(Stack):
         if scored is not None:
             scored = F.pad(scored, (n, 0))
         ended = seq.doc_ended | (chunks.docs > chunks.closed_docs)[:, -1:].any(1)
-        pos, caches, docs = None, None, F.pad(chunks.doc, (n, 0))
+        pos, caches = None, None
+        docs = F.pad(chunks.doc, (n, 0)) if self.doc_mask else None
         if cache is not None or self.n_pass > 1:
             pos = chunks.state.clamp(max=self.room - 1)
             caches = self.init_caches(len(x), self.room, x) if cache is None else cache.inside[1:]
-        if cache is not None:
+        if docs is not None and cache is not None:
             cache.inside[0].write(pos, docs=docs)
             docs = cache.inside[0]["docs"]
         aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
         inner = Sequence.of(x, seq.rope_table, 1, pos, self.room, seq.begins,
-                            docs if self.doc_mask else None,
+                            docs,
                             doc_start=F.pad(chunks.doc != chunks.doc_before, (n, 0)),
                             is_token=F.pad(chunks.exists, (n, 0), value=True), doc_ended=ended,
                             scored=scored, layer_mask=seq.layer_mask, memory=seq.memory,

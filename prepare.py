@@ -7,7 +7,7 @@
                                                      record of .jsonl .csv .parquet, is a document
     python prepare.py hf:roneneldan/TinyStories      the training split of a dataset of Hugging
                                                      Face's hub (pip install datasets), or of one
-                                                     of its parts, hf:NAME:PART
+                                                     of its configurations, hf:NAME:CONFIG
     python prepare.py gpt2.txt --separator='<|endoftext|>'   documents end there in a text
     python prepare.py book.txt --tokenizer=bpe:4096  a tokenizer trained on the text
     python prepare.py book.txt --tokenizer=out/gpt   that of a checkpoint, to train it further
@@ -1039,7 +1039,7 @@ def hub_records(path):
         found = datasets.load_dataset(name, part.rstrip(":") or None, split="train")
     except Exception as e:
         raise UserError(f"{path} cannot be loaded by the package datasets: {config.summary(e)}; "
-                        f"give hf:NAME, or hf:NAME:PART, of one that has a training "
+                        f"give hf:NAME, or hf:NAME:CONFIG, of one that has a training "
                         f"split") from None
     yield from enumerate(found, 1)
 
@@ -1256,7 +1256,8 @@ def prepare_text(paths, cfg, folder, source):
     notes |= {"whole": True} if marker else {}
     made_from = origin_hash(folder, cfg, source=source, tokenizer=kind,
                             **{"separator": "", **notes},
-                            paths=[os.path.abspath(p) for p in files] if source == "files" else [])
+                            paths=[p if ending(p) == "hf:" else os.path.abspath(p) for p in files]
+                            if source == "files" else [])
     n_chars, chars, seen, n_ends = 0, set(), set(), 0
     size = sum(os.path.getsize(p) for p in paths if os.path.exists(p))
     with bar(total=size, desc="read", unit="B", unit_scale=True) as shown:

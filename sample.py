@@ -102,7 +102,7 @@ class SampleConfig:
     knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
     knn_k: int = 256  # knn: how many places
     knn_temp: float = 0.0625  # knn: a place at distance d counts exp(-d^2 / (knn_temp n_embd))
-    knn_within: float = 0.0  # knn: and nothing where d^2 / n_embd is above this; 0: always
+    knn_within: float = 0.0  # knn: places with d^2 / n_embd above this do not count; 0: no limit
     limit: int = 20  # memory list: entries to show; 0: all
     # output
     interactive: bool = False  # talk: lines are typed and answered in turn, with all in view
@@ -1270,7 +1270,7 @@ def show(made, text, i, tok, cfg, mcfg):
     return f"\033[{'36;4' if cfg.soft else f'38;5;{colour}'}m{text}\033[0m"
 
 
-def check_page(path, name="trace_html", start=PAGE):
+def check_page(path, name="trace_html", start=PAGE.partition("\n")[0]):
     """Raise UserError where a page at path, the setting of this name, would take the place of
     something else (ours has this start), or has no folder."""
     if not os.path.isdir(os.path.dirname(path) or "."):
@@ -1292,8 +1292,8 @@ def write_page(path, prompt, samples, mcfg, plans):
     marks, page = sorted(scale, key=scale.get), [PAGE]
     for at in sorted({i * (len(marks) - 1) // 4 for i in range(5)} if marks else ()):
         page += TOKEN.format("i", scale[marks[at]], "", marks[at]), "\n"
-    page.append("<p>Point at a token, or tap it: what its colour means, and how likely the model "
-                "found it. Underlined: soft. Without a colour: the prompt.")
+    page.append("<p>Point at or tap a token to see what its colour means and how likely the model "
+                "found it. Underlined tokens were soft; the prompt has no colour.")
     for pieces in samples:
         page += "<pre>\n", shown(prompt)  # (a line end right behind the tag is not shown)
         for text, made in pieces:

@@ -4398,6 +4398,7 @@ train
   --question_weight=2
   --doc_mask=True --layers=R => nothing to work on
   --doc_mask=True --layers=(A)A --plan=cross => doc_mask | look across
+  --doc_mask=True --n_think=2 --think_token=3 => doc_mask | n_think
   --share_levels => nothing to work on ; --mem_straight => nothing to work on
   --exit_keys => nothing to work on ; --exit_classifier => nothing to work on
   --layers=.A => between ; --layers=A. => between ; --layers=A..A => between
@@ -4716,8 +4717,8 @@ def commands_of(text):
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in (
     "GUIDE", "HOWTO", "CONTRIBUTING", "YOUR_IDEA"))])
 def test_commands_of_the_docs_are_taken(page):
-    """Each is one that its program begins with: its presets are there, its flags have those values
-    and go together."""
+    """Each parses: its preset exists, each flag takes its value, and a run from scratch has no idle
+    one."""
     n = 0
     for words in commands_of(pathlib.Path(HERE, page).read_text(encoding="utf-8")):
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -4741,6 +4742,8 @@ def test_commands_of_the_docs_are_taken(page):
             kind(**values)
             if found and known is sample:
                 assert values.keys() <= {"out_dir", *sample.COMMANDS[found[0]][1].split()}, argv
+        else:
+            assert program == "llama.cpp/convert_hf_to_gguf.py", words
     assert n > (page == "README.md") * 15
 
 

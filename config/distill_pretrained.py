@@ -1,7 +1,8 @@
 """A pretrained model with memories in place of all of its feed-forward layers: learned slots in the
-first 20 blocks, and in the last 10 entries of what was read. It starts as its teacher's clone, and
-learns to say what that says and to give, layer by layer, what its layers gave. The teacher is
-SmolLM2-135M (docs/HOWTO.md imports it), and the dataset any text in its tokens:
+first 20 blocks, and in the last 10 entries of what was read. All but the memories is copied from
+the teacher. It learns the teacher's predictions and, layer by layer, the outputs of the layers that
+were replaced. The teacher is SmolLM2-135M (docs/HOWTO.md imports it), the dataset any text in its
+tokens:
 
     python prepare.py book.txt --tokenizer=out/smol
     python train.py config/distill_pretrained.py --dataset=book
