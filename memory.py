@@ -155,9 +155,9 @@ def connect(path, write):
     return db, empty
 
 
-# What a Store says to SQLite, and how PostgreSQL says it, in this order. Its catalog is told as
-# SQLite would tell it, and what could run something of somebody else's, or lose rows in a crash, is
-# no "table" there.
+# The SQL of a Store for SQLite, and that of PostgreSQL, replaced in this order. The catalog is listed
+# as SQLite lists its own; a table that could run somebody else's code, or lose rows in a crash, is
+# listed as no "table".
 POSTGRES_SQL = {
     "?": "%s", "INTEGER": "BIGINT", "REAL": "DOUBLE PRECISION", "BLOB": "BYTEA",
     "PRAGMA integrity_check(1)": "SELECT 'ok'",  # the server sees to its pages
@@ -448,7 +448,7 @@ class Store:
         return np.array(ids)
 
     def put(self, entries):
-        """Write each Entry, given without its checksum, or its use where it is there already."""
+        """Insert each Entry, given without its checksum; where its id is there, update its use."""
         marks = ", ".join("?" * len(Entry._fields))
         self.db.executemany(
             f"INSERT INTO entries ({COLUMNS}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET uses "

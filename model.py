@@ -2268,8 +2268,7 @@ class Level(Stack):
             cache.inside[0].write(pos, docs=docs)
             docs = cache.inside[0]["docs"]
         aux = replace(aux, ff_outputs=None)  # those of token-level blocks are recorded
-        inner = Sequence.of(x, seq.rope_table, 1, pos, self.room, seq.begins,
-                            docs,
+        inner = Sequence.of(x, seq.rope_table, 1, pos, self.room, seq.begins, docs,
                             doc_start=F.pad(chunks.doc != chunks.doc_before, (n, 0)),
                             is_token=F.pad(chunks.exists, (n, 0), value=True), doc_ended=ended,
                             scored=scored, layer_mask=seq.layer_mask, memory=seq.memory,

@@ -1029,14 +1029,14 @@ def parquet_records(path):
 
 
 def hub_records(path):
-    _, name, part = f"{path}:".split(":", 2)
+    name, _, part = path.removeprefix("hf:").partition(":")
     try:
         import datasets
     except ImportError:
         raise UserError(f"{path} is fetched by the package datasets; install it: pip install "
                         f"datasets") from None
-    try:  # (it raises a class of its own for each of its doings, some right from the network's)
-        found = datasets.load_dataset(name, part.rstrip(":") or None, split="train")
+    try:  # (what it raises is of many classes, some of them those of its network library)
+        found = datasets.load_dataset(name, part or None, split="train")
     except Exception as e:
         raise UserError(f"{path} cannot be loaded by the package datasets: {config.summary(e)}; "
                         f"give hf:NAME, or hf:NAME:CONFIG, of one that has a training "
@@ -1098,9 +1098,10 @@ def expand(inputs, stack, field=""):
                                 "standard input" + ".jsonl" * bool(field))
             with open(name, "wb") as f:
                 shutil.copyfileobj(sys.stdin.buffer, f)
-        hub = ending(name) == "hf:"
-        found += [name] * hub
-        for path in () if hub else sorted(glob.glob(name, recursive=True)) or [name]:
+        if ending(name) == "hf:":
+            found.append(name)
+            continue
+        for path in sorted(glob.glob(name, recursive=True)) or [name]:
             # (what is no folder is an error of os.walk; why it cannot be read is said when it is)
             for at, folders, files in os.walk(path, onerror=lambda e: found.append(e.filename)):
                 folders[:] = sorted(x for x in folders if x[0] != ".")
