@@ -155,9 +155,9 @@ def connect(path, write):
     return db, empty
 
 
-# The SQL of a Store for SQLite, and that of PostgreSQL, replaced in this order. The catalog is listed
-# as SQLite lists its own; a table that could run somebody else's code, or lose rows in a crash, is
-# listed as no "table".
+# The SQL of a Store for SQLite, and that of PostgreSQL, replaced in this order. The catalog is
+# listed as SQLite lists its own; a table that could run somebody else's code, or lose rows in a
+# crash, is listed as no "table".
 POSTGRES_SQL = {
     "?": "%s", "INTEGER": "BIGINT", "REAL": "DOUBLE PRECISION", "BLOB": "BYTEA",
     "PRAGMA integrity_check(1)": "SELECT 'ok'",  # the server sees to its pages
