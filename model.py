@@ -62,6 +62,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------
@@ -615,15 +616,24 @@ def causal_pieces(T, device):
             for a, b in itertools.pairwise(cuts)]
 
 
+def skips_blocks(x):
+    """Return whether blocks of 128 x 128 scores that nothing sees are skipped: a compiler can."""
+    return x.device.type == "cuda" and torch.compiler.is_compiling() and x.size(1) > 128
+
+
 def attend(q, k, v, mask, dropout):
     """Softmax attention: q (B, H, T, D), k and v (B, Hkv, L, D) -> (B, H, T, D).
 
-    mask (B, 1, T, L) is True where a query may look; None means causal, with T = L. On a CPU in
+    mask (B, 1, T, L) is True where a query may look; None means causal, with T = L; a BlockMask
+    leaves blocks of scores out (FlexAttention, Dong et al. 2024, arXiv:2412.05496). On a CPU in
     bf16 the attention is written out: the compiler fuses it, while the backward of PyTorch's own
     kernel runs about ten times slower in bf16 than in fp32 there.
     """
     B, H, T, D = q.shape
     groups, on_cpu = k.size(1), q.device.type == "cpu"
+    if isinstance(mask, BlockMask):
+        q, k, v = (t.contiguous() for t in (q, k, v))  # (others went wrong in torch 2.13 on a CPU)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != groups)
     low = q.dtype != torch.float32
     if on_cpu and T == 1 and mask is not None and (low or torch.compiler.is_compiling()):
         # one query: sums, which the compiler fuses
@@ -776,6 +786,7 @@ class Sequence:
     scored: torch.Tensor | None = None  # (B, L) scored targets there; None: there is no loss
     kv_input: torch.Tensor | None = None  # (B, L, C) what keys and values are made of; None: x
     layer_mask: torch.Tensor | None = None  # (n_layer,) 0 for a block that is left out; None: none
+    blocks: BlockMask | None = None  # what mask says, for FlexAttention; None: there is only mask
     memory: dict | None = None  # {block: Memory} that blocks M read
     recompute: bool = False  # keep only the input of each block, and compute it again going back
 
@@ -925,8 +936,9 @@ class Attention(Layer):
         if cache is not None:
             k, v = cache.attended(seq.pos, k, v)
         dropout = self.dropout if self.training else 0.0
+        blocks = None if dropout or self.head_dim < 16 else seq.blocks  # (FlexAttention has limits)
         if self.slot_gate is None or seq.tokens is None:  # (a level may share this block)
-            y = attend(q, k, v, seq.mask, dropout)
+            y = attend(q, k, v, seq.mask if blocks is None else blocks, dropout)
         else:
             y = self.attend_apart(q, k, v, seq, dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, L, -1))
@@ -3171,6 +3183,10 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         ids = likeliest if ids is None else ids
         more["doc_start"] = F.pad(ids == cfg.eot, (S, 0))
         docs = more["doc_start"].cumsum(1) if cfg.doc_mask else None
+        if docs is not None and state is None and skips_blocks(x):
+            more["blocks"] = create_block_mask(
+                lambda b, h, i, j: (j <= i) & (docs[b, i] == docs[b, j]), len(x), None,
+                x.size(1), x.size(1), x.device)
         if self.ends_word is not None:
             more["word_end"] = self.ends_word[ids]
         if targets is not None:  # a token that is a target is scored where it stands

@@ -1931,6 +1931,21 @@ def test_a_document_mask_needs_documents():
     assert split(dataset="cipher").facts(cfg)["eot"] >= 0
 
 
+@pytest.mark.parametrize("more", ["n_kv_head=2", "layers=A(A)A chunk=2", "SLOTS"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_blocks_that_nothing_sees_are_left_out(more, monkeypatch):
+    """What compiled training on a GPU reads windows with gives what the mask gives."""
+    v = dict(BASE, n_embd=64, n_head=4, block_size=160, eot=5, doc_mask=True, **settings(more))
+    m, masks, plain = wake(GPT(GPTConfig(**v))).eval(), [], model.attend
+    x, h = inputs(m)
+    monkeypatch.setattr(model, "attend", lambda *a: masks.append(type(a[3])) or plain(*a))
+    with torch.no_grad():
+        whole = m(x, history=h).logits
+        monkeypatch.setattr(model, "skips_blocks", lambda x: True)
+        agree(m(x, history=h).logits, whole)
+    assert masks.count(model.BlockMask) == sum(item[0] == "A" for item in m.cfg.tree)
+
+
 @pytest.mark.parametrize("dataset", ["text", "cipher"])
 def test_accumulation_is_one_batch(tmp_path, dataset):
     """One batch of 8 or 4 micro-steps of 2, also where rows score unequal numbers of tokens."""

@@ -382,7 +382,7 @@ class Data:
             mcfg.soft_rate or mcfg.n_soft or mcfg.doc_mask
         if eot < 0 and begins_again and self.eot is not None:
             eot = self.eot
-        if mcfg.doc_mask and eot < 0:
+        if mcfg.doc_mask and not (self.tokens[:1 << 24] == eot).any():
             raise UserError("doc_mask needs a dataset whose documents end: prepare it from several "
                             "files, or with --separator")
         if "(" in mcfg.layers and mcfg.chunk.startswith("space"):
