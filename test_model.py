@@ -5149,6 +5149,24 @@ def test_two_ranks_are_one(tmp_path):
           ["--batch_size=2", "--gradient_accumulation_steps=2"])
 
 
+def test_shards_of_optimizers_are_the_whole(tmp_path):
+    """Two processes that keep the state of half the parameters each, stopped and gone on with, and
+    then one process, end as two that keep all; the checkpoint is the same."""
+    argv = lambda out, steps, *more: small_run(
+        tmp_path / out, "--eval_interval=99", "--layers=R(A)A", "--lr_decay_iters=12",
+        f"--max_iters={steps}", "--weight_decay=0.1", *more)
+    torchrun(2, *argv("a", 12))
+    torchrun(2, *argv("b", 4, "--shard_optimizer=True"))
+    torchrun(2, *argv("b", 8, "--shard_optimizer=True", "--init_from=resume"))
+    assert cli(*argv("b", 12, "--init_from=resume")).returncode == 0
+    a, b = (prepare.load_checkpoint(tmp_path / x / "ckpt.pt") for x in "ab")
+    for k in ("model", "optimizers"):
+        one, other = (torch.utils._pytree.tree_flatten(c[k]) for c in (a, b))
+        assert one[1] == other[1]
+        for x, y in zip(one[0], other[0]):
+            agree(x, y) if torch.is_tensor(x) else None
+
+
 def test_the_programs_run_from_the_shell(tmp_path):
     """A compiled training, and sampling by the command that its last line gives."""
     r = cli(*small_run(tmp_path, "--compile=True", "--max_iters=5", "--history=16", "--n_span=4",

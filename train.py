@@ -75,6 +75,7 @@ class TrainConfig:
     weight_decay: float = 0.0  # decoupled, on everything with two dimensions
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
+    shard_optimizer: bool = False  # several processes: each keeps what it needs to step its share
     grad_clip: float = 1.0  # clip the gradient to this norm; 0: do not
     ema_decay: float = 0.99  # of concept_of = ema: share of the average that each step keeps
     semantic_table: str = "own"  # embeddings of semantic losses: own | ppmi (of the text) | random
@@ -550,9 +551,7 @@ def semantic_table(kind, tokens, V, C):
 
 def shared_out(x, do):
     """Return do(x) of rows x (n, ...) that are the same in all processes: each does its share."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1:
-        return do(x)
+    world = dist.get_world_size()
     size = -(-len(x) // world)
     mine = x[dist.get_rank() * size:][:size]
     mine = do(torch.cat((mine, x[:1].expand(size - len(mine), *x.shape[1:]))))  # (all as many)
@@ -565,15 +564,17 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal by Newton-Schulz iterations, as the
     update of a matrix. The rule of torch.optim.Muon, but matrices of one shape go through the
     iterations together, the parts of a fused matrix (its `parts`, row counts) each on its own, and
-    a matrix that has more rows than columns is transposed first. Processes share the iterations.
+    a matrix that has more rows than columns is transposed first. Processes share the iterations of
+    matrices that they all have (`shared`).
     """
     QUINTIC = (3.4445, -4.7750, 2.0315)
 
-    def __init__(self, params, lr, momentum, weight_decay, ns_steps, dtype=torch.bfloat16):
+    def __init__(self, params, lr, momentum, weight_decay, ns_steps, dtype=torch.bfloat16,
+                 shared=False):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
         super().__init__(params, defaults)
         # of the iterations: bf16 is enough, fp32 lets runs of several shapes agree closely
-        self.dtype = dtype
+        self.dtype, self.shared = dtype, shared
 
     @classmethod
     def orthogonalize(cls, x, steps, dtype):
@@ -609,16 +610,26 @@ class Muon(torch.optim.Optimizer):
                         target, update = target.T, update.T
                     by_shape.setdefault(update.shape, []).append((target, update, scale))
             for matrices in by_shape.values():
+                do = lambda x: self.orthogonalize(x, group["ns_steps"], self.dtype)
                 updates = torch.stack([update for _, update, _ in matrices])
-                updates = shared_out(
-                    updates, lambda x: self.orthogonalize(x, group["ns_steps"], self.dtype))
+                updates = shared_out(updates, do) if self.shared else do(updates)
                 for (target, _, scale), update in zip(matrices, updates):
                     target.add_(update, alpha=-group["lr"] * scale)
 
 
-def make_optimizers(model, tcfg):
+def make_optimizers(model, tcfg, world=1):
     """Return AdamW, and Muon where it has something to do, for the groups that parameters state
-    (without Muon matrices are among the tables); each group has its peak_lr."""
+    (without Muon matrices are among the tables); each group has its peak_lr. With shard_optimizer
+    each of `world` processes steps its share of the parameters, and keeps state of no others (ZeRO,
+    Rajbhandari et al. 2020, arXiv:1910.02054)."""
+    shard = tcfg.shard_optimizer and world > 1
+
+    def make(kind, params, **more):
+        if not shard:
+            return kind(params, **more)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer(params, kind, **more)
+
     groups = {name: [] for name in GROUPS}
     for p in filter(lambda p: p.requires_grad, model.parameters()):
         matrix = p.group == "matrix" and tcfg.optimizer != "muon"
@@ -627,11 +638,12 @@ def make_optimizers(model, tcfg):
             dict(params=groups["gain"], weight_decay=0.0),
             dict(params=groups["values"], weight_decay=0.0, lr=tcfg.learning_rate * tcfg.value_lr)]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    optimizers = [torch.optim.AdamW([g for g in adam if g["params"]], lr=tcfg.learning_rate,
-                                    betas=(tcfg.beta1, tcfg.beta2), fused=fused)]
+    optimizers = [make(torch.optim.AdamW, [g for g in adam if g["params"]], lr=tcfg.learning_rate,
+                       betas=(tcfg.beta1, tcfg.beta2), fused=fused)]
     if groups["matrix"]:
-        optimizers.append(Muon(groups["matrix"], tcfg.muon_lr, tcfg.momentum, tcfg.weight_decay,
-                               tcfg.ns_steps, model.dtype))
+        muon = functools.partial(Muon, dtype=model.dtype, shared=world > 1 and not shard)
+        optimizers.append(make(muon, groups["matrix"], lr=tcfg.muon_lr, momentum=tcfg.momentum,
+                               weight_decay=tcfg.weight_decay, ns_steps=tcfg.ns_steps))
     for o in optimizers:
         for g in o.param_groups:
             g["peak_lr"] = g["lr"]
@@ -1057,7 +1069,7 @@ class Runner:
         # losses are scaled: fp16 would lose small gradients
         self.beyond = 0  # steps in a row that were left out
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-        self.optimizers = make_optimizers(self.model, tcfg)
+        self.optimizers = make_optimizers(self.model, tcfg, place.world)
         self.compiled = can_compile(place, tcfg, say)
         self.inner = self.maybe_compile(self.model)
         self.teacher, self.replaced = None, {}
@@ -1162,7 +1174,7 @@ class Runner:
         """Draw new weights and make new optimizers; what is compiled stays."""
         self.model.load_state_dict(GPT(self.mcfg, seed).state_dict())
         self.move_averages(0.0)
-        self.optimizers = make_optimizers(self.model, self.tcfg)
+        self.optimizers = make_optimizers(self.model, self.tcfg, self.place.world)
         self.memory = self.model.init_memory(self.my_rows) if self.tcfg.stream else {}
 
     def draw(self, step):
@@ -1429,14 +1441,33 @@ UNFIT = RuntimeError, ValueError, LookupError, TypeError, AttributeError  # of d
 def restore_optimizer(optimizer, saved, step):
     """Give an optimizer the state of one that took `step` steps, but the rates of the settings;
     raise ValueError unless it has, for each parameter, what a step leaves: kernels trust it."""
-    own, like = optimizer.state_dict()["param_groups"], {}
+    like, muon = {}, "momentum" in optimizer.param_groups[0]
     parameters = itertools.chain(*(g["params"] for g in optimizer.param_groups))
     for i, p in enumerate(parameters if step else ()):
-        like[i] = {"momentum": p} if isinstance(optimizer, Muon) else \
+        like[i] = {"momentum": p} if muon else \
             {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
     if shapes(saved["state"]) != shapes(like):
         raise ValueError("its optimizers have other parts")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+    give_state(optimizer, saved["state"])
+
+
+def give_state(optimizer, state):
+    """Give an optimizer a state, {index of a parameter: {name: value}}; its rates stay. One that is
+    sharded takes its share."""
+    groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+    if hasattr(optimizer, "optim"):
+        optimizer.state.clear()  # a second copy
+        optimizer.optim.load_state_dict(optimizer.optim.state_dict())  # steps where it wants them
+
+
+def whole_state(optimizer):
+    """Return an optimizer's state_dict; of one that is sharded, to which all processes add theirs,
+    on the first process alone."""
+    if hasattr(optimizer, "optim"):
+        optimizer.consolidate_state_dict()
+        return optimizer.state_dict() if dist.get_rank() == 0 else {}
+    return optimizer.state_dict()
 
 
 def restore_memory(run, saved):
@@ -1560,7 +1591,7 @@ class Training:
                     restore_optimizer(o, state, saved["step"])
                 grow_optimizers(fresh, kept, grown)
                 for o, f in zip(run.optimizers, fresh):
-                    o.load_state_dict({**o.state_dict(), "state": f.state_dict()["state"]})
+                    give_state(o, f.state_dict()["state"])
         except UNFIT as e:
             of_data, flags = ("n_layer", *OF_DATA), []
             for k, (old, _) in differences(theirs, settings(self.mcfg)).items():
@@ -1643,7 +1674,7 @@ class Training:
                   for i, m in run.memory.items()}
         return {**vars(self.progress), "val_loss": val_loss, "memory": memory,
                 "model": run.model.state_dict(),
-                "optimizers": [o.state_dict() for o in run.optimizers],
+                "optimizers": [whole_state(o) for o in run.optimizers],
                 "scaler": run.scaler.state_dict(),
                 "model_config": settings(self.mcfg), "train_config": vars(self.tcfg),
                 "tokenizer": meta["tokenizer"], "data": self.data, "dataset": self.tcfg.dataset}
