@@ -389,8 +389,9 @@ class Trial:
         cfg = dataclasses.replace(cfg, seeds=self.seeds or cfg.seeds,
                                   jobs=1 if self.alone else cfg.jobs)
         arms = {name: f"{self.base} {flags}" for name, flags in self.arms.items()}
-        for flags in arms.values():
-            make_task(cfg, read_arm(flags)[1].get("dataset", cfg.dataset))
+        datasets = {read_arm(flags)[1].get("dataset", cfg.dataset): 0 for flags in arms.values()}
+        for name in datasets:
+            make_task(cfg, name)
         times = {}
         if self.timing:
             times, arms = once(cfg, str(arms), lambda: time_arms(cfg, self, arms))
@@ -414,7 +415,8 @@ class Trial:
         middle = lambda values: mean(values) if is_number(values[0]) else values[0]
         rows = [{"arm": name, **{k: middle(f[k]) for k in columns if f.get(k)}}
                 for name, f in figures.items()]
-        yield Table(f"{self.title} ({cfg.dataset}, {cfg.seeds} seeds, baseline: {baseline})", rows,
+        n = f"{cfg.seeds} seed{'s' * (cfg.seeds > 1)}"
+        yield Table(f"{self.title} ({', '.join(datasets)}; {n}; baseline: {baseline})", rows,
                     figures)
 
 

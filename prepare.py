@@ -1041,7 +1041,8 @@ def hub_records(path):
         raise UserError(f"{path} cannot be loaded by the package datasets: {config.summary(e)}; "
                         f"give hf:NAME, or hf:NAME:CONFIG, of one that has a training "
                         f"split") from None
-    yield from enumerate(found, 1)
+    texts = [k for k, v in found.features.items() if "string" in str(getattr(v, "dtype", ""))]
+    yield from enumerate(found.select_columns(texts), 1)
 
 
 # endings of files of records -> function that yields (line, record as a dict); what is wrong with
