@@ -273,6 +273,8 @@ def start_run(m, t, profiled=False):
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(mcfg.vocab_size, (2, run.n_rows, mcfg.block_size), generator=g)
     h = torch.randint(mcfg.vocab_size, (run.n_rows, mcfg.n_history), generator=g)
+    if mcfg.eot >= 0:  # documents of 400 tokens on average
+        x.masked_fill_(torch.rand(x.shape, generator=g) < 1 / 400, mcfg.eot)
     if tcfg.score_last:
         y[:, :-tcfg.score_last] = -1
     tcfg.max_iters = NEVER  # constant learning rate
@@ -415,8 +417,9 @@ class Trial:
         middle = lambda values: mean(values) if is_number(values[0]) else values[0]
         rows = [{"arm": name, **{k: middle(f[k]) for k in columns if f.get(k)}}
                 for name, f in figures.items()]
-        n = f"{cfg.seeds} seed{'s' * (cfg.seeds > 1)}"
-        yield Table(f"{self.title} ({', '.join(datasets)}; {n}; baseline: {baseline})", rows,
+        n = {len(f["val loss"]) for f in figures.values()}
+        seeds = f"{max(n)} seed{'s' * (max(n) > 1)}; " if len(n) == 1 and max(n) else ""
+        yield Table(f"{self.title} ({', '.join(datasets)}; {seeds}baseline: {baseline})", rows,
                     figures)
 
 
@@ -1298,9 +1301,9 @@ def gpu_options(cfg, device):
     shape = f"{LARGE}16" if device == "cuda" else SIZES["4 layers, 128 wide, 12 x 64"]
     arms = {flags: read_arm(f"{shape} {flags}") for flags in (
         "--dtype=bfloat16", "--dtype=float16", "--dtype=bfloat16 --grad_checkpoint=True",
-        "--dtype=bfloat16 --doc_mask=True")}
+        "--dtype=bfloat16 --eot=0 --doc_mask=True")}
     times, about = step_times(arms, cfg.rounds, together=device == "cuda")
-    yield Table(f"a training step, {shape.split(' --vocab')[0]}: fp16, blocks again, doc_mask",
+    yield Table(f"a training step, {shape.split(' --vocab')[0]}: fp16, grad_checkpoint, doc_mask",
                 [{"arm": flags, "ms a step": 1000 * median(t), "peak MB": about[flags]["peak MB"],
                   "first step s": about[flags]["compile"]} for flags, t in times.items()])
 

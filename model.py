@@ -617,8 +617,11 @@ def causal_pieces(T, device):
 
 
 def skips_blocks(x):
-    """Return whether blocks of 128 x 128 scores that nothing sees are skipped: a compiler can."""
-    return x.device.type == "cuda" and torch.compiler.is_compiling() and x.size(1) > 128
+    """Return whether FlexAttention reads x, which skips blocks of 128 x 128 scores that are masked
+    whole: in what is compiled for one GPU. (Several need a switch of DDP's that nobody has tried.)
+    """
+    return (x.device.type == "cuda" and x.size(1) > 128 and torch.compiler.is_compiling()
+            and not torch.distributed.is_initialized())
 
 
 def attend(q, k, v, mask, dropout):
@@ -632,7 +635,7 @@ def attend(q, k, v, mask, dropout):
     B, H, T, D = q.shape
     groups, on_cpu = k.size(1), q.device.type == "cpu"
     if isinstance(mask, BlockMask):
-        q, k, v = (t.contiguous() for t in (q, k, v))  # (others went wrong in torch 2.13 on a CPU)
+        q, k, v = (t.contiguous() for t in (q, k, v))  # (strides went wrong in torch 2.13 on a CPU)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != groups)
     low = q.dtype != torch.float32
     if on_cpu and T == 1 and mask is not None and (low or torch.compiler.is_compiling()):
@@ -936,9 +939,10 @@ class Attention(Layer):
         if cache is not None:
             k, v = cache.attended(seq.pos, k, v)
         dropout = self.dropout if self.training else 0.0
-        blocks = None if dropout or self.head_dim < 16 else seq.blocks  # (FlexAttention has limits)
+        # FlexAttention has no dropout, and heads of 16 channels or more, 128 to be sure
+        fits = not dropout and 16 <= self.head_dim <= 128 and skips_blocks(x)
         if self.slot_gate is None or seq.tokens is None:  # (a level may share this block)
-            y = attend(q, k, v, seq.mask if blocks is None else blocks, dropout)
+            y = attend(q, k, v, seq.blocks if fits and seq.blocks else seq.mask, dropout)
         else:
             y = self.attend_apart(q, k, v, seq, dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, L, -1))

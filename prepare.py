@@ -1042,6 +1042,9 @@ def hub_records(path):
                         f"give hf:NAME, or hf:NAME:CONFIG, of one that has a training "
                         f"split") from None
     texts = [k for k, v in found.features.items() if "string" in str(getattr(v, "dtype", ""))]
+    if not texts:
+        raise UserError(f"{path} has no column of text among {', '.join(found.features)}; write "
+                        f"its text to .jsonl files first")
     yield from enumerate(found.select_columns(texts), 1)
 
 

@@ -1934,7 +1934,7 @@ def test_a_document_mask_needs_documents():
 @pytest.mark.parametrize("more", ["n_kv_head=2", "layers=A(A)A chunk=2", "SLOTS"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_blocks_that_nothing_sees_are_left_out(more, monkeypatch):
-    """What compiled training on a GPU reads windows with gives what the mask gives."""
+    """FlexAttention, which what is compiled for a GPU uses, gives what the mask gives."""
     v = dict(BASE, n_embd=64, n_head=4, block_size=160, eot=5, doc_mask=True, **settings(more))
     m, masks, plain = wake(GPT(GPTConfig(**v))).eval(), [], model.attend
     x, h = inputs(m)
@@ -2690,7 +2690,14 @@ def test_datasets_of_the_hub(tmp_path, monkeypatch):
     def load_dataset(name, part, split):
         if part == "none":
             raise LookupError("no part none\n\nlong story")
-        return [{"n": 1, "text": f"{name} {part} {split} {i}\n"} for i in range(50)]
+        return Found({"n": 1, "text": f"{name} {part} {split} {i}\n"} for i in range(50))
+
+    class Found(list):
+        features = {"n": types.SimpleNamespace(dtype="int64"), "of": {},
+                    "text": types.SimpleNamespace(dtype="string")}
+
+        def select_columns(self, names):
+            return [{k: row[k] for k in names} for row in self]
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     argv = ["hf:some/Set:part", f"--data_dir={tmp_path}", "--tokenizer=byte"]
@@ -2701,6 +2708,8 @@ def test_datasets_of_the_hub(tmp_path, monkeypatch):
     assert text.startswith("some/Set part train 0\n\n\nsome/Set part train 1\n")
     refused(prepare.main, ["hf:some/Set:none", "--name=b", *argv[1:]], "hf:some/Set:none",
             "no part none;")
+    del Found.features["text"]
+    refused(prepare.main, argv, "no column of text", "n, of")
 
 
 def test_many_documents_are_not_cut(tmp_path):
@@ -5150,8 +5159,8 @@ def test_two_ranks_are_one(tmp_path):
 
 
 def test_shards_of_optimizers_are_the_whole(tmp_path):
-    """Two processes that keep the state of half the parameters each, stopped and gone on with, and
-    then one process, end as two that keep all; the checkpoint is the same."""
+    """Two processes with half of the optimizers' state each, resumed once, then one process, end
+    with the checkpoint of two that keep all."""
     argv = lambda out, steps, *more: small_run(
         tmp_path / out, "--eval_interval=99", "--layers=R(A)A", "--lr_decay_iters=12",
         f"--max_iters={steps}", "--weight_decay=0.1", *more)

@@ -75,7 +75,7 @@ class TrainConfig:
     weight_decay: float = 0.0  # decoupled, on everything with two dimensions
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
-    shard_optimizer: bool = False  # several processes: each keeps what it needs to step its share
+    shard_optimizer: bool = False  # each process keeps what AdamW and Muon hold of its share alone
     grad_clip: float = 1.0  # clip the gradient to this norm; 0: do not
     ema_decay: float = 0.99  # of concept_of = ema: share of the average that each step keeps
     semantic_table: str = "own"  # embeddings of semantic losses: own | ppmi (of the text) | random
@@ -383,9 +383,6 @@ class Data:
             mcfg.soft_rate or mcfg.n_soft or mcfg.doc_mask
         if eot < 0 and begins_again and self.eot is not None:
             eot = self.eot
-        if mcfg.doc_mask and not (self.tokens[:1 << 24] == eot).any():
-            raise UserError("doc_mask needs a dataset whose documents end: prepare it from several "
-                            "files, or with --separator")
         if "(" in mcfg.layers and mcfg.chunk.startswith("space"):
             space = space or tuple(prepare.Tokenizer(self.meta["tokenizer"]).spaces())
             if not space:
@@ -393,6 +390,10 @@ class Data:
         if max((eot, *space)) >= self.n_vocab:
             raise UserError(f"eot ({eot}) and space {space} must be ids of the dataset, below "
                             f"{self.n_vocab}")
+        parts = (self.tokens[i:i + (1 << 24)] for i in range(0, len(self.tokens), 1 << 24))
+        if mcfg.doc_mask and not any((part == eot).any() for part in parts):
+            raise UserError("doc_mask needs a dataset whose documents end: prepare it from several "
+                            "files, or with --separator; or leave doc_mask out")
         return {"vocab_size": self.n_vocab, "think_token": think if mcfg.n_think else -1,
                 "eot": eot, "space": space}
 
@@ -564,8 +565,8 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal by Newton-Schulz iterations, as the
     update of a matrix. The rule of torch.optim.Muon, but matrices of one shape go through the
     iterations together, the parts of a fused matrix (its `parts`, row counts) each on its own, and
-    a matrix that has more rows than columns is transposed first. Processes share the iterations of
-    matrices that they all have (`shared`).
+    a matrix that has more rows than columns is transposed first. If `shared`, processes divide the
+    iterations: all must hold the same gradients.
     """
     QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -1057,11 +1058,13 @@ class Runner:
         # before torch.compile, whose workers take the cores while they start
         self.peak = matmul_peak(place)
         with torch.device("meta"):
-            size = 4 * 4 * GPT(mcfg, None).num_params()  # bytes of weights, gradients, two moments
+            n = GPT(mcfg, None).num_params()
+        # bytes of weights, gradients, two moments
+        size = 8 * n + 8 * n // (place.world if tcfg.shard_optimizer else 1)
         with contextlib.suppress(ValueError, AttributeError, OSError):  # not all systems tell
             room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             if place.device.type == "cpu" and size > room:
-                raise UserError(f"a model of {size / 16:,.0f} parameters takes "
+                raise UserError(f"a model of {n:,} parameters takes "
                                 f"{size / 2 ** 30:,.0f} GB to train, and this machine has "
                                 f"{room / 2 ** 30:,.0f}; lower n_embd, n_layer or vocab_size")
         self.model = GPT(mcfg, tcfg.seed).to(place.device)
@@ -1331,8 +1334,9 @@ class Runner:
 # Settings that belong to a start and not to the run, and those that change nothing it computes.
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only", "average")
 OF_DATA = "vocab_size", "eot", "space", "think_token"  # settings of a model that a dataset gives
-WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "sample_every", "tensorboard_log",
-                  "wandb_log", "trackio_log", "wandb_project", "wandb_run_name", "wandb_id")
+WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "sample_every", "shard_optimizer",
+                  "tensorboard_log", "wandb_log", "trackio_log", "wandb_project", "wandb_run_name",
+                  "wandb_id")
 
 
 def read_other(name, path, tcfg, data):
@@ -1457,17 +1461,20 @@ def give_state(optimizer, state):
     groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
     if hasattr(optimizer, "optim"):
-        optimizer.state.clear()  # a second copy
-        optimizer.optim.load_state_dict(optimizer.optim.state_dict())  # steps where it wants them
+        optimizer.state.clear()  # ZeRO's own copy, which nothing reads
+        # moves each `step` to where a fused AdamW needs it
+        optimizer.optim.load_state_dict(optimizer.optim.state_dict())
 
 
 def whole_state(optimizer):
-    """Return an optimizer's state_dict; of one that is sharded, to which all processes add theirs,
-    on the first process alone."""
-    if hasattr(optimizer, "optim"):
-        optimizer.consolidate_state_dict()
-        return optimizer.state_dict() if dist.get_rank() == 0 else {}
-    return optimizer.state_dict()
+    """Return an optimizer's state_dict. All processes must call this: one that is sharded is whole
+    on the first and {} on the others."""
+    if not hasattr(optimizer, "optim"):
+        return optimizer.state_dict()
+    optimizer.consolidate_state_dict()
+    state = optimizer.state_dict() if dist.get_rank() == 0 else {}
+    optimizer._all_state_dicts = []  # (it would keep the whole until the next time)
+    return state
 
 
 def restore_memory(run, saved):
