@@ -441,7 +441,7 @@ def share_of_cores(cfg):
 
 MADE = {  # dataset: how python prepare.py makes it
     "chain0": "chain --n_pause=0", "chain_written": "chain --write_steps",
-    "cipher_64": "cipher --doc_len=64", "bytes": "--tokenizer=byte",
+    "cipher_64": "cipher --doc_len=64 --n_docs=80000", "bytes": "--tokenizer=byte",
     "words": "--tokenizer=word --vocab_size=2000",
     "bpe_1024": "--tokenizer=bpe:1024", "bpe_4096": "--tokenizer=bpe:4096"}
 
@@ -1648,10 +1648,10 @@ CLAIMS["topic"] = Trial(
 CLAIMS["documents"] = Trial(
     "windows of four documents, each under a cipher of its own, read across and each document "
     "alone (doc_mask); scored behind at least 192 tokens", "cipher, documents of 64 letters, 2 "
-    "layers, 128 wide, 1,500 steps of 12 x 256",
+    "layers, 128 wide, 1,000 steps of 12 x 256",
     {"read across": "", "its own document": "--doc_mask=True"},
     SMALL + " --dataset=cipher_64 --n_layer=2 --block_size=256 --score_last=64 --train_on_all=True "
-    "--max_iters=1500 --compile=False --after=above_floor", columns=(*COMPARED, "above_floor"))
+    "--max_iters=1000 --compile=False --after=above_floor", columns=(*COMPARED, "above_floor"))
 
 CLAIMS["soft"] = Trial(
     "the token after next, behind a soft step, a sampled one and the exact sum, with and without "
