@@ -1378,8 +1378,8 @@ def gpu_job(cfg, device):
     yield Table("config/softar_shakespeare.py", [{k: run[v] for k, v in METRICS.items()}])
 
 
-GPU_PARTS = (gpu_equals_cpu, gpu_training, gpu_decoding, gpu_mixers, gpu_job, gpu_exits,
-             gpu_options, gpu_same_steps, gpu_checkpoints, gpu_compiled)
+GPU_PARTS = (gpu_checkpoints, gpu_same_steps, gpu_exits, gpu_equals_cpu, gpu_training, gpu_decoding,
+             gpu_mixers, gpu_job, gpu_options, gpu_compiled)  # first what no record has yet
 
 
 def gpu(cfg):
