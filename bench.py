@@ -391,7 +391,8 @@ class Trial:
         cfg = dataclasses.replace(cfg, seeds=self.seeds or cfg.seeds,
                                   jobs=1 if self.alone else cfg.jobs)
         arms = {name: f"{self.base} {flags}" for name, flags in self.arms.items()}
-        datasets = {read_arm(flags)[1].get("dataset", cfg.dataset): 0 for flags in arms.values()}
+        datasets = dict.fromkeys(read_arm(flags)[1].get("dataset", cfg.dataset)
+                                 for flags in arms.values())
         for name in datasets:
             make_task(cfg, name)
         times = {}

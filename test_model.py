@@ -5169,11 +5169,8 @@ def test_shards_of_optimizers_are_the_whole(tmp_path):
     torchrun(2, *argv("b", 8, "--shard_optimizer=True", "--init_from=resume"))
     assert cli(*argv("b", 12, "--init_from=resume")).returncode == 0
     a, b = (prepare.load_checkpoint(tmp_path / x / "ckpt.pt") for x in "ab")
-    for k in ("model", "optimizers"):
-        one, other = (torch.utils._pytree.tree_flatten(c[k]) for c in (a, b))
-        assert one[1] == other[1]
-        for x, y in zip(one[0], other[0]):
-            agree(x, y) if torch.is_tensor(x) else None
+    agree({**a["model"]}, {**b["model"]})
+    agree(a["optimizers"], b["optimizers"])
 
 
 def test_the_programs_run_from_the_shell(tmp_path):

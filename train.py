@@ -390,7 +390,7 @@ class Data:
         if max((eot, *space)) >= self.n_vocab:
             raise UserError(f"eot ({eot}) and space {space} must be ids of the dataset, below "
                             f"{self.n_vocab}")
-        parts = (self.tokens[i:i + (1 << 24)] for i in range(0, len(self.tokens), 1 << 24))
+        parts = (self.tokens[i:i + 2 ** 24] for i in range(0, len(self.tokens), 2 ** 24))
         if mcfg.doc_mask and not any((part == eot).any() for part in parts):
             raise UserError("doc_mask needs a dataset whose documents end: prepare it from several "
                             "files, or with --separator; or leave doc_mask out")
