@@ -1347,8 +1347,8 @@ def read_other(name, path, tcfg, data):
         preset = os.path.join("config", os.path.basename(folder) + ".py")
         known = os.path.exists(os.path.join(os.path.dirname(__file__), preset))
         how = preset if known else f"--out_dir={shlex.quote(folder)}"
-        raise UserError(f"{name} {path} is not there; train it first (python train.py {how}), or "
-                        f"name another checkpoint")
+        raise UserError(f"{name} {path} is not there; train it first (python train.py {how}), "
+                        f"import one (python pretrained.py import), or name another checkpoint")
     saved = prepare.load_checkpoint(path)
     if saved["data"]["tokenizer"] != data["tokenizer"]:
         raise UserError(f"{name} {path} was trained with another tokenizer than that of dataset "
@@ -1706,6 +1706,9 @@ class Training:
                  f"{place.world}, {str(place.dtype)[6:]}, matmul peak {run.peak / 1e12:.2f} "
                  f"TFLOP/s; {run.n_rows} x {self.mcfg.block_size} tokens a step"
                  f"{', compiling at the first' if run.compiled else ''}")
+        if tcfg.shard_optimizer and place.world == 1:
+            self.say("shard_optimizer has nothing to divide: there is one process (torchrun starts "
+                     "several)")
         self.signal = StopSignal()
         self.held.callback(self.signal.restore)
         self.log = self.on_disk(self.begin_log) or (lambda *a, **k: None)
