@@ -44,6 +44,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from statistics import mean, median, stdev
+from unittest import mock
 
 import config  # before torch: it sets the allocator's switches
 import numpy as np
@@ -56,12 +57,19 @@ import prepare
 import pretrained
 import sample
 import train
-from config import UserError
+from config import UserError, as_flags
 from model import GPT, GPTConfig, Level, Linear, cross_entropy
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NEVER = 10 ** 9  # as an interval
+CLAIMS = {}  # {name: a Trial, or a function}: called with a BenchConfig, it yields Tables
+
+
+def register(run):
+    """Put a function into CLAIMS, under its name."""
+    CLAIMS[run.__name__] = run
+    return run
 
 
 @dataclass
@@ -146,11 +154,17 @@ def git(*argv):
     return ""
 
 
+def record_of(claim):
+    """Return the path of a claim's record, and the record, {} where there is none."""
+    path = os.path.join(HERE, "docs", "results", f"{claim}.json")
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
+        return path, json.load(f)
+    return path, {}
+
+
 def save(cfg, claim, tables, words, took):
     """Write docs/results/CLAIM.json. What was written into it by hand stays."""
-    path, old = os.path.join(HERE, "docs", "results", f"{claim}.json"), {}
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
-        old = json.load(f)
+    path, old = record_of(claim)
     by_hand = "order", "title", "question", "note", "mechanism", "plot"
     new = {"claim": claim, "order": 10 * len(CLAIMS), "title": tables[0].title,
            "question": question(CLAIMS.get(claim, mine)),
@@ -158,7 +172,9 @@ def save(cfg, claim, tables, words, took):
            "commit": git("rev-parse", "--short", "HEAD")
            + "+" * bool(git("status", "--porcelain", "--", ".", ":!docs")),
            "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
-           "torch": torch.__version__, "seeds": cfg.seeds, "seconds": took,
+           "torch": torch.__version__, "seeds": cfg.seeds,
+           # (what out_dir kept took no time now)
+           "seconds": max(took or 0, old.get("seconds") or 0) or None,
            "note": " ".join(t.note for t in tables if t.note),
            "tables": [{"title": t.title, "columns": t.columns,
                        "rows": [[row.get(k, "") for k in t.columns] for row in t.rows]}
@@ -190,21 +206,15 @@ class ArmConfig:
     against: str = ""  # the arm that this one is compared with, in place of the trial's baseline
 
 
-def as_flags(settings):
-    """Return settings as they are written on a command line."""
-    as_word = lambda v: ",".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v)
-    return shlex.join(f"--{k}={as_word(v)}" for k, v in settings.items())
-
-
 def parse_arm(flags="", **more):
-    """Return ({model settings}, {training settings}, {ArmConfig settings}) of an arm: what one
-    would write behind `python train.py`, and settings over that."""
+    """Return ({model settings}, {training settings}, ArmConfig) of an arm: what one would write
+    behind `python train.py`, and settings over that."""
     argv = [os.path.join(HERE, a) if a.endswith(".py") else a
             for a in shlex.split(f"{flags} {as_flags(more)}")]
     m, t, own, _ = config.parse(argv, GPTConfig, TrainConfig, ArmConfig)
     if "layers" in m:  # (arms may share flags that have n_layer)
         m.pop("n_layer", None)
-    return m, t, own
+    return m, t, ArmConfig(**own)
 
 
 def read_arm(flags="", **more):
@@ -253,14 +263,14 @@ def begin_child(threads, env):
         torch.set_num_threads(threads)
 
 
-def train_arm(m, t, after=(), leak="", share=0.0):
+def train_arm(m, t, own):
     """Train an arm in this process. Return what train.train returns, and MEASURES."""
     say, off = lambda text: train.say(text, sys.stderr), contextlib.nullcontext()
-    what, _, name = (leak or "").rpartition(":")
-    with drawn_ends(share) if share else off:
-        with altered_plans(ALTERED[name], what or "returned") if leak else off:
+    what, _, name = own.leak.rpartition(":")
+    with drawn_ends(own.drawn_ends) if own.drawn_ends else off:
+        with altered_plans(ALTERED[name], what or "returned") if own.leak else off:
             result = train.train(config.build(GPTConfig, **m), config.build(TrainConfig, **t), say)
-        return {**result, **measure(t, after)}
+        return {**result, **measure(t, own.after)}
 
 
 def start_run(m, t, profiled=False):
@@ -281,7 +291,7 @@ def start_run(m, t, profiled=False):
     rows = [t.pin_memory() if run.place.device.type == "cuda" else t for t in (x, y, h)]
     CHILD.update(run=run, step=lambda: run.step(0, *rows)[1])
     first = seconds(lambda: CHILD["step"]().tolist())
-    return {"params": run.model.num_params(), "compile": first, "tokens": run.tokens}
+    return {"params M": run.model.num_params() / 1e6, "first step s": first}
 
 
 def run_steps(n):
@@ -293,7 +303,8 @@ def run_steps(n):
 
 def end_run(a_step):
     run = CHILD["run"]
-    return {"peak MB": peak_mb(), "MFU": run.mfu(a_step), "peak": run.peak}
+    return {"ms a step": 1000 * a_step, "tokens/s": run.tokens / a_step, "MFU": run.mfu(a_step),
+            "peak TFLOP/s": run.peak / 1e12, "peak MB": peak_mb()}
 
 
 def peak_mb():
@@ -335,8 +346,8 @@ def compare(a, b):
 
 def step_times(arms, rounds, least=1.0, threads=0, together=False):
     """Return {name: [seconds a step per round]} of arms given as (model settings, training
-    settings), in turns, and {name: what start_run and end_run say of it}. together: they compile
-    side by side."""
+    settings), in turns, and {name: {column: value}} of what start_run and end_run say of it.
+    together: they compile side by side."""
     live = {k: Arm(threads) for k in arms}
     with ThreadPoolExecutor(len(arms) if together else 1) as pool:
         about = dict(zip(arms, pool.map(lambda k: live[k].ask(start_run, *arms[k]), arms)))
@@ -379,7 +390,6 @@ class Trial:
     timing: str = "share"  # time steps on a job's "share" of the cores, on "all", or not: ""
     alone: bool = False  # seconds count: one training at a time, on all cores
     cold: bool = False  # each with an empty compiler cache
-    seeds: int = 0  # default: those of the command line
 
     def __post_init__(self):
         self.__doc__ = self.question
@@ -388,8 +398,7 @@ class Trial:
 
     def __call__(self, cfg):
         """Yield the table of the arms."""
-        cfg = dataclasses.replace(cfg, seeds=self.seeds or cfg.seeds,
-                                  jobs=1 if self.alone else cfg.jobs)
+        cfg = dataclasses.replace(cfg, jobs=1 if self.alone else cfg.jobs)
         arms = {name: f"{self.base} {flags}" for name, flags in self.arms.items()}
         datasets = dict.fromkeys(read_arm(flags)[1].get("dataset", cfg.dataset)
                                  for flags in arms.values())
@@ -404,10 +413,10 @@ class Trial:
             if times:
                 f["ms a step"] = [1000 * median(times[name])]
                 f["step time"] = [compare(times[name], times[baseline])]
-            other = figures[parse_arm(arms[name])[2].get("against", baseline)]
+            other = figures[parse_arm(arms[name])[2].against or baseline]
             if f["val loss"]:
                 f["spread"] = [max(f["val loss"]) - min(f["val loss"])]
-            f["difference"] = less(f, other)
+            f["difference"] = [a - b for a, b in zip(f["val loss"], other["val loss"])]
             if len(f["difference"]) > 1:
                 f["sd of it"] = [stdev(f["difference"])]
         for k, compute in self.derived.items():
@@ -422,11 +431,6 @@ class Trial:
         seeds = f"{max(n)} seed{'s' * (max(n) > 1)}; " if len(n) == 1 and max(n) else ""
         yield Table(f"{self.title} ({', '.join(datasets)}; {seeds}baseline: {baseline})", rows,
                     figures)
-
-
-def less(a, b):
-    """Return by how much the losses of one arm are above those of another, seed by seed."""
-    return [x - y for x, y in zip(a["val loss"], b["val loss"])]
 
 
 def gap(none, all_):
@@ -459,18 +463,16 @@ def make_task(cfg, name):
     if name == "no_spaces":
         paths = prepare.fetch_shakespeare(prepare.PrepareConfig(data_dir=cfg.data_dir))[0]
         with tempfile.TemporaryDirectory() as folder:
-            for path in paths:
-                with open(path, encoding="utf-8") as f:
-                    text = "".join(f.read().split())
-                argv.append(f"--input={os.path.join(folder, os.path.basename(path))}")
-                with open(argv[-1].split("=")[1], "w", encoding="utf-8") as f:
-                    f.write(text)
+            for path in map(pathlib.Path, paths):
+                unspaced = pathlib.Path(folder, path.name)
+                unspaced.write_text("".join(path.read_text("utf-8").split()), "utf-8")
+                argv.append(f"--input={unspaced}")
             prepare.main(argv)
 
 
 def once(cfg, name, compute):
     """Return compute(), plain data, or what it gave under that name where cfg.out_dir keeps it."""
-    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{name} {cfg.dataset}".encode()).hexdigest()[:16]
     path = os.path.join(cfg.out_dir, f"{digest}.json")
     if cfg.out_dir and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
@@ -491,8 +493,7 @@ def fit(cfg, flags="", seed=1, threads=0, cold=False, **more):
     folder = os.path.join(cfg.out_dir or scratch(), more.get("out_dir") or f"arm-{time.time_ns()}")
     t = {"dataset": cfg.dataset, **t, "data_dir": cfg.data_dir, "seed": seed, "out_dir": folder}
     arm = Arm(threads, **({"TORCHINDUCTOR_CACHE_DIR": scratch()} if cold else {}))
-    result, wall = timed(lambda: arm.ask(train_arm, m, t, own.get("after", ()), own.get("leak"),
-                                         own.get("drawn_ends")))
+    result, wall = timed(lambda: arm.ask(train_arm, m, t, own))
     arm.close()
     if result["stopped"]:
         raise UserError("a training was stopped by a signal; so is the claim")
@@ -517,12 +518,12 @@ def over_seeds(cfg, arms, threads=0, cold=False):
     try:
         runs = [(name, pool.submit(run_once, flags, seed))
                 for seed in range(1, cfg.seeds + 1) for name, flags in arms.items()
-                if seed <= own[name].get("seeds", seed)]
+                if seed <= own[name].seeds]
         for name, run in runs:
             run = run.result()
             row = {**{k: run[v] for k, v in METRICS.items()}, "params M": run["params"] / 1e6,
                    "curve": [[step, loss] for step, _, loss in run["curve"]]}
-            for measure in own[name].get("after", ()):
+            for measure in own[name].after:
                 value = run[measure]
                 row.update(value if isinstance(value, dict) else {measure: value})
             for k, v in row.items():
@@ -536,16 +537,16 @@ def time_arms(cfg, trial, arms):
     """Return {name: [seconds a step per round]} of a trial's arms, and the arms, where those with
     `seconds_of` have their steps."""
     parsed = {name: parse_arm(flags) for name, flags in arms.items()}
-    own = {name: (m, t) for name, (m, t, more) in parsed.items() if "time_of" not in more}
+    own = {name: (m, t) for name, (m, t, more) in parsed.items() if not more.time_of}
     times, _ = step_times(own, min(cfg.rounds, 3), 4.0 if trial.alone else 1.0,
                           share_of_cores(cfg) if trial.timing == "share" else 0,
                           torch.cuda.is_available())
-    for name, (_, t, more) in parsed.items():
-        times[name] = times[more.get("time_of", name)]
+    for name, (*_, more) in parsed.items():
+        times[name] = times[more.time_of or name]
     arms = dict(arms)
     for name, (_, t, more) in parsed.items():
-        if "seconds_of" in more:
-            ratio = compare(times[more["seconds_of"]], times[name])
+        if more.seconds_of:
+            ratio = compare(times[more.seconds_of], times[name])
             arms[name] += f" --max_iters={round(t.get('max_iters', TrainConfig.max_iters) * ratio)}"
     return times, arms
 
@@ -557,7 +558,7 @@ def time_arms(cfg, trial, arms):
 def outputs(run, data, size=64):
     """Yield (inputs, targets, logits) of a split in batches."""
     for x, y, h, _ in data.eval_batches(run.place, size):
-        yield x, y, run.model.eval()(x, history=h if run.mcfg.n_slot else None).logits
+        yield x, y, run.model.eval()(x, history=h).logits
 
 
 def shuffle_history(h):
@@ -616,11 +617,16 @@ def by_step(run, data):
     first, path = [], []
     for _, y, logits in outputs(run, data):
         asked = y >= 0
-        y, right, asked = (t[asked.any(1)] for t in (y, (logits.argmax(-1) == y) & asked, asked))
+        right, asked = (t[asked.any(1)] for t in (logits.argmax(-1) == y, asked))
         first.append(right.gather(1, asked.int().argmax(1, keepdim=True))[:, 0])
         path.append((right | ~asked).all(1))
-    return {"first step": torch.cat(first).float().mean().item(),
-            "path": torch.cat(path).float().mean().item()}
+    return {"first step": share(torch.cat(first)), "path": share(torch.cat(path))}
+
+
+def fastest_level(run, data):
+    """Yield (targets, LevelOutput of the fastest level) of a split in batches."""
+    for x, y, h, _ in data.eval_batches(run.place, 64):
+        yield y, run.model.eval().concepts(x, h)[-1]
 
 
 @torch.inference_mode()
@@ -630,9 +636,8 @@ def spread(run, data):
     if not run.model.levels:
         return {}
     states = []
-    for x, _, h, _ in itertools.islice(data.eval_batches(run.place, 64), 8):
-        made = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
-        states.append(made.u[:, 1:][made.exists])
+    for _, level in itertools.islice(fastest_level(run, data), 8):
+        states.append(level.u[:, 1:][level.exists])
     u = torch.cat(states).float().flatten(1)
     return {"spread of states": 1 - (u.mean(0).square().sum() / u.square().sum(1).mean()).item()}
 
@@ -676,7 +681,7 @@ def behind_region(run, data, size=64):
     n = max(run.mcfg.n_soft, 0) or run.mcfg.block_size // 4
     usual = unigrams(data, model.wte.weight)
     for x, y, h, _ in data.eval_batches(run.place, size):
-        h, tokens = h if run.mcfg.n_slot else None, F.one_hot(x, V).float()
+        tokens = F.one_hot(x, V).float()
         expected = model.expect(model(x[:, :n], history=h).logits)[:, :-1]
         y = y[:, n:]
         for i, region in enumerate((tokens[:, 1:n], expected, usual.expand_as(expected))):
@@ -709,17 +714,16 @@ def by_hops(run, data):
 
 
 @torch.inference_mode()
-def by_length(run, data, size=64):
+def by_length(run, data):
     """Return the share of right answer symbols of a formal task, a document a row, by the length of
     its string: means over lengths."""
-    (start, end), shares = data.docs, {}
-    for i in range(0, len(start), size):
-        x, y, _ = (t.to(run.place.device) for t in data.rows(start[i:i + size] + 1,
-                                                             end[i:i + size]))
+    first, last = data.eval_windows()
+    lengths, shares = iter(last - first + 1), {}
+    for _, y, logits in outputs(run, data):
         asked = (y >= 0).sum(1)
-        right = ((run.model.eval()(x).logits.argmax(-1) == y) & (y >= 0)).sum(1) / asked
-        for n, r in zip((end - start)[i:i + size] - asked.cpu().numpy(), right.tolist()):
-            shares.setdefault(int(n), []).append(r)
+        right = (logits.argmax(-1) == y).sum(1) / asked  # (y is -1 where nothing is asked)
+        for r, n, length in zip(right.tolist(), asked.tolist(), lengths):
+            shares.setdefault(int(length) - n, []).append(r)
     found = {}
     for low, high in ((41, 500), (41, 100), (401, 500)):
         within = [mean(r) for n, r in shares.items() if low <= n <= high]
@@ -750,16 +754,11 @@ def measure(t, names):
 # what reaches into levels
 
 
-@contextlib.contextmanager
 def altered_plans(alter, what="returned"):
-    """Alter what levels hand down to the stack below, (B, M + 1, ..) by how many chunks are closed:
-    alter(returned). what = "target": alter what they predict."""
+    """Alter, in a `with`, what levels hand down to the stack below, (B, M + 1, ..) by how many
+    chunks are closed: alter(returned). what = "target": alter what they predict."""
     plain = getattr(Level, what)
-    setattr(Level, what, lambda level, *made: alter(plain(level, *made)))
-    try:
-        yield
-    finally:
-        setattr(Level, what, plain)
+    return mock.patch.object(Level, what, lambda level, *made: alter(plain(level, *made)))
 
 
 ALTERED = {"shuffled": lambda returned: returned.roll(1, 0), "zeroed": torch.zeros_like,
@@ -767,10 +766,9 @@ ALTERED = {"shuffled": lambda returned: returned.roll(1, 0), "zeroed": torch.zer
            "one ahead": lambda returned: torch.cat((returned[:, 1:], returned[:, -1:]), 1)}
 
 
-@contextlib.contextmanager
 def drawn_ends(share):
-    """Have words and learned chunks end at places of the window that are drawn once, a share of
-    all, whatever stands there."""
+    """Have, in a `with`, words and learned chunks end at places of the window that are drawn once,
+    a share of all, whatever stands there."""
     plain, g = Level.find_chunks, torch.Generator().manual_seed(0)
     drawn = torch.rand(2 ** 16, generator=g) < share
 
@@ -779,11 +777,7 @@ def drawn_ends(share):
             ends = drawn[:x.size(1) - seq.n_prefix].to(x.device).expand(len(x), -1)
             seq = dataclasses.replace(seq, word_end=ends)
         return plain(level, x, seq, cache)
-    Level.find_chunks = find_chunks
-    try:
-        yield
-    finally:
-        Level.find_chunks = plain
+    return mock.patch.object(Level, "find_chunks", find_chunks)
 
 
 def without_plan(alteration):
@@ -805,8 +799,7 @@ def explained(run, data):
     if not levels or levels[0].head is None or run.mcfg.concept_of != "chunk":
         return {}
     H, ahead = run.mcfg.horizon, {}
-    for x, y, h, _ in data.eval_batches(run.place, 64):
-        level = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
+    for y, level in fastest_level(run, data):
         c, p = level.concepts.float(), level.level.head(level.u).flatten(2, 3)
         real = level.exists & (y >= 0).any(1, keepdim=True)  # not the rows that pad a batch
         for i in range(H):
@@ -847,12 +840,11 @@ def chunk_lengths(run, data):
     """Return the mean length of the fastest level's chunks, and which share of the positions had
     one close behind them (less than all where a level has no room for more)."""
     n = positions = ends = 0
-    for x, y, h, _ in data.eval_batches(run.place, 64):
-        level = run.model.eval().concepts(x, h if run.mcfg.n_slot else None)[-1]
+    for y, level in fastest_level(run, data):
         exists = level.exists & (y >= 0).any(1, keepdim=True)
         n += exists.sum().item()
         ends += ((level.end + 1) * exists).amax(1).sum().item()
-        positions += (y >= 0).any(1).sum().item() * x.size(1)
+        positions += (y >= 0).any(1).sum().item() * y.size(1)
     return {"chunk length": ends / n, "in chunks": ends / positions}
 
 
@@ -984,11 +976,8 @@ MEASURES = {"generations": generations, "history_shuffled": ablated(shuffle_hist
 def train_speed(m, t, rounds):
     """Return the row of one arm, in turn with nanoGPT at its shape."""
     times, about = step_times({"ours": (m, t), "nanoGPT": like_nanogpt(m, t)}, rounds)
-    a_step, ours = median(times["ours"]), about["ours"]
-    return {"params M": ours["params"] / 1e6, "ms a step": 1000 * a_step,
-            "tokens/s": ours["tokens"] / a_step, "peak MB": ours["peak MB"], "MFU": ours["MFU"],
-            "compile s": ours["compile"], "nanoGPT ms": 1000 * median(times["nanoGPT"]),
-            "nanoGPT MB": about["nanoGPT"]["peak MB"],
+    theirs = about["nanoGPT"]
+    return {**about["ours"], "nanoGPT ms": theirs["ms a step"], "nanoGPT MB": theirs["peak MB"],
             "nanoGPT / ours": compare(times["nanoGPT"], times["ours"])}
 
 
@@ -1086,12 +1075,16 @@ def all_presets(cfg):
     yield Table(all_presets.__doc__, rows)
 
 
+CLAIMS["presets"] = all_presets
+
+
 SIZES = {"6 layers, 384 wide, 16 x 256":
          "--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=16",
          "4 layers, 128 wide, 12 x 64":
          "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12"}
 
 
+@register
 def speed(cfg):
     """a training step beside nanoGPT's (eager, fp32) at two sizes, no dropout in either"""
     rows = []
@@ -1110,6 +1103,7 @@ def bandwidth(n=5):
     return 4 * x.numel() / min(seconds(lambda: x.sum().item()) for _ in range(n))
 
 
+@register
 def decode(cfg):
     """tokens/s of decoding beside the memory's limit: cached, compiled, bf16, int8, recomputing,
     transformers"""
@@ -1157,6 +1151,7 @@ def profile_presets(cfg):
         child.close()
 
 
+@register
 def stream(cfg, total=100_000, block=20_000):
     """100,000 characters from one prompt, with slots, by attention and by recurrences: memory,
     time a token"""
@@ -1284,16 +1279,10 @@ def gpu_training(cfg, device):
     arms = {"ours, Muon": ours, "ours, AdamW": read_arm(f"{shape} --optimizer=adamw"),
             "nanoGPT's model, AdamW": theirs}
     times, about = step_times(arms, cfg.rounds, 2.0)
-    rows = []
-    for name, t in times.items():
-        a = about[name]
-        rows.append({"arm": name, "params M": a["params"] / 1e6, "ms a step": 1000 * median(t),
-                     "tokens/s": a["tokens"] / median(t), "MFU": a["MFU"],
-                     "peak TFLOP/s": a["peak"] / 1e12, "peak MB": a["peak MB"],
-                     "first step s": a["compile"],
-                     "nanoGPT / it": compare(times["nanoGPT's model, AdamW"], t)})
     title = f"a training step, {shape.split(' --vocab')[0]}: compiled, bf16, random tokens"
-    yield Table(title, rows)
+    yield Table(title, [{"arm": name, **about[name],
+                         "nanoGPT / it": compare(times["nanoGPT's model, AdamW"], t)}
+                        for name, t in times.items()])
 
 
 def gpu_options(cfg, device):
@@ -1303,10 +1292,9 @@ def gpu_options(cfg, device):
     arms = {flags: read_arm(f"{shape} {flags}") for flags in (
         "--dtype=bfloat16", "--dtype=float16", "--dtype=bfloat16 --grad_checkpoint=True",
         "--dtype=bfloat16 --eot=0 --doc_mask=True")}
-    times, about = step_times(arms, cfg.rounds, together=device == "cuda")
+    _, about = step_times(arms, cfg.rounds, together=device == "cuda")
     yield Table(f"a training step, {shape.split(' --vocab')[0]}: fp16, grad_checkpoint, doc_mask",
-                [{"arm": flags, "ms a step": 1000 * median(t), "peak MB": about[flags]["peak MB"],
-                  "first step s": about[flags]["compile"]} for flags, t in times.items()])
+                [{"arm": flags, **row} for flags, row in about.items()])
 
 
 MIXERS = {"A": "--layers=AAAAAA", "R": "--layers=RRRRRR", "R and A": "--layers=RRARRA",
@@ -1325,10 +1313,8 @@ def gpu_mixers(cfg, device):
     arms = {k: read_arm(f"{shape} {MIXERS[k]}") for k in names}
     times, about = step_times(arms, cfg.rounds, together=device == "cuda")
     yield Table(f"a training step of each mechanism, {shape}",
-                [{"arm": f"{k}: {MIXERS[k]}", "ms a step": 1000 * median(t),
-                  "tokens/s": about[k]["tokens"] / median(t),
-                  "of A's time": compare(t, times["A"]), "peak MB": about[k]["peak MB"],
-                  "first step s": about[k]["compile"]} for k, t in times.items()])
+                [{"arm": f"{k}: {MIXERS[k]}", **about[k], "of A's time": compare(t, times["A"])}
+                 for k, t in times.items()])
 
 
 def gpu_decoding(cfg, device):
@@ -1384,6 +1370,7 @@ GPU_PARTS = (gpu_checkpoints, gpu_same_steps, gpu_exits, gpu_equals_cpu, gpu_tra
              gpu_mixers, gpu_job, gpu_options, gpu_compiled)  # first what no record has yet
 
 
+@register
 def gpu(cfg):
     """one GPU: CUDA equals CPU, 124M parameters in training and decoding, every mechanism's step,
     the main job; --out_dir keeps parts that are done"""
@@ -1405,9 +1392,6 @@ def gpu(cfg):
 # -------------------------------------------------------------------------------------------------
 # claims that train, as data
 
-CLAIMS = {"presets": all_presets, "speed": speed, "decode": decode, "stream": stream,
-          "gpu": gpu}
-
 ONCE = f" --eval_interval={NEVER} --log_interval=500"  # validate at the end alone
 SMALL = "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12" + ONCE
 MINE = SMALL + " --max_iters=500 --compile=False"  # (a compile takes longer than these steps)
@@ -1418,7 +1402,7 @@ OF_SEEDS = ("val loss", "spread", "best on the way", "steps", "seconds of steps"
 CLAIMS["main"] = Trial(
     "the main job, and the same model with its slots off for the same seconds of steps", "main job",
     {"slots": "", "no slots, equal seconds": f"{NO_SLOTS} --seconds_of=slots"},
-    "config/softar_shakespeare.py", columns=OF_SEEDS, timing="all", alone=True, seeds=1)
+    "config/softar_shakespeare.py --seeds=1", columns=OF_SEEDS, timing="all", alone=True)
 
 CLAIMS["cpu"] = Trial(
     "seconds to val 1.88: config/shakespeare_cpu.py beside nanoGPT's CPU recipe, in turns, "
@@ -1491,14 +1475,13 @@ WINDOWS = Trial(
     THINK, columns=THINK_COLUMNS)
 
 
+@register
 def think(cfg):
     """does a level above the tokens pay: 6 layers, 256 wide, a window of 1,024 characters, each arm
     for the seconds of the flat model's 1,200 steps"""
     for trial in (LEVELED, LEVELED_MORE, WINDOWS):
         yield from trial(cfg)
 
-
-CLAIMS["think"] = think
 
 SLOT_MODEL = ("--n_layer=4 --n_head=4 --n_embd=128 --block_size=16 --batch_size=64 "
               "--max_iters=1500 --history_drop=0" + ONCE)
@@ -1603,8 +1586,8 @@ CLAIMS["spans"] = Trial(
     "spans of 2 to 16 over histories of 64 to 1,024 tokens, beside an ordinary window of that "
     "length at equal seconds", "spans and histories, 2 layers, 600 steps of 32 x 16, one core",
     SPAN_ARMS,
-    SLOT_MODEL + " --n_layer=2 --batch_size=32 --max_iters=600",
-    columns=("val loss", "steps", "ms a step"), seeds=1)
+    SLOT_MODEL + " --n_layer=2 --batch_size=32 --max_iters=600 --seeds=1",
+    columns=("val loss", "steps", "ms a step"))
 
 CLAIMS["cipher"] = Trial(
     "the cipher task: no history, slots, and the history uncompressed, above the source's entropy "
@@ -1801,14 +1784,13 @@ UNSPACED = Trial(
     CHUNKS_BASE + " --dataset=no_spaces", baseline="chunk = 4", columns=BY_CHUNK)
 
 
+@register
 def chunks(cfg):
     """chunks that end with words, after 4 or 5 characters, where the first exit is unsure, where a
     router learns to end them, and at random, in text with and without white space"""
     yield from SPACED(cfg)
     yield from UNSPACED(cfg)
 
-
-CLAIMS["chunks"] = chunks
 
 WIDE = {"level 1.5 times as wide": "--level_embd=192", "level twice as wide": "--level_embd=256"}
 CLAIMS["levels_more"] = Trial(
@@ -1863,6 +1845,7 @@ TARGET_TRIALS = (
           columns=(*OF_TARGETS, "spread of states")))
 
 
+@register
 def targets(cfg):
     """what a level or an output is to predict: the spelling of a chunk, its words without order,
     what the level itself makes of it, a moving average of that, the next output vector; beside no
@@ -1871,17 +1854,13 @@ def targets(cfg):
         yield from trial(cfg)
 
 
-CLAIMS["targets"] = targets
-
-
+@register
 def concepts(cfg):
     """how well the next concept is predicted, what a plan is worth, and whether two futures stay
     two"""
     yield from CONCEPTS(cfg)
     yield from FORK(cfg)
 
-
-CLAIMS["concepts"] = concepts
 
 ROLLED = "--plan=cross --horizon=3 --rollout=0.25"
 IN_SECONDS = " --seconds_of='rolled out, 3'"
@@ -1919,6 +1898,7 @@ WRITERS = {"AAAA": "", **{f"energy, {name}": f"--layers='(AA)AA' --concept=energ
            f"--layers='(AA)AA' --concept=flow {DRAWN['latent, true with noise']}"}
 
 
+@register
 def draws(cfg, rows=64, length=192):
     """text written from drawn ideas: chunks of two that may come, BrierLM, distinct words and
     pairs against the loss of a judge"""
@@ -1954,8 +1934,6 @@ def draws(cfg, rows=64, length=192):
                 "`val loss` hands down means in every row, as evaluation does, and sees no future.")
 
 
-CLAIMS["draws"] = draws
-
 WORDS = "--layers='RR(RM)R' --chunk=space --mem_chunk=4 --against='RR(RM)R, words, 0' --mem_size="
 
 CLAIMS["plays"] = Trial(
@@ -1981,6 +1959,7 @@ FEATURAL = Trial(
     MEMORY_MODEL + " --after=usage", columns=(*COMPARED, "slots_used", "slot_entropy"))
 
 
+@register
 def distill(cfg):
     """students whose feed-forward layers are memories, and smaller ones, beside their teacher and
     themselves from scratch"""
@@ -1999,9 +1978,7 @@ def distill(cfg):
         timing="")(cfg)
 
 
-CLAIMS["distill"] = distill
-
-
+@register
 def distill_pretrained(cfg):
     """a pretrained model, SmolLM2-135M, with memories in the place of its feed-forward layers: of
     the first 20, of the last 10 and of all"""
@@ -2024,12 +2001,10 @@ def distill_pretrained(cfg):
                     f"--warmup_iters=0 --learning_rate=1e-12",
          "slots in the first 20": f"{own}{'F' * 20}{'A' * 10}",
          "entries in the last 10": f"{own}{'A' * 20}{'M' * 10}", "both": ""},
-        f"config/distill_pretrained.py --teacher={path} --dataset={name} --compile=False",
+        f"config/distill_pretrained.py --teacher={path} --dataset={name} --compile=False "
+        f"--seeds=1",
         columns=("val loss", "difference", "spread", "steps", "params M", "seconds of steps"),
-        timing="", seeds=1)(cfg)
-
-
-CLAIMS["distill_pretrained"] = distill_pretrained
+        timing="")(cfg)
 
 
 def first_stage(cfg, name, flags):
@@ -2052,6 +2027,7 @@ def costs(cfg, arms):
     return lambda a, b: compare(times[a], times[b]), lambda a, b: flops[a] / flops[b]
 
 
+@register
 def slots_on_trained(cfg, n=750):
     """slots put on a trained plain model for a third of its steps, beside slots from scratch and
     the plain model trained on, at equal seconds in all"""
@@ -2075,9 +2051,7 @@ def slots_on_trained(cfg, n=750):
                                              "steps", "history_shuffled"), timing="")(cfg)
 
 
-CLAIMS["slots_on_trained"] = slots_on_trained
-
-
+@register
 def growth(cfg, n=600):
     """a small model, grown in mid-run to more layers or channels, beside the large one from scratch
     at equal operations and at equal seconds, and the small one trained on"""
@@ -2100,9 +2074,7 @@ def growth(cfg, n=600):
                                       "params M", "seconds of steps"), timing="")(cfg)
 
 
-CLAIMS["growth"] = growth
-
-
+@register
 def featural(cfg):
     """featural memory beside the MLP: random pairs at equal FLOPs; loss at equal steps,
     parameters, seconds"""
@@ -2130,7 +2102,7 @@ def learn_pairs(kind, n, scale, steps=1000, batch=512, seed=1):
             o.zero_grad(set_to_none=True)
     with torch.inference_mode():
         guesses = torch.cat([to_logits(part).argmax(-1) for part in x.split(4096)])
-    return (guesses == y).float().mean().item()
+    return share(guesses == y)
 
 
 def random_pairs():
@@ -2155,9 +2127,6 @@ def random_pairs():
         rows.append(row)
     return Table("random pairs learned to 99% in 1,000 steps of 512; share right by their number, "
                  "best of 3 learning rates", rows)
-
-
-CLAIMS["featural"] = featural
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2218,11 +2187,9 @@ EXITS = "config/exits_shakespeare.py"
 
 def kept(cfg, name, flags, seed=1):
     """Return the folder of a model that several claims use: trained once where cfg.out_dir keeps
-    it."""
-    folder = os.path.join(cfg.out_dir, name)
-    if cfg.out_dir and os.path.exists(os.path.join(folder, "ckpt.pt")):
-        return folder
-    return fit(cfg, flags, seed, out_dir=name, init_from="auto")["out_dir"]
+    it; a training that was cut off goes on."""
+    return once(cfg, f"{name} {flags} {seed}", lambda: fit(
+        cfg, flags, seed, out_dir=name, init_from="auto")["out_dir"])
 
 
 def judge_folder(cfg):
@@ -2231,9 +2198,9 @@ def judge_folder(cfg):
     return kept(cfg, "judge", JUDGE, seed=2)
 
 
-def split_ids(cfg, split, dataset=None):
-    """Return the ids of a split of a dataset (default: cfg's)."""
-    path = os.path.join(cfg.data_dir, dataset or cfg.dataset, f"{split}.bin")
+def split_ids(cfg, split):
+    """Return the ids of a split of the dataset."""
+    path = os.path.join(cfg.data_dir, cfg.dataset, f"{split}.bin")
     return np.asarray(prepare.open_bin(path)[0]).astype(np.int64)
 
 
@@ -2318,6 +2285,7 @@ def means(rows):
     return {k: mean(row[k] for row in rows) for k in rows[0]}
 
 
+@register
 def coherence(cfg, total=10_000):
     """a stream of 10,000 characters by each of several models under each collapse policy, beside
     human text: repetition, words, a judge"""
@@ -2351,6 +2319,7 @@ VECTORS = {"drawn always": "", "likeliest always": "--top_k=1",
            "mixtures down to a cosine of 0.7": "--soft --gumbel=0 --collapse_threshold=0.3"}
 
 
+@register
 def vectors(cfg, n=256, prompt=32, rows=64):
     """regressed points fed back: always, never, and only while they lie near a symbol, by models
     that read vectors in training and that did not: a judge's loss by position"""
@@ -2521,13 +2490,14 @@ def random_exits(model, depth):
     return lambda h, before: torch.rand(h.shape[:2], generator=g) < chance
 
 
+@register
 @torch.inference_mode()
 def exits(cfg, n=200):
     """early exit: blocks, disagreement and a judge's loss over thresholds, and as calibrated for a
     risk of 2%, beside random exits"""
     model, ckpt = sample.load(kept(cfg, "exits", EXITS), dtype="bfloat16")
     critic, rows, table = Critic(cfg), held_out(ckpt, cfg.data_dir, 1000, 64)[:3000], []
-    fresh = rows[-500:]  # what nothing is calibrated on
+    rows, fresh = rows[:-500], rows[-500:]  # nothing is calibrated on the last
     prompts, full = fresh[-32:, :32].tolist(), model(fresh).logits.argmax(-1)
 
     def add(name, rule):
@@ -2535,7 +2505,7 @@ def exits(cfg, n=200):
         logits, depth = model.forward_with_exits(fresh, rule)
         written, texts = write(model, prompts, n, leave=rule)
         table.append({"rule": name, "blocks": depth.float().mean().item(),
-                      "differ": (logits.argmax(-1) != full).float().mean().item(),
+                      "differ": share(logits.argmax(-1) != full),
                       "judge": mean(critic.nats(texts, 32)),
                       "blocks when writing": mean(t.depth for row in written for t in row)})
         return table[-1]["blocks"]
@@ -2555,6 +2525,7 @@ def exits(cfg, n=200):
                 f"texts of {n}; human text {human:.3f})", table)
 
 
+@register
 def exit_speed(cfg, n=200):
     """early exit by softmax, one row: tokens/s over thresholds, in fp32, in bf16 and compiled"""
     arms = {f"softmax > {t}": f"--exit=softmax --exit_threshold={t}" for t in (0.8, 0.7, 0.6, 0.5)}
@@ -2563,6 +2534,7 @@ def exit_speed(cfg, n=200):
         {"every block": "", **arms}, n))
 
 
+@register
 def speculate(cfg, n=300):
     """self-speculation at 12 layers, 512 wide, and a small draft model: acceptance, speed"""
     folder = kept(cfg, "deep", "--layers=AA.AAAAAAAAAA --exit_distill=0.5 --n_embd=512 --n_head=8 "
@@ -2583,6 +2555,7 @@ def speculate(cfg, n=300):
 # contrastive decoding
 
 
+@register
 def contrast(cfg, n=200, length=192, skip=64):
     """contrastive decoding with each kind of amateur beside greedy and nucleus: repetition, words,
     a judge"""
@@ -2614,10 +2587,6 @@ def contrast(cfg, n=200, length=192, skip=64):
         table.append(row)
     yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5; "
                 f"less nucleus 0.95 after the same prompt: mean and 95% interval", table)
-
-
-CLAIMS.update(coherence=coherence, vectors=vectors, exits=exits, exit_speed=exit_speed,
-              speculate=speculate, contrast=contrast)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2682,6 +2651,7 @@ def kill_writers(path, kills, seed=0):
     return total
 
 
+@register
 def crash(cfg, kills=50):
     """a store whose writer is killed 50 times in the middle of writing: nothing committed is lost,
     nothing is half written"""
@@ -2712,6 +2682,7 @@ def answers(model, tok, facts, stored):
     return right / len(facts)
 
 
+@register
 def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_000):
     """random facts, each read once and asked far outside the window, by how many are stored: right
     answers, seconds"""
@@ -2751,6 +2722,8 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
 
 LAMBDAS = torch.linspace(0, 0.8, 21)
 TEMPERATURES = [2.0 ** i for i in range(-7, 2)]  # times the channels
+
+
 def tuned(logp, distances, hits, C, fits):
     """Return the weight and temperature of a kNN-LM that are best where fits (n,) says, and the
     nats (n,) of each place with them. logp (n,): of the right token by the model; distances, hits
@@ -2775,6 +2748,7 @@ def behind(h, places, k, size=64):
     return map(torch.cat, zip(*found))
 
 
+@register
 @torch.inference_mode()
 def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     """kNN-LM: validation loss with the training text, or with the text itself; tuned and scored on
@@ -2816,9 +2790,6 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     add("this text, before the place", len(h), distances, target[found])
     yield Table(f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of "
                 f"the validation split, scored on {n:,} of the other", rows)
-
-
-CLAIMS.update(crash=crash, facts=facts, knn=knn)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -3043,11 +3014,8 @@ def every_claim(argv):
     flags = shlex.split(as_flags({k: v for k, v in values.items() if k not in ("out_dir", "save")}))
     failed = []
     for name in CLAIMS:
-        folder, took = os.path.join(cfg.out_dir or "out/bench", name), None
-        done = os.path.join(folder, "done")
-        with contextlib.suppress(OSError, ValueError):
-            with open(os.path.join(HERE, "docs", "results", f"{name}.json"), encoding="utf-8") as f:
-                took = json.load(f)["seconds"]
+        folder = os.path.join(cfg.out_dir or "out/bench", name)
+        done, took = os.path.join(folder, "done"), record_of(name)[1].get("seconds")
         about = "nobody knows how long" if took is None else f"about {took / 60:,.0f} minutes"
         late = time.monotonic() + (took or 0) > end
         print(f"{name}: " + ("done" if os.path.exists(done) else about + ", left out" * late),

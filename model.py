@@ -53,11 +53,10 @@ Example:
     >>> model(ids[:, :8], state=state).logits[:, -1].shape
     torch.Size([2, 65])
 """
-import dataclasses
 import hashlib
 import itertools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -213,6 +212,8 @@ class GPTConfig:
             raise ValueError(f"n_layer says {self.n_layer} blocks, and layers = {self.layers} has "
                              f"{len(self.letters)}; leave one of them out")
         self.n_layer = len(self.letters)
+        if isinstance(self.concept_weight, tuple) and not any(self.concept_weight):
+            self.concept_weight = 0.0
         for name, needs in self.idle():
             if name in SWITCHES.split():
                 raise ValueError(f"{name} has nothing to work on; it needs {needs}")
@@ -409,13 +410,13 @@ def parse_chunk(c):
     """
     if c == "space":
         return c, 4, 4
-    kind, _, number = c.rpartition(":")
+    kind, colon, number = c.rpartition(":")
     try:
         n = float(number) if kind == "entropy" else int(number)
     except ValueError:
         n = -1
     least, room = {"": (1, n), "entropy": (0, 3), "route": (2, 3 * n // 4)}.get(kind, (n + 1, 0))
-    if not least <= n < 1e9:
+    if not least <= n < 1e9 or colon and not kind:
         raise ValueError(f"chunk is a positive number or, for the first level, space, entropy:2.5 "
                          f"(nats) or route:4 (a mean length of 2 or more), not {c!r}")
     return kind, n, room
@@ -516,10 +517,14 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens):
         if tokens.is_floating_point():
-            tokens, V = tokens.to(self.weight.dtype), len(self.weight)
-            x, offset = tokens[..., :V] @ self.weight, tokens[..., V:]
-            return x + offset if offset.size(-1) else x
+            return expected_rows(tokens.to(self.weight.dtype), self.weight)
         return F.embedding(tokens, self.weight)
+
+
+def expected_rows(soft, table):
+    """Return what soft tokens (..., V or V + C) stand for by a table (V, C): (..., C)."""
+    x, offset = soft[..., :len(table)] @ table, soft[..., len(table):]
+    return x + offset if offset.size(-1) else x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -687,15 +692,14 @@ def topk(scores, k, group=8, ordered=True):
 # what layers share: a cache each, one frozen Sequence, one Aux that grows
 
 
+@dataclass(eq=False)
 class Cache:
     """What a layer carries while decoding: named tensors (B, L, ...), one row a position.
 
     Which positions count is said by those of the inputs, so a rollback has nothing to do here.
-    `inside` holds the caches of the layers within.
     """
-
-    def __init__(self, tensors=None, inside=()):
-        self.tensors, self.inside = tensors or {}, list(inside)
+    tensors: dict = field(default_factory=dict)
+    inside: list = field(default_factory=list)  # the caches of the layers within
 
     @classmethod
     def empty(cls, like, B, L, **sizes):
@@ -705,8 +709,7 @@ class Cache:
         """
         tensors = {}
         for name, size in sizes.items():
-            dtype = next((s for s in size if isinstance(s, torch.dtype)), like.dtype)
-            size = [s for s in size if not isinstance(s, torch.dtype)]
+            *size, dtype = size if isinstance(size[-1], torch.dtype) else (*size, like.dtype)
             tensors[name] = torch.zeros(B, L, *size, device=like.device, dtype=dtype)
         return cls(tensors)
 
@@ -740,19 +743,19 @@ class Cache:
                      [None if c is None else c.select(rows) for c in self.inside])
 
 
+@dataclass(eq=False)
 class State:
     """What decoding carries from one forward to the next, made by GPT.init_state.
 
-    `pos` (B,) counts the positions that each row has filled; `caches` has one Cache a layer, and
-    `own` those of what stands before all layers: "n_grams", "docs", "thoughts". Every shape
-    stays as it is, so that a decoding step compiles once; that no row outgrows `capacity` is for
-    the caller to see to.
+    Every shape stays as it is, so that a decoding step compiles once; that no row outgrows
+    `capacity` is for the caller to see to.
     """
-
-    def __init__(self, pos, caches, capacity, begun=False, memory=None, own=None):
-        self.pos, self.caches, self.capacity, self.own = pos, caches, capacity, own or {}
-        self.begun = begun  # the slots are in
-        self.memory = memory or {}  # {block: Memory} that blocks M read
+    pos: torch.Tensor  # (B,) how many positions each row has filled
+    caches: list  # one Cache a layer
+    capacity: int
+    memory: dict  # {block: Memory} that blocks M read
+    own: dict  # Caches of what stands before all layers: "n_grams", "docs", "thoughts"
+    begun: bool = False  # the slots are in
 
     def advance(self, T):
         """Return positions (B, T) of the next T inputs, none past the last place."""
@@ -766,9 +769,9 @@ class State:
 
     def select(self, rows):
         """Return the state of these rows (a LongTensor; a row may be taken several times)."""
-        return State(self.pos[rows], [None if c is None else c.select(rows) for c in self.caches],
-                     self.capacity, self.begun, {i: m.select(rows) for i, m in self.memory.items()},
-                     {name: c.select(rows) for name, c in self.own.items()})
+        return replace(self, pos=self.pos[rows], caches=[c.select(rows) for c in self.caches],
+                       memory={i: m.select(rows) for i, m in self.memory.items()},
+                       own={name: c.select(rows) for name, c in self.own.items()})
 
 
 @dataclass(frozen=True)
@@ -832,10 +835,6 @@ class Layer(nn.Module):
     carries = {}  # nothing
     ends_with_document = True  # it carries state, which the start of a document must reset
 
-    @staticmethod
-    def check(cfg):
-        """Raise ValueError where settings ask for what this layer cannot do."""
-
     def init_cache(self, B, L, like):
         """Return an empty Cache for B rows of L positions, like a tensor of the model's type."""
         return Cache.empty(like, B, L, **self.carries) if self.carries else None
@@ -849,9 +848,9 @@ class Layer(nn.Module):
         return 6 * L * n_weights(self)
 
 
-def n_weights(*modules):
-    """Return how many numbers the matrices of modules have, without tables that are looked up."""
-    inside = [m for module in modules if module is not None for m in module.modules()]
+def n_weights(module):
+    """Return how many numbers the matrices of a module have, without tables that are looked up."""
+    inside = () if module is None else module.modules()
     return sum(p.numel() for m in inside if not isinstance(m, Embedding)
                for p in m.parameters(recurse=False) if p.dim() > 1)
 
@@ -902,10 +901,9 @@ class Attention(Layer):
                 raise ValueError(f"n_head ({h}) must be a positive multiple of n_kv_head ({kv}) in "
                                  f"layer {i}")
             first = cfg.heads(attending[0])[2]
-            if d < 1 or (cfg.pos == "rope" and (d % 2 or d != first)):
-                raise ValueError(f"head_dim must be positive, and for pos = rope even and the same "
-                                 f"in all layers, not {d}; with a different n_head per layer set "
-                                 f"head_dim")
+            if cfg.pos == "rope" and (d % 2 or d != first):
+                raise ValueError(f"head_dim must be even and the same in all layers for pos = "
+                                 f"rope, not {d}; with a different n_head per layer set head_dim")
         if cfg.n_value_embed > sum(item[0] == "A" for item in cfg.tree):
             raise ValueError(f"n_value_embed ({cfg.n_value_embed}) must lie between 0 and the "
                              f"number of token-level blocks A")
@@ -926,7 +924,6 @@ class Attention(Layer):
         cache.attended(seq.pos, *self.heads(*kv.chunk(2, dim=-1), seq))
 
     def forward(self, x, seq, aux, cache=None):
-        B, L, _ = x.shape
         if seq.kv_input is None:
             qkv = self.c_attn(x)
         else:
@@ -945,7 +942,7 @@ class Attention(Layer):
             y = attend(q, k, v, seq.blocks if fits and seq.blocks else seq.mask, dropout)
         else:
             y = self.attend_apart(q, k, v, seq, dropout)
-        return self.c_proj(y.transpose(1, 2).reshape(B, L, -1))
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
     def attend_apart(self, q, k, v, seq, dropout):
         """Return attention to the window, plus `slot_gate` times that to the slots.
@@ -1035,8 +1032,7 @@ class Recurrence(Layer):
         b = (1 - a.abs()) * v
         a = a.masked_fill(seq.doc_start[..., None], 0.0)
         if cache is not None:
-            carried = a[:, :1] * cache.before("h", seq.pos)[:, None]
-            b = torch.cat((b[:, :1] + carried, b[:, 1:]), dim=1)
+            b[:, 0] += a[:, 0] * cache.before("h", seq.pos)
         h = scan(a, b)
         if self.turns:
             h = rotate(h, cos, sin)
@@ -1100,9 +1096,8 @@ class DeltaRule(Layer):
         self.carries = dict(S=(self.n_head, self.head_dim, self.head_dim, torch.float32))
 
     def forward(self, x, seq, aux, cache=None):
-        B, L, _ = x.shape
         *qkv, out = self.c_in(x).chunk(4, dim=-1)
-        q, k, v = (t.view(B, L, self.n_head, -1).transpose(1, 2).float() for t in qkv)
+        q, k, v = (split_heads(t, self.head_dim).float() for t in qkv)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         beta, keep = self.c_gate(x).float().transpose(1, 2).chunk(2, dim=1)  # (B, H, L)
         beta, log_keep = 2 * beta.sigmoid(), F.logsigmoid(keep + self.rate[:, None])
@@ -1162,11 +1157,10 @@ class GRU(Layer):
         """
         begins = starts.clone()
         begins[:, 0] = True
-        row, place = begins.nonzero(as_tuple=True)
+        row = begins.nonzero()[:, 0]
         h0 = None
         if before is not None:
-            new = starts[row, place] | (place > 0)
-            h0 = torch.where(new[:, None], 0.0, before[row])[None]
+            h0 = torch.where(starts[begins][:, None], 0.0, before[row])[None]
         if len(row) == len(v):  # one each
             return self.rnn(v, h0)[0]
         ends = begins.flatten().nonzero()[1:, 0].tolist()
@@ -1303,8 +1297,7 @@ class FeaturalMemory(Layer):
 
     def find(self, x):
         """Return the slots that x (B, L, C) finds (B, L, H, top), and how near they are."""
-        B, L, _ = x.shape
-        q = rms_norm(self.c_q(x).view(B, L, self.n_head, 2, -1))
+        q = rms_norm(self.c_q(x).unflatten(-1, (self.n_head, 2, -1)))
         score = torch.einsum("bthpd,hpnd->bthpn", q, rms_norm(self.keys.to(x.dtype))).float()
         half = topk_indices(score, min(self.top, self.side))  # the best pairs are among these
         half_score, (a, b) = score.detach().gather(-1, half), self.pairs
@@ -1339,12 +1332,6 @@ class Memory:
     index: list | None = None  # one a head, with search(q, k), of keys that nothing changes
     ROOM = 2 ** 26  # scores at once
     DECAY = 0.999  # of usage, a memory chunk
-
-    @classmethod
-    def empty(cls, B, cfg, size=None, device=None, dtype=torch.float32):
-        shape = (B, cfg.mem_head, cfg.mem_size if size is None else size, cfg.mem_dim)
-        keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        return cls(keys, values, torch.zeros(shape[:-1], device=device))
 
     def select(self, rows):
         """Return those rows (a slice or a LongTensor); what stands for all still does."""
@@ -1469,9 +1456,10 @@ class AssociativeMemory(Layer):
 
     @staticmethod
     def check(cfg):
+        if "M" not in cfg.layers:
+            return
         first = cfg.mem_chunk * (cfg.mem_shift // cfg.mem_chunk + 1)  # place that finds something
-
-        for items, depth in stacks(cfg.tree) if "M" in cfg.layers else ():
+        for items, depth in stacks(cfg.tree):
             places = cfg.most_chunks(depth, cfg.block_size)
             if any(item[0] == "M" for item in items) and places <= first:
                 what = f"{places} chunks of a level" if depth else f"block_size = {places} tokens"
@@ -1479,8 +1467,6 @@ class AssociativeMemory(Layer):
                                  f"mem_shift = {cfg.mem_shift} finds nothing before "
                                  f"place {first + 1}; give a smaller mem_chunk or mem_shift"
                                  + ", or a smaller chunk" * bool(depth))
-        if "M" not in cfg.layers:
-            return
         if cfg.block_size % cfg.mem_chunk:
             raise ValueError(f"block_size ({cfg.block_size}) is not a multiple of mem_chunk "
                              f"({cfg.mem_chunk})")
@@ -1552,7 +1538,8 @@ class AssociativeMemory(Layer):
                 near, place = entries.nearest(q, min(cfg.mem_top, entries.usage.size(-1)))
                 scores.append(near.masked_fill(~allowed[:, None, :, None], float("-inf")))
                 numbers.append(place + first)
-                old.append([take(t, place).to(q.dtype) for t in (entries.keys, entries.values)])
+                old.append([t[:, :, None].take_along_dim(place[..., None], 3).to(q.dtype)
+                            for t in (entries.keys, entries.values)])  # (B, H, T, n, D)
                 n_entries = n_entries + (entries.usage > 0).sum(-1)[..., None] * allowed[:, None]
             scores, numbers = torch.cat(scores, -1), torch.cat(numbers, -1)
             top, found = topk(scores, min(cfg.mem_top, scores.size(-1)))
@@ -1631,14 +1618,11 @@ class Recall:
 
     def init_memory(self, B, size=None):
         """Return {block: an empty Memory}, B rows of `size` (mem_size) entries, of blocks M."""
-        return {m.i: Memory.empty(B, self.cfg, size, self.wte.weight.device, self.dtype)
+        cfg, device = self.cfg, self.wte.weight.device
+        shape = B, cfg.mem_head, cfg.mem_size if size is None else size, cfg.mem_dim
+        none = torch.zeros(shape, device=device, dtype=self.dtype)
+        return {m.i: Memory(none.clone(), none.clone(), torch.zeros(shape[:-1], device=device))
                 for m in self.modules() if isinstance(m, AssociativeMemory)}
-
-
-def take(t, place):
-    """Return the entries of t (B or 1, H, N, D) at places (B, H, T, n): (B, H, T, n, D)."""
-    index = place.flatten(2)[..., None].expand(-1, -1, -1, t.size(-1))
-    return t.expand(len(place), -1, -1, -1).gather(2, index).view(*place.shape, -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1935,7 +1919,7 @@ class FlowHead(EnergyHead):
 
     def forward(self, u):
         start = u.new_zeros(*u.shape[:-1], self.horizon, u.size(-1))
-        return self.denoise(u, start, u.new_zeros(*u.shape[:-1], 1, 1))
+        return self.denoise(u, start, start[..., :1, :1])
 
     def sample(self, u):
         y = torch.randn(*u.shape[:-1], self.horizon, u.size(-1), device=u.device)
@@ -1968,7 +1952,6 @@ class Chunks:
     """Where chunks end among T positions; M chunks, from the first that is open on."""
     place: torch.Tensor  # (B, T) place in its chunk
     next_place: torch.Tensor  # (B, T) that of the next position
-    closes: torch.Tensor  # (B, T) True where a chunk ends
     ends: torch.Tensor  # (B, M, T) True where position t ends chunk m
     count: torch.Tensor  # (B, T) chunks closed so far
     docs: torch.Tensor  # (B, T) documents begun so far
@@ -2082,9 +2065,9 @@ class Level(Stack):
         chunks = str(cfg.chunk).replace(" ", "").split(",")
         cfg.chunk, block_size, C = ",".join(chunks), cfg.block_size, cfg.n_embd
         depth = max(d for _, d in stacks(cfg.tree))
-        for i, c in enumerate(chunks):
-            if parse_chunk(c)[0] and i:
-                raise ValueError(f"chunk is a number for every level but the first, not {c!r}")
+        kind, *others = (parse_chunk(c)[0] for c in chunks)
+        if any(others):
+            raise ValueError(f"chunk is a number for every level but the first, not in {cfg.chunk}")
         for name in ("concept_weight", "level_embd"):
             value = getattr(cfg, name)
             if isinstance(value, tuple) and len(value) != depth:
@@ -2104,7 +2087,6 @@ class Level(Stack):
                                      f"out level_embd ({width})")
         if len(chunks) not in (1, depth):
             raise ValueError(f"chunk gives {len(chunks)} values for {depth} depths of levels")
-        kind = parse_chunk(chunks[0])[0]
         if kind and len(chunks) < depth:
             raise ValueError(f"chunk = {cfg.chunk} says nothing of the levels above words; give "
                              f"one value a depth, as {cfg.chunk},4")
@@ -2175,7 +2157,7 @@ class Level(Stack):
         # asking a GPU whether any chunk closes would wait for it
         always = cache is None or seq.begins or x.device.type != "cpu"
         always = always or torch.compiler.is_compiling()
-        if always or bool(chunks.closes.any()):
+        if always or bool(chunks.exists.any()):
             concepts, scored = rms_norm(sums), None
             if seq.scored is not None and cache is None:
                 scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1)  # (B, M)
@@ -2207,8 +2189,9 @@ class Level(Stack):
         at = torch.arange(T, device=device)
         # places in chunks, and where those end
         starts = doc_start | F.pad(seq.word_end[:, :-1], (1, 0)) if self.words else doc_start
-        start = torch.where(starts, at, -1).cummax(1).values  # of the running chunk; -1: before
-        place = torch.where(start >= 0, at - start, last["next_place"][:, None] + at)
+        # of the running chunk, which may have started before
+        start = torch.where(starts, at, -last["next_place"][:, None]).cummax(1).values
+        place = at - start
         if self.words:
             closes, M = seq.word_end, T
         else:
@@ -2224,12 +2207,11 @@ class Level(Stack):
         # the same by chunk
         m = torch.arange(min(M, self.capacity), device=device)[:, None]
         state = last["count"][:, None] + torch.arange(1 - seq.begins, len(m) + 1, device=device)
-        closed_docs = torch.where(closes, docs, -1).cummax(1).values
-        closed_docs = torch.where(closed_docs < 0, last["closed_docs"][:, None], closed_docs)
+        closed_docs = torch.where(closes, docs, last["closed_docs"][:, None]).cummax(1).values
         ends = (chunk[:, None] == m) & closes[:, None]
         doc = (ends * docs[:, None]).sum(-1)
         chunks = Chunks(
-            place=place, next_place=torch.where(closes, 0, place + 1), closes=closes, ends=ends,
+            place=place, next_place=torch.where(closes, 0, place + 1), ends=ends,
             count=count, docs=docs, closed_docs=closed_docs, state=state,
             exists=ends.any(-1), end=(ends * at).sum(-1), doc=doc,
             doc_before=torch.cat((last["closed_docs"][:, None], doc[:, :-1]), 1))
@@ -2485,7 +2467,7 @@ class NGrams(nn.Module):
         """Return the sum of their vectors; ids (B, T) stand at places pos (B, T) of the window."""
         total, hashed, later = 0, ids, ids
         inside = torch.ones_like(ids, dtype=torch.bool)
-        window = Cache.empty(ids, *ids.shape, ids=()) if cache is None else cache
+        window = Cache.empty(ids, *ids.shape, ids=(ids.dtype,)) if cache is None else cache
         window.write(pos, ids=ids)
         for n in range(2, max(self.lengths) + 1):
             place = pos - n + 1
@@ -2552,7 +2534,7 @@ class Slots(nn.Module):
                              f"{cfg.layers} has none; add one")
 
     def forward(self, history, vectors):
-        B, cfg = history.size(0), self.cfg
+        cfg = self.cfg
         counts, ids = history[:, :-cfg.history], history[:, -cfg.history:]
         exists = (ids >= 0).to(vectors.dtype)  # (B, history)
         e = vectors[:, -cfg.history:] * exists[..., None]
@@ -2565,13 +2547,13 @@ class Slots(nn.Module):
             pooled.append(w[:, None] @ e)
             count.append(w.sum(1, keepdim=True))
         if cfg.n_segment:
-            pooled.append(e.view(B, cfg.n_segment, -1, e.size(-1)).sum(2))
-            count.append(exists.view(B, cfg.n_segment, -1).sum(2))
+            pooled.append(e.unflatten(1, (cfg.n_segment, -1)).sum(2))
+            count.append(exists.unflatten(1, (cfg.n_segment, -1)).sum(2))
         if cfg.n_span:
             n = cfg.n_span * cfg.span
-            spans = e[:, -n:].view(B, cfg.n_span, cfg.span, -1)
+            spans = e[:, -n:].unflatten(1, (cfg.n_span, cfg.span))
             pooled.append(rotate(spans, self.cos, self.sin).sum(2))
-            count.append(exists[:, -n:].view(B, cfg.n_span, -1).sum(2))
+            count.append(exists[:, -n:].unflatten(1, (cfg.n_span, -1)).sum(2))
         pooled, count = torch.cat(pooled, 1), torch.cat(count, 1)[..., None]
         # the norm makes a sum and a mean the same
         pooled = torch.where(count > 0, rms_norm(pooled), self.empty)
@@ -2643,8 +2625,7 @@ class NextLatent(nn.Module):
         """Outputs h and embeddings e of the inputs, (B, T, C) each -> a sum over scored targets."""
         before, after = h[:, :-1], h[:, 1:].detach()
         guess = before + self.change(torch.cat((before, e[:, 1:].to(h.dtype)), -1))
-        far = DISTANCES["mse"](guess.float(), after)
-        return far.masked_fill(targets[:, 1:] < 0, 0.0).sum()
+        return scored_sum(DISTANCES["mse"](guess.float(), after), targets[:, 1:])
 
 
 class SoftTokens:
@@ -2774,15 +2755,13 @@ class EarlyExit:
     def add_exits(self, cfg):
         """Make exits, {layers before it: blocks before it, also in levels}, and the segments."""
         self.exits = {}
-        for i in (i for i, c in enumerate(cfg.layers) if c == "."):
-            layers = sum(item != "." for item in parse_layers(cfg.layers[:i]))
-            self.exits[layers] = sum(c in BLOCKS for c in cfg.layers[:i])
+        for before in itertools.accumulate(cfg.layers.split(".")[:-1]):
+            self.exits[len(parse_layers(before))] = sum(c in BLOCKS for c in before)
         kind, limit, _ = parse_chunk(cfg.chunk.split(",")[0])
         self.limit = limit if kind == "entropy" and self.levels else None
         self.sure = ExitClassifier(cfg) if cfg.exit_classifier else None
         self.segments = list(itertools.pairwise((0, *self.exits, len(self.order))))
         self.exits_rotate = cfg.exit_loss == "rotate" and len(self.exits) > 1
-        self.exits_train = bool(self.exits) and (cfg.exit_weight > 0 or cfg.exit_classifier)
 
     def exit_weights(self):
         """Return what each exit's loss counts, by its depth; [] where they are not trained."""
@@ -2843,7 +2822,7 @@ class EarlyExit:
         step_draw says; and the classifier's, which no gradient leaves. exited (B, L): positions
         that stopped.
         """
-        cfg, scored, losses = self.cfg, targets >= 0, []
+        cfg, losses = self.cfg, []
         names, outputs = [f"exit_{k}" for k in self.exits.values()], exits
         weights = self.exit_weights()
         if step_draw is not None and weights:
@@ -2855,7 +2834,7 @@ class EarlyExit:
             out, weight = self.to_logits(h), cfg.exit_weight * weight
             losses.append((name, (1 - cfg.exit_distill) * weight, cross_entropy(out, targets)))
             if cfg.exit_distill:
-                kl = divergence(logits.detach(), out).masked_fill(~scored, 0.0).sum()
+                kl = scored_sum(divergence(logits.detach(), out), targets)
                 losses.append((f"{name}_distill", cfg.exit_distill * weight, kl))
         if self.sure is not None:
             with torch.no_grad():
@@ -2864,8 +2843,8 @@ class EarlyExit:
             sure = self.sure(torch.stack([h.detach() for h in exits]))  # (exits, B, T)
             wrong = F.binary_cross_entropy_with_logits(sure, right, reduction="none").mean(0)
             if exited is not None:  # the last layer of other rows is the exit itself
-                scored = scored & ~exited.any(1, keepdim=True)
-            losses.append(("sure", 1.0, wrong.masked_fill(~scored, 0.0).sum()))
+                wrong = wrong.masked_fill(exited.any(1, keepdim=True), 0.0)
+            losses.append(("sure", 1.0, scored_sum(wrong, targets)))
         return losses
 
     def exit_place(self, blocks):
@@ -2931,13 +2910,9 @@ def cross_entropy(logits, targets):
                            reduction="sum")
 
 
-def mean_square(logits, targets):
-    """Return the mean square of logits (B, T, V), summed over scored targets (B, T).
-
-    Its weight is a logit decay, against features that starve others (Spectral Decoupling, Pezeshki
-    et al. 2021, arXiv:2011.09468).
-    """
-    return logits.float().square().mean(-1).masked_fill(targets < 0, 0.0).sum()
+def scored_sum(loss, targets):
+    """Return the sum of a loss (B, T) over scored targets (B, T)."""
+    return loss.masked_fill(targets < 0, 0.0).sum()
 
 
 def averaged(each):
@@ -3068,8 +3043,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def num_params(self):
         """Return the number of parameters without learned positions, as nanoGPT counts."""
-        positions = self.wpe.weight.numel() if self.wpe is not None else 0
-        return sum(p.numel() for p in self.parameters()) - positions
+        return sum(p.numel() for name, p in self.named_parameters() if name != "wpe.weight")
 
     def random(self):
         """Return whether training computes something else than evaluation does."""
@@ -3104,7 +3078,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     # -- decoding
 
-    def init_state(self, B, dtype=None, memory=None, carried=None, known=None):
+    def init_state(self, B, memory=None, carried=None, known=None):
         """Return an empty State for B rows, with room for every slot and the whole window.
 
         memory {block: Memory}: what blocks M can find besides what they read, of one row, or of B
@@ -3113,21 +3087,21 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         """
         device, S, V = self.wte.weight.device, self.cfg.n_slot, self.cfg.vocab_size
         L = S + self.cfg.block_size
-        caches = self.init_caches(B, L, torch.empty(0, device=device, dtype=dtype or self.dtype))
+        like, own = torch.empty(0, device=device, dtype=self.dtype), {}
+        caches = self.init_caches(B, L, like)
         for i, window in self.windows(caches) if carried else ():
             for name, t in zip(ENTRY, carried[i]):
                 window[name][:, S:] = t
             place = torch.arange(window["fixed"].size(1), device=device)
             window["fixed"][:] = place < S + known[:, None]
-        like, own = torch.empty(0, device=device), {}
         if self.n_grams is not None:
             own["n_grams"] = Cache.empty(like, B, self.cfg.block_size, ids=(torch.long,))
         if self.cfg.doc_mask:
             own["docs"] = Cache.empty(like, B, L, docs=(torch.long,))
         if self.cfg.n_think:
-            own["thoughts"] = Cache.empty(like, B, L, p=(V,), count=(torch.long,))
+            own["thoughts"] = Cache.empty(like, B, L, p=(V, torch.float32), count=(torch.long,))
         pos = torch.zeros(B, dtype=torch.long, device=device)
-        return State(pos, caches, L, memory=memory, own=own)
+        return State(pos, caches, L, memory or {}, own)
 
     # -- the forward
 
@@ -3284,7 +3258,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             loss = -(near * logits.float().log_softmax(-1)).sum(-1)
         else:
             loss = self.distance(self.point(h), e[y])
-        return loss.masked_fill(targets < 0, 0.0).sum()
+        return scored_sum(loss, targets)
 
     def forward(self, idx, targets=None, history=None, state=None, ids=None, denom=None,
                 step_draw=None, memory=None):
@@ -3332,10 +3306,11 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if cfg.next_latent:
             terms.append(("latent", cfg.next_latent, self.latent(h, self.wte(idx), targets)))
         if cfg.logit_decay:
-            terms.append(("logits", cfg.logit_decay, mean_square(logits, targets)))
-        terms += aux.losses
-        if self.exits_train:
-            terms += self.exit_losses(exits, exited, logits, targets, step_draw)
+            # against features that starve others (Spectral Decoupling, Pezeshki et al. 2021,
+            # arXiv:2011.09468)
+            squares = logits.float().square().mean(-1)
+            terms.append(("logits", cfg.logit_decay, scored_sum(squares, targets)))
+        terms += aux.losses + self.exit_losses(exits, exited, logits, targets, step_draw)
         denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom
         losses, loss = {}, 0.0
         for name, weight, value in terms:
@@ -3358,4 +3333,4 @@ CHECKED = (Attention, Level, FeaturalMemory, AssociativeMemory, NGrams, Slots, E
 
 def settings(cfg):
     """Return a config as plain data, for a checkpoint; GPTConfig(**settings) makes it again."""
-    return dataclasses.asdict(cfg)
+    return asdict(cfg)

@@ -61,8 +61,9 @@ from config import UserError, visible
 END = "<|endoftext|>"  # what the end of a text is called, in GPT-2's files and in ours
 MIN_TOKENS = 64  # of each split
 
-RANGES = {"n_pause": (-1, 64), "doc_len": (16, 10 ** 6), "seed": (0, 2 ** 63 - 1),
-          "vocab_size": (0, 2 ** 20)}
+LIMITS = (  # lowest, highest, settings
+    (-1, 64, "n_pause"), (16, 10 ** 6, "doc_len"), (0, 2 ** 63 - 1, "seed"),
+    (0, 2 ** 20, "vocab_size"))
 
 
 @dataclass
@@ -88,7 +89,7 @@ class PrepareConfig:
     overwrite: bool = False  # put the dataset in the place of one that was made from something else
 
     def __post_init__(self):
-        config.check(self, {"source": ("auto", "tiny", "works")}, RANGES)
+        config.check(self, {"source": ("auto", "tiny", "works")}, LIMITS)
         if self.n_docs:
             config.within(self, 10, 10 ** 8, "n_docs")
         if (self.tokenizer == "word") != (self.vocab_size > 257):

@@ -38,7 +38,7 @@ class PretrainedConfig:
     block_size: int = 0  # import: tokens in the window, no more than it was trained on; 0: as many
 
     def __post_init__(self):
-        config.check(self, {}, {"block_size": (1, 2 ** 20)})
+        config.check(self, {}, [(1, 2 ** 20, "block_size")])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from torch.nn import functional as F
 import memory
 import prepare
 from config import UserError, summary
-from model import GPT, GPTConfig, Level, Linear, averaged
+from model import GPT, GPTConfig, Level, Linear, averaged, expected_rows
 
 
 @dataclass
@@ -119,7 +119,7 @@ class SampleConfig:
     compile: bool = False  # compile the step: half a minute once, several times as fast on a CPU
 
     def __post_init__(self):
-        config.check(self, CHOICES, RANGES)
+        config.check(self, CHOICES, LIMITS)
         if self.stop == prepare.END:
             self.stop, self.stop_at_end = "", True
         for name in ("stop", "think_after"):
@@ -193,16 +193,18 @@ CHOICES = {
     "collapse": ("distance", "entropy", "always", "never", "every:N"),
     "dtype": ("float32", "bfloat16"),
 }
-COUNT, SIZE, SHARE, STRENGTH = (0, 10_000), (0, 2 ** 62), (0, 1), (0, 1000)
-RANGES = {
-    "n": (1, 10_000), "beams": COUNT, "best_of": COUNT, "speculate": COUNT, "draft_exit": COUNT,
-    "n_think": COUNT, "max_new_tokens": SIZE, "top_k": SIZE, "soft_top_k": SIZE, "limit": SIZE,
-    "collapse_back": (-1, 2 ** 62), "knn_k": (1, 2 ** 31), "seed": (0, 2 ** 63 - 1),
-    "top_p": SHARE, "min_p": SHARE, "alpha": SHARE, "knn_lambda": SHARE, "exit_threshold": SHARE,
-    "beta": STRENGTH, "exit_decay": STRENGTH, "collapse_threshold": STRENGTH,
-    "temperature": STRENGTH, "gumbel": STRENGTH, "knn_temp": (1e-6, 1e9), "knn_within": (0, 1e9),
-    "repetition_penalty": (0.01, 100),
-}
+LIMITS = (  # lowest, highest, settings
+    (1, 10_000, "n"),
+    (0, 10_000, "beams best_of speculate draft_exit n_think"),
+    (0, 2 ** 62, "max_new_tokens top_k soft_top_k limit"),
+    (-1, 2 ** 62, "collapse_back"),
+    (1, 2 ** 31, "knn_k"),
+    (0, 2 ** 63 - 1, "seed"),
+    (0, 1, "top_p min_p alpha knn_lambda exit_threshold"),
+    (0, 1000, "beta exit_decay collapse_threshold temperature gumbel"),
+    (1e-6, 1e9, "knn_temp"),
+    (0, 1e9, "knn_within"),
+    (0.01, 100, "repetition_penalty"))
 
 
 def check_utf8(text, name):
@@ -404,9 +406,7 @@ def soft_token(p, cfg, generator):
 def similarity(soft, table):
     """Return the cosine (B, V) between the embedding of a soft token, p @ E of a distribution
     (B, V) or a vector (B, V + C), and every row of the table E (V, C)."""
-    p, offset = soft[:, :len(table)], soft[:, len(table):]
-    x = p @ table + offset if offset.size(1) else p @ table
-    return F.normalize(x, dim=-1) @ F.normalize(table, dim=-1).T
+    return F.normalize(expected_rows(soft, table), dim=-1) @ F.normalize(table, dim=-1).T
 
 
 def collapses(p, soft, table, cfg, step):
@@ -570,8 +570,7 @@ class Decoder:
         self.state = self.init_state(rows)
         out = self.read(self.model, self.state, rows, [0] * len(rows), width, self.history(rows))
         short = width - lengths
-        if bool(short.any()):
-            self.state.rollback(short)
+        self.state.rollback(short)
         self.record(out, width - 1 - short)
         return out[0]
 
@@ -690,14 +689,14 @@ class Decoder:
         new.rows = [tuple(map(list, self.rows[r])) for r in rows]
         new.soft = [dict(self.soft[r]) for r in rows]
         new.counts = [self.counts[r].copy() for r in rows]
-        new.known, new.depth, new.found, new.expected = ([each[r] for r in rows] for each in (
-            self.known, self.depth, self.found, self.expected))
+        for name in ("known", "depth", "found", "expected"):
+            setattr(new, name, [getattr(self, name)[r] for r in rows])
         new.memory = {i: m.select(at) for i, m in self.memory.items()}
         new.carried = {i: [t[at] for t in parts] for i, parts in self.carried.items()}
         self.own = new.own = False  # one row is shared until somebody writes
-        new.state, new.logits = self.state.select(at), self.logits[at]
-        new.h = None if self.h is None else self.h[at]
-        new.early = None if self.early is None else self.early[at]
+        new.state = self.state.select(at)
+        new.logits, new.h, new.early = (None if t is None else t[at]
+                                        for t in (self.logits, self.h, self.early))
         new.amateur = self.amateur and self.amateur.select(rows)
         new.draft = self.draft and self.draft.select(rows)
         new.others = [d.select(rows) for d in self.others]
@@ -788,10 +787,9 @@ class Int8(torch.nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.in_features = linear.in_features
         w = linear.weight.detach().float()
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.pad = 0, -self.in_features % 16
+        self.pad = 0, -linear.in_features % 16
         q = (w / scale).round().to(torch.int8)
         self.register_buffer("q", F.pad(q, self.pad).contiguous())
         self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
@@ -979,14 +977,6 @@ class Soft(Plain):
         return True
 
 
-def residual(p, q):
-    """Return what is left of p (B, V) where q (B, V) has drawn and been refused: max(p - q, 0), to
-    sum 1."""
-    left = (p - q).clamp(min=0)
-    total = left.sum(-1, keepdim=True)
-    return torch.where(total > 0, left / total.clamp(min=1e-30), p)
-
-
 class Speculation(Plain):
     """Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192), cfg.speculate tokens ahead:
     a draft proposes them one by one, the model verifies them in one pass, and what is kept is
@@ -1049,7 +1039,10 @@ class Speculation(Plain):
             if i < n:
                 odds = (p[i] / q[i]).gather(1, drafted[:, i:i + 1])[:, 0]
                 luck = torch.rand(len(first), generator=self.generator, device=first.device)
-                agrees, left = agreed & (luck < odds), residual(p[i], q[i])
+                # what is left of p where q has drawn and been refused (`choose` needs no sum of 1)
+                rest = (p[i] - q[i]).clamp(min=0)
+                left = torch.where(rest.any(-1, keepdim=True), rest, p[i])
+                agrees = agreed & (luck < odds)
             drawn = choose(left, self.generator)
             follows = torch.where(agreed & ~agrees, drawn, follows)
             kept, agreed = kept + agrees, agrees
@@ -1593,7 +1586,6 @@ def learn(cfg, *files):
             n = memory.learn(store, model, tok, ids)
             print(f"{config.visible(name)}: {n:,} entries")
         print(f"{config.visible(target)}: {store.count():,} entries")
-    return 0
 
 
 def inspect(cfg, path="", action="stats", *words):
@@ -1605,7 +1597,6 @@ def inspect(cfg, path="", action="stats", *words):
         raise UserError(f"limit is for list, not {action}; leave it out")
     check_utf8(" ".join(words), f"what {action} takes")
     memory.inspect(path, action, words, cfg.limit)
-    return 0
 
 
 def stand_in(m):
@@ -1649,7 +1640,6 @@ def info(cfg, path="", *more):
     for name, value in {**m, **t, **held}.items():
         if value != defaults.get(name):
             print(config.visible(f"{name} = {value!s:.80}"))
-    return 0
 
 
 COMMANDS = {  # what each does, and the settings that it takes besides out_dir
@@ -1722,7 +1712,6 @@ def decode(cfg, stores):
         if cfg.trace_html:
             write_page(cfg.trace_html, prompt, samples, mcfg, plans)
     memory.count_uses(used)
-    return 0
 
 
 if __name__ == "__main__":

@@ -46,18 +46,17 @@ from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, averaged, cross_
 CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine", "triangle"),
            "dtype": ("auto", "float32", "bfloat16", "float16"),
            "semantic_table": ("own", "ppmi", "random")}
-COUNT, SIZE, WEIGHT, BELOW_ONE = (1, 2 ** 53), (0, 2 ** 53), (0, 1e9), (0, 0.99999)
-RANGES = {"batch_size": (1, 2 ** 20), "gradient_accumulation_steps": (1, 2 ** 20),
-          "eval_interval": COUNT, "log_interval": COUNT, "max_iters": COUNT,
-          "warmup_iters": SIZE, "lr_decay_iters": SIZE, "eval_tokens": SIZE, "score_last": SIZE,
-          "sample_every": SIZE,
-          "train_tokens": SIZE, "ema_decay": (0, 1),
-          "loss_skip": SIZE, "question_weight": (0, 1),
-          "stream": SIZE, "ns_steps": (1, 100), "weight_decay": WEIGHT, "grad_clip": WEIGHT,
-          "min_lr": WEIGHT, "muon_lr": WEIGHT, "value_lr": WEIGHT, "distill": WEIGHT,
-          "distill_match": WEIGHT, "distill_ce": WEIGHT, "learning_rate": (1e-12, 1e9),
-          "history_drop": (0, 1), "cooldown": (0, 1), "momentum": BELOW_ONE, "beta1": BELOW_ONE,
-          "beta2": BELOW_ONE, "seed": (0, 2 ** 63 - 1)}  # a key of NumPy's Philox has 64 bits
+LIMITS = (  # lowest, highest, settings
+    (1, 2 ** 20, "batch_size gradient_accumulation_steps"),
+    (1, 2 ** 53, "max_iters eval_interval log_interval"),
+    (0, 2 ** 53, "warmup_iters lr_decay_iters eval_tokens score_last loss_skip sample_every "
+                 "train_tokens stream"),
+    (0, 2 ** 63 - 1, "seed"),  # a key of NumPy's Philox has 64 bits
+    (1, 100, "ns_steps"),
+    (0, 1, "ema_decay question_weight history_drop cooldown"),
+    (0, 0.99999, "momentum beta1 beta2"),
+    (0, 1e9, "weight_decay grad_clip min_lr muon_lr value_lr distill distill_match distill_ce"),
+    (1e-12, 1e9, "learning_rate"))
 
 
 @dataclass
@@ -126,7 +125,7 @@ class TrainConfig:
     wandb_id: str = ""  # id of a run to go on with; default: a new one, kept when this is resumed
 
     def __post_init__(self):
-        config.check(self, CHOICES, RANGES)
+        config.check(self, CHOICES, LIMITS)
         if self.overwrite and self.init_from in ("resume", "auto"):
             raise ValueError(f"overwrite begins anew, and init_from = {self.init_from} goes on "
                              f"with a run; leave one of them out")
@@ -182,6 +181,15 @@ class TrainConfig:
 # where it runs
 
 
+def gather_rows(t, world):
+    """Return the rows (n, ...) of all processes, in the order of their ranks."""
+    if world == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(world)]
+    dist.all_gather(parts, t.contiguous())
+    return torch.cat(parts)
+
+
 @dataclass
 class Place:
     """This process among all, and the hardware it has."""
@@ -203,14 +211,6 @@ class Place:
         if self.world > 1:
             dist.all_reduce(t)
         return t
-
-    def all_gather_rows(self, t):
-        """Return the rows (n, ...) of all processes, in the order of their ranks."""
-        if self.world == 1:
-            return t
-        parts = [torch.empty_like(t) for _ in range(self.world)]
-        dist.all_gather(parts, t.contiguous())
-        return torch.cat(parts)
 
     def on_rank_zero(self, do):
         """Return what do() returns on rank 0, where alone it runs, and None on others; raise its
@@ -261,6 +261,11 @@ def find_place(tcfg):
     kind = device.type
     if kind == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported()
+                                  or torch.cpu._is_amx_tile_supported())
     if world > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -269,12 +274,6 @@ def find_place(tcfg):
                             f"them with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK") from None
     if kind == "cpu" and world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    if kind == "cuda":
-        torch.set_float32_matmul_precision("high")
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        bf16 = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported()
-                                  or torch.cpu._is_amx_tile_supported())
     fallback = "float16" if kind == "cuda" else "float32"
     dtype = tcfg.dtype if tcfg.dtype != "auto" else "bfloat16" if bf16 else fallback
     return Place(device, getattr(torch, dtype), rank, world)
@@ -340,7 +339,7 @@ class Data:
             raise UserError(f"score_last ({self.last}) is larger than block_size ({self.T}); "
                             f"give less")
         if self.n < need:
-            what = "stream * block_size" if self.stream else "block_size"
+            what = "stream * block_size" if train and self.stream else "block_size"
             raise UserError(f"{path} has {self.n} tokens, fewer than {what} + 1 = {need}; give a "
                             f"longer text or less of these")
         if self.mask is not None:  # places that may be a row's last target
@@ -556,9 +555,7 @@ def shared_out(x, do):
     size = -(-len(x) // world)
     mine = x[dist.get_rank() * size:][:size]
     mine = do(torch.cat((mine, x[:1].expand(size - len(mine), *x.shape[1:]))))  # (all as many)
-    parts = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(parts, mine.contiguous())
-    return torch.cat(parts)[:len(x)]
+    return gather_rows(mine, world)[:len(x)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -908,7 +905,7 @@ class RunFiles:
         """Return (checkpoint, its path) that the run goes on from: the last, or where that is
         damaged the one before, or else the best; raise UserError where there is none."""
         error = None
-        for path in (self.last, self.previous, self.best):
+        for path in self.paths[:3]:
             try:
                 saved = prepare.load_checkpoint(path)
             except UserError as e:
@@ -1001,8 +998,7 @@ class StopSignal:
 def ask(model, x, h, **more):
     """Return the Output of a model on inputs x (B, T) with histories h (B, H) at least as long as
     its own."""
-    H = model.cfg.n_history
-    return model(x, history=h[:, h.size(1) - H:] if H else None, **more)
+    return model(x, history=h[:, h.size(1) - model.cfg.n_history:], **more)
 
 
 class Distillation(torch.nn.Module):
@@ -1072,15 +1068,13 @@ class Runner:
         # losses are scaled: fp16 would lose small gradients
         self.beyond = 0  # steps in a row that were left out
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-        self.optimizers = make_optimizers(self.model, tcfg, place.world)
         self.compiled = can_compile(place, tcfg, say)
         self.inner = self.maybe_compile(self.model)
         self.teacher, self.replaced = None, {}
         self.distillation = Distillation(self.model, tcfg) if tcfg.born_again else None
         self.tokens = self.n_rows * mcfg.block_size  # of a step
-        # what blocks M of this process's rows remember
-        self.memory = self.model.init_memory(self.my_rows) if tcfg.stream else {}
         self.slice = slice(place.rank * self.my_rows, (place.rank + 1) * self.my_rows)
+        self.begin()
 
     def maybe_compile(self, module):
         return torch.compile(module, dynamic=False) if self.compiled else module
@@ -1173,12 +1167,16 @@ class Runner:
         model.train()
         return labels.numpy()
 
-    def reset(self, seed):
-        """Draw new weights and make new optimizers; what is compiled stays."""
-        self.model.load_state_dict(GPT(self.mcfg, seed).state_dict())
-        self.move_averages(0.0)
+    def begin(self):
+        """Make new optimizers, and forget what blocks M of this process's rows remember."""
         self.optimizers = make_optimizers(self.model, self.tcfg, self.place.world)
         self.memory = self.model.init_memory(self.my_rows) if self.tcfg.stream else {}
+
+    def reset(self, seed):
+        """Draw new weights and begin anew with them; what is compiled stays."""
+        self.model.load_state_dict(GPT(self.mcfg, seed).state_dict())
+        self.move_averages(0.0)
+        self.begin()
 
     def draw(self, step):
         """Return what the model draws for a whole step, on the device; None where it draws
@@ -1191,7 +1189,7 @@ class Runner:
         in rows that begin another text (begins, (rows,))."""
         for m in memory.values() if begins is not None else ():
             m.usage[begins] = 0
-        return forward(*inputs, **more, **({"memory": memory} if memory else {}))
+        return forward(*inputs, **more, memory=memory or None)
 
     def remember(self, memory, out):
         """Write what blocks M write, behind a backward pass that may search once more."""
@@ -1221,8 +1219,8 @@ class Runner:
             last = rows.stop == self.my_rows
             with contextlib.nullcontext() if place.world == 1 or last else self.forward.no_sync():
                 out = self.with_memory(
-                    self.forward, memory, None if begins is None else begins[rows], mx, my,
-                    mh if self.mcfg.n_slot else None, denom=denom, step_draw=step_draw, **more)
+                    self.forward, memory, None if begins is None else begins[rows], mx, my, mh,
+                    denom=denom, step_draw=step_draw, **more)
                 self.scaler.scale(out.loss).backward()
                 self.remember(memory, out)
             losses.append(torch.stack([v.detach() for v in out.losses.values()]))
@@ -1277,8 +1275,8 @@ class Runner:
                     else batches:
                 if stopped := stop():
                     break
-                own = (alter(h) if alter else h) if self.mcfg.n_slot else None
-                out = self.with_memory(self.inner, memory, begins, x, y, own, denom=one,
+                past = alter(h) if alter else h
+                out = self.with_memory(self.inner, memory, begins, x, y, past, denom=one,
                                        step_draw=step_draw)
                 self.remember(memory, out)
                 ce = out.losses["ce"]
@@ -1319,7 +1317,7 @@ class Runner:
                 hooks.enter_context(m.register_forward_pre_hook(count))
             for x, _, h, _ in some:
                 # uncompiled: hooks would have it compiled anew
-                self.model(x, history=h if self.mcfg.n_slot else None)
+                self.model(x, history=h)
         self.model.train()
         share = weights / weights.sum(1, keepdim=True)
         entropy = torch.special.entr(share).sum(1).mean().item()
@@ -1333,7 +1331,8 @@ class Runner:
 
 # Settings that belong to a start and not to the run, and those that change nothing it computes.
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only", "average")
-OF_DATA = "vocab_size", "eot", "space", "think_token"  # settings of a model that a dataset gives
+# settings of a model that its dataset or its layers give
+GIVEN = "vocab_size", "eot", "space", "think_token", "n_layer"
 WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "sample_every", "shard_optimizer",
                   "tensorboard_log", "wandb_log", "trackio_log", "wandb_project", "wandb_run_name",
                   "wandb_id")
@@ -1372,29 +1371,28 @@ def read_start(init_from):
     return prepare.load_checkpoint(path), path
 
 
+def over_stored(cls, stored, given, leave):
+    """Return the settings given over those of class cls that a checkpoint stores, without some."""
+    kinds = typing.get_type_hints(cls)
+    old = {k: config.coerce(k, v, kinds[k]) for k, v in stored.items()
+           if k in kinds and k not in leave}
+    return config.over(old, given)
+
+
 def with_stored(m, t):
     """Return the settings {field: value} of the model and of training: those that were given now, m
     and t, over those of the run that they resume, or of the model that they start from, if they
     do. (The run itself loads its checkpoint again, once nobody else can write it.)"""
     init_from, out_dir = (t.get(k, getattr(TrainConfig, k)) for k in ("init_from", "out_dir"))
     files = RunFiles(out_dir)
-    if not files.resumes(init_from):
-        if init_from in ("scratch", "auto"):
-            return m, t
-        stored, of_data = read_start(init_from)[0]["model_config"], ("n_layer", *OF_DATA)
-        kinds = typing.get_type_hints(GPTConfig)
-        return config.over({k: config.coerce(k, v, kinds[k]) for k, v in stored.items()
-                            if k in kinds and k not in of_data}, m), t
-    saved, _ = files.load_last()
-    both = []
-    for cls, given, stored, leave in (
-            (GPTConfig, m, "model_config", ("vocab_size", "n_layer")),
-            (TrainConfig, t, "train_config", OF_A_START)):
-        kinds = typing.get_type_hints(cls)
-        old = {k: config.coerce(k, v, kinds[k]) for k, v in saved[stored].items()
-               if k in kinds and k not in leave}
-        both.append(config.over(old, given))
-    return both
+    if files.resumes(init_from):
+        saved, _ = files.load_last()
+        return (over_stored(GPTConfig, saved["model_config"], m, ("vocab_size", "n_layer")),
+                over_stored(TrainConfig, saved["train_config"], t, OF_A_START))
+    if init_from in ("scratch", "auto"):
+        return m, t
+    saved, _ = read_start(init_from)
+    return over_stored(GPTConfig, saved["model_config"], m, GIVEN), t
 
 
 def other_tokenizer(path, theirs, ours, tcfg):
@@ -1600,12 +1598,9 @@ class Training:
                 for o, f in zip(run.optimizers, fresh):
                     give_state(o, f.state_dict()["state"])
         except UNFIT as e:
-            of_data, flags = ("n_layer", *OF_DATA), []
-            for k, (old, _) in differences(theirs, settings(self.mcfg)).items():
-                if k not in of_data:
-                    value = ",".join(map(str, old)) if isinstance(old, tuple) else str(old)
-                    flags.append(f"--{k}={shlex.quote(value)}")
-            wrong = f"; give its own settings, {' '.join(flags)}" if flags else ""
+            changed = differences(theirs, settings(self.mcfg))
+            flags = config.as_flags({k: old for k, (old, _) in changed.items() if k not in GIVEN})
+            wrong = f"; give its own settings, {flags}" if flags else ""
             raise UserError(f"{path} is of another shape, and cannot grow into this one "
                             f"({summary(e)}){wrong}") from None
         n = new.num_params() - old.num_params()
@@ -1672,12 +1667,12 @@ class Training:
     def stopped(self):
         """Return the number of a signal that any process got, 0 without."""
         number = torch.tensor([self.signal.number], device=self.place.device)
-        return int(self.place.all_gather_rows(number).max())
+        return int(gather_rows(number, self.place.world).max())
 
     def state(self, val_loss=None):
         """Return what a checkpoint holds."""
         run, meta = self.run, self.train_data.meta
-        memory = {i: [self.place.all_gather_rows(t) for t in (m.keys, m.values, m.usage)]
+        memory = {i: [gather_rows(t, self.place.world) for t in (m.keys, m.values, m.usage)]
                   for i, m in run.memory.items()}
         return {**vars(self.progress), "val_loss": val_loss, "memory": memory,
                 "model": run.model.state_dict(),

@@ -366,6 +366,12 @@ def over(old, new):
     return {**{k: v for k, v in old.items() if k not in left_out}, **new}
 
 
+def as_flags(settings):
+    """Return settings {name: value} as they are written on a command line."""
+    as_word = lambda v: ",".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v)
+    return shlex.join(f"--{k}={as_word(v)}" for k, v in settings.items())
+
+
 def summary(error):
     """Return what an exception says in its first paragraph, as one short line."""
     return " ".join(str(error).strip().partition("\n\n")[0].split())[:200] or type(error).__name__
@@ -379,18 +385,20 @@ def build(cls, **values):
         raise UserError(str(e)) from None
 
 
-def check(cfg, choices, ranges):
+def check(cfg, choices, limits):
     """Raise ValueError unless settings of cfg are one of their choices {name: values}, where
-    every:N stands for any number from 1 on, and as they are by default or within their ranges
-    {name: (lowest, highest)}."""
+    every:N stands for any number from 1 on, and as they are by default or within their limits
+    [(lowest, highest, names)]."""
     for name, options in choices.items():
         value = getattr(cfg, name)
-        if value not in options and re.sub(":[1-9][0-9]{0,17}$", ":N", str(value)) not in options:
+        number = re.sub(":[1-9][0-9]{0,17}$", ":N", str(value))
+        if str(value).endswith(":N") or value not in options and number not in options:
             named = ", ".join(map(str, filter(None, options)))
             raise ValueError(f"{name} is one of {named}, not {value!r}")
-    for name, (low, high) in ranges.items():
-        if getattr(cfg, name) != getattr(type(cfg), name):
-            within(cfg, low, high, name)
+    for low, high, names in limits:
+        for name in names.split():
+            if getattr(cfg, name) != getattr(type(cfg), name):
+                within(cfg, low, high, name)
 
 
 def idle(cfg, *mechanisms):
