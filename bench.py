@@ -173,8 +173,8 @@ def save(cfg, claim, tables, words, took):
            + "+" * bool(git("status", "--porcelain", "--", ".", ":!docs")),
            "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
            "torch": torch.__version__, "seeds": cfg.seeds,
-           # (what out_dir kept took no time now)
-           "seconds": max(took or 0, old.get("seconds") or 0) or None,
+           # (where out_dir had kept it all, those of the run that made it)
+           "seconds": took if took is None or took > 1 else old.get("seconds"),
            "note": " ".join(t.note for t in tables if t.note),
            "tables": [{"title": t.title, "columns": t.columns,
                        "rows": [[row.get(k, "") for k in t.columns] for row in t.rows]}
@@ -1331,7 +1331,7 @@ def gpu_exits(cfg, device):
     shape = ("--n_embd=768 --n_head=12 --batch_size=32 --max_iters=300" if device == "cuda" else
              "--n_embd=32 --n_head=1 --batch_size=2 --max_iters=2 --eval_tokens=512")
     flags = "--layers=AA.AA.AAAAAAAA --exit_distill=0.5 --compile=False" + ONCE
-    folder, arms = kept(cfg, "deep", f"{shape} {flags}"), {
+    folder, arms = kept(cfg, "gpu_deep", f"{shape} {flags}"), {
         "every block": "--temperature=0",
         **{f"exits, softmax > {p}": f"--temperature=0 --exit=softmax --exit_threshold={p}"
            for p in (0.7, 0.5)},
@@ -2188,8 +2188,9 @@ EXITS = "config/exits_shakespeare.py"
 def kept(cfg, name, flags, seed=1):
     """Return the folder of a model that several claims use: trained once where cfg.out_dir keeps
     it; a training that was cut off goes on."""
-    return once(cfg, f"{name} {flags} {seed}", lambda: fit(
+    folder = once(cfg, f"{name} {flags} {seed}", lambda: fit(
         cfg, flags, seed, out_dir=name, init_from="auto")["out_dir"])
+    return os.path.join(cfg.out_dir, name) if cfg.out_dir else folder
 
 
 def judge_folder(cfg):
