@@ -5057,6 +5057,18 @@ def test_how_a_program_ends():
     assert code == 2 and err.count("\n") == 1 and "No space left" in err
 
 
+@pytest.fixture
+def signals_reach_programs():
+    """Where a shell's & or nohup started these tests, they ignore some, and so would programs that
+    they start."""
+    before = {s: signal.signal(s, signal.default_int_handler)
+              for s in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+@pytest.mark.usefixtures("signals_reach_programs")
 @pytest.mark.parametrize("name, slow", [("train", "torch"), ("prepare", "requests")])
 def test_ctrl_c_while_imports_last(tmp_path, name, slow):
     (tmp_path / f"{slow}.py").write_text("import os, signal, time\n"
@@ -5078,6 +5090,7 @@ def stopped_at_20(argv, sig):
     return p.returncode, rest, err
 
 
+@pytest.mark.usefixtures("signals_reach_programs")
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves(tmp_path, sig):
     code, out, err = stopped_at_20(small_run(tmp_path, "--max_iters=400",
@@ -5087,6 +5100,7 @@ def test_a_signal_saves(tmp_path, sig):
     assert 20 <= saved_in(tmp_path)["step"] < 400
 
 
+@pytest.mark.usefixtures("signals_reach_programs")
 def test_a_signal_to_ranks_that_compile(tmp_path):
     """Two processes, compiled, with dropout and accumulation: Ctrl-C in torchrun, which then sends
     each a SIGTERM, saves, and what is resumed ends as the run that never stopped, bit for bit."""
