@@ -163,7 +163,7 @@ def record_of(claim):
 
 
 def save(cfg, claim, tables, words, took):
-    """Write docs/results/CLAIM.json. What was written into it by hand stays."""
+    """Write docs/results/CLAIM.json. What was written into it by hand stays. took: seconds."""
     path, old = record_of(claim)
     by_hand = "order", "title", "question", "note", "mechanism", "plot"
     new = {"claim": claim, "order": 10 * len(CLAIMS), "title": tables[0].title,
@@ -173,8 +173,8 @@ def save(cfg, claim, tables, words, took):
            + "+" * bool(git("status", "--porcelain", "--", ".", ":!docs")),
            "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
            "torch": torch.__version__, "seeds": cfg.seeds,
-           # (where out_dir had kept it all, those of the run that made it)
-           "seconds": took if took is None or took > 1 else old.get("seconds"),
+           # (no time where out_dir had kept it all: then those of the run that made it stay)
+           "seconds": took if took > 1 else old.get("seconds"),
            "note": " ".join(t.note for t in tables if t.note),
            "tables": [{"title": t.title, "columns": t.columns,
                        "rows": [[row.get(k, "") for k in t.columns] for row in t.rows]}

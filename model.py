@@ -1620,8 +1620,8 @@ class Recall:
         """Return {block: an empty Memory}, B rows of `size` (mem_size) entries, of blocks M."""
         cfg, device = self.cfg, self.wte.weight.device
         shape = B, cfg.mem_head, cfg.mem_size if size is None else size, cfg.mem_dim
-        none = torch.zeros(shape, device=device, dtype=self.dtype)
-        return {m.i: Memory(none.clone(), none.clone(), torch.zeros(shape[:-1], device=device))
+        zeros = torch.zeros(shape, device=device, dtype=self.dtype)
+        return {m.i: Memory(zeros.clone(), zeros.clone(), torch.zeros(shape[:-1], device=device))
                 for m in self.modules() if isinstance(m, AssociativeMemory)}
 
 

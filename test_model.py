@@ -1157,8 +1157,6 @@ norm=layer: n_embd=64 n_head=4
 tie=True: n_embd=64 n_head=4
 layers=A(A): n_embd=64 n_head=4
 layers=A(A): layers=(A)A
-layers=(A)AA: layers=AA
-layers=(A)AA n_embd=64 n_head=4: layers=AA n_embd=32 n_head=2
 layers=G: n_embd=64 n_head=4
 SLOTS: n_embd=64 n_head=4
 n_value_embed=1: layers=AAA
@@ -1184,6 +1182,7 @@ def test_growing_a_run(more, tmp_path):
     assert first["val_loss"] == pytest.approx(r["val_loss"], abs=1e-5)
     after, _ = run(tmp_path / "b", more, **grown)
     assert after["val_loss"] != first["val_loss"] and any("new parameters" in s for s in said)
+    refused(run, tmp_path / "c", "another shape", model=flat, init_from=str(tmp_path / "b"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4555,7 +4554,7 @@ sample --out_dir={O}/strong learn
 sample --out_dir={O}/memory learn --memory={S}/m.db
   {S}/t.txt => another model
 sample --out_dir={O}/strong
-  --memory={S}/m.db => no block M | config/facts.py
+  --memory={S}/m.db => no block M | config/facts.py ; --interactive --memory={S}/m.db => no block M
 sample --out_dir={O}/slots_and_memory
   --memory={S}/m.db => slots
 sample --out_dir={O}/memory_inside
@@ -5059,8 +5058,8 @@ def test_how_a_program_ends():
 
 @pytest.fixture
 def signals_reach_programs():
-    """Where a shell's & or nohup started these tests, they ignore some, and so would programs that
-    they start."""
+    """Have programs that a test starts heed SIGINT and SIGHUP, which they inherit ignored where a
+    shell's & or nohup started the tests."""
     before = {s: signal.signal(s, signal.default_int_handler)
               for s in (signal.SIGINT, signal.SIGHUP)}
     yield
