@@ -2801,7 +2801,7 @@ class EarlyExit:
         return seq
 
     def exit_trial(self, B):
-        """Return should_exit(h) for training, so that layers learn to see tokens that stopped.
+        """Return should_exit(h, _) for training, so that layers learn to see tokens that stopped.
 
         In a share exit_rate of the B rows they stop where the likeliest token has more than a
         probability that is drawn per row. Their own exit is then their last layer: there is nothing
@@ -2810,17 +2810,17 @@ class EarlyExit:
         limit = torch.rand(2, B, 1, device=self.wte.weight.device)
         limit = torch.where(limit[0] < self.cfg.exit_rate, 0.5 + 0.5 * limit[1], 2.0)
 
-        def should_exit(h):
+        def should_exit(h, _):
             with torch.no_grad():
                 return self.to_logits(h).softmax(-1).amax(-1) > limit
         return should_exit
 
-    def exit_losses(self, exits, exited, logits, targets, step_draw):
+    def exit_losses(self, exits, depth, logits, targets, step_draw):
         """Return [(name, weight, sum)] of what exits lose: a list of output vectors (B, T, C).
 
         Cross-entropy, with exit_distill the divergence from logits (B, T, V) in part, weighted as
-        step_draw says; and the classifier's, which no gradient leaves. exited (B, L): positions
-        that stopped.
+        step_draw says; and the classifier's, which no gradient leaves. depth (B, L): after how
+        many blocks each position stopped; None: none did.
         """
         cfg, losses = self.cfg, []
         names, outputs = [f"exit_{k}" for k in self.exits.values()], exits
@@ -2842,8 +2842,8 @@ class EarlyExit:
                 right = torch.stack([self.to_logits(h).argmax(-1) == choice for h in exits]).float()
             sure = self.sure(torch.stack([h.detach() for h in exits]))  # (exits, B, T)
             wrong = F.binary_cross_entropy_with_logits(sure, right, reduction="none").mean(0)
-            if exited is not None:  # the last layer of other rows is the exit itself
-                wrong = wrong.masked_fill(exited.any(1, keepdim=True), 0.0)
+            if depth is not None:  # the last layer of other rows is the exit itself
+                wrong = wrong.masked_fill((depth < cfg.n_layer).any(1, keepdim=True), 0.0)
             losses.append(("sure", 1.0, scored_sum(wrong, targets)))
         return losses
 
@@ -2886,18 +2886,32 @@ class EarlyExit:
         should_exit(h, before) of normalised vectors (B, T, C) at an exit and at the one before it
         (at first the inputs') says which tokens (B, T) stop. The later layers see such a token as
         it was then (CALM), so over a whole window or a token at a time the result is the same.
-        With a state, once all have stopped the layers only update their caches.
+        With a state, once all have stopped the layers only update their caches. To ask that, Python
+        waits for the device; what it runs between is compiled as a whole (sample.compiled).
         """
+        caches, k = None if state is None else state.caches, 1
+        x, seq, plan, depth = self.first_segment(tokens, should_exit, history, state, ids)
+        stopped = lambda: caches is not None and bool((depth < self.cfg.n_layer).all())
+        while not (done := stopped()) and k < len(self.exits):
+            x, seq, plan, depth = self.segment(k, x, seq, Aux(), caches, plan, depth, should_exit)
+            k += 1
+        return self.last_segment(k, x, seq, caches, plan, depth, done), depth[:, seq.n_prefix:]
+
+    def first_segment(self, tokens, should_exit, history, state, ids):
+        """Embed tokens as forward_with_exits has them, and return segment 0 of them."""
         x, seq = self.embed(tokens, history, state, ids=ids)
-        S, before = seq.n_prefix, self.ln_f(x[:, seq.n_prefix:])
+        caches = None if state is None else state.caches
+        depth = torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
+        return self.segment(0, x, seq, Aux(), caches, None, depth, should_exit)
 
-        def stops(h):
-            nonlocal before
-            now, before = should_exit(h, before), h
-            return now
-
-        x, _, _, depth = self.trunk(x, seq, Aux(), state, stops)
-        return self.to_logits(self.ln_f(x[:, S:])), depth[:, S:]
+    def last_segment(self, k, x, seq, caches, plan, depth, done):
+        """Return the logits (B, T, V) behind segment k, or where all are done those of x (B, L, C),
+        with the caches as the layers from there on would leave them."""
+        if done:
+            self.update_caches(x, seq, Aux(), caches, plan, self.segments[k][0])
+        else:
+            x = self.segment(k, x, seq, Aux(), caches, plan, depth)[0]
+        return self.to_logits(self.ln_f(x[:, seq.n_prefix:]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3182,33 +3196,40 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
                               memory=memory, **more,
                               recompute=self.grad_checkpoint and torch.is_grad_enabled())
 
+    def segment(self, k, x, seq, aux, caches=None, plan=None, depth=None, should_exit=None):
+        """Run the k-th segment over x (B, L, C), and ask the exit behind it which tokens stop.
+
+        depth (B, L): after how many blocks each position stopped, n_layer where it has not; None:
+        nobody asks. Slots never stop. Return x, the Sequence and the plan for what comes next, and
+        depth.
+        """
+        first, last = self.segments[k]
+        exited = None if depth is None else depth < self.cfg.n_layer
+        start, (x, plan) = x, self.run(x, seq, aux, caches, plan, first, last, exited)
+        if last not in self.exits:
+            return x, seq, plan, depth
+        seq = seq if k else self.behind_exit(x, seq)
+        if depth is not None:
+            S = seq.n_prefix
+            now = F.pad(should_exit(*(self.ln_f(v[:, S:]) for v in (x, start))), (S, 0))
+            depth = torch.where(now, depth.clamp(max=self.exits[last]), depth)
+        return x, seq, plan, depth
+
     def trunk(self, x, seq, aux, state=None, should_exit=None, until=None):
         """Run x (B, L, C) through the layers, segment after segment, up to the exit `until`.
 
-        should_exit(h) says which of the normalised vectors (B, T, C) at an exit stop there: they
-        stay as they are. Slots never stop. Return (x, [x at each exit], exited (B, L) or None,
-        blocks run (B, L) or None).
+        should_exit: as in forward_with_exits. Return (x, [x at each exit], depth as segment does).
         """
+        plan, depth, at_exits = None, None, []
         caches = None if state is None else state.caches
-        plan, at_exits, exited, depth = None, [], None, None
         if should_exit is not None:
             depth = torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
-        for first, last in self.segments:
-            if first == until:
+        for k, (_, last) in enumerate(self.segments):
+            x, seq, plan, depth = self.segment(k, x, seq, aux, caches, plan, depth, should_exit)
+            if last == until:
                 break
-            if first:  # an exit stands here
-                if not at_exits:
-                    seq = self.behind_exit(x, seq)
-                at_exits.append(x)
-            if first and should_exit is not None:
-                now = F.pad(should_exit(self.ln_f(x[:, seq.n_prefix:])), (seq.n_prefix, 0))
-                exited = now if exited is None else exited | now
-                depth = torch.where(exited, depth.clamp(max=self.exits[first]), depth)
-                if state is not None and bool(exited.all()):
-                    self.update_caches(x, seq, aux, caches, plan, first)
-                    break
-            x, plan = self.run(x, seq, aux, caches, plan, first, last, exited)
-        return x, at_exits, exited, depth
+            at_exits.append(x)
+        return x, at_exits[:len(self.exits)], depth
 
     def hidden(self, tokens, history=None, state=None, **more):
         """Return normalised output vectors (B, T, C) of tokens, ids or soft; no loss."""
@@ -3288,7 +3309,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         x, seq = self.embed(idx, history, state, targets=targets, **more)
         aux = Aux({} if self.record_ff_outputs else None)
         should_exit = self.exit_trial(len(x)) if self.training and cfg.exit_rate else None
-        x, at_exits, exited, _ = self.trunk(x, seq, aux, state, should_exit)
+        x, at_exits, depth = self.trunk(x, seq, aux, state, should_exit)
 
         # logits
         h, *exits = (self.ln_f(v[:, seq.n_prefix:]) for v in (x, *at_exits))
@@ -3310,7 +3331,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             # arXiv:2011.09468)
             squares = logits.float().square().mean(-1)
             terms.append(("logits", cfg.logit_decay, scored_sum(squares, targets)))
-        terms += aux.losses + self.exit_losses(exits, exited, logits, targets, step_draw)
+        terms += aux.losses + self.exit_losses(exits, depth, logits, targets, step_draw)
         denom = (targets >= 0).sum().clamp(min=1) if denom is None else denom
         losses, loss = {}, 0.0
         for name, weight, value in terms:

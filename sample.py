@@ -307,7 +307,7 @@ def top_two(model, h):
 
 # of output vectors h (B, T, C) at an exit, and of those at the exit before it: (B, T) in [0, 1]
 CONFIDENCE = {
-    "softmax": lambda model, h, before: top_two(model, h)[0],
+    "softmax": lambda model, h, before: model.to_logits(h).softmax(-1).amax(-1),
     "margin": lambda model, h, before: torch.sub(*top_two(model, h)),
     "cosine": lambda model, h, before:
     F.cosine_similarity(h.float(), before.float(), dim=-1).clamp(0, 1),
@@ -735,10 +735,11 @@ class Decoder:
 def compiled(model):
     """Return the model with its forward compiled, and what decoding runs in pieces compiled piece
     by piece: shapes are those of one token, or of one draft. Shares the weights."""
-    # a graph for each piece between exits
+    # (a graph for each segment between exits, and threshold)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     fast = copy.copy(model)
-    for name in ("run", "update_caches", "forward_early", "forward_remainder", "forward"):
+    for name in ("first_segment", "segment", "last_segment", "forward_early", "forward_remainder",
+                 "forward"):
         setattr(fast, name, torch.compile(getattr(model, name), dynamic=False))
     return CudaGraph(fast) if model.wte.weight.device.type == "cuda" else fast
 
@@ -856,11 +857,13 @@ class Plain:
             return logits
         return contrast(logits, amateur, self.cfg.alpha, self.cfg.beta)
 
+    def seen(self):
+        """Return (B, V) bool: the tokens in each row's window; None where none is penalized."""
+        return None if self.cfg.repetition_penalty == 1 else self.decoder.seen()
+
     def probabilities(self):
         """Return the probabilities (B, V) by which the next token is chosen."""
-        penalized = self.cfg.repetition_penalty != 1
-        seen = self.decoder.seen() if penalized else None
-        return distribution(self.scores(), self.cfg, seen)
+        return distribution(self.scores(), self.cfg, self.seen())
 
     def force(self, tokens):
         """Return tokens, a list of B ids, or in their place what follows of itself."""
@@ -1011,7 +1014,8 @@ class Speculation(Plain):
                 hidden.append(x.clone())  # (a compiled graph may use its memory again)
             if i == n:
                 break
-            seen = seen.scatter(1, tokens[:, None], True)
+            if seen is not None:
+                seen = seen.scatter(1, tokens[:, None], True)
             q.append(distribution(logits[:, -1].float(), self.cfg, seen))
             tokens = choose(q[-1], self.generator)
             drafted.append(tokens)
@@ -1028,25 +1032,20 @@ class Speculation(Plain):
     def judge(self, first, drafted, q, logits):
         """Keep of drafted (B, n), drawn from q (n x (B, V)) behind the tokens first (B,), what the
         model's logits (B, n + 1, V) agree to. Return how many of each row (B,), the token that
-        follows those (B,), and the distribution at each place (n + 1, B, V)."""
-        n, seen, p = drafted.size(1), self.decoder.seen(), []
-        kept, follows = torch.zeros_like(first), torch.zeros_like(first)
-        agreed = torch.ones_like(first, dtype=torch.bool)
-        for i, token in enumerate((first, *drafted.unbind(1))):
-            seen = seen.scatter(1, token[:, None], True)
-            p.append(distribution(logits[:, i], self.cfg, seen))
-            agrees, left = torch.zeros_like(agreed), p[i]
-            if i < n:
-                odds = (p[i] / q[i]).gather(1, drafted[:, i:i + 1])[:, 0]
-                luck = torch.rand(len(first), generator=self.generator, device=first.device)
-                # what is left of p where q has drawn and been refused (`choose` needs no sum of 1)
-                rest = (p[i] - q[i]).clamp(min=0)
-                left = torch.where(rest.any(-1, keepdim=True), rest, p[i])
-                agrees = agreed & (luck < odds)
-            drawn = choose(left, self.generator)
-            follows = torch.where(agreed & ~agrees, drawn, follows)
-            kept, agreed = kept + agrees, agrees
-        return kept, follows, torch.stack(p)
+        follows those (B,), and the distribution at each place (B, n + 1, V)."""
+        (B, n), seen, p = drafted.shape, self.seen(), logits.flatten(0, 1)
+        if seen is not None:
+            tokens = torch.cat((first[:, None], drafted), 1)
+            read = F.one_hot(tokens, logits.size(2)).cumsum(1).bool()
+            seen = (seen[:, None] | read).flatten(0, 1)
+        p, q = distribution(p, self.cfg, seen).view_as(logits), torch.stack(q, 1)
+        odds = (p[:, :n] / q).gather(2, drafted[..., None])[..., 0]
+        luck = torch.rand(B, n, generator=self.generator, device=p.device)
+        kept = (luck < odds).cumprod(1).sum(1)
+        # what is left of p where q has drawn and been refused (`choose` needs no sum of 1)
+        left = (p - F.pad(q, (0, 0, 0, 1))).clamp(min=0)
+        left = torch.where(left.any(-1, keepdim=True), left, p)
+        return kept, choose(left[torch.arange(B, device=p.device), kept], self.generator), p
 
     @torch.inference_mode()
     def generate(self):
@@ -1060,11 +1059,11 @@ class Speculation(Plain):
                 d.push(first.tolist())
                 p, first = self.probabilities(), None
             else:
-                drafted, q, hidden = self.propose(first, n, d.seen())
+                drafted, q, hidden = self.propose(first, n, self.seen())
                 logits = self.verify(torch.cat((first[:, None], drafted), 1), hidden).float()
                 kept, first, p = self.judge(first, drafted, q, logits)
                 for b, k in enumerate(kept.tolist()):
-                    ready[b] += generated(drafted[b, :k].tolist(), logits[b, :k], p[:k, b],
+                    ready[b] += generated(drafted[b, :k].tolist(), logits[b, :k], p[b, :k],
                                           drafted=True)
                 for e in self.decoders:
                     e.state.rollback(n - kept)
@@ -1072,7 +1071,7 @@ class Speculation(Plain):
                         for made in tokens:
                             e.append(b, made.token)
                 rows = torch.arange(len(kept), device=kept.device)
-                d.logits, p = logits[rows, kept], p[kept, rows]
+                d.logits, p = logits[rows, kept], p[rows, kept]
                 self.proposed += n * len(kept)
                 self.accepted += int(kept.sum())
             yield [row[:max(cfg.max_new_tokens - c, 0)] for row, c in zip(ready, counts)]

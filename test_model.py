@@ -3369,16 +3369,30 @@ def test_a_page_shows_text_and_runs_none(tmp_path):
     assert os.path.getsize(path) < 60 * 1000
 
 
-def test_compiled_decoding_is_decoding(trained):
-    """One row and three, across folds: the logits of the plain step, without recompiling on the
-    way."""
-    model, _ = sample.load(str(trained / "strong"))
-    for B in (1, 3):
-        torch._dynamo.reset()
-        a, b = (sample.Decoder(model, [[1, 2, 3]], compile=c).select([0] * B) for c in (0, 1))
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for t in range(30):
-                agree(a.push([t % 7] * B), b.push([t % 7] * B))
+@pytest.mark.parametrize("name, B", [("strong", 1), ("strong", 3), ("exits", 2)])
+def test_compiled_decoding_is_decoding(trained, name, B):
+    """Across folds: the logits and depths of the plain step, without recompiling on the way
+    (segments between exits are compiled one by one)."""
+    model, _ = sample.load(str(trained / name))
+    ids, depths = torch.arange(16)[None] % 7, set()
+    leave = median_rule(model, "softmax", ids) if model.exits else None
+    torch._dynamo.reset()
+    a, b = (sample.Decoder(model, [[1, 2, 3]], compile=c, leave=leave).select([0] * B)
+            for c in (0, 1))
+    with torch._dynamo.config.patch(error_on_recompile=not model.exits):
+        for t in range(30):
+            agree(a.push([t % 7] * B), b.push([t % 7] * B))
+            assert a.depth == b.depth
+            depths.update(a.depth)
+    assert (len(depths) > 1) == bool(model.exits)
+
+
+def test_compiled_speculation_writes_the_same_text(trained):
+    model, _ = sample.load(str(trained / "exits"))
+    texts = [[made.token for made in all_of(
+        sample.Decoder(model, [[1, 2, 3]], compile=c), max_new_tokens=30, temperature=0,
+        speculate=2, draft_exit=1)[0]] for c in (0, 1)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -3602,7 +3616,8 @@ def test_the_classifier_learns_from_whole_rows():
     x, _ = inputs(m, 16)
     torch.manual_seed(0)
     vectors, seq = m.train().embed(x)
-    whole = ~m.trunk(vectors, seq, Aux(), None, m.exit_trial(len(x)))[2].any(1)
+    depth = m.trunk(vectors, seq, Aux(), None, m.exit_trial(len(x)))[2]
+    whole = (depth == m.cfg.n_layer).all(1)
     torch.manual_seed(0)
     lost = m(x, x).losses["sure"]
     early, last = at_exits(m.eval(), x[whole])
