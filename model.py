@@ -2886,8 +2886,9 @@ class EarlyExit:
         should_exit(h, before) of normalised vectors (B, T, C) at an exit and at the one before it
         (at first the inputs') says which tokens (B, T) stop. The later layers see such a token as
         it was then (CALM), so over a whole window or a token at a time the result is the same.
-        With a state, once all have stopped the layers only update their caches. To ask that, Python
-        waits for the device; what it runs between is compiled as a whole (sample.compiled).
+        With a state, once all have stopped the layers only update their caches. Python waits for
+        the device to learn whether they have; sample.compiled makes one graph of all that runs from
+        one such question to the next. The model has at least one exit.
         """
         caches, k = None if state is None else state.caches, 1
         x, seq, plan, depth = self.first_segment(tokens, should_exit, history, state, ids)
@@ -2898,15 +2899,17 @@ class EarlyExit:
         return self.last_segment(k, x, seq, caches, plan, depth, done), depth[:, seq.n_prefix:]
 
     def first_segment(self, tokens, should_exit, history, state, ids):
-        """Embed tokens as forward_with_exits has them, and return segment 0 of them."""
+        """Embed tokens and run segment 0: arguments of forward_with_exits, results of segment."""
         x, seq = self.embed(tokens, history, state, ids=ids)
         caches = None if state is None else state.caches
-        depth = torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
-        return self.segment(0, x, seq, Aux(), caches, None, depth, should_exit)
+        return self.segment(0, x, seq, Aux(), caches, should_exit=should_exit)
 
     def last_segment(self, k, x, seq, caches, plan, depth, done):
-        """Return the logits (B, T, V) behind segment k, or where all are done those of x (B, L, C),
-        with the caches as the layers from there on would leave them."""
+        """Return the logits (B, T, V) of x (B, L, C) after segment k, the last.
+
+        done: all tokens have stopped. Then they are those of x, and from segment k on the layers
+        only update their caches.
+        """
         if done:
             self.update_caches(x, seq, Aux(), caches, plan, self.segments[k][0])
         else:
@@ -3197,11 +3200,11 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
                               recompute=self.grad_checkpoint and torch.is_grad_enabled())
 
     def segment(self, k, x, seq, aux, caches=None, plan=None, depth=None, should_exit=None):
-        """Run the k-th segment over x (B, L, C), and ask the exit behind it which tokens stop.
+        """Run segment k (from 0) over x (B, L, C), and ask the exit behind it which tokens stop.
 
-        depth (B, L): after how many blocks each position stopped, n_layer where it has not; None:
-        nobody asks. Slots never stop. Return x, the Sequence and the plan for what comes next, and
-        depth.
+        should_exit: as in forward_with_exits; None: nobody asks. depth (B, L): after how many
+        blocks each position stopped, n_layer where it has not; None: no exit was asked yet. Slots
+        never stop. Return x, the Sequence and the plan for what comes next, and depth.
         """
         first, last = self.segments[k]
         exited = None if depth is None else depth < self.cfg.n_layer
@@ -3209,9 +3212,11 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         if last not in self.exits:
             return x, seq, plan, depth
         seq = seq if k else self.behind_exit(x, seq)
-        if depth is not None:
+        if should_exit is not None:
             S = seq.n_prefix
             now = F.pad(should_exit(*(self.ln_f(v[:, S:]) for v in (x, start))), (S, 0))
+            if depth is None:
+                depth = torch.full_like(now, self.cfg.n_layer, dtype=torch.long)
             depth = torch.where(now, depth.clamp(max=self.exits[last]), depth)
         return x, seq, plan, depth
 
@@ -3222,8 +3227,6 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         """
         plan, depth, at_exits = None, None, []
         caches = None if state is None else state.caches
-        if should_exit is not None:
-            depth = torch.full(x.shape[:2], self.cfg.n_layer, device=x.device)
         for k, (_, last) in enumerate(self.segments):
             x, seq, plan, depth = self.segment(k, x, seq, aux, caches, plan, depth, should_exit)
             if last == until:

@@ -735,7 +735,7 @@ class Decoder:
 def compiled(model):
     """Return the model with its forward compiled, and what decoding runs in pieces compiled piece
     by piece: shapes are those of one token, or of one draft. Shares the weights."""
-    # (a graph for each segment between exits, and threshold)
+    # (each segment between exits has a graph of its own for each threshold)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     fast = copy.copy(model)
     for name in ("first_segment", "segment", "last_segment", "forward_early", "forward_remainder",
@@ -1001,7 +1001,7 @@ class Speculation(Plain):
                             f"of {room}; give fewer")
 
     def propose(self, tokens, n, seen):
-        """Draft n tokens after tokens (B,). Return them (B, n), their distributions n x (B, V),
+        """Draft n tokens after tokens (B,). Return them (B, n), their distributions (B, n, V),
         and what the model goes on from, (B, n + 1, C). The draft's state then stands behind them
         all."""
         drafted, q, hidden = [], [], []
@@ -1019,7 +1019,8 @@ class Speculation(Plain):
             q.append(distribution(logits[:, -1].float(), self.cfg, seen))
             tokens = choose(q[-1], self.generator)
             drafted.append(tokens)
-        return torch.stack(drafted, 1), q, torch.cat(hidden, 1) if hidden else None
+        return (torch.stack(drafted, 1), torch.stack(q, 1),
+                torch.cat(hidden, 1) if hidden else None)
 
     def verify(self, tokens, hidden):
         """Return the model's logits (B, n + 1, V) after each of tokens (B, n + 1)."""
@@ -1030,16 +1031,16 @@ class Speculation(Plain):
         return d.step.forward_remainder(hidden, tokens, d.state, self.place)
 
     def judge(self, first, drafted, q, logits):
-        """Keep of drafted (B, n), drawn from q (n x (B, V)) behind the tokens first (B,), what the
+        """Keep of drafted (B, n), drawn from q (B, n, V) behind the tokens first (B,), what the
         model's logits (B, n + 1, V) agree to. Return how many of each row (B,), the token that
         follows those (B,), and the distribution at each place (B, n + 1, V)."""
-        (B, n), seen, p = drafted.shape, self.seen(), logits.flatten(0, 1)
+        (B, n), seen, at = drafted.shape, self.seen(), drafted[..., None]
         if seen is not None:
             tokens = torch.cat((first[:, None], drafted), 1)
             read = F.one_hot(tokens, logits.size(2)).cumsum(1).bool()
             seen = (seen[:, None] | read).flatten(0, 1)
-        p, q = distribution(p, self.cfg, seen).view_as(logits), torch.stack(q, 1)
-        odds = (p[:, :n] / q).gather(2, drafted[..., None])[..., 0]
+        p = distribution(logits.flatten(0, 1), self.cfg, seen).view_as(logits)
+        odds = (p[:, :n].gather(2, at) / q.gather(2, at))[..., 0]
         luck = torch.rand(B, n, generator=self.generator, device=p.device)
         kept = (luck < odds).cumprod(1).sum(1)
         # what is left of p where q has drawn and been refused (`choose` needs no sum of 1)
