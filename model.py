@@ -2907,8 +2907,8 @@ class EarlyExit:
     def last_segment(self, k, x, seq, caches, plan, depth, done):
         """Return the logits (B, T, V) of x (B, L, C) after segment k, the last.
 
-        done: all tokens have stopped. Then they are those of x, and from segment k on the layers
-        only update their caches.
+        done: all tokens have stopped. The logits are then those of x as it is, and the layers from
+        segment k on only update their caches.
         """
         if done:
             self.update_caches(x, seq, Aux(), caches, plan, self.segments[k][0])

@@ -3389,6 +3389,7 @@ def test_compiled_decoding_is_decoding(trained, name, B):
 
 
 def test_compiled_speculation_writes_the_same_text(trained):
+    """Greedily, in fp32, across folds."""
     model, _ = sample.load(str(trained / "exits"))
     texts = [[made.token for made in all_of(
         sample.Decoder(model, [[1, 2, 3]], compile=c), max_new_tokens=30, temperature=0,
