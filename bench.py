@@ -43,6 +43,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean, median, stdev
 from unittest import mock
 
@@ -986,8 +987,8 @@ def the_device():
 
 
 def transformers_gpt2(cfg, prompt):
-    """Return what decode_arms says of transformers' GPT-2 with its KV cache at our shape, in bf16
-    on a GPU."""
+    """Return the way to decode of transformers' GPT-2 with its KV cache at our shape, in bf16 on a
+    GPU."""
     from transformers import GPT2Config, GPT2LMHeadModel
     device = the_device()
     model = GPT2LMHeadModel(GPT2Config(
@@ -996,10 +997,53 @@ def transformers_gpt2(cfg, prompt):
     model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     ids = torch.tensor([prompt], device=device)
 
-    def start():
+    def run(n):
         cache = model(ids, use_cache=True).past_key_values  # (grows with each call)
-        return lambda: model(ids[:, :1], past_key_values=cache).logits.argmax(-1).item()
-    return start
+        return seconds(
+            lambda: model(ids[:, :1], past_key_values=cache).logits.argmax(-1).item(), n)
+    return run
+
+
+def start_llama_cpp(cfg, prompt, kind):
+    """Make CHILD["decode"](n), llama.cpp's GPT-2 at our shape with matrices of GGUF's type `kind`
+    and as many threads as ours; the seconds are those it counts itself. (In a child: two OpenMP
+    libraries in a process halve the speed of both.)"""
+    import gguf
+    import xllamacpp
+    d, path, g = cfg.n_embd, os.path.join(scratch(), "m.gguf"), np.random.default_rng(0)
+    sizes = {"attn_norm": (d,), "attn_qkv": (3 * d, d), "attn_output": (d, d), "ffn_norm": (d,),
+             "ffn_up": (4 * d, d), "ffn_down": (d, 4 * d)}
+    sizes = {f"blk.{i}.{k}": size for i in range(cfg.n_layer) for k, size in sizes.items()}
+    tensors = {f"{k}.bias": size[:1] for k, size in sizes.items()} | {
+        f"{k}.weight": size for k, size in sizes.items()} | {
+        "token_embd.weight": (cfg.vocab_size, d), "position_embd.weight": (cfg.block_size, d),
+        "output_norm.weight": (d,), "output_norm.bias": (d,)}
+    w = gguf.GGUFWriter(path, "gpt2")
+    for add, value in ((w.add_context_length, cfg.block_size), (w.add_embedding_length, d),
+                       (w.add_feed_forward_length, 4 * d), (w.add_block_count, cfg.n_layer),
+                       (w.add_head_count, cfg.heads(0)[0]), (w.add_layer_norm_eps, 1e-5),
+                       (w.add_tokenizer_model, "gpt2"), (w.add_tokenizer_pre, "gpt-2"),
+                       (w.add_token_list, [f"t{i}" for i in range(cfg.vocab_size)]),
+                       (w.add_token_merges, ["t 0"]), (w.add_eos_token_id, 0)):
+        add(value)
+    for name, size in tensors.items():
+        x = g.normal(0, 0.02, size).astype(np.float32)
+        type = gguf.GGMLQuantizationType[kind if len(size) == 2 else "F32"]
+        w.add_tensor(name, gguf.quants.quantize(x, type), raw_dtype=type)
+    for write in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file,
+                  w.close):
+        write()
+    how = xllamacpp.CommonParams()
+    how.model.path, how.n_ctx, how.n_parallel, how.verbosity = path, cfg.block_size, 1, -1
+    how.cpuparams.n_threads = how.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(how)
+    ask = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    CHILD["decode"] = lambda n: server.handle_completions({  # (the first is the prompt's own)
+        **ask, "n_predict": n + 1})["timings"]["predicted_per_token_ms"] / 1000
+
+
+def decode_in_child(n):
+    return CHILD["decode"](n)
 
 
 CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of blocks, of the head
@@ -1008,14 +1052,16 @@ CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of b
     "cache, compiled": (torch.float32, True, False, 4, 4),
     "cache, compiled, bf16": (torch.bfloat16, True, False, 2, 2),
     "cache, compiled, int8": (torch.bfloat16, True, True, 1, 2)}
+LLAMA_CPP = {n: f"llama.cpp GPT-2, {kind}"  # by the bytes a weight
+             for n, kind in ((4, "F32"), (2, "BF16"), (1, "Q8_0"))}
 
 
 def decode_arms(cfg, prompt, more=False):
-    """Return {name: start} of ways to decode one row with random weights, where start() reads the
-    prompt and returns a function that decodes a token: recomputing the window in fp32, and the
-    first of CACHED; with `more` all of these, and transformers' GPT-2 where that package is
-    installed."""
-    device = the_device()
+    """Return {name: run} of ways to decode one row with random weights, where run(n) reads the
+    prompt, decodes n tokens, and returns the seconds of one: recomputing the window in fp32, and
+    the first of CACHED; with `more` all of these, and the GPT-2 of transformers and of llama.cpp
+    where transformers, and xllamacpp with gguf, are installed."""
+    device, installed = the_device(), importlib.util.find_spec
 
     def cached(dtype, compile, int8, *_):
         model = GPT(cfg).eval().to(device, dtype)
@@ -1023,20 +1069,26 @@ def decode_arms(cfg, prompt, more=False):
         model = sample.to_int8(model) if int8 else model
         decoder = sample.Decoder(model, [prompt], compile=compile)
 
-        def start():
+        def run(n):
             decoder.rows = [([], list(prompt))]
             decoder.prefill()
-            return lambda: decoder.push([1]).argmax().item()
-        return start
+            return seconds(lambda: decoder.push([1]).argmax().item(), n)
+        return run
 
     model = GPT(cfg).eval().to(device)
     window = torch.randint(cfg.vocab_size, (1, cfg.block_size), device=device)
-    arms = {"recomputing": lambda: lambda: model(window).logits[0, -1].argmax().item()}
+    arms = {"recomputing": lambda n: seconds(
+        lambda: model(window).logits[0, -1].argmax().item(), n)}
     for name, how in CACHED.items():
         if name == "cache" or (more and not (how[2] and device == "cuda")):  # (int8 is of CPUs)
             arms[name] = cached(*how)
-    if more and importlib.util.find_spec("transformers"):
+    if more and installed("transformers"):
         arms["transformers GPT-2"] = transformers_gpt2(cfg, prompt)
+    if more and device == "cpu" and installed("xllamacpp") and installed("gguf"):
+        for name in LLAMA_CPP.values():
+            child = Arm()
+            child.ask(start_llama_cpp, cfg, prompt, name.split()[-1])
+            arms[name] = partial(child.ask, decode_in_child)
     return arms
 
 
@@ -1047,13 +1099,13 @@ def decode_times(m, rounds, more=False):
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
 
     @torch.inference_mode()
-    def run(start, n):
-        return seconds(start(), min(n, cfg.block_size - len(prompt) - 1))
+    def ask(run, n):
+        return run(min(n, cfg.block_size - len(prompt) - 1))
 
     arms = decode_arms(cfg, prompt, more)
-    for start in arms.values():
-        run(start, 1)  # compile
-    return turns(arms, rounds, run, 0.5)
+    for run in arms.values():
+        ask(run, 1)  # compile
+    return turns(arms, rounds, ask, 0.5)
 
 
 def all_presets(cfg):
@@ -1106,30 +1158,29 @@ def bandwidth(n=5):
 @register
 def decode(cfg):
     """tokens/s of decoding beside the memory's limit: cached, compiled, bf16, int8, recomputing,
-    transformers"""
-    rows = []
+    and the same size in transformers and llama.cpp"""
     sizes = {"6 layers, 384 wide": SIZES["6 layers, 384 wide, 16 x 256"],
-             "12 layers, 768 wide": "--n_layer=12 --n_head=12 --n_embd=768 --block_size=256"}
+             "12 layers, 768 wide, 50,304 tokens":
+                 "--n_layer=12 --n_head=12 --n_embd=768 --block_size=256 --vocab_size=50304"}
     for size, shape in sizes.items():
         m, _ = read_arm(shape)
         model = GPT(sample.stand_in(m))
         inside = sum(p.numel() for p in model.blocks.parameters())
-        head = model.lm_head.weight.numel()
+        head, rows = model.lm_head.weight.numel(), []
         bytes_a_second = bandwidth()
         times = decode_times(m, cfg.rounds, more=True)
         for name, t in times.items():
-            row = {"size": size, "decoding": name, "tokens/s": 1 / median(t),
-                   "/ recomputing": compare(times["recomputing"], t)}
-            if "transformers GPT-2" in times:
-                row["/ transformers"] = compare(times["transformers GPT-2"], t)
+            row = {"decoding": name, "tokens/s": 1 / median(t)}
+            others = {"recomputing": "recomputing", "transformers": "transformers GPT-2"}
             if name in CACHED:
                 of_block, of_head = CACHED[name][3:]
+                others["llama.cpp, same type"] = LLAMA_CPP[of_block]
                 limit = bytes_a_second / (of_block * inside + of_head * head)
-                row.update({"GB/s": bytes_a_second / 1e9, "limit": limit,
-                            "of it": row["tokens/s"] / limit})
-            rows.append(row)
-    yield Table("decoding, window 256, one row (fp32 where not said; limit: measured memory "
-                "bandwidth over the bytes of the weights)", rows)
+                row["of the limit"] = row["tokens/s"] / limit
+            rows.append(row | {f"/ {k}": compare(times[other], t)
+                               for k, other in others.items() if other in times})
+        yield Table(f"{size}, window 256, one row (fp32 where not said; the limit: "
+                    f"{bytes_a_second / 1e9:.0f} GB/s over the bytes of the weights)", rows)
 
 
 def profile():
