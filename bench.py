@@ -1151,7 +1151,7 @@ def speed(cfg):
 def bandwidth(n=5):
     """Return the bytes a second that this machine reads from memory: the best sum over half a
     gigabyte."""
-    x = torch.ones(2 ** 27)
+    x = torch.ones(2 ** 27, device=the_device())
     return 4 * x.numel() / min(seconds(lambda: x.sum().item()) for _ in range(n))
 
 

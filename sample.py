@@ -320,8 +320,11 @@ def exit_rule(model, kind, threshold, decay=0.0, total=1):
     threshold; at 0 all leave. With decay it falls along the text (CALM, arXiv:2207.07061):
     should_exit.t, how many tokens were made before the first place of h, a number or one per row
     (B, 1) and negative within a prompt, is for the caller to set."""
+    # (a tensor: what is compiled serves every threshold)
+    above = torch.tensor(threshold or -1.0, device=model.wte.weight.device)
+
     def should_exit(h, before):
-        sure, least = CONFIDENCE[kind](model, h, before), threshold or -1
+        sure, least = CONFIDENCE[kind](model, h, before), above
         if decay:
             t = (should_exit.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
             least = (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
@@ -735,7 +738,7 @@ class Decoder:
 def compiled(model):
     """Return the model with its forward compiled, and what decoding runs in pieces compiled piece
     by piece: shapes are those of one token, or of one draft. Shares the weights."""
-    # (each segment between exits has a graph of its own for each threshold)
+    # (each segment between exits has a graph of its own)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     fast, cuda = copy.copy(model), model.wte.weight.device.type == "cuda"
     # on a CPU what a matrix multiplies is made once, not again for each of its rows

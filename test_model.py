@@ -1810,7 +1810,7 @@ def test_a_run_stopped_anywhere_ends_as_the_one_that_was_not(tmp_path, monkeypat
                                                              always):
     """By a signal or a kill in each step, in validation and while saving: the same log, weights and
     best; and no loss stands beside weights that were not scored."""
-    more = dict(always_save_checkpoint=always, learning_rate=1.0, muon_lr=1.0, schedule="triangle",
+    more = dict(always_save_checkpoint=always, learning_rate=1.0, muon_lr=1.0, cooldown=1.0,
                 warmup_iters=5)
     r, whole = run(tmp_path / "whole", **more)
     best = prepare.load_checkpoint(tmp_path / "whole" / "ckpt_best.pt")
@@ -2223,8 +2223,8 @@ def test_muon_is_torchs():
 @pytest.mark.parametrize("row", table("""
 schedule=cosine warmup_iters=10 learning_rate=1 min_lr=0.1: 0=0.0909 10=1 55=0.55 100=0.1
 schedule=wsd cooldown=0.5: 0=1 50=1 75=0.5 100=0
-schedule=triangle warmup_iters=20: 20=1 60=0.5
-schedule=triangle decay_lr=False: 99=1
+cooldown=1 warmup_iters=20: 20=0.8 60=0.4
+decay_lr=False: 99=1
 """))
 def test_schedules(row):
     given, factors = row.split(": ")
@@ -3372,7 +3372,8 @@ def test_a_page_shows_text_and_runs_none(tmp_path):
 @pytest.mark.parametrize("name, B", [("strong", 1), ("strong", 3), ("exits", 2)])
 def test_compiled_decoding_is_decoding(trained, name, B):
     """Across folds: the logits and depths of the plain step, and no more graphs than there are
-    pieces between exits: the first, those that end at an exit, and the last by where it begins."""
+    pieces between exits, whatever the threshold: the first, those that end at an exit, and the last
+    by where it begins."""
     model, _ = sample.load(str(trained / name))
     ids, depths = torch.arange(16)[None] % 7, set()
     leave = median_rule(model, "softmax", ids) if model.exits else None
@@ -3381,6 +3382,8 @@ def test_compiled_decoding_is_decoding(trained, name, B):
     a, b = (sample.Decoder(model, [[1, 2, 3]], compile=c, leave=leave).select([0] * B)
             for c in (0, 1))
     for t in range(30):
+        if model.exits and t == 20:
+            a.leave = b.leave = sample.exit_rule(model, "softmax", 0.99)
         agree(a.push([t % 7] * B), b.push([t % 7] * B))
         assert a.depth == b.depth
         depths.update(a.depth)

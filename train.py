@@ -43,7 +43,7 @@ from config import UserError, summary, visible
 from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, averaged, cross_entropy, divergence,
                    ends_with_document, rms_norm, settings)
 
-CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine", "triangle"),
+CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine"),
            "dtype": ("auto", "float32", "bfloat16", "float16"),
            "semantic_table": ("own", "ppmi", "random")}
 LIMITS = (  # lowest, highest, settings
@@ -78,7 +78,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # clip the gradient to this norm; 0: do not
     ema_decay: float = 0.99  # of concept_of = ema: share of the average that each step keeps
     semantic_table: str = "own"  # embeddings of semantic losses: own | ppmi (of the text) | random
-    schedule: str = "wsd"  # wsd (constant, then linearly down) | cosine | triangle (linearly down)
+    schedule: str = "wsd"  # wsd (constant, then linearly down) | cosine
     decay_lr: bool = True  # False: constant after the warm-up
     warmup_iters: int = 0  # linear warm-up
     lr_decay_iters: int = 0  # step at which min_lr is reached; 0: max_iters
@@ -662,8 +662,6 @@ def lr_factor(step, tcfg):
         return floor
     if tcfg.schedule == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
-    elif tcfg.schedule == "triangle":
-        share = (end - step) / (end - warmup)
     else:
         share = min(1.0, (end - step) / max(tcfg.cooldown * end, 1))
     return floor + (1 - floor) * share
