@@ -1005,8 +1005,8 @@ def transformers_gpt2(cfg, prompt):
 
 
 def start_llama_cpp(cfg, prompt, kind):
-    """Make CHILD["decode"](n), llama.cpp's GPT-2 at our shape with matrices of GGUF's type `kind`
-    and as many threads as ours; the seconds are those it counts itself. (In a child: two OpenMP
+    """Set CHILD["decode"](n), the seconds a token by llama.cpp's own clock, for a GPT-2 at our
+    shape with matrices of GGUF's type `kind` and as many threads as ours. (In a child: two OpenMP
     libraries in a process halve the speed of both.)"""
     import gguf
     import xllamacpp

@@ -320,7 +320,7 @@ def exit_rule(model, kind, threshold, decay=0.0, total=1):
     threshold; at 0 all leave. With decay it falls along the text (CALM, arXiv:2207.07061):
     should_exit.t, how many tokens were made before the first place of h, a number or one per row
     (B, 1) and negative within a prompt, is for the caller to set."""
-    # (a tensor: what is compiled serves every threshold)
+    # (a tensor: without decay one graph serves every threshold)
     above = torch.tensor(threshold or -1.0, device=model.wte.weight.device)
 
     def should_exit(h, before):
@@ -741,7 +741,7 @@ def compiled(model):
     # (each segment between exits has a graph of its own)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     fast, cuda = copy.copy(model), model.wte.weight.device.type == "cuda"
-    # on a CPU what a matrix multiplies is made once, not again for each of its rows
+    # on a CPU: store the vector that a matrix multiplies, do not make it anew for every row
     options = {} if cuda else {"realize_opcount_threshold": 6}
     for name in ("first_segment", "segment", "last_segment", "forward_early", "forward_remainder",
                  "forward"):
@@ -788,9 +788,9 @@ class CudaGraph:
 
 class Int8(torch.nn.Module):
     """A Linear with its weights as 8-bit integers and a scale per output. torch's own weight-only
-    product is private; what is public takes twice its time. It reads past the end of rows that are
-    no multiple of 16 long, so they are padded. The compiler's own loop takes three fifths of its
-    time for one token, and more for several."""
+    product is private, but twice as fast as what is public; it reads past the end of rows whose
+    length is no multiple of 16, so they are padded. For one token the loop that the compiler makes
+    is faster still, for several it is slower."""
 
     def __init__(self, linear):
         super().__init__()

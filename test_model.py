@@ -2205,13 +2205,14 @@ def test_clipping_changes_a_run_where_the_norm_is_over_the_limit(tmp_path):
 def test_muon_is_torchs(monkeypatch):
     """Several steps, by our iterations in both; a fused matrix as its parts."""
     def ours_of(g, coefficients, steps, eps):
-        return train.Muon.orthogonalize(g[None], steps, torch.bfloat16)[0]
+        assert coefficients == train.Muon.QUINTIC
+        return train.Muon.orthogonalize(g[None], steps, torch.float32)[0]
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", ours_of)
     g = seeded()
     fused = nn.Parameter(torch.randn(72, 40, generator=g))
     fused.parts = 24, 24, 24
     parts = [nn.Parameter(p.clone()) for p in fused.detach().chunk(3)]
-    ours = train.Muon([fused], 0.02, 0.95, 0.1, 5)
+    ours = train.Muon([fused], 0.02, 0.95, 0.1, 5, torch.float32)
     theirs = torch.optim.Muon(parts, lr=0.02, momentum=0.95, weight_decay=0.1)
     for _ in range(4):
         fused.grad = torch.randn(fused.shape, generator=g)
@@ -2219,25 +2220,26 @@ def test_muon_is_torchs(monkeypatch):
             p.grad = grad
         ours.step()
         theirs.step()
-    far = (fused - torch.cat(parts)).abs()
-    assert far.max() < 4e-3 and far.mean() < 3e-4  # an update is 0.02 * 0.2
+    agree(fused, torch.cat(parts))
 
 
-@pytest.mark.parametrize("steps", range(1, 7))
-def test_orthogonalize_iterates_as_written(steps):
-    """One iteration after another, of rows that are scaled once; rows of zeros stay zeros; and four
-    in 16 bits bring singular values of 0.01 to 1 near 1."""
-    x = torch.randn(2, 24, 60, generator=seeded()).double()
+@pytest.mark.parametrize("length", [24, 60])
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_orthogonalize_iterates_as_written(steps, length):
+    """One iteration after another, of rows that are scaled once; rows of zeros stay zeros."""
+    x = torch.randn(2, 24, length, generator=seeded()).double()
     x[1, 3] = 0
     a, b, c = train.Muon.QUINTIC
     y = x / x.norm(dim=(1, 2), keepdim=True)
     y = y / (y @ y.mT).abs().sum(2, keepdim=True).clamp(min=1e-7).sqrt()
-    assert torch.linalg.svdvals(y).max() <= 1
     for _ in range(steps):
         gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y
     torch.testing.assert_close(train.Muon.orthogonalize(x, steps, torch.float64), y)
-    u, _, vt = torch.linalg.svd(x[:1], full_matrices=False)
+
+
+def test_four_iterations_do_in_16_bits():
+    u, _, vt = torch.linalg.svd(torch.randn(1, 24, 60, generator=seeded()), full_matrices=False)
     x = (u * torch.logspace(0, -2, 24)) @ vt
     made = torch.linalg.svdvals(train.Muon.orthogonalize(x, 4, torch.bfloat16).float())
     assert 0.3 < made.min() and made.max() < 1.3
@@ -3409,7 +3411,7 @@ def test_compiled_decoding_is_decoding(trained, name, B):
             a.leave = b.leave = sample.exit_rule(model, "softmax", 0.99)
         agree(a.push([t % 7] * B), b.push([t % 7] * B))
         assert a.depth == b.depth
-        depths.update(a.depth)
+        depths.update(a.depth * (t < 20))
     assert (len(depths) > 1) == bool(model.exits)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(model.exits) + 1
 
@@ -3825,6 +3827,19 @@ def test_int8_is_close(name):
     step = m(x[:, :1], history=h, state=m.init_state(3)).logits
     assert 0 < (after - before).abs().mean() < 3 * (before - exact).abs().mean() + 0.05
     agree(step, after[:, :1], 0.1)
+
+
+def test_int8_of_one_token_compiled():
+    """The loop that is compiled, whole and in part, gives what torch's product gives."""
+    linear = model.Linear(40, 56, bias=True).bfloat16()
+    for p in linear.parameters():
+        nn.init.normal_(p, generator=seeded())
+    plain = sample.Int8(linear)
+    fast = torch.compile(plain, backend="eager", fullgraph=True)
+    x = torch.randn(1, 1, 40, generator=seeded(1)).bfloat16()
+    with torch.no_grad():
+        for part in ((), (16,), (0, 16), (16, 40)):
+            torch.testing.assert_close(fast(x, *part), plain(x, *part), atol=0.05, rtol=0.02)
 
 
 IDLE = """

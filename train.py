@@ -560,9 +560,9 @@ def shared_out(x, do):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal by Newton-Schulz iterations, as the
-    update of a matrix. The rule of torch.optim.Muon, but matrices of one shape go through the
-    iterations together, the parts of a fused matrix (its `parts`, row counts) each on its own, and
-    a matrix that has more rows than columns is transposed first. If `shared`, processes divide the
+    update of a matrix. The rule of torch.optim.Muon, but four iterations of scaled rows do for five,
+    matrices of one shape go through them together, the parts of a fused matrix (its `parts`, row
+    counts) each on its own, and a matrix that has more rows than columns is transposed first. If `shared`, processes divide the
     iterations: all must hold the same gradients.
     """
     QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -578,24 +578,25 @@ class Muon(torch.optim.Optimizer):
     def orthogonalize(cls, x, steps, dtype):
         """Return each matrix of x (n, a, b), a <= b, with its singular values near 1, in dtype.
 
-        Its rows are scaled first so that none is above 1, which saves an iteration (Turbo-Muon,
-        Boissin et al. 2025, arXiv:2512.04632). Two iterations are one polynomial of x x^T, a
-        smaller matrix; more than two at a time lose too much in 16 bits (Gram Newton-Schulz,
-        Zhang et al. 2026)."""
+        Rows are scaled first so that no singular value exceeds 1, which saves an iteration
+        (Turbo-Muon, Boissin et al. 2025, arXiv:2512.04632). Of a long matrix two iterations are
+        made as one polynomial of x x^T, which is then computed anew, because rounding errors build
+        up in 16 bits (Gram Newton-Schulz, Zhang et al. 2026, who restart it likewise)."""
         a, b, c = cls.QUINTIC
         x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
         gram = x @ x.mT
         scale = gram.abs().sum(2, keepdim=True).clamp(min=1e-7).rsqrt()
         x, gram = scale * x, scale * gram * scale.mT
-        for left in range(steps, 0, -2):
-            by, own = torch.baddbmm(gram, gram, gram, beta=b, alpha=c), a  # x becomes by x + own x
-            if left > 1:
+        at_once = 2 if 2 * x.size(2) > 3 * x.size(1) else 1  # (else it is more work)
+        for left in range(steps, 0, -at_once):
+            by, own = torch.baddbmm(gram, gram, gram, beta=b, alpha=c), a
+            if min(left, at_once) == 2:
                 half = torch.baddbmm(gram, gram, by, beta=a)
                 gram = torch.baddbmm(half, by, half, beta=a)
                 then = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
                 by, own = torch.baddbmm(then + by, then, by, beta=a), a * a
-            x = torch.baddbmm(x, by, x, beta=own)
-            if left > 2:
+            x = torch.baddbmm(x, by, x, beta=own)  # (by + own I) x
+            if left > at_once:
                 gram = x @ x.mT
         return x
 
