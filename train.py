@@ -560,10 +560,10 @@ def shared_out(x, do):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal by Newton-Schulz iterations, as the
-    update of a matrix. The rule of torch.optim.Muon, but four iterations of scaled rows do for five,
-    matrices of one shape go through them together, the parts of a fused matrix (its `parts`, row
-    counts) each on its own, and a matrix that has more rows than columns is transposed first. If `shared`, processes divide the
-    iterations: all must hold the same gradients.
+    update of a matrix. The rule of torch.optim.Muon, but four iterations of scaled rows do for
+    five, matrices of one shape go through them together, the parts of a fused matrix (its `parts`,
+    row counts) each on its own, and a matrix that has more rows than columns is transposed first.
+    If `shared`, processes divide the iterations: all must hold the same gradients.
     """
     QUINTIC = (3.4445, -4.7750, 2.0315)
 
