@@ -320,14 +320,15 @@ def exit_rule(model, kind, threshold, decay=0.0, total=1):
     threshold; at 0 all leave. With decay it falls along the text (CALM, arXiv:2207.07061):
     should_exit.t, how many tokens were made before the first place of h, a number or one per row
     (B, 1) and negative within a prompt, is for the caller to set."""
-    # (a tensor: without decay one graph serves every threshold)
-    above = torch.tensor(threshold or -1.0, device=model.wte.weight.device)
+    # (a tensor: one graph serves every threshold)
+    limit = torch.tensor(float(threshold), device=model.wte.weight.device)
+    above = torch.where(limit > 0, limit, -1.0)
 
     def should_exit(h, before):
         sure, least = CONFIDENCE[kind](model, h, before), above
         if decay:
             t = (should_exit.t + torch.arange(h.size(1), device=h.device)).clamp(min=0)
-            least = (0.9 * threshold + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
+            least = (0.9 * limit + 0.1 * torch.exp(-decay * t / total)).clamp(0, 1)
         return sure > least
     should_exit.t = 0
     return should_exit

@@ -2248,7 +2248,7 @@ def test_four_iterations_do_in_16_bits():
 @pytest.mark.parametrize("row", table("""
 schedule=cosine warmup_iters=10 learning_rate=1 min_lr=0.1: 0=0.0909 10=1 55=0.55 100=0.1
 schedule=wsd cooldown=0.5: 0=1 50=1 75=0.5 100=0
-cooldown=1 warmup_iters=20: 20=0.8 60=0.4
+cooldown=1 warmup_iters=20: 20=1 60=0.5
 decay_lr=False: 99=1
 """))
 def test_schedules(row):

@@ -679,7 +679,7 @@ def lr_factor(step, tcfg):
     if tcfg.schedule == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
     else:
-        share = min(1.0, (end - step) / max(tcfg.cooldown * end, 1))
+        share = min(1.0, (end - step) / max(min(tcfg.cooldown * end, end - warmup), 1))
     return floor + (1 - floor) * share
 
 
