@@ -4355,7 +4355,7 @@ def test_knn_from_the_shell(trained, decode, place, tmp_path):
     assert exact[60:].strip() and exact.strip() in text  # the nearest place is that place
     near, *far = (json_lines(text_with(1, "--json", f"--knn_temp={t}"))[0]["entropy"]
                   for t in (1e-5, 1e6, 2e6))
-    assert near < 0.1 and far[0] == far[1] > 1  # the nearest place alone, or all alike
+    assert near < 0.1 and far[0] == far[1] > 0.5  # the nearest place alone, or all alike
     found = json_lines(text_with(0.25, "--json"))[0]["found"]
     with memory.Store(store) as s:
         assert s.texts([f["id"] for f in found]) == [f["text"] for f in found]
