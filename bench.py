@@ -1028,11 +1028,12 @@ def start_llama_cpp(cfg, prompt, kind):
         add(value)
     for name, size in tensors.items():
         x = g.normal(0, 0.02, size).astype(np.float32)
-        type = gguf.GGMLQuantizationType[kind if len(size) == 2 else "F32"]
-        w.add_tensor(name, gguf.quants.quantize(x, type), raw_dtype=type)
-    for write in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file,
-                  w.close):
-        write()
+        own = gguf.GGMLQuantizationType[kind if len(size) == 2 else "F32"]
+        w.add_tensor(name, gguf.quants.quantize(x, own), raw_dtype=own)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
     how = xllamacpp.CommonParams()
     how.model.path, how.n_ctx, how.n_parallel, how.verbosity = path, cfg.block_size, 1, -1
     how.cpuparams.n_threads = how.cpuparams_batch.n_threads = torch.get_num_threads()
@@ -1052,8 +1053,7 @@ CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of b
     "cache, compiled": (torch.float32, True, False, 4, 4),
     "cache, compiled, bf16": (torch.bfloat16, True, False, 2, 2),
     "cache, compiled, int8": (torch.bfloat16, True, True, 1, 2)}
-LLAMA_CPP = {n: f"llama.cpp GPT-2, {kind}"  # by the bytes a weight
-             for n, kind in ((4, "F32"), (2, "BF16"), (1, "Q8_0"))}
+GGUF_TYPES = {4: "F32", 2: "BF16", 1: "Q8_0"}  # by the bytes a weight
 
 
 def decode_arms(cfg, prompt, more=False):
@@ -1085,10 +1085,10 @@ def decode_arms(cfg, prompt, more=False):
     if more and installed("transformers"):
         arms["transformers GPT-2"] = transformers_gpt2(cfg, prompt)
     if more and device == "cpu" and installed("xllamacpp") and installed("gguf"):
-        for name in LLAMA_CPP.values():
+        for kind in GGUF_TYPES.values():
             child = Arm()
-            child.ask(start_llama_cpp, cfg, prompt, name.split()[-1])
-            arms[name] = partial(child.ask, decode_in_child)
+            child.ask(start_llama_cpp, cfg, prompt, kind)
+            arms[f"llama.cpp GPT-2, {kind}"] = partial(child.ask, decode_in_child)
     return arms
 
 
@@ -1166,15 +1166,15 @@ def decode(cfg):
         m, _ = read_arm(shape)
         model = GPT(sample.stand_in(m))
         inside = sum(p.numel() for p in model.blocks.parameters())
-        head, rows = model.lm_head.weight.numel(), []
+        head = model.lm_head.weight.numel()
         bytes_a_second = bandwidth()
-        times = decode_times(m, cfg.rounds, more=True)
+        times, rows = decode_times(m, cfg.rounds, more=True), []
         for name, t in times.items():
             row = {"decoding": name, "tokens/s": 1 / median(t)}
             others = {"recomputing": "recomputing", "transformers": "transformers GPT-2"}
             if name in CACHED:
                 of_block, of_head = CACHED[name][3:]
-                others["llama.cpp, same type"] = LLAMA_CPP[of_block]
+                others["llama.cpp, same type"] = f"llama.cpp GPT-2, {GGUF_TYPES[of_block]}"
                 limit = bytes_a_second / (of_block * inside + of_head * head)
                 row["of the limit"] = row["tokens/s"] / limit
             rows.append(row | {f"/ {k}": compare(times[other], t)

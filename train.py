@@ -83,7 +83,7 @@ class TrainConfig:
     warmup_iters: int = 0  # linear warm-up
     lr_decay_iters: int = 0  # step at which min_lr is reached; 0: max_iters
     min_lr: float = 0.0  # AdamW's rate at the end; Muon's falls by the same factor
-    cooldown: float = 0.8  # share of the run that wsd cools down over
+    cooldown: float = 0.8  # share of the run that wsd cools down over, the warm-up left out
     teacher: str = ""  # PATH of a model to learn from
     teacher_start: bool = True  # start from the teacher's weights, as far as they fit
     distill: float = 1.0  # with a teacher, weight: of the divergence from its distribution
@@ -576,7 +576,7 @@ class Muon(torch.optim.Optimizer):
 
     @classmethod
     def orthogonalize(cls, x, steps, dtype):
-        """Return each matrix of x (n, a, b), a <= b, with its singular values near 1, in dtype.
+        """Return each matrix of x (N, R, C), R <= C, with its singular values near 1, in dtype.
 
         Rows are scaled first so that no singular value exceeds 1, which saves an iteration
         (Turbo-Muon, Boissin et al. 2025, arXiv:2512.04632). Of a long matrix two iterations are
@@ -587,7 +587,7 @@ class Muon(torch.optim.Optimizer):
         gram = x @ x.mT
         scale = gram.abs().sum(2, keepdim=True).clamp(min=1e-7).rsqrt()
         x, gram = scale * x, scale * gram * scale.mT
-        at_once = 2 if 2 * x.size(2) > 3 * x.size(1) else 1  # (else it is more work)
+        at_once = 2 if x.size(2) > 1.5 * x.size(1) else 1  # (of a squarer one it is more work)
         for left in range(steps, 0, -at_once):
             by, own = torch.baddbmm(gram, gram, gram, beta=b, alpha=c), a
             if min(left, at_once) == 2:
