@@ -2678,7 +2678,7 @@ def contrast_pretrained(cfg, n=32, length=64):
     model.load_state_dict(plain.state_dict())  # (exits have no weights of their own here)
     trial, tok = with_memories(path, name), prepare.Tokenizer(ckpt["tokenizer"])
     student = sample.load(kept(
-        cfg, "student", f"{trial.base} {trial.arms['entries in the last 10']}"))[0]
+        cfg, "student", f"{trial.base} {trial.arms['entries in the last 10']}", seed=2))[0]
     arms = {"greedy": "", "repetition penalty 1.2": "--repetition_penalty=1.2",
             **{f"contrast, exit after {k}": f"--amateur=exit:{k}" for k in (10, 20)},
             "contrast, exit after 20, beta 1": "--amateur=exit:20 --beta=1",
