@@ -2990,6 +2990,13 @@ def plot_record(r):
     return plot("seconds of steps", lines)
 
 
+def bars(values, most=24):
+    """Return values, at most so many of them, as bars of a terminal."""
+    values = values[::math.ceil(len(values) / most)]
+    low, high = min(values), max(values)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in values)
+
+
 @dataclass
 class CurvesConfig:
     svg: str = "curves.svg"  # the file to draw
@@ -2998,7 +3005,8 @@ class CurvesConfig:
 
 
 def curves(argv):
-    """Draw a loss of runs, given by their out_dir, by step, by second and by token."""
+    """Draw a loss of runs, given by their out_dir, by step, by second and by token; print the last
+    figures and bars."""
     own, (_, *runs) = config.parse(["curves", *argv], CurvesConfig, doc=curves.__doc__,
                                    words=["curves"], free=["curves"])
     cfg = CurvesConfig(**own)
@@ -3014,7 +3022,8 @@ def curves(argv):
     with prepare.replacing(cfg.svg) as f:
         f.write("".join((f'{SVG} height="{360 * len(parts)}">', *parts, "</svg>\n")).encode())
     show(cfg, Table(f"the last {cfg.loss} of runs, all in {cfg.svg}", [
-        {"run": run, "lowest": min(row[cfg.loss] for row in log), **log[-1]}
+        {"run": run, "curve": bars([row[cfg.loss] for row in log]),
+         "lowest": min(row[cfg.loss] for row in log), **log[-1]}
         for run, log in logs.items()]))
     return 0
 

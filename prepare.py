@@ -793,6 +793,10 @@ def open_json(text):
     except Exception as e:  # the package has no exception of its own
         raise UserError(f"tokenizer.json was not understood ({config.summary(e)}); take one that "
                         f"the package tokenizers reads") from None
+    if json.loads(text)["model"].get("type") == "WordPiece":
+        raise UserError("tokenizer.json cuts text into words without their spaces (WordPiece), so "
+                        "that no text can be put together again; take one whose pieces have them "
+                        "(BPE, Unigram)")
     tok.encode_special_tokens = True
     return tok
 
@@ -1099,9 +1103,11 @@ def expand(inputs, stack, field=""):
     for name in inputs:
         n_found = len(found)
         if name == "-":  # a text is read twice
-            name = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()),
-                                "standard input" + ".jsonl" * bool(field))
+            start = sys.stdin.buffer.read(2)
+            name = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "standard input"
+                                + ".jsonl" * bool(field) + ".gz" * (start == b"\x1f\x8b"))
             with open(name, "wb") as f:
+                f.write(start)
                 shutil.copyfileobj(sys.stdin.buffer, f)
         if ending(name) == "hf:":
             found.append(name)
@@ -1141,6 +1147,9 @@ def documents(path, separator, whole=False, field="", unix=False):
             text = unix_lines(text) if unix else text
             yield from ((t, True) for t in (text.split(separator) if separator else [text]) if t)
         return
+    if ending(path) in (".json", ".tsv"):
+        config.note(f"{path} is read as it stands, as a text; to take the text out of records, "
+                    f"write them as .jsonl or .csv")
     if not separator:
         yield from ((text, False) for text in pieces(path, unix=unix))
         return

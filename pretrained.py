@@ -280,8 +280,15 @@ class Gguf(Source):
         except ImportError:
             raise UserError("a GGUF file is read by the package gguf; install it: pip install "
                             "gguf") from None
+        class Reader(gguf.GGUFReader):
+            def _get(self, offset, dtype, count=1, **more):
+                part = super()._get(offset, dtype, count, **more)
+                if len(part) < count:  # (the package reads on, as far as a header says)
+                    raise ValueError("its header promises more than there is")
+                return part
+
         try:
-            reader = gguf.GGUFReader(path)
+            reader = Reader(path)
             self.fields = {key: f.contents() for key, f in reader.fields.items()}
             self.tensors = {t.name: t for t in reader.tensors}
             self.shapes = {n: tuple(map(int, t.shape[::-1])) for n, t in self.tensors.items()}

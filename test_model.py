@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1099,6 +1100,8 @@ layers=AA: n_head=4 head_dim=16 n_mlp=256
 layers=AA: SLOTS slot_gate=True layers=(A)AMA mem_chunk=4 mem_top=3 mem_dim=8 enrich=True
 layers=SA: layers=SAA n_head=4 head_dim=16
 layers=AA: history=16 running_mean=1 slot_gate=True
+NANOGPT mlp=gelu_tanh bias=True: SLOTS slot_gate=True layers=(A)AA.M mem_chunk=4 mem_top=3 mem_dim=8
+LLAMA n_head=4 n_kv_head=2: SLOTS slot_gate=True layers=(A)AA.M mem_chunk=4 mem_top=3 mem_dim=8
 """  # settings, and others that they grow into
 
 
@@ -2663,7 +2666,7 @@ def test_separators_end_documents(tmp_path, monkeypatch):
     assert len(ids_of(tmp_path, "val")) == 10 * len(docs[0] + "|")
 
 
-def test_own_data_of_all_kinds(tmp_path, monkeypatch):
+def test_own_data_of_all_kinds(tmp_path, monkeypatch, capsys):
     """Files, folders, globs, standard input, records and .gz are the same documents, and whatever
     is left out of a folder is said."""
     docs = [f'document "{i:02}",\n' * 9 for i in range(20)]
@@ -2681,7 +2684,8 @@ def test_own_data_of_all_kinds(tmp_path, monkeypatch):
     with open(tmp_path / "r.csv", "w", newline="") as f:
         rows = csv.writer(f)
         rows.writerows([["", "t"], *enumerate(docs), [20, ""]])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("$".join(docs).encode())))
+    pipe = lambda raw: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    pipe("$".join(docs).encode())
 
     def read(*argv):
         out = quiet(prepare.main, [*argv, f"--data_dir={tmp_path}/data", "--tokenizer=byte"])
@@ -2696,6 +2700,10 @@ def test_own_data_of_all_kinds(tmp_path, monkeypatch):
                  [f"--input={tmp_path}/r.csv"], [f"{folder}/b/0*", f"--input={folder}/b/1*"]):
         assert read(*argv) == want, argv
     assert [name for _, name in shown] == ["all", "some", "stdin", "r", "r", "r", "0"]
+    pipe(gzip.compress("$".join(docs).encode()))
+    assert read("-", "--separator=$") == want
+    (tmp_path / "r.json").write_bytes(lines)
+    assert read(f"{tmp_path}/r.json") == lines.decode() and "as it stands" in capsys.readouterr().err
     left = shown[0][0].splitlines()[0]
     assert all(f"{folder}/{name}" in left for name in (".x", "e.txt", "p.png", "link"))
     assert "b/" not in left
@@ -3039,6 +3047,8 @@ def test_tokenizers_go_out_and_come_back(tmp_path, monkeypatch):
         assert back.encode(prepare.END) != [back.eot]  # it is read as letters
     path.write_text("{}")
     refused(prepare.tokenizer_spec, str(path), "not understood")
+    tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1})).save(str(path))
+    refused(prepare.tokenizer_spec, str(path), "WordPiece")
 
 
 @pytest.mark.parametrize("arch, more", [("llama", "LLAMA head_dim=8 tie=True init=gpt2"),
@@ -3070,8 +3080,11 @@ def test_gguf(arch, more, tmp_path):
     x = random_ids(2, 16)
     agree(ours(x).logits, m(x).logits)
     assert prepare.Tokenizer(saved["tokenizer"]).encode("ab\u00e9b") == [257, 195, 169, 98]
-    (tmp_path / "bad.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:900])
-    refused(pretrained.main, ["import", f"{tmp_path}/bad.gguf", f"--out_dir={tmp_path}/no"], "GGUF")
+    endless = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, 0, 2 ** 40)
+    for raw in ((tmp_path / "m.gguf").read_bytes()[:900], endless):
+        (tmp_path / "bad.gguf").write_bytes(raw)
+        refused(pretrained.main, ["import", f"{tmp_path}/bad.gguf", f"--out_dir={tmp_path}/no"],
+                "GGUF")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4254,6 +4267,8 @@ def test_curves_of_runs(trained, tmp_path):
     shown = json_lines(quiet(bench.main, ["curves", a, b, f"--svg={svg}", "--json"]))
     assert len(ElementTree.parse(svg).findall(".//{*}polyline")) == 2
     assert shown[1]["val_loss"] == shown[1]["lowest"] == 2.5 and shown[0]["step"] == 6
+    assert shown[1]["curve"] == "▁" and bench.bars([3.0, 1.0, 2.0]) == "█▁▅"
+    assert len(bench.bars([1.0] * 100)) == 20
     log.write_text("step,val_loss\n3,x\n")
     refused(bench.main, ["curves", b], "log.csv")
 
