@@ -2705,7 +2705,8 @@ def contrast_pretrained(cfg, n=32, length=64):
     tokens and a student of its: the capitals that it names, and what it repeats"""
     path, name = pretrained_model(cfg)
     plain, ckpt = sample.load(path)
-    model = GPT(dataclasses.replace(plain.cfg, layers=".".join(["A" * 10] * 3))).eval()
+    model = GPT(dataclasses.replace(plain.cfg, layers=".".join(["A" * 10] * 3),
+                                    block_size=256)).eval()  # (a shorter cache)
     model.load_state_dict(plain.state_dict())  # (exits have no weights of their own here)
     trial, tok = with_memories(path, name), prepare.Tokenizer(ckpt["tokenizer"])
     student = sample.load(kept(
