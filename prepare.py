@@ -793,7 +793,7 @@ def open_json(text):
     except Exception as e:  # the package has no exception of its own
         raise UserError(f"tokenizer.json was not understood ({config.summary(e)}); take one that "
                         f"the package tokenizers reads") from None
-    if json.loads(text)["model"].get("type") == "WordPiece":
+    if isinstance(tok.model, tokenizers.models.WordPiece):
         raise UserError("tokenizer.json cuts text into words without their spaces (WordPiece), so "
                         "that no text can be put together again; take one whose pieces have them "
                         "(BPE, Unigram)")
@@ -1124,6 +1124,10 @@ def expand(inputs, stack, field=""):
     if left_out:
         print(visible(f"left out, as hidden, empty or no text, {len(left_out)}: "
                       f"{', '.join(left_out[:5])}{' ...' * (len(left_out) > 5)}"))
+    for path in found:
+        if ending(path) in (".json", ".tsv"):
+            config.note(f"{path} is read as it stands, as a text; to take the text out of records, "
+                        f"write them as .jsonl or .csv")
     return found
 
 
@@ -1147,9 +1151,6 @@ def documents(path, separator, whole=False, field="", unix=False):
             text = unix_lines(text) if unix else text
             yield from ((t, True) for t in (text.split(separator) if separator else [text]) if t)
         return
-    if ending(path) in (".json", ".tsv"):
-        config.note(f"{path} is read as it stands, as a text; to take the text out of records, "
-                    f"write them as .jsonl or .csv")
     if not separator:
         yield from ((text, False) for text in pieces(path, unix=unix))
         return

@@ -96,9 +96,9 @@ class SampleConfig:
     beams: int = 0  # beam search over so many texts, of which the n likeliest are shown; 0: off
     best_of: int = 0  # make so many samples and show the n likeliest; 0: off
     # memories
-    memory: str = ""  # what M finds besides: a store of learn --memory by this model
+    memory: str = ""  # what M finds besides: a store of learn, or what was said if interactive
     memory_index: bool = False  # memory: by an index, kept beside it; for 100,000 entries and more
-    knn: str = ""  # what came next at places like this: a store of learn --knn by this model
+    knn: str = ""  # what came next at places like this: a store of learn, or what was said too
     knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
     knn_k: int = 256  # knn: how many places
     knn_temp: float = 0.0625  # knn: a place at distance d counts exp(-d^2 / (knn_temp n_embd))

@@ -3492,7 +3492,8 @@ def test_a_conversation(trained, decode, given, place, tmp_path, monkeypatch, ki
     """Each side has its name, the model stops where the other would speak, and what was said is in
     the log, and in the store: there the next conversation finds it, until it is forgotten."""
     log, store = tmp_path / "talk.jsonl", place
-    run(tmp_path / "m", REMEMBERS, data_dir=str(trained / "data"), dataset="bytes", max_iters=1)
+    run(tmp_path / "m", REMEMBERS if kind == "memory" else {}, data_dir=str(trained / "data"),
+        dataset="bytes", max_iters=1)
     talk = [tmp_path / "m", "--interactive", f"--log={log}", f"--{kind}={store}",
             "--max_new_tokens=12"]
 
@@ -3509,6 +3510,10 @@ def test_a_conversation(trained, decode, given, place, tmp_path, monkeypatch, ki
     turns = json_lines(log.read_text())
     assert [f"{t['role']}: {t['text']}" for t in turns] == whole.split("\n")
     assert all(time.strptime(t["time"], "%Y-%m-%dT%H:%M:%S%z") for t in turns)
+    with monkeypatch.context() as m:  # the next one finds it
+        found = []
+        m.setattr(sample, "converse", lambda d, *a: found.append(d.neighbours or d.sources))
+        assert spoken() == "" and all(found)
     spoken("the worst")
     assert len(json_lines(log.read_text())) == 6
     remembered = lambda: [e for some in memory.Store(store).sound() for e in some
@@ -4269,7 +4274,7 @@ def test_curves_of_runs(trained, tmp_path):
     assert len(ElementTree.parse(svg).findall(".//{*}polyline")) == 2
     assert shown[1]["val_loss"] == shown[1]["lowest"] == 2.5 and shown[0]["step"] == 6
     assert shown[1]["curve"] == "▁" and bench.bars([3.0, 1.0, 2.0]) == "█▁▅"
-    assert len(bench.bars([1.0] * 100)) == 20
+    assert bench.bars([1.0] * 99 + [9.0]) == "▁" * 19 + "█"
     log.write_text("step,val_loss\n3,x\n")
     refused(bench.main, ["curves", b], "log.csv")
 
@@ -4842,7 +4847,7 @@ def test_commands_of_the_docs_are_taken(page):
     assert n > (page == "README.md") * 15
 
 
-def test_commands_of_the_docs_are_run(tmp_path):
+def test_how_commands_of_the_docs_are_run(tmp_path):
     """Lines of indented blocks and what stands between backticks, blocks of Python whole; what a
     package or a network would be needed for is left out, and what fails is shown."""
     page = ("Text, `python a.py \\| b`, `--flag`.\n\n    pip install x  # why\n    some output\n\n"
@@ -4856,7 +4861,9 @@ def test_commands_of_the_docs_are_run(tmp_path):
     run = lambda command: bench.run_command(command, tmp_path, dict(os.environ))
     assert run("import os\nopen('a', 'w')") == run("test -f a && echo 1") == "ok"
     assert run("task: next") == "ok" and (tmp_path / "tasks/next.yaml").read_text() == "task: next"
-    assert run("import nothing_there").startswith("left out: ModuleNotFoundError")
+    assert run("import peft.nothing_there").startswith("left out: ModuleNotFoundError")
+    assert run("import nothing_there").startswith("FAILED:\nTraceback")
+    assert run("lm_eval x") == "left out: bash: line 1: lm_eval: command not found"
     assert run("echo 'pip install y'; exit 2") == "left out: pip install y"
     assert run("echo no; exit 3") == "FAILED:\nno\n"
 

@@ -4,8 +4,8 @@ the teacher. It learns the teacher's predictions and, layer by layer, the output
 were replaced. The teacher is SmolLM2-135M (docs/HOWTO.md imports it), the dataset any text in its
 tokens:
 
-    python prepare.py book.txt --tokenizer=out/smol
-    python train.py config/distill_pretrained.py --dataset=book
+    python prepare.py book.txt --tokenizer=out/smol --name=book_smol
+    python train.py config/distill_pretrained.py --dataset=book_smol
 """
 out_dir = "out/distill_pretrained"
 teacher = "out/smol"
