@@ -2791,17 +2791,17 @@ def imported(cfg, n=200):
     known = dict([*CAPITALS.items()][:20])
     capitals = [say(f"What is the capital of {country}?") for country in known]
     plain, table = list(answered(capitals, 12)), []
-    for within in (None, math.inf, 0.3, 0.1):
+    for temp, within in ((None, None), (0.0625, 0.3), *((0.01, d) for d in (math.inf, 0.3, 0.1))):
         more = {}
         if within:
             opened = memory.open_store("knn", store, model, path)
             more["neighbours"] = memory.Neighbours.open(
-                opened, sample.SampleConfig.knn_k, 0.9,
-                sample.SampleConfig.knn_temp * model.cfg.n_embd, "cpu", model.cfg.vocab_size,
+                opened, 256, 0.9, temp * model.cfg.n_embd, "cpu", model.cfg.vocab_size,
                 within * model.cfg.n_embd)
         now = list(answered(capitals, 12, **more))
         table.append({
-            "knn_within": {None: "no store", math.inf: "no limit"}.get(within, within),
+            "knn_temp": temp or "no store",
+            "knn_within": "no limit" if within == math.inf else within,
             **{name: mean(words in text for words, text in zip(
                 WORDS_TOLD, answered([say(ask.format(p)) for p in PLACES], 16, **more)))
                for name, ask in CODE_WORD_ASKS.items()},
