@@ -1072,6 +1072,7 @@ def llama_cpp_texts(source, prompts, n):
     how = xllamacpp.CommonParams()
     how.model.path, how.n_ctx, how.n_parallel, how.verbosity = path, 1024, 1, -1
     how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    how.cpuparams.n_threads = how.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(how)
     return [server.handle_completions({"prompt": p, "temperature": 0, "n_predict": n})[
         "choices"][0]["text"] for p in prompts]
