@@ -2707,7 +2707,7 @@ Nepal:Kathmandu Cyprus:Nicosia Malta:Valletta Venezuela:Caracas Ecuador:Quito Bo
 Uruguay:Montevideo Argentina:Buenos Morocco:Rabat Algeria:Algiers Tunisia:Tunis Libya:Tripoli
 Somalia:Mogadishu Uganda:Kampala Zambia:Lusaka""".split())
 CAPITAL_ASKS = {"statement": "The capital of {} is", "question": "Q: What is the capital of {}? A:",
-        "called": "The capital city of {} is called"}
+                "called": "The capital city of {} is called"}
 
 
 @register
@@ -2779,10 +2779,10 @@ def imported(cfg, n=200):
     child = Arm()
     theirs = child.ask(llama_cpp_texts, gguf_of_package(), OPENINGS, n)
     child.close()
-    same = [len(os.path.commonprefix([a, b])) for a, b in zip(answered(OPENINGS, n), theirs)]
     yield Table(f"greedy text of {n} tokens, in fp32 of the same weights as llama.cpp's", [
-        {"behind": start, "letters": len(text), "the same": k}
-        for start, text, k in zip(OPENINGS, theirs, same)])
+        {"behind": start, "letters": max(len(a), len(b)),
+         "the same": len(os.path.commonprefix([a, b]))}
+        for start, a, b in zip(OPENINGS, answered(OPENINGS, n), theirs)])
     say = "User: {}\nAssistant:".format
     store = os.path.join(scratch(), "talk.db")
     with memory.open_store("knn", store, model, path, write=True) as told:
