@@ -1008,12 +1008,27 @@ def transformers_gpt2(cfg, prompt):
     return run
 
 
+def llama_cpp_server(writer, path, n_ctx, **more):
+    """Write what a GGUFWriter holds for path, and return llama.cpp's server of it, with windows of
+    n_ctx tokens and as many threads as ours. more: other parameters of llama.cpp."""
+    import xllamacpp
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    how = xllamacpp.CommonParams()
+    how.model.path, how.n_ctx, how.n_parallel, how.verbosity = path, n_ctx, 1, -1
+    how.cpuparams.n_threads = how.cpuparams_batch.n_threads = torch.get_num_threads()
+    for name, value in more.items():
+        setattr(how, name, value)
+    return xllamacpp.Server(how)
+
+
 def start_llama_cpp(cfg, prompt, kind):
     """Set CHILD["decode"](n), the seconds a token by llama.cpp's own clock, for a GPT-2 at our
     shape with matrices of GGUF's type `kind` and as many threads as ours. (In a child: two OpenMP
     libraries in a process halve the speed of both.)"""
     import gguf
-    import xllamacpp
     d, path, g = cfg.n_embd, os.path.join(scratch(), "m.gguf"), np.random.default_rng(0)
     sizes = {"attn_norm": (d,), "attn_qkv": (3 * d, d), "attn_output": (d, d), "ffn_norm": (d,),
              "ffn_up": (4 * d, d), "ffn_down": (d, 4 * d)}
@@ -1034,14 +1049,7 @@ def start_llama_cpp(cfg, prompt, kind):
         x = g.normal(0, 0.02, size).astype(np.float32)
         own = gguf.GGMLQuantizationType[kind if len(size) == 2 else "F32"]
         w.add_tensor(name, gguf.quants.quantize(x, own), raw_dtype=own)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    how = xllamacpp.CommonParams()
-    how.model.path, how.n_ctx, how.n_parallel, how.verbosity = path, cfg.block_size, 1, -1
-    how.cpuparams.n_threads = how.cpuparams_batch.n_threads = torch.get_num_threads()
-    server = xllamacpp.Server(how)
+    server = llama_cpp_server(w, path, cfg.block_size)
     ask = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     CHILD["decode"] = lambda n: server.handle_completions({  # (the first is the prompt's own)
         **ask, "n_predict": n + 1})["timings"]["predicted_per_token_ms"] / 1000
@@ -1065,15 +1073,8 @@ def llama_cpp_texts(source, prompts, n):
                             f.types[0], f.types[-1] if f.types[0] == kinds.ARRAY else None)
     for t in reader.tensors:
         w.add_tensor(t.name, gguf.quants.dequantize(t.data, t.tensor_type))
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    how = xllamacpp.CommonParams()
-    how.model.path, how.n_ctx, how.n_parallel, how.verbosity = path, 1024, 1, -1
-    how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    how.cpuparams.n_threads = how.cpuparams_batch.n_threads = torch.get_num_threads()
-    server = xllamacpp.Server(how)
+    fp32 = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = llama_cpp_server(w, path, 1024, cache_type_k=fp32, cache_type_v=fp32)
     return [server.handle_completions({"prompt": p, "temperature": 0, "n_predict": n})[
         "choices"][0]["text"] for p in prompts]
 

@@ -4858,7 +4858,7 @@ def test_how_commands_of_the_docs_are_run(tmp_path):
     assert bench.shortened(found[3]) == (
         "python train.py --max_iters=9 --warmup_iters=0 --batch_size=8 "
         "--gradient_accumulation_steps=1 --eval_tokens=8192 --compile=False && echo 1")
-    run = lambda command: bench.run_command(command, tmp_path, dict(os.environ))
+    run = lambda command: bench.run_command(command, tmp_path, {"PATH": os.defpath})
     assert run("import os\nopen('a', 'w')") == run("test -f a && echo 1") == "ok"
     assert run("task: next") == "ok" and (tmp_path / "tasks/next.yaml").read_text() == "task: next"
     assert run("import peft.nothing_there").startswith("left out: ModuleNotFoundError")
