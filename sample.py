@@ -17,7 +17,8 @@
                                                   --knn=works.db then uses it
     python sample.py learn --memory=facts.db FILE...
                                                   likewise into the memory of blocks M;
-                                                  --memory=facts.db then remembers it
+                                                  --memory=facts.db then remembers it;
+                                                  --instead=TEXT: in the place of what it was told
     python sample.py memory FILE list TEXT        what is in a store; also stats, show ID,
                                                   forget ID or TEXT, prune N
     python sample.py info PATH                    what a checkpoint or a preset is: its parts with
@@ -103,6 +104,7 @@ class SampleConfig:
     knn_k: int = 256  # knn: how many places
     knn_temp: float = 0.0625  # knn: a place at distance d counts exp(-d^2 / (knn_temp n_embd))
     knn_within: float = 0.0  # knn: places with d^2 / n_embd above this do not count; 0: no limit
+    instead: str = ""  # learn: entries to replace, by number or text, as memory FILE forget does
     limit: int = 20  # memory list: entries to show; 0: all
     # output
     interactive: bool = False  # talk: lines are typed and answered in turn, with all in view
@@ -1583,7 +1585,8 @@ def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
 
 def learn(cfg, *files):
     """Read texts into a store, without a gradient. Each file is one document, and in the store
-    whole or not at all."""
+    whole or not at all; with instead all of them are, in the place
+    of what it names."""
     if len(stores_of(cfg)) != 1:
         raise UserError("learn needs to know where to: --memory=PATH for blocks M, or --knn=PATH, "
                         "one at a time")
@@ -1597,7 +1600,10 @@ def learn(cfg, *files):
         texts.append((name, encode(tok, "".join(prepare.pieces(name)), name)))
         if len(texts[-1][1]) < 2:
             raise UserError(f"{name} holds fewer than 2 tokens; give a longer text")
-    with memory.open_store(kind, target, model, path, write=True) as store:
+    with (memory.open_store(kind, target, model, path, write=True) as store,
+          store.batch() if cfg.instead else contextlib.nullcontext()):
+        if cfg.instead:
+            memory.forget(store, [cfg.instead], 0)
         for name, ids in texts:
             n = memory.learn(store, model, tok, ids)
             print(f"{config.visible(name)}: {n:,} entries")
@@ -1659,7 +1665,7 @@ def info(cfg, path="", *more):
 
 
 COMMANDS = {  # what each does, and the settings that it takes besides out_dir
-    "learn": (learn, "memory knn device dtype int8"),
+    "learn": (learn, "memory knn instead device dtype int8"),
     "memory": (inspect, "limit"),
     "info": (info, "")}
 
@@ -1672,8 +1678,9 @@ def main(argv):
         for name in sorted(values.keys() - {"out_dir", *taken.split()}):
             raise UserError(f"{name} does nothing in {words[0]}; leave it out")
         return run(cfg, *words[1:])
-    if "limit" in values:
-        raise UserError("limit is for python sample.py memory FILE list; leave it out")
+    for name, command in (("limit", "memory FILE list"), ("instead", "learn")):
+        if name in values:
+            raise UserError(f"{name} is for python sample.py {command}; leave it out")
     try:
         with contextlib.ExitStack() as stores:
             return decode(cfg, stores)

@@ -2033,17 +2033,18 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
 
 
 def test_optional_logs(tmp_path, monkeypatch, capsys):
-    """wandb gets what log.csv gets, and settings; a resumed run goes on with its id, in trackio
-    with its name; one that is missing, fails or stops is one sentence."""
+    """wandb and tensorboard get what log.csv gets, wandb settings too; a resumed run goes on with
+    its id, in trackio with its name; one that is missing, fails or stops is one sentence."""
     logged = lambda out, **more: run(out, wandb_log=True, wandb_run_name="mine",
                                      **{"overwrite": True, **more})
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused(logged, tmp_path, "pip install wandb")
-    wandb, trackio = mock.Mock(), mock.Mock()
+    wandb, trackio, tensorboard = mock.Mock(), mock.Mock(), mock.Mock()
     wandb.init.return_value.id = "r1"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "trackio", trackio)
-    logged(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    logged(tmp_path, tensorboard_log=True)
     begun = wandb.init.mock_calls[0].kwargs
     given = begun.pop("config")
     assert begun == dict(project="nanoconcept", name="mine", id=None, resume="never")
@@ -2051,6 +2052,10 @@ def test_optional_logs(tmp_path, monkeypatch, capsys):
     wandb.finish.assert_called_once_with()
     rows = losses_of(tmp_path)
     assert [str(c.kwargs["step"]) for c in wandb.log.mock_calls] == [row[0] for row in rows]
+    drawn = [(k, v, c.kwargs["step"]) for c in wandb.log.mock_calls for k, v in c.args[0].items()]
+    writer = tensorboard.SummaryWriter.return_value
+    assert [c.args for c in writer.add_scalar.mock_calls] == drawn
+    writer.close.assert_called_once_with()
     saved = saved_in(tmp_path)["train_config"]["wandb_id"]
     logged(tmp_path, overwrite=False, init_from="resume", trackio_log=True, wandb_id=saved)
     for logger, has in ((wandb, {"id": "r1"}), (trackio, {})):
@@ -4394,6 +4399,24 @@ def test_knn_from_the_shell(trained, decode, place, tmp_path):
     assert on_store(store, "list", "--limit=4").count("\n") == 6
 
 
+def test_what_was_learned_is_corrected(trained, decode, place, tmp_path):
+    """learn --instead puts a text in the place of what brings back another, or changes nothing."""
+    for name, text in (("a.txt", "the lamp is red now"), ("b.txt", "is blue now")):
+        (tmp_path / name).write_text(text)
+
+    def learned(name, *more):
+        shown = decode("strong", "learn", f"--knn={place}", f"{tmp_path}/{name}", *more)
+        with memory.Store(place) as s:
+            values = s.arrays(-1)["values"][:, 0].tolist()
+        return shown, tokenizer_of(trained / "strong").decode(values)
+
+    assert learned("a.txt")[1] == "he lamp is red now"
+    with pytest.raises(UserError, match="no entry 'green'"):
+        learned("b.txt", "--instead=green")
+    shown, now = learned("b.txt", "--instead=red")
+    assert "forgot 3 of 18" in shown and now == "he lamp is  now" + "s blue now"
+
+
 # --------------------------------------------------------------------------------------------------
 # bad input: one sentence that names the thing, exit code 2, nothing lost
 
@@ -4618,6 +4641,7 @@ sample --out_dir={O}/exits
   --trace_html=/dev/null => already ; --device=cuda:7 => cuda:7 | --device=cpu
   --device=tpu9 => tpu9 | --device=cpu
   --limit=3 => limit | memory ; learn --knn=x --compile y => compile | learn
+  --instead=x => instead | learn
 bench calibrate --out_dir={O}/strong
   --data_dir={D} => no exits | layers
 bench calibrate --out_dir={O}/exits --data_dir={D} --length=16
