@@ -2393,6 +2393,11 @@ def means(rows):
     return {k: mean(row[k] for row in rows) for k in rows[0]}
 
 
+def by_seed(found):
+    """Return {arm: {figure: [a value per seed]}} of {arm: [{figure: value} per seed]}."""
+    return {name: {k: [row[k] for row in rows] for k in rows[0]} for name, rows in found.items()}
+
+
 @register
 def coherence(cfg, total=10_000):
     """a stream of 10,000 characters by each of several models under each collapse policy, beside
@@ -2603,34 +2608,40 @@ def random_exits(model, depth):
 def exits(cfg, n=200):
     """early exit: blocks, disagreement and a judge's loss over thresholds, and as calibrated for a
     risk of 2%, beside random exits"""
-    model, ckpt = sample.load(kept(cfg, "exits", EXITS), dtype="bfloat16")
-    critic, rows, table = Critic(cfg), held_out(ckpt, cfg.data_dir, 1000, 64)[:3000], []
-    rows, fresh = rows[:-500], rows[-500:]  # nothing is calibrated on the last
-    prompts, full = fresh[-32:, :32].tolist(), model(fresh).logits.argmax(-1)
+    critic, found = Critic(cfg), collections.defaultdict(list)
 
-    def add(name, rule):
-        """Add a row. Return how many blocks it runs."""
+    def add(name, rule, **more):
+        """Note what a rule does. Return how many blocks it runs."""
         logits, depth = model.forward_with_exits(fresh, rule)
         written, texts = write(model, prompts, n, leave=rule)
-        table.append({"rule": name, "blocks": depth.float().mean().item(),
-                      "differ": share(logits.argmax(-1) != full),
-                      "judge": mean(critic.nats(texts, 32)),
-                      "blocks when writing": mean(t.depth for row in written for t in row)})
-        return table[-1]["blocks"]
+        found[name].append({"blocks": depth.float().mean().item(),
+                            "differ": share(logits.argmax(-1) != full),
+                            "judge": mean(critic.nats(texts, 32)),
+                            "blocks when writing": mean(t.depth for row in written for t in row),
+                            **more})
+        return found[name][-1]["blocks"]
 
-    add("every block", sample.exit_rule(model, "softmax", 1.0))
-    for kind in sample.CONFIDENCE:
-        calibrating = rows[:1500 if kind == "softmax" else 500]
-        loosest = loosest_safe(exit_risks(model, calibrating, kind)[0], 0.02, 0.95)
-        for i in sorted({max(loosest, 0), *((3, 5, 9, 15) if kind == "softmax" else (9,))}):
-            name = f"{kind} > {THRESHOLDS[i]:.3g}" + " (2% risk)" * (i == loosest)
-            blocks = add(name, sample.exit_rule(model, kind, THRESHOLDS[i]))
-            if kind == "softmax":
-                add(f"random, as deep as {name}", random_exits(model, blocks))
+    for seed in range(1, cfg.seeds + 1):
+        model, ckpt = sample.load(kept(cfg, f"exits{seed}", EXITS, seed), dtype="bfloat16")
+        rows = held_out(ckpt, cfg.data_dir, 1000, 64)[:3000]
+        rows, fresh = rows[:-500], rows[-500:]  # nothing is calibrated on the last
+        prompts, full = fresh[-32:, :32].tolist(), model(fresh).logits.argmax(-1)
+        add("every block", sample.exit_rule(model, "softmax", 1.0))
+        for kind in sample.CONFIDENCE:
+            calibrating = rows[:1500 if kind == "softmax" else 500]
+            loosest = loosest_safe(exit_risks(model, calibrating, kind)[0], 0.02, 0.95)
+            arms = {f"{kind} > {THRESHOLDS[i]:.3g}": i
+                    for i in ((3, 5, 9, 15) if kind == "softmax" else (9,))}
+            for name, i in {**arms, f"{kind} at a risk of 2%": max(loosest, 0)}.items():
+                blocks = add(name, sample.exit_rule(model, kind, THRESHOLDS[i]),
+                             threshold=THRESHOLDS[i])
+                if kind == "softmax":
+                    add(f"random, as deep as {name}", random_exits(model, blocks))
     human = mean(critic.nats(held_out(ckpt, cfg.data_dir, 100, 32 + n)[:500].tolist(), 32))
     yield Table(f"early exit, 6 layers, bf16; risk 2% at 95% confidence on 1,500 texts of 64 "
                 f"(softmax; 500 for others), figures on 500 others (judge: nats a character on 32 "
-                f"texts of {n}; human text {human:.3f})", table)
+                f"texts of {n}; human text {human:.3f}); mean of {cfg.seeds} models",
+                [{"rule": name, **means(rows)} for name, rows in found.items()], by_seed(found))
 
 
 @register
@@ -2638,7 +2649,7 @@ def exit_speed(cfg, n=200):
     """early exit by softmax, one row: tokens/s over thresholds, in fp32, in bf16 and compiled"""
     arms = {f"softmax > {t}": f"--exit=softmax --exit_threshold={t}" for t in (0.8, 0.7, 0.6, 0.5)}
     yield Table(f"early exit, 6 layers, 512 wide, one row, {n} tokens", decoding_speed(
-        cfg, kept(cfg, "exits", EXITS), [split_ids(cfg, "val")[:32].tolist()],
+        cfg, kept(cfg, "exits1", EXITS), [split_ids(cfg, "val")[:32].tolist()],
         {"every block": "", **arms}, n))
 
 
@@ -2667,12 +2678,10 @@ def speculate(cfg, n=300):
 def contrast(cfg, n=200, length=192, skip=64):
     """contrastive decoding with each kind of amateur beside greedy and nucleus: repetition, words,
     a judge"""
-    model, ckpt = sample.load(kept(cfg, "exits", EXITS))
     flags = "--n_layer=2 --n_head=2 --n_embd=64 --max_iters=300" + ONCE
     weak = sample.load(kept(cfg, "weak", flags, 3))[0]
-    critic, rows = Critic(cfg), held_out(ckpt, cfg.data_dir, n, skip + length)[:n].tolist()
-    prompts = [row[:skip] for row in rows]
-    arms = {"greedy": "--temperature=0", "nucleus 0.95": "--top_p=0.95",
+    critic, found = Critic(cfg), collections.defaultdict(list)
+    arms = {"nucleus 0.95": "--top_p=0.95", "greedy": "--temperature=0",
             "alpha 0.1 alone": "--amateur=model --beta=0",
             "contrast, model (2 layers, 64 wide)": "--amateur=model",
             "contrast, exit after 2": "--amateur=exit:2",
@@ -2680,21 +2689,26 @@ def contrast(cfg, n=200, length=192, skip=64):
             "contrast, last 8 tokens": "--amateur=context:8",
             **{f"sweep: exit after 2, {k} {v}": f"--amateur=exit:2 --{k}={v}"
                for k, v in (("beta", 0.25), ("beta", 1.0), ("alpha", 0.3))}}
-    texts = {"human": rows}
-    for name, flags in arms.items():
-        _, texts[name] = write(model, prompts, length, f"--temperature=1 {flags}", other=weak)
-    figures = {name: [{**critic.words(text[skip:], cut=True), "judge": nats}
-                      for text, nats in zip(each, critic.nats(each, skip))]
-               for name, each in texts.items()}
-    table = []
-    for name, each in figures.items():
-        row = {"decoding": name, **means(each)}
+
+    def note(name, texts):
+        found[name].append(means([{**critic.words(text[skip:], cut=True), "judge": nats}
+                                  for text, nats in zip(texts, critic.nats(texts, skip))]))
         for k in ("known words", "judge"):
-            d = np.array([a[k] - b[k] for a, b in zip(each, figures["nucleus 0.95"])])
-            row[f"{k} - nucleus"] = f"{d.mean():+.3f} +- {1.96 * d.std(ddof=1) / n ** 0.5:.3f}"
-        table.append(row)
-    yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5; "
-                f"less nucleus 0.95 after the same prompt: mean and 95% interval", table)
+            found[name][-1][f"{k} - nucleus"] = found[name][-1][k] - found["nucleus 0.95"][-1][k]
+
+    for seed in range(1, cfg.seeds + 1):
+        model, ckpt = sample.load(kept(cfg, f"exits{seed}", EXITS, seed))
+        rows = held_out(ckpt, cfg.data_dir, n, skip + length)[:n].tolist()
+        for name, flags in arms.items():
+            note(name, write(model, [row[:skip] for row in rows], length,
+                             f"--temperature=1 {flags}", other=weak)[1])
+        note("human", rows)
+    deviations = lambda rows: {f"sd of {k}": stdev(row[k] for row in rows) for k in rows[0]
+                               if k.endswith("nucleus") and len(rows) > 1}
+    yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5, by "
+                f"{cfg.seeds} models; less nucleus 0.95 by the same model",
+                [{"decoding": name, **means(rows), **deviations(rows)}
+                 for name, rows in found.items()], by_seed(found))
 
 
 CAPITALS = dict(pair.split(":") for pair in """

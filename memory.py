@@ -782,8 +782,9 @@ def outputs(model, ids, rows=16):
     """Yield output vectors (m, C) and logits (m, V) of all places of a text ids (n,) but the last,
     in order. A place has at least half a window before it, or all there is, and the history
     behind that."""
-    T, H, device = model.cfg.block_size, model.cfg.history, model.wte.weight.device
-    step, n = max(T // 2, 1), len(ids) - 1
+    H, device, n = model.cfg.history, model.wte.weight.device, len(ids) - 1
+    T = min(model.cfg.block_size, n)  # a sentence does not take the time of a window
+    step = max(T // 2, 1)
     padded = F.pad(torch.as_tensor(ids, dtype=torch.long)[:-1], (H, T), value=-1)
     for starts in torch.arange(0, max(n - T, 0) + step, step).split(rows):
         windows = padded[starts[:, None] + torch.arange(H + T)].to(device)
