@@ -3355,8 +3355,10 @@ def run_command(command, folder, env):
             time.sleep(1)
         return f"FAILED: it ended with {server.returncode}"
     way = [sys.executable, "-c"] if re.match("from |import ", command) else ["bash", "-c"]
-    done = subprocess.run([*way, shortened(command)], cwd=folder, env=env, text=True,
-                          input="The code word of the laboratory is purple zebra.\n",
+    typed = "The code word of the laboratory is purple zebra.\n"
+    if command.startswith("transformers chat"):  # it asks if it shall go on, and waits for an end
+        typed += "n\n!exit\n"
+    done = subprocess.run([*way, shortened(command)], cwd=folder, env=env, text=True, input=typed,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if not done.returncode:
         return "ok"
