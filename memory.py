@@ -141,12 +141,14 @@ URL_HELP = ("the URL of a store is postgresql://USER@HOST/DATABASE?schema=NAME, 
 
 def connect(path, write):
     """Return (a connection, whether the database is empty). A commit is on the disk when it
-    returns, readers go on while somebody writes, and deleting gives room back."""
+    returns, readers go on while somebody writes, and what is deleted is overwritten and its room
+    given back."""
     name = urllib.parse.quote(os.fsencode(os.path.abspath(path)))
     db = sqlite3.connect(f"file:{name}?mode={'rwc' if write else 'rw'}", uri=True, timeout=10)
     db.text_factory = lambda raw: raw.decode(errors="replace")  # the checksum finds damaged text
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_ENTRY)
     db.execute("PRAGMA trusted_schema = OFF")
+    db.execute("PRAGMA secure_delete = ON")
     empty = not db.execute("PRAGMA schema_version").fetchone()[0]
     if write and empty:
         db.execute("PRAGMA auto_vacuum = FULL")
@@ -448,12 +450,13 @@ class Store:
         return np.array(ids)
 
     def put(self, entries):
-        """Insert each Entry, given without its checksum; where its id is there, update its use."""
+        """Insert each Entry, given without its checksum; where its id is there, update its text and
+        its use."""
         marks = ", ".join("?" * len(Entry._fields))
         self.db.executemany(
-            f"INSERT INTO entries ({COLUMNS}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET uses "
-            f"= excluded.uses, worth = excluded.worth, last = excluded.last, checksum = "
-            f"excluded.checksum", ((*entry, checksum(*entry)) for entry in entries))
+            f"INSERT INTO entries ({COLUMNS}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET text "
+            f"= excluded.text, uses = excluded.uses, worth = excluded.worth, last = excluded.last, "
+            f"checksum = excluded.checksum", ((*entry, checksum(*entry)) for entry in entries))
 
     def entries(self, where="", *values):
         """Yield lists of Entry in the order of their ids."""
@@ -538,9 +541,10 @@ class Store:
 
     def forget(self, what):
         """Take out entries by id, or all that bring back a piece of this text, wherever it was
-        read. Return how many there were."""
+        read, and cut it out of the texts of those behind it. Return how many went."""
         with self.batch():
-            ids = self.within(what) if isinstance(what, str) else what
+            ids, cut = self.within(what) if isinstance(what, str) else (what, [])
+            self.put(e[:-1] for e in cut)
             gone = self.db.executemany("DELETE FROM entries WHERE id = ?",
                                        [(int(i),) for i in ids]).rowcount
             facts = self.read_facts()
@@ -548,23 +552,25 @@ class Store:
         return gone
 
     def within(self, text):
-        """Return the ids of the entries that bring back a piece of this text: one stands on the
-        bytes start to stop of its source, of which it keeps the last few, so what comes after
-        tells where the text stood."""
-        raw, ends, ids = text.encode(), collections.defaultdict(set), []
-        for e in (e for some in self.sound() for e in some if text in e.text):
-            kept = e.text.encode()
-            first = e.stop - len(kept) + len(raw)
-            for match in re.finditer(b"(?=" + re.escape(raw) + b")", kept):  # may overlap
-                ends[e.source].add(first + match.start())
-        ends = {source: sorted(places) for source, places in ends.items()}
-        for id_, source, start, stop in self.db.execute(
-                "SELECT id, source, start, stop FROM entries"):
-            places = ends.get(source, [])
-            at = bisect.bisect_right(places, start)  # the first that ends behind where it starts
-            if at < len(places) and places[at] - len(raw) < stop:
-                ids.append(id_)
-        return ids
+        """Return the ids of the entries that bring back a piece of this text, and each Entry behind
+        it, with what is left of its own: that is the last few bytes before `stop` of its source,
+        and all of them make up the source again."""
+        raw, sources = text.encode(), collections.defaultdict(bytearray)
+        for e in (e for some in self.sound() for e in some):
+            kept, source = e.text.encode(), sources[e.source]
+            source.extend(b"\xff" * (e.stop - len(source)))  # (a byte that no text has)
+            source[e.stop - len(kept):e.stop] = kept
+        places = {k: [m.start() for m in re.finditer(b"(?=" + re.escape(raw) + b")", source)]
+                  for k, source in sources.items()}  # they may overlap
+        ids, cut = [], []
+        for e in (e for some in self.sound() for e in some):
+            kept, before = e.text.encode(), bisect.bisect_left(places[e.source], e.stop)
+            end = places[e.source][before - 1] + len(raw) if before else 0
+            if end > e.start:
+                ids.append(e.id)
+            elif end > e.stop - len(kept):
+                cut.append(e._replace(text=kept[end - e.stop:].decode()))
+        return ids, cut
 
     def prune(self, n):
         """Keep the n entries whose uses, the writing counted as one, are worth most: LRFU (Lee et
@@ -887,7 +893,8 @@ def show(store, words, limit):
 
 
 def forget(store, words, limit):
-    """Take out entries by their numbers, or all that bring back a piece of a text."""
+    """Take out entries by their numbers, or all that bring back a piece of a text, and cut that out
+    of the texts of the others."""
     what = " ".join(words)
     if not what.strip():
         raise UserError("forget takes the numbers of entries, or a text that was read")
@@ -895,8 +902,7 @@ def forget(store, words, limit):
     gone = store.forget(whole_numbers(words, "forget") if by_number else what)
     if not gone:
         raise UserError(f"store {store.path} has no entry {what!r}; python sample.py memory "
-                        f"{shlex.quote(store.path)} list shows which there are, and a text is "
-                        f"looked for in the last 40 characters before each")
+                        f"{shlex.quote(store.path)} list shows which there are")
     print(f"{config.visible(store.path)}: forgot {gone:,} of {gone + store.count():,} entries")
 
 
