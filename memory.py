@@ -310,7 +310,9 @@ class Store:
                 if write:
                     self.lock = prepare.hold(lock, busy)
                 self.db, empty = connect(path, write)
-            if write and empty:
+            if empty and (not write or None in wanted.values()):
+                raise UserError(f"store {path} is empty; python sample.py learn fills it")
+            if empty:
                 self.create(wanted)
             self.recognize()
             self.check(wanted)
@@ -329,8 +331,6 @@ class Store:
 
     def create(self, facts):
         """Make the tables of a new store, and write what it is."""
-        if None in facts.values():
-            raise UserError(f"store {self.path} is empty; python sample.py learn fills it")
         with self.batch():
             for table in TABLES:
                 self.db.execute(table)
@@ -895,15 +895,21 @@ def show(store, words, limit):
 def forget(store, words, limit):
     """Take out entries by their numbers, or all that bring back a piece of a text, and cut that out
     of the texts of the others."""
-    what = " ".join(words)
-    if not what.strip():
+    if not " ".join(words).strip():
         raise UserError("forget takes the numbers of entries, or a text that was read")
-    by_number = what.replace(" ", "").isdecimal()
-    gone = store.forget(whole_numbers(words, "forget") if by_number else what)
+    numbers = all(w.isascii() and w.isdecimal() for w in words)
+    print(take_out(store, whole_numbers(words, "forget") if numbers else " ".join(words)))
+
+
+def take_out(store, what):
+    """Take out entries by a list of ids, or a text. Return a sentence of how many; UserError where
+    there are none."""
+    gone = store.forget(what)
     if not gone:
+        what = what if isinstance(what, str) else " ".join(map(str, what))
         raise UserError(f"store {store.path} has no entry {what!r}; python sample.py memory "
                         f"{shlex.quote(store.path)} list shows which there are")
-    print(f"{config.visible(store.path)}: forgot {gone:,} of {gone + store.count():,} entries")
+    return f"{config.visible(store.path)}: forgot {gone:,} of {gone + store.count():,} entries"
 
 
 def prune(store, words, limit):

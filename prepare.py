@@ -111,7 +111,7 @@ class PrepareConfig:
 def check_name(name):
     """Raise ValueError unless `name` is that of one folder, which stands under data_dir and nowhere
     else."""
-    if name in ("", ".", "..") or re.search(r"[/\\:]", name):
+    if name in ("", ".", "..") or re.search(r"[/\\:\ud800-\udfff]", name):
         raise ValueError(f"a dataset has the name of one folder under data_dir, without / \\ : "
                          f"and .., not {name!r}; another place is given as --data_dir")
 
@@ -784,17 +784,17 @@ def tokenizers_package():
                         "install it: pip install tokenizers") from None
 
 
-def open_json(text):
+def open_json(text, name="tokenizer.json"):
     """Return the Tokenizer of package `tokenizers` that a tokenizer.json describes; what it calls
     special tokens is read as letters in a text."""
     tokenizers = tokenizers_package()
     try:
         tok = tokenizers.Tokenizer.from_str(text)
     except Exception as e:  # the package has no exception of its own
-        raise UserError(f"tokenizer.json was not understood ({config.summary(e)}); take one that "
-                        f"the package tokenizers reads") from None
+        raise UserError(f"{name} was not understood ({config.summary(e)}); take a tokenizer.json "
+                        f"that the package tokenizers reads") from None
     if isinstance(tok.model, tokenizers.models.WordPiece):
-        raise UserError("tokenizer.json cuts text into words without their spaces (WordPiece), so "
+        raise UserError(f"{name} cuts text into words without their spaces (WordPiece), so "
                         "that no text can be put together again; take one whose pieces have them "
                         "(BPE, Unigram)")
     tok.encode_special_tokens = True
@@ -812,11 +812,11 @@ def json_spec(path, n_vocab=0, eot=None):
     """Return the spec of a tokenizer.json, or of the one in a folder. n_vocab: how many tokens the
     model knows, at least; eot: the id that ends a text there; None: by its usual names."""
     path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
-    return spec_of_json("".join(pieces(path)), n_vocab, eot)
+    return spec_of_json("".join(pieces(path)), n_vocab, eot, visible(path))
 
 
-def spec_of_json(text, n_vocab=0, eot=None):
-    ids = open_json(text).get_vocab()
+def spec_of_json(text, n_vocab=0, eot=None, name="tokenizer.json"):
+    ids = open_json(text, name).get_vocab()
     ends = [ids[name] for name in (END, "</s>", "<|end_of_text|>", "<eos>") if name in ids]
     return {"kind": "tokenizers", "json": text, "eot": min(ends, default=None) if eot is None else
             eot, "n_vocab": max(n_vocab, max(ids.values(), default=0) + 1)}
@@ -827,8 +827,8 @@ def tiktoken_encoding(name):
     fetched."""
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise UserError(f"tokenizer {name!r} is none of char, byte, bpe:N, {', '.join(names)}, and "
-                        f"no tokenizer.json, checkpoint or dataset")
+        raise UserError(f"tokenizer {name!r} is none of char, byte, word, bpe:N, "
+                        f"{', '.join(names)}, and no tokenizer.json, checkpoint or dataset")
     try:
         return tiktoken.get_encoding(name)
     except (requests.RequestException, OSError, ValueError) as e:
@@ -1077,8 +1077,11 @@ def record_texts(path, field):
         if head:  # (all that a CSV file has are strings)
             texts = {k: 0 for _, record in head for k, v in record.items() if type(v) is str
                      and not re.fullmatch(r"\s*-?[0-9.]+\s*", v)}
+            full = [h for h in head if h[1]]
+            if not full:
+                return  # nothing is no text
             if len(texts) != 1:
-                refuse(*next((h for h in head if h[1]), head[0]), " and no text" * (not texts))
+                refuse(*full[0], " and no text" * (not texts))
             field = next(iter(texts))
         for n, record in itertools.chain(head, records):
             text = record.get(field, 0) if record else None
@@ -1186,8 +1189,9 @@ def origin_hash(folder, cfg, **origin):
                     old = {"source": f"{name} is of another program"}
     if old.get("made_from") != new and not cfg.overwrite:
         raise UserError(f"{folder} holds a dataset that was made from something else or with "
-                        f"other settings ({old.get('files') or old.get('source')}); "
-                        f"give this one a name with --name=OTHER, or replace that with --overwrite")
+                        f"other settings ({old.get('files') or old.get('source')}, tokenizer "
+                        f"{old.get('tokenizer_from')}); give this one a name with --name=OTHER, or "
+                        f"replace that with --overwrite")
     return new
 
 
@@ -1228,6 +1232,8 @@ def byte_pairs(texts, n_vocab):
     tok.train_from_iterator(texts, T.trainers.BpeTrainer(
         vocab_size=n_vocab, special_tokens=[END], initial_alphabet=level.alphabet(),
         show_progress=False))
+    if tok.get_vocab_size() < n_vocab:
+        print(f"the text has no more pairs than a vocabulary of {tok.get_vocab_size():,} holds")
     return spec_of_json(tok.to_str())
 
 
@@ -1296,7 +1302,7 @@ def prepare_text(paths, cfg, folder, source):
     n_train, several = int(n_chars * 0.9), len(paths) > 1 or n_ends > 0
     texts = beginning((text for path in paths for text, _ in read(path)), n_train)
     tok = make_tokenizer(texts, cfg, chars, several)
-    n_bytes, n_done, answered = {"train": 0, "val": 0}, 0, False
+    n_bytes, n_done, n_docs, answered = {"train": 0, "val": 0}, 0, 0, False
     # how far a document in which train ends may reach
     most = n_chars if marker else int(n_chars * 0.95) if n_ends + len(paths) >= N_UNCUT else n_train
     parts = split_texts((read(path, bool(marker)) for path in paths), n_train, most, marker,
@@ -1309,7 +1315,8 @@ def prepare_text(paths, cfg, folder, source):
                 part = next(ids) if text else [tok.eot]
                 write[split].add(part, np.full(len(part), scored))
                 n_bytes[split] += len(text.encode())
-                n_done, answered = n_done + len(text), answered or scored
+                n_done, n_docs = n_done + len(text), n_docs + (not text)
+                answered = answered or scored
                 shown.update(len(text))
         if n_done != n_chars:
             raise UserError(f"{' '.join(files)} changed while it was read; wait until it is "
@@ -1324,7 +1331,7 @@ def prepare_text(paths, cfg, folder, source):
                             f"{MIN_TOKENS} are needed; give one of at least {enough:,} characters, "
                             f"not {n_chars}")
         meta.update(notes, source=source, files=list(map(visible, files)), chars=n_chars,
-                    tokenizer_from=cfg.tokenizer, bytes=n_bytes)
+                    documents=n_docs or 1, tokenizer_from=cfg.tokenizer, bytes=n_bytes)
     return meta
 
 
@@ -1734,10 +1741,13 @@ def main(argv):
         else:
             paths, source = (paths, "files") if paths else fetch_shakespeare(cfg)
             meta = prepare_text(paths, cfg, folder, source)
-    print(f"{meta['source']}\n{visible(folder)}: {meta['tokens']['train']:,} train and "
+    files = f"{', '.join(meta['files']):.300}: " if paths else f"{meta['source']}: "
+    n = meta.get("documents", 0)
+    print(files + f"{n:,} document{'s' * (n > 1)}" if n else files[:-2])
+    print(f"{visible(folder)}: {meta['tokens']['train']:,} train and "
           f"{meta['tokens']['val']:,} val tokens, "
           f"vocabulary {meta['n_vocab']:,}")
-    print(visible(next_command(cfg, name)))
+    print(visible(next_command(cfg, name, meta['n_vocab'])))
 
 
 def name_of(path):
@@ -1750,14 +1760,22 @@ def name_of(path):
     return os.path.splitext(os.path.basename(path))[0].strip("-") or "stdin"
 
 
-def next_command(cfg, name):
-    """Return the command that trains on a dataset, from the checkpoint whose tokenizer it has."""
-    preset = f"config/{name}.py"
+def next_command(cfg, name, n_vocab):
+    """Return the command that trains on a dataset, from the checkpoint whose tokenizer it has; a
+    model of another's is large, and learns a little at a time."""
+    preset = {"shakespeare": "config/softar_shakespeare.py"}.get(name, f"config/{name}.py")
     known = not (cfg.input or cfg.name) and os.path.exists(preset)
-    what = [preset] if known else [f"--dataset={name}", f"--out_dir=out/{name}"]
-    what += [f"--init_from={cfg.tokenizer}"] * os.path.exists(checkpoint_path(cfg.tokenizer))
+    start = os.path.exists(checkpoint_path(cfg.tokenizer))
+    small = [] if start or name in TASKS else ["config/shakespeare_cpu.py"]
+    what = [preset] if known else [*small, f"--dataset={name}", f"--out_dir=out/{name}"]
+    what += [f"--init_from={cfg.tokenizer}"] * start
+    what += CAREFUL if start and n_vocab > 10_000 else []
     what += [f"--data_dir={cfg.data_dir}"] * (cfg.data_dir != PrepareConfig.data_dir)
     return shlex.join(["python", "train.py", *what])
+
+
+CAREFUL = ("--block_size=64", "--batch_size=2", "--max_iters=12", "--optimizer=adamw",
+           "--learning_rate=3e-5")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def safetensors_header(path):
             prepare.demand(all(prepare.integer(n) for n in (*shape, first, last)))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise bad(f"{name} is not described") from None
-        if kind not in DTYPES:
+        if type(kind) is not str or kind not in DTYPES:
             raise UserError(f"{path} has {name} as {kind!r}; {', '.join(DTYPES)} are read")
         if not first <= last <= size - start or (
                 last - first != math.prod(shape) * DTYPES[kind].itemsize):
@@ -295,7 +295,9 @@ class Gguf(Source):
             arch = self.fields["general.architecture"]
             self.config = self.config_of(arch)
             number = {name: i for i, name in gguf.MODEL_ARCH_NAMES.items()}[arch]
-            self.names = gguf.get_tensor_name_map(number, self.config["num_hidden_layers"])
+            # (which takes minutes for the layers that a header may promise)
+            n_layer = min(self.config["num_hidden_layers"], len(self.tensors))
+            self.names = gguf.get_tensor_name_map(number, n_layer)
         except Exception as e:  # the package has no exception of its own
             raise UserError(f"{path} was not understood as a GGUF file ({summary(e)}); take "
                             f"another") from None
@@ -368,9 +370,10 @@ GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gel
 FITTING = {  # what a config.json may say, if it says anything
     "gpt2": {"activation_function": tuple(GELUS), "layer_norm_epsilon": (1e-5,),
              "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-             "add_cross_attention": (False,), "quantization_config": (None,)},
+             "add_cross_attention": (False,), "quantization_config": (None,),
+             "tie_word_embeddings": (True, False)},
     "llama": {"hidden_act": ("silu",), "partial_rotary_factor": (None, 1.0),
-              "quantization_config": (None,)}}
+              "quantization_config": (None,), "tie_word_embeddings": (True, False)}}
 
 
 def family_settings(source, block_size=0):

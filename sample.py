@@ -18,7 +18,7 @@
     python sample.py learn --memory=facts.db FILE...
                                                   likewise into the memory of blocks M;
                                                   --memory=facts.db then remembers it;
-                                                  --instead=TEXT: in the place of what it was told
+                                                  --instead=TEXT: and forget that text
     python sample.py memory FILE list TEXT        what is in a store; also stats, show ID,
                                                   forget ID or TEXT, prune N
     python sample.py info PATH                    what a checkpoint or a preset is: its parts with
@@ -99,12 +99,12 @@ class SampleConfig:
     # memories
     memory: str = ""  # what M finds besides: a store of learn, or what was said if interactive
     memory_index: bool = False  # memory: by an index, kept beside it; for 100,000 entries and more
-    knn: str = ""  # what came next at places like this: a store of learn, or what was said too
+    knn: str = ""  # what came next at places like this: a store of learn; interactive adds to it
     knn_lambda: float = 0.25  # knn: its weight, from 0 (the model alone) to 1
     knn_k: int = 256  # knn: how many places
     knn_temp: float = 0.0625  # knn: a place at distance d counts exp(-d^2 / (knn_temp n_embd))
     knn_within: float = 0.0  # knn: places with d^2 / n_embd above this do not count; 0: no limit
-    instead: str = ""  # learn: entries to replace, by number or text, as memory FILE forget does
+    instead: str = ""  # learn: a text to forget, such as the wrong word, for what is learned
     limit: int = 20  # memory list: entries to show; 0: all
     # output
     interactive: bool = False  # talk: lines are typed and answered in turn, with all in view
@@ -124,7 +124,7 @@ class SampleConfig:
         config.check(self, CHOICES, LIMITS)
         if self.stop == prepare.END:
             self.stop, self.stop_at_end = "", True
-        for name in ("stop", "think_after"):
+        for name in ("stop", "think_after", "instead"):
             check_utf8(getattr(self, name), name)
         if not re.fullmatch("([^,]+,[^,]+)?", self.roles):
             raise ValueError(f"roles is two names, such as You,Model, or empty, not {self.roles!r}")
@@ -1600,14 +1600,18 @@ def learn(cfg, *files):
         texts.append((name, encode(tok, "".join(prepare.pieces(name)), name)))
         if len(texts[-1][1]) < 2:
             raise UserError(f"{name} holds fewer than 2 tokens; give a longer text")
+    said, say = [], print
+    if cfg.instead:
+        memory.Store(target).close()  # it is there
+        say = said.append  # nothing is done before all is
     with (memory.open_store(kind, target, model, path, write=True) as store,
           store.batch() if cfg.instead else contextlib.nullcontext()):
         if cfg.instead:
-            memory.forget(store, [cfg.instead], 0)
+            say(memory.take_out(store, cfg.instead))
         for name, ids in texts:
-            n = memory.learn(store, model, tok, ids)
-            print(f"{config.visible(name)}: {n:,} entries")
-        print(f"{config.visible(target)}: {store.count():,} entries")
+            say(f"{config.visible(name)}: {memory.learn(store, model, tok, ids):,} entries")
+        say(f"{config.visible(target)}: {store.count():,} entries")
+    print(*said, sep="\n", end="\n" * bool(said))
 
 
 def inspect(cfg, path="", action="stats", *words):
@@ -1659,6 +1663,8 @@ def info(cfg, path="", *more):
           f"\n{model.num_params():,} parameters without learned positions, {total:,.0f} FLOPs a "
           f"token (forward and backward), {model.cfg.vocab_size:,} symbols\n", sep="\n")
     defaults = {**vars(GPTConfig()), **vars(train.TrainConfig())}
+    held = {k: int(v) if float(v).is_integer() else round(v, 4) for k, v in held.items()
+            if v is not None}
     for name, value in {**m, **t, **held}.items():
         if value != defaults.get(name):
             print(config.visible(f"{name} = {value!s:.80}"))
@@ -1677,6 +1683,8 @@ def main(argv):
         run, taken = COMMANDS[words[0]]
         for name in sorted(values.keys() - {"out_dir", *taken.split()}):
             raise UserError(f"{name} does nothing in {words[0]}; leave it out")
+        if not values.get("instead", "it").strip():
+            raise UserError("instead needs a text that was learned; else leave it out")
         return run(cfg, *words[1:])
     for name, command in (("limit", "memory FILE list"), ("instead", "learn")):
         if name in values:

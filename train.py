@@ -874,7 +874,8 @@ def read_log(folder, column="step"):
     where there are none."""
     try:
         rows = Log.read(os.path.join(folder, "log.csv"))
-        rows = [{k: float(v) for k, v in row.items() if v} for row in rows if row[column]]
+        rows = [{k: float(v) for k, v in row.items() if v} for row in rows
+                if math.isfinite(float(row[column] or "nan"))]
         if not rows:
             raise KeyError("no row has one")
         return rows
