@@ -2938,8 +2938,8 @@ def test_pretrained_models_that_do_not_fit(tmp_path, bytes_abroad):
             num_hidden_layers 1 => no place here | model.layers.1. ; vocab_size 300 => tokenizer
             intermediate_size 64 => mlp.up_proj.weight of shape | (64, 32)
             num_attention_heads 3 => shape | (48, 32) ; num_attention_heads ["x"] => n_head
-            quantization_config {"bits": 4} => quantization
-            tie_word_embeddings "no" => tie_word_embeddings = no""".replace("\n", " ; ").split(" ; "):
+            tie_word_embeddings "no" => tie_word_embeddings = no
+            quantization_config {"bits": 4} => quantization""".replace("\n", " ; ").split(" ; "):
         edit, words = case.split(" => ")
         key, value = edit.split(maxsplit=1)
         config_file.write_text(json.dumps({**good, key: json.loads(value)}))
@@ -2953,7 +2953,8 @@ def test_pretrained_models_that_do_not_fit(tmp_path, bytes_abroad):
     nan = whole[:-4] + np.float32(np.nan).tobytes()
     for raw, words in ((b"", "longer"), (whole[:-1], "where it says"), (b"\xff" * 64, "longer"),
                        (header(b"[1]"), "described"), (header(b"{" * 999), "JSON"), (nan, "finite"),
-                       (entry(dtype="F8"), "'F8'"), (entry(dtype=["F8"]), "['F8']"), (entry(shape=[2 ** 40] * 2), "where it says"),
+                       (entry(dtype="F8"), "'F8'"), (entry(dtype=["F8"]), "['F8']"),
+                       (entry(shape=[2 ** 40] * 2), "where it says"),
                        (entry(data_offsets=[0, 1 << 61]), "where it says"),
                        (entry(data_offsets=[-16, 0]), "described"), (entry(shape=4), "described")):
         weights.write_bytes(raw)
@@ -4453,8 +4454,8 @@ def stage(trained, tmp_path_factory):
                        ("x.jsonl", b'{"text": "a"}\n' * 100), ("mine.html", b"<!doctype html>"),
                        ("two.csv", b"a,a\nb,c\n"), ("more.csv", b"id,t\n1,b, c\n"),
                        ("x.csv", b"a,b\nc,d\n"), ("bad.csv", b'a\n"b" c,d\n'),
-                       ("head.csv", b"text\n"), ("bad.jsonl", b'{"a": "x"}\n\n{"a": \n'), ("x.parquet", b"PAR1"),
-                       ("cut.gz", gzip.compress(TEXT.encode())[:99]),
+                       ("bad.jsonl", b'{"a": "x"}\n\n{"a": \n'), ("x.parquet", b"PAR1"),
+                       ("cut.gz", gzip.compress(TEXT.encode())[:99]), ("head.csv", b"text\n"),
                        ("mixed.txt", b"x" * 2_000_000 + b"\xe9t\xe9"), ("none/.x", b"hidden")):
         (s / name).parent.mkdir(exist_ok=True)
         (s / name).write_bytes(body)
