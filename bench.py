@@ -2680,7 +2680,7 @@ def contrast(cfg, n=200, length=192, skip=64):
     a judge"""
     flags = "--n_layer=2 --n_head=2 --n_embd=64 --max_iters=300" + ONCE
     weak = sample.load(kept(cfg, "weak", flags, 3))[0]
-    critic, found = Critic(cfg), collections.defaultdict(list)
+    critic = Critic(cfg)
     arms = {"nucleus 0.95": "--top_p=0.95", "greedy": "--temperature=0",
             "alpha 0.1 alone": "--amateur=model --beta=0",
             "contrast, model (2 layers, 64 wide)": "--amateur=model",
@@ -2690,19 +2690,25 @@ def contrast(cfg, n=200, length=192, skip=64):
             **{f"sweep: exit after 2, {k} {v}": f"--amateur=exit:2 --{k}={v}"
                for k, v in (("beta", 0.25), ("beta", 1.0), ("alpha", 0.3))}}
 
-    def note(name, texts):
-        found[name].append(means([{**critic.words(text[skip:], cut=True), "judge": nats}
-                                  for text, nats in zip(texts, critic.nats(texts, skip))]))
-        for k in ("known words", "judge"):
-            found[name][-1][f"{k} - nucleus"] = found[name][-1][k] - found["nucleus 0.95"][-1][k]
-
-    for seed in range(1, cfg.seeds + 1):
+    def of_seed(seed):
+        """Return {decoding: {figure: mean over its texts}} of one model."""
         model, ckpt = sample.load(kept(cfg, f"exits{seed}", EXITS, seed))
-        rows = held_out(ckpt, cfg.data_dir, n, skip + length)[:n].tolist()
-        for name, flags in arms.items():
-            note(name, write(model, [row[:skip] for row in rows], length,
-                             f"--temperature=1 {flags}", other=weak)[1])
-        note("human", rows)
+        rows, found = held_out(ckpt, cfg.data_dir, n, skip + length)[:n].tolist(), {}
+        for name, flags in {**arms, "human text": ""}.items():
+            texts = rows if name == "human text" else write(
+                model, [row[:skip] for row in rows], length, f"--temperature=1 {flags}",
+                other=weak)[1]
+            found[name] = means([{**critic.words(text[skip:], cut=True), "judge": nats}
+                                 for text, nats in zip(texts, critic.nats(texts, skip))])
+        return found
+
+    found = collections.defaultdict(list)
+    for seed in range(1, cfg.seeds + 1):
+        figures = once(cfg, f"contrast {n} {length} {skip} {seed}", lambda: of_seed(seed))
+        for name, each in figures.items():
+            above = {f"{k} - nucleus": each[k] - figures["nucleus 0.95"][k]
+                     for k in ("known words", "judge")}
+            found[name].append({**each, **above})
     deviations = lambda rows: {f"sd of {k}": stdev(row[k] for row in rows) for k in rows[0]
                                if k.endswith("nucleus") and len(rows) > 1}
     yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5, by "
