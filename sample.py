@@ -104,7 +104,7 @@ class SampleConfig:
     knn_k: int = 256  # knn: how many places
     knn_temp: float = 0.0625  # knn: a place at distance d counts exp(-d^2 / (knn_temp n_embd))
     knn_within: float = 0.0  # knn: places with d^2 / n_embd above this do not count; 0: no limit
-    instead: str = ""  # learn: a text to forget, such as the wrong word, for what is learned
+    instead: str = ""  # learn: a text to forget first, such as the wrong word
     limit: int = 20  # memory list: entries to show; 0: all
     # output
     interactive: bool = False  # talk: lines are typed and answered in turn, with all in view
