@@ -4230,6 +4230,7 @@ SECRETS = """
 postgresql://me:se@cret@host/db
 postgresql://me:se/cret@host/db
 postgresql://me:secret%zz@host/db
+postgresql://me:secret/db?schema=a
 postgresql://me:secret@host/db?schema=A
 postgresql://me:secret@host/db?scheme=a
 postgresql://host/db?x=1&password=secret

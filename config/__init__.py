@@ -61,8 +61,8 @@ class UserError(Exception):
 def visible(text):
     """Return text for a terminal: control characters but tabs and line ends as escapes, so that no
     text, name or path can steer it, and no password of a database's URL."""
-    text = re.sub(r"(postgres(?:ql)?://[^\s:/@]*:)\S*(?=@)|([?&](?:ssl)?password=)[^\s&']*",
-                  r"\1\2***", text)
+    text = re.sub(r"(postgres(?:ql)?://[^\s:/@]*:)(?:\S*(?=@)|(?!\d+\b)[^\s/?']+)|"
+                  r"([?&](?:ssl)?password=)[^\s&']*", r"\1\2***", text)
     harmless = lambda c: c in "\t\n" or c.isprintable() or (c.isspace() and ord(c) >= 0xA0)
     return "".join(c if harmless(c) else c.encode("unicode_escape").decode() for c in text)
 
