@@ -557,8 +557,8 @@ class Store:
         and all of them make up the source again."""
         raw, sources = text.encode(), collections.defaultdict(bytearray)
         for e in (e for some in self.sound() for e in some):
-            self.refuse([e.id] * (e.stop >= 2 ** 31), "a place that no text has")
             kept, source = e.text.encode(), sources[e.source]
+            self.refuse([e.id] * (not len(kept) <= e.stop < 2 ** 31), "a place that no text has")
             source.extend(b"\xff" * (e.stop - len(source)))  # (a byte that no text has)
             source[e.stop - len(kept):e.stop] = kept
         places = {k: [m.start() for m in re.finditer(b"(?=" + re.escape(raw) + b")", source)]

@@ -1,6 +1,6 @@
 """The invariants, over one table of variants. A new variant adds one row to VARIANTS.
 
-    python -m pytest -q -n 2       two processes, of one thread each
+    python -m pytest -q -n 2
 """
 import contextlib
 import copy
@@ -661,6 +661,7 @@ def test_random_settings(seed, monkeypatch):
     for test in INVARIANTS:
         test("random")
     if "M" not in cfg.layers:
+        torch.set_num_threads(2)  # one rounds otherwise, and just too much in one of these
         test_folding_is_a_pure_function_of_the_kept_ids("random", steps=20)
     if "." in cfg.layers and not cfg.n_think:
         test_leaving_token_by_token_is_leaving_over_the_window("random")
@@ -2694,7 +2695,7 @@ def test_own_data_of_all_kinds(tmp_path, monkeypatch, capsys):
 
     def read(*argv):
         out = quiet(prepare.main, [*argv, f"--data_dir={tmp_path}/data", "--tokenizer=byte"])
-        name = re.search(r"train.py --dataset=(\w+) --out_dir=", out)[1]
+        name = re.search(r"train.py config/shakespeare_cpu.py --dataset=(\w+) --out_dir=", out)[1]
         shown.append((out, name))
         text = text_of(tmp_path / "data", name)
         shutil.rmtree(tmp_path / "data" / name)
@@ -4027,7 +4028,7 @@ def test_forgetting_and_pruning(place):
             assert s.arrays(0)["ids"].tolist() == [ids[i] for i in left]
             assert s.stats()["entries"] == s.count() == len(left)
         with s.batch():
-            later = add_texts(s, ["100%", "100 of them"], [(0, 4), (4, 9)])
+            later = add_texts(s, ["100%", "100% of them"], [(0, 4), (4, 12)])
         assert later.min() > ids.max()  # no number is given twice
         assert [s.forget(what) for what in ("0%", [int(later[1]), 999])] == [2, 1]
         assert s.count() == 0
@@ -4174,7 +4175,7 @@ def test_locks_and_names_of_others(store, tmp_path):
     assert lock.read_text() == "of another program"
     odd = str(tmp_path / "\x1b[2J.db")
     with memory.Store(odd, **{**FACTS, "model": "\x1b[2J"}, write=True) as s:
-        add_texts(s, ["\x1b[2Jx"], [(0, 1)])
+        add_texts(s, ["\x1b[2Jx"], [(0, 5)])
     for argv in (["list"], ["show", 1], ["stats"], ["prune", 1], ["forget", "x"]):
         assert "\x1b" not in on_store(odd, *argv)
 
