@@ -1741,9 +1741,9 @@ def main(argv):
         else:
             paths, source = (paths, "files") if paths else fetch_shakespeare(cfg)
             meta = prepare_text(paths, cfg, folder, source)
-    files = f"{', '.join(meta['files']):.300}: " if paths else f"{meta['source']}: "
-    n = meta.get("documents", 0)
-    print(files + f"{n:,} document{'s' * (n > 1)}" if n else files[:-2])
+    files, n = meta["files"] if cfg.input else [meta["source"]], meta.get("documents", 0)
+    print(", ".join(files[:3]) + f" and {len(files) - 3} more" * (len(files) > 3)
+          + f": {n:,} document{'s' * (n > 1)}" * (n > 0))
     print(f"{visible(folder)}: {meta['tokens']['train']:,} train and "
           f"{meta['tokens']['val']:,} val tokens, "
           f"vocabulary {meta['n_vocab']:,}")
