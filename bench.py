@@ -2690,7 +2690,7 @@ def contrast(cfg, n=200, length=192, skip=64):
             **{f"sweep: exit after 2, {k} {v}": f"--amateur=exit:2 --{k}={v}"
                for k, v in (("beta", 0.25), ("beta", 1.0), ("alpha", 0.3))}}
 
-    def of_seed(seed):
+    def decoded(seed):
         """Return {decoding: {figure: mean over its texts}} of one model."""
         model, ckpt = sample.load(kept(cfg, f"exits{seed}", EXITS, seed))
         rows, found = held_out(ckpt, cfg.data_dir, n, skip + length)[:n].tolist(), {}
@@ -2704,7 +2704,7 @@ def contrast(cfg, n=200, length=192, skip=64):
 
     found = collections.defaultdict(list)
     for seed in range(1, cfg.seeds + 1):
-        figures = once(cfg, f"contrast {n} {length} {skip} {seed}", lambda: of_seed(seed))
+        figures = once(cfg, f"contrast {n} {length} {skip} {seed}", lambda: decoded(seed))
         for name, each in figures.items():
             above = {f"{k} - nucleus": each[k] - figures["nucleus 0.95"][k]
                      for k in ("known words", "judge")}

@@ -1760,6 +1760,10 @@ def name_of(path):
     return os.path.splitext(os.path.basename(path))[0].strip("-") or "stdin"
 
 
+FINE_TUNING = ("--block_size=64", "--batch_size=2", "--max_iters=12", "--optimizer=adamw",
+               "--learning_rate=3e-5")
+
+
 def next_command(cfg, name, n_vocab):
     """Return the command that trains on a dataset, from the checkpoint whose tokenizer it has; a
     model of another's is large, and learns a little at a time."""
@@ -1769,13 +1773,9 @@ def next_command(cfg, name, n_vocab):
     small = [] if start or name in TASKS else ["config/shakespeare_cpu.py"]
     what = [preset] if known else [*small, f"--dataset={name}", f"--out_dir=out/{name}"]
     what += [f"--init_from={cfg.tokenizer}"] * start
-    what += CAREFUL if start and n_vocab > 10_000 else []
+    what += FINE_TUNING if start and n_vocab > 10_000 else []
     what += [f"--data_dir={cfg.data_dir}"] * (cfg.data_dir != PrepareConfig.data_dir)
     return shlex.join(["python", "train.py", *what])
-
-
-CAREFUL = ("--block_size=64", "--batch_size=2", "--max_iters=12", "--optimizer=adamw",
-           "--learning_rate=3e-5")
 
 
 if __name__ == "__main__":

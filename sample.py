@@ -1585,8 +1585,7 @@ def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
 
 def learn(cfg, *files):
     """Read texts into a store, without a gradient. Each file is one document, and in the store
-    whole or not at all; with instead all of them are, in the place
-    of what it names."""
+    whole or not at all; with instead all of them together, and that text is forgotten."""
     if len(stores_of(cfg)) != 1:
         raise UserError("learn needs to know where to: --memory=PATH for blocks M, or --knn=PATH, "
                         "one at a time")
