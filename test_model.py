@@ -5259,14 +5259,17 @@ def test_a_bad_number_on_one_rank_stops_all(tmp_path):
     one."""
     (tmp_path / "poisoned.py").write_text("""
 import sys; sys.argv[0] = "train.py"
-import config, os, torch, train
-forward, calls = train.GPT.forward, []
+import config, os, time, torch, train
+forward, calls, leave = train.GPT.forward, [], train.dist.destroy_process_group
 def poisoned(self, *a, **k):
     calls.extend([1] * torch.is_grad_enabled())
     if len(calls) == 3 and os.environ["RANK"] == "1":
         self.lm_head.weight.data.fill_(float("nan"))
     return forward(self, *a, **k)
-train.GPT.forward = poisoned
+def slowly():  # rank 0, which is to speak, is the last to stop
+    time.sleep(2 * (os.environ["RANK"] == "0"))
+    leave()
+train.GPT.forward, train.dist.destroy_process_group = poisoned, slowly
 config.run(train.main)
 """)
     argv = small_run(tmp_path / "o", "--max_iters=9", "--eval_interval=2")[1:]

@@ -27,6 +27,7 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
+import time
 import types
 import typing
 import warnings
@@ -526,7 +527,10 @@ def run(main):
         sys.stdout.flush()
     except UserError as e:  # under torchrun one process says what all would
         ranks = "TORCHELASTIC_RUN_ID" in os.environ and e.everywhere
-        code, why = 2, "" if ranks and os.environ.get("RANK") != "0" else str(e)
+        code, why = 2, str(e)
+        if ranks and os.environ.get("RANK") != "0":
+            why = ""
+            time.sleep(20)  # torchrun ends all when one has ended: the one that speaks goes first
     except BrokenPipeError:  # | head
         code = 141
     except KeyboardInterrupt:
