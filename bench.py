@@ -1,6 +1,7 @@
 """Measure speed, and everything that the documentation claims.
 
-    python bench.py                   every preset beside nanoGPT: step, memory, decoding
+    python bench.py                   the presets to begin with, beside nanoGPT: step, memory,
+                                      decoding (all of them: python bench.py presets)
     python bench.py CLAIM             measure one claim again and print its table:
                                       CLAIMS
     python bench.py CLAIM --save      and write docs/results/CLAIM.json
@@ -1140,8 +1141,11 @@ def decode_times(m, rounds, more=False):
     return turns(arms, rounds, ask, 0.5)
 
 
+STARTS = "nanogpt_cpu", "shakespeare", "shakespeare_cpu", "softar_shakespeare"
+
+
 def all_presets(cfg):
-    """every preset beside nanoGPT's settings at the same shape and batch (no dropout there)"""
+    """presets beside nanoGPT's settings at the same shape and batch (no dropout there)"""
     files = glob.glob(os.path.join(HERE, "config", "[!_]*.py"))
     rows = []
     for name in cfg.presets or sorted(os.path.basename(p)[:-3] for p in files):
@@ -3414,6 +3418,8 @@ def main(argv):
     cfg = config.build(BenchConfig, **values)
     for preset in cfg.presets:
         read_arm(f"config/{preset}.py")
+    if not (claims or cfg.presets or cfg.profile):
+        cfg = dataclasses.replace(cfg, presets=STARTS)
     for name in claims or ["profile" if cfg.profile else "presets"]:
         run = {**CLAIMS, "profile": profile_presets}[name](cfg)
         run_claim(cfg, name, run, [a for a in argv if a not in claims])
