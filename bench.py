@@ -1184,6 +1184,85 @@ def speed(cfg):
     yield Table("training, beside nanoGPT with AdamW, eager, fp32", rows)
 
 
+def of_ranks(n, P, M, alone, bandwidth, sharded=False, bits=16):
+    """Return what n processes should take of a step of P parameters, M of them in Muon's matrices,
+    that one process does in `alone` seconds: seconds, and bytes that the optimizer holds in each.
+    DDP's gradients (fp32) go around a ring, and so does what Muon made of its share, in `bits`; of
+    a sharded optimizer each matrix is stepped by its owner, who sends it to all."""
+    around = (n - 1) / n / bandwidth
+    sent = 8 * P * around + (4 * P / bandwidth if sharded and n > 1 else M * bits / 8 * around)
+    return alone / n + sent, (4 * M + 8 * (P - M)) / (n if sharded else 1)
+
+
+def about_rank():
+    """Return {column: value} of a rank that stepped: what its optimizers hold, and how many bytes a
+    second a sum over all ranks moves."""
+    run, n = CHILD["run"], CHILD["run"].place.world
+    states = [getattr(o, "optim", o).state for o in run.optimizers]
+    held = sum(t.nbytes for s in states for of_one in s.values() for t in of_one.values())
+    P = run.model.num_params()
+    x = torch.zeros(P)
+    a_sum = median(seconds(lambda: run.place.all_sum(x)) for _ in range(5))
+    return {"P": P, "M": sum(p.numel() for p in run.model.parameters() if p.group == "matrix"),
+            "held": held, "bandwidth": 8 * P * (n - 1) / n / a_sum}
+
+
+class Ranks:
+    """Processes of one run, of a thread each, on this machine."""
+
+    def __init__(self, n):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        self.arms = [Arm(1, **{k: str(v) for k, v in {**env, "RANK": i, "LOCAL_RANK": i}.items()}
+                         if n > 1 else {}) for i in range(n)]
+        self.pool = ThreadPoolExecutor(n)
+
+    def ask(self, function, *args):
+        """Return what each says; they are asked at once."""
+        return list(self.pool.map(lambda arm: arm.ask(function, *args), self.arms))
+
+
+RANKS = {"1": (1, ""), "2": (2, ""), "2, sharded": (2, "--shard_optimizer=True"), "4": (4, "")}
+
+
+@register
+def ranks(cfg):
+    """seconds of a step and bytes of the optimizer by the number of processes, beside a formula;
+    and what that says of 1 to 64 GPUs"""
+    shape, cores = SIZES["6 layers, 384 wide, 16 x 256"], os.cpu_count() or 1
+    live = {name: Ranks(n) for name, (n, _) in RANKS.items()}
+    for name, (_, flags) in RANKS.items():
+        live[name].ask(start_run, *read_arm(f"{shape} --device=cpu --compile=False {flags}"))
+    times = turns(live, cfg.rounds, lambda of, n: max(of.ask(run_steps, n)), 4.0)
+    about = {name: of.ask(about_rank) for name, of in live.items()}
+    alone, rows = median(times["1"]), []
+    for name, (n, flags) in RANKS.items():
+        one = about[name][0]
+        # (more processes than cores compute no faster)
+        step, held = of_ranks(n, one["P"], one["M"], alone * max(1, n / cores),
+                              one["bandwidth"] or 1, bool(flags))
+        rows.append({"processes": name, "ms a step": 1000 * median(times[name]),
+                     "by the formula": 1000 * step,
+                     "optimizer MB, the most": max(a["held"] for a in about[name]) / 1e6,
+                     "by the formula, MB": held / 1e6,
+                     "sums, GB/s": one["bandwidth"] / 1e9})
+    yield Table(f"{shape}, on {cores} cores, a thread each, eager", rows)
+    P, M, a_token = 162.2e6, 85e6, 1 / 462_815  # docs/results/gpu.json: one H100, compiled, bf16
+    rows = []
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        bytes_a_second = 450e9 if n <= 8 else 50e9
+        row = {"GPUs": n}
+        for name in ("", ", sharded"):
+            step, held = of_ranks(n, P, M, 2 ** 19 * a_token, bytes_a_second, bool(name))
+            row.update({f"ms a step{name}": 1000 * step, f"M tokens/s{name}": 2 ** 19 / step / 1e6,
+                        f"optimizer MB{name}": held / 1e6})
+        rows.append(row)
+    yield Table("config/gpt2_124m.py at 0.5M tokens a step by the formula, not measured: one H100's "
+                "speed, 450 GB/s among 8, 50 GB/s among machines", rows)
+
+
 def bandwidth(n=5):
     """Return the bytes a second that this machine reads from memory: the best sum over half a
     gigabyte."""

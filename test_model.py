@@ -5318,6 +5318,22 @@ def test_shards_of_optimizers_are_the_whole(tmp_path):
     agree(a["optimizers"], b["optimizers"])
 
 
+def test_the_formula_of_ranks():
+    """What two processes hold of an optimizer, whole and in shares, is what the formula says."""
+    of_one = bench.of_ranks(1, 100, 60, 2.0, 1e9)
+    assert of_one == (2.0, 4 * 60 + 8 * 40) == bench.of_ranks(1, 100, 60, 2.0, 1e9, True)
+    live = bench.Ranks(2)
+    for sharded in (False, True):
+        live.ask(bench.start_run, *bench.read_arm(
+            n_layer=2, n_embd=32, n_head=2, block_size=16, batch_size=4, device="cpu",
+            compile=False, shard_optimizer=sharded))
+        about = live.ask(bench.about_rank)
+        P, M, bandwidth = (about[0][k] for k in ("P", "M", "bandwidth"))
+        step, held = bench.of_ranks(2, P, M, 1.0, bandwidth, sharded)
+        assert 0.5 < step < 1 and bandwidth > 0
+        assert max(a["held"] for a in about) == pytest.approx(held, rel=0.1 if sharded else 1e-3)
+
+
 def test_the_programs_run_from_the_shell(tmp_path):
     """A compiled training, and sampling by the command that its last line gives."""
     r = cli(*small_run(tmp_path, "--compile=True", "--max_iters=5", "--history=16", "--n_span=4",
