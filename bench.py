@@ -1184,14 +1184,17 @@ def speed(cfg):
     yield Table("training, beside nanoGPT with AdamW, eager, fp32", rows)
 
 
-def of_ranks(n, P, M, alone, bandwidth, sharded=False, bits=16):
+def of_ranks(n, P, M, alone, bandwidth, largest=0):
     """Return what n processes should take of a step of P parameters, M of them in Muon's matrices,
     that one process does in `alone` seconds: seconds, and bytes that the optimizer holds in each.
-    DDP's gradients (fp32) go around a ring, and so does what Muon made of its share, in `bits`; of
-    a sharded optimizer each matrix is stepped by its owner, who sends it to all."""
-    around = (n - 1) / n / bandwidth
-    sent = 8 * P * around + (4 * P / bandwidth if sharded and n > 1 else M * bits / 8 * around)
-    return alone / n + sent, (4 * M + 8 * (P - M)) / (n if sharded else 1)
+    DDP's gradients go around a ring (fp32, there and back), and so does what Muon made of its
+    share (bf16). With shards each tensor has an owner, who keeps its state and sends it to all;
+    that of the largest table takes `largest` bytes."""
+    around, muon, adamw = (n - 1) / n / bandwidth, 4 * M, 8 * (P - M)
+    if largest and n > 1:
+        step = alone / n + 8 * P * around + 4 * P / bandwidth
+        return step, muon / n + max(adamw / n, largest)
+    return alone / n + (8 * P + 2 * M) * around, muon + adamw
 
 
 def about_rank():
@@ -1204,6 +1207,7 @@ def about_rank():
     x = torch.zeros(P)
     a_sum = median(seconds(lambda: run.place.all_sum(x)) for _ in range(5))
     return {"P": P, "M": sum(p.numel() for p in run.model.parameters() if p.group == "matrix"),
+            "largest": max(8 * p.numel() for p in run.model.parameters() if p.group == "table"),
             "held": held, "bandwidth": 8 * P * (n - 1) / n / a_sum}
 
 
@@ -1242,22 +1246,21 @@ def ranks(cfg):
         one = about[name][0]
         # (more processes than cores compute no faster)
         step, held = of_ranks(n, one["P"], one["M"], alone * max(1, n / cores),
-                              one["bandwidth"] or 1, bool(flags))
+                              one["bandwidth"] or 1, one["largest"] * bool(flags))
         rows.append({"processes": name, "ms a step": 1000 * median(times[name]),
                      "by the formula": 1000 * step,
                      "optimizer MB, the most": max(a["held"] for a in about[name]) / 1e6,
                      "by the formula, MB": held / 1e6,
                      "sums, GB/s": one["bandwidth"] / 1e9})
     yield Table(f"{shape}, on {cores} cores, a thread each, eager", rows)
-    P, M, a_token = 162.2e6, 85e6, 1 / 462_815  # docs/results/gpu.json: one H100, compiled, bf16
+    P, M, a_step = 162.2e6, 84.9e6, 2 ** 19 / 462_815  # docs/results/gpu.json: an H100, bf16
     rows = []
     for n in (1, 2, 4, 8, 16, 32, 64):
-        bytes_a_second = 450e9 if n <= 8 else 50e9
         row = {"GPUs": n}
-        for name in ("", ", sharded"):
-            step, held = of_ranks(n, P, M, 2 ** 19 * a_token, bytes_a_second, bool(name))
+        for name, largest in (("", 0), (", sharded", 8 * 50257 * 768)):
+            step, held = of_ranks(n, P, M, a_step, 450e9 if n <= 8 else 50e9, largest)
             row.update({f"ms a step{name}": 1000 * step, f"M tokens/s{name}": 2 ** 19 / step / 1e6,
-                        f"optimizer MB{name}": held / 1e6})
+                        f"GB but activations{name}": (12 * P + held) / 1e9})
         rows.append(row)
     yield Table("config/gpt2_124m.py at 0.5M tokens a step by the formula, not measured: one H100's "
                 "speed, 450 GB/s among 8, 50 GB/s among machines", rows)

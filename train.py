@@ -25,6 +25,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import typing
@@ -50,7 +51,7 @@ LIMITS = (  # lowest, highest, settings
     (1, 2 ** 20, "batch_size gradient_accumulation_steps"),
     (1, 2 ** 53, "max_iters eval_interval log_interval"),
     (0, 2 ** 53, "warmup_iters lr_decay_iters eval_tokens score_last loss_skip sample_every "
-                 "train_tokens stream"),
+                 "sample_at_end train_tokens stream"),
     (0, 2 ** 63 - 1, "seed"),  # a key of NumPy's Philox has 64 bits
     (1, 100, "ns_steps"),
     (0, 1, "ema_decay question_weight history_drop cooldown"),
@@ -116,6 +117,7 @@ class TrainConfig:
     average: tuple[str, ...] = ()  # eval_only: models to average probabilities with; repeatable
     log_interval: int = 10  # steps between log lines
     sample_every: int = 0  # steps between samples of 100 tokens, which are printed; 0: none
+    sample_at_end: int = 0  # tokens that sample.py writes at the end, and again in soft ones
     always_save_checkpoint: bool = True  # False: only where the validation loss improved
     tensorboard_log: bool = False  # also log to tensorboard
     wandb_log: bool = False  # also log to Weights & Biases
@@ -1348,9 +1350,9 @@ class Runner:
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only", "average")
 # settings of a model that its dataset or its layers give
 GIVEN = "vocab_size", "eot", "space", "think_token", "n_layer"
-WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "sample_every", "shard_optimizer",
-                  "tensorboard_log", "wandb_log", "trackio_log", "wandb_project", "wandb_run_name",
-                  "wandb_id")
+WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "sample_every", "sample_at_end",
+                  "shard_optimizer", "tensorboard_log", "wandb_log", "trackio_log",
+                  "wandb_project", "wandb_run_name", "wandb_id")
 
 
 def read_other(name, path, tcfg, data):
@@ -1938,8 +1940,14 @@ def main(argv):
             scored = "" if r["saved_val_loss"] is None else f" (val loss {r['saved_val_loss']:.4f})"
             sample = f"python sample.py --out_dir={shlex.quote(tcfg.out_dir)}"
             say(f"checkpoint: {r['path']}{scored}\nsample from it: {sample}")
-            if mcfg.soft_rate or mcfg.n_soft:
+            ways = ["", " --soft"] if mcfg.soft_rate or mcfg.n_soft else [""]
+            if len(ways) > 1:
                 say(f"and in soft tokens: {sample} --soft")
+            for way in ways if tcfg.sample_at_end else ():
+                say(f"\nsample.py{way}:")
+                program = os.path.join(os.path.dirname(__file__), "sample.py")
+                subprocess.run([sys.executable, program, f"--out_dir={tcfg.out_dir}", *way.split(),
+                                f"--max_new_tokens={tcfg.sample_at_end}"])
     code = 128 + r["stopped"] if r["stopped"] else 0
     if grouped:
         # DDP leaves gloo's threads alive (torch 2.13), and one that drops its last tensor while

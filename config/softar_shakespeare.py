@@ -17,3 +17,4 @@ n_soft = 64
 max_iters = 400
 batch_size = 16
 eval_interval = 400
+sample_at_end = 300
