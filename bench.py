@@ -451,6 +451,7 @@ def share_of_cores(cfg):
 
 
 MADE = {  # dataset: how python prepare.py makes it
+    "shakespeare": "--source=auto", "works": "--source=works", "tiny": "--source=tiny",
     "chain0": "chain --n_pause=0", "chain_written": "chain --write_steps",
     "cipher_64": "cipher --doc_len=64 --n_docs=80000", "bytes": "--tokenizer=byte",
     "words": "--tokenizer=word --vocab_size=2000",
@@ -3346,25 +3347,32 @@ class AllConfig:
 
 
 def every_claim(argv):
-    """Run every claim, each with its record, within a budget of hours, then render. What ended is
-    marked in out_dir (out/bench) as CLAIM/done and not run again; what was cut off goes on, and its
-    record counts the seconds of the rest."""
+    """Run every claim, each with its record and on the dataset that this names, within a budget of
+    hours, then render. What ended is marked in out_dir (out/bench) as DATASET/CLAIM.done and not
+    run again; what was cut off goes on, and its record counts the seconds of the rest."""
     values, budget, _ = config.parse(argv, BenchConfig, AllConfig, doc=every_claim.__doc__)
     cfg, end = config.build(BenchConfig, **values), time.monotonic() + 3600 * config.build(
         AllConfig, **budget).budget
-    flags = shlex.split(as_flags({k: v for k, v in values.items() if k not in ("out_dir", "save")}))
+    flags = shlex.split(as_flags({k: v for k, v in values.items() if k not in ("out_dir", "save", "dataset")}))
     failed = []
     for name in CLAIMS:
-        folder = os.path.join(cfg.out_dir or "out/bench", name)
-        done, took = os.path.join(folder, "done"), record_of(name)[1].get("seconds")
-        about = "nobody knows how long" if took is None else f"about {took / 60:,.0f} minutes"
-        late = time.monotonic() + (took or 0) > end
-        print(f"{name}: " + ("done" if os.path.exists(done) else about + ", left out" * late),
-              flush=True)
-        if late or os.path.exists(done):
+        record = record_of(name)[1]
+        dataset = values.get("dataset") or (
+            re.findall(r"--dataset=(\S+)", record.get("command", "")) or [cfg.dataset])[0]
+        folder = os.path.join(cfg.out_dir or "out/bench", dataset)
+        done = os.path.join(folder, f"{name}.done")
+        took = record.get("seconds") or 60 * record.get("minutes", 0)
+        about = f"about {took / 60:,.0f} minutes" if took else "nobody knows how long"
+        late = time.monotonic() + took > end
+        lacks_gpu = name == "gpu" and not torch.cuda.is_available()
+        print(f"{name}: " + ("done" if os.path.exists(done) else about + ", left out" * late
+                             + ", left out without a GPU" * lacks_gpu), flush=True)
+        if late or lacks_gpu or os.path.exists(done):
             continue
         prepare.make_dir(folder)
-        run = [sys.executable, __file__, name, "--save", f"--out_dir={folder}", *flags]
+        make_task(cfg, dataset)
+        run = [sys.executable, __file__, name, "--save", f"--out_dir={folder}",
+               f"--dataset={dataset}", *flags]
         if subprocess.run(run).returncode:
             failed.append(name)
         else:

@@ -5350,19 +5350,29 @@ def test_the_programs_run_from_the_shell(tmp_path):
 
 
 def test_every_claim_runs_within_a_budget(tmp_path, monkeypatch, capsys):
-    """Once each, what failed and what is left over again; a claim that takes longer is left out."""
-    ran, fails = [], {"cpu"}
-    monkeypatch.setattr(bench, "CLAIMS", {"cpu": 0, "knn": 0, "think": 0})
+    """Once each, on the dataset of its record, what failed and what is left over again; a claim
+    that takes longer is left out, and one that wants a GPU where there is none."""
+    ran, made, fails = [], [], {"cpu"}
+    monkeypatch.setattr(bench, "CLAIMS", {"gpu": 0, "cpu": 0, "knn": 0, "think": 0})
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "make_task", lambda cfg, name: made.append(name))
     monkeypatch.setattr(bench, "HERE", str(tmp_path))
     monkeypatch.setattr(bench, "render", lambda argv: 0)
     monkeypatch.setattr(bench.subprocess, "run", lambda argv: ran.append(argv) or
                         types.SimpleNamespace(returncode=int(argv[2] in fails)))
     (tmp_path / "docs" / "results").mkdir(parents=True)
     (tmp_path / "docs" / "results" / "think.json").write_text(json.dumps({"seconds": 7300}))
+    (tmp_path / "docs" / "results" / "knn.json").write_text(json.dumps(
+        {"seconds": None, "minutes": 5, "command": "python bench.py knn --dataset=works --rounds=2"}))
     argv = ["all", "--budget=2", "--seeds=2", f"--out_dir={tmp_path}/o"]
     assert bench.main(argv) and [r[2] for r in ran] == ["cpu", "knn"]
-    assert ran[0][3:] == ["--save", f"--out_dir={tmp_path}/o/cpu", "--seeds=2"]
-    assert "think: about 122 minutes, left out" in capsys.readouterr().out
+    assert ran[0][3:] == ["--save", f"--out_dir={tmp_path}/o/shakespeare", "--dataset=shakespeare",
+                          "--seeds=2"]
+    assert ran[1][4:6] == [f"--out_dir={tmp_path}/o/works", "--dataset=works"]
+    assert made == ["shakespeare", "works"]
+    said = capsys.readouterr().out
+    assert "think: about 122 minutes, left out" in said and "knn: about 5 minutes\n" in said
+    assert "left out without a GPU" in said
     fails.clear()
     assert not bench.main(argv) and [r[2] for r in ran[2:]] == ["cpu"]
     assert not bench.main([*argv, "--budget=3"]) and [r[2] for r in ran[3:]] == ["think"]
