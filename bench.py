@@ -3353,7 +3353,8 @@ def every_claim(argv):
     values, budget, _ = config.parse(argv, BenchConfig, AllConfig, doc=every_claim.__doc__)
     cfg, end = config.build(BenchConfig, **values), time.monotonic() + 3600 * config.build(
         AllConfig, **budget).budget
-    flags = shlex.split(as_flags({k: v for k, v in values.items() if k not in ("out_dir", "save", "dataset")}))
+    flags = shlex.split(as_flags({k: v for k, v in values.items()
+                                  if k not in ("out_dir", "save", "dataset")}))
     failed = []
     for name in CLAIMS:
         record = record_of(name)[1]
