@@ -1212,14 +1212,18 @@ def about_rank():
             "held": held, "bandwidth": 8 * P * (n - 1) / n / a_sum}
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 class Ranks:
     """Processes of one run, of a thread each, on this machine."""
 
     def __init__(self, n):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1",
+                   MASTER_PORT=free_port())
         self.arms = [Arm(1, **{k: str(v) for k, v in {**env, "RANK": i, "LOCAL_RANK": i}.items()}
                          if n > 1 else {}) for i in range(n)]
         self.pool = ThreadPoolExecutor(n)

@@ -34,6 +34,7 @@ import time
 import tracemalloc
 import types
 import zipfile
+from concurrent import futures
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -5301,6 +5302,32 @@ def test_two_ranks_are_one(tmp_path):
     compare([*slots, "--max_iters=10", "--layers=FFA", "--n_mem=64",
            f"--teacher={tmp_path}/teacher/ckpt.pt"],
           ["--batch_size=2", "--gradient_accumulation_steps=2"])
+
+
+def test_two_machines_and_one_that_loses_a_process(tmp_path):
+    """Two launches that meet at an address train what two processes of one do; where a process is
+    killed, torchrun starts all again, and the run goes on from its checkpoint."""
+    argv = lambda out, *more: small_run(tmp_path / out, "--max_iters=6", "--eval_interval=2", *more)
+    machine = [*TORCHRUN[:-1], "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+               f"--rdzv_endpoint=127.0.0.1:{bench.free_port()}", *argv("a")]
+    with futures.ThreadPoolExecutor() as pool:
+        assert [r.returncode for r in pool.map(lambda a: cli(*a), [machine] * 2)] == [0, 0]
+    (tmp_path / "killed.py").write_text("""
+import sys; sys.argv[0] = "train.py"
+import config, os, signal, train
+step = train.Runner.step
+def killed(self, n, *a, **k):
+    if n == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, n, *a, **k)
+train.Runner.step = killed
+config.run(train.main)
+""")
+    r = cli(*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1", str(tmp_path / "killed.py"),
+            *argv("b", "--init_from=auto")[1:])
+    assert r.returncode == 0 and "step 4" in r.stdout, r.stderr
+    a, b = (saved_in(tmp_path / x) for x in "ab")
+    assert a["step"] == b["step"] == 6 and same(a["model"], b["model"])
 
 
 def test_shards_of_optimizers_are_the_whole(tmp_path):

@@ -269,11 +269,18 @@ def find_place(tcfg):
         bf16 = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported()
                                   or torch.cpu._is_amx_tile_supported())
     if world > 1 and not dist.is_initialized():
+        # torchrun of torch 2.13 keeps one store for all attempts, with addresses of processes that
+        # are gone; between machines attempts are counted apart, and only its own switch helps
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if local_world == world else ""
         try:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=world)
         except (RuntimeError, ValueError) as e:
             raise UserError(f"the {world} processes did not find one another ({summary(e)}); start "
-                            f"them with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK") from None
+                            f"them with torchrun (with --max-restarts on several machines set "
+                            f"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), or unset RANK, WORLD_SIZE, "
+                            f"LOCAL_RANK") from None
     if kind == "cpu" and world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     fallback = "float16" if kind == "cuda" else "float32"
