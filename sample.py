@@ -571,11 +571,11 @@ class Decoder:
     def prefill(self):
         """Compute slots, window and state from what is kept, in one pass over rows padded at the
         right. Return the logits (B, T, V)."""
-        lengths = torch.tensor([len(w) for _, w in self.rows], device=self.device)
-        width, rows = int(lengths.max()), range(len(self.rows))
+        lengths, rows = [len(w) for _, w in self.rows], range(len(self.rows))
+        width = max(lengths)
         self.state = self.init_state(rows)
         out = self.read(self.model, self.state, rows, [0] * len(rows), width, self.history(rows))
-        short = width - lengths
+        short = width - torch.tensor(lengths, device=self.device)
         self.state.rollback(short)
         self.record(out, width - 1 - short)
         return out[0]

@@ -344,7 +344,7 @@ def test_nothing_sees_its_future_in_bf16(name):
 @invariant
 def test_nothing_waits_for_the_device(name):
     """On the meta device, which holds no numbers, whatever asks for one raises: training,
-    evaluation, and decoding with memories. A GRU alone asks where documents begin, and an exit
+    evaluation, and decoding with memories and folding windows. A GRU alone asks where documents begin, and an exit
     whether all left."""
     m = make(name, awake=False).to("meta")
     if "G" in m.cfg.layers:
@@ -364,6 +364,11 @@ def test_nothing_waits_for_the_device(name):
         m.leave_window(state, torch.full((3,), 4, device="meta"))
         state.rollback(1)
         state.select(torch.zeros(2, dtype=torch.long, device="meta"))
+    T = m.cfg.block_size
+    decoder = sample.Decoder(m, [[1] * (T - 2), [2] * (T - 1)], memory=m.init_memory(2))
+    for token in range(3):  # each row folds
+        decoder.push([token, token])
+    assert [len(window) for _, window in decoder.rows] == [T - max(1, T // 4) + n for n in (1, 2)]
 
 
 @invariant
