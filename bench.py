@@ -1836,6 +1836,7 @@ SEMANTIC = ("--semantic=cos", "--semantic=mse", "--semantic=soft_ce",
             "--head=nearest --semantic=mse")
 TIMED = " --semantic_weight=0.1"
 AS_NEAREST = f" --time_of='{SEMANTIC[-1]}{TIMED}'"
+SOFT = "--semantic=soft_ce --semantic_weight=0.111"  # of 0.1 of a target, if it were smoothing
 
 CLAIMS["semantic"] = Trial(
     "losses that know how far off a wrong token is, at three weights, beside cross-entropy alone "
@@ -1843,6 +1844,7 @@ CLAIMS["semantic"] = Trial(
     {"cross-entropy alone": "",
      **{f"the seconds of {k}": f"--time_of='cross-entropy alone' --seconds_of='{k}{TIMED}'"
         for k in SEMANTIC},
+     "label smoothing": f"{SOFT} --semantic_temp=1e6 --time_of='{SEMANTIC[2]}{TIMED}'",
      "nearest head, cross-entropy alone": "--head=nearest" + AS_NEAREST,
      **{k + TIMED: k + TIMED for k in SEMANTIC},
      **{f"{k}, weight {w}": f"{k} --semantic_weight={w} --time_of='{k}{TIMED}'"
@@ -1850,7 +1852,6 @@ CLAIMS["semantic"] = Trial(
      "nearest head, mse alone": f"{SEMANTIC[-1]} --semantic_weight=1 --ce_weight=0{AS_NEAREST}"},
     SMALL + " --max_iters=600 --after=wrong_distance", columns=(*COMPARED, "wrong_distance"))
 
-SOFT = "--semantic=soft_ce --semantic_weight=0.111"  # of 0.1 of a target, if it were smoothing
 WORD_ARMS = {
     "cross-entropy": "", "label smoothing": f"{SOFT} --semantic_temp=1e6",
     "soft_ce": SOFT, "soft_ce, PPMI": f"{SOFT} --semantic_table=ppmi",
