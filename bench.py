@@ -171,7 +171,7 @@ def record_of(claim):
 def save(cfg, claim, tables, words, took):
     """Write docs/results/CLAIM.json. What was written into it by hand stays. took: seconds."""
     path, old = record_of(claim)
-    by_hand = "order", "title", "question", "note", "mechanism", "plot"
+    by_hand = "order", "title", "question", "note", "mechanism", "plot", "minutes"
     new = {"claim": claim, "order": 10 * len(CLAIMS), "title": tables[0].title,
            "question": question(CLAIMS.get(claim, mine)),
            "command": f"python bench.py {claim} {shlex.join(words)}".strip(),
@@ -1142,7 +1142,7 @@ def decode_times(m, rounds, more=False):
     return turns(arms, rounds, ask, 0.5)
 
 
-STARTS = "nanogpt_cpu", "shakespeare", "shakespeare_cpu", "softar_shakespeare"
+FIRST_PRESETS = "nanogpt_cpu", "shakespeare", "shakespeare_cpu", "softar_shakespeare"
 
 
 def all_presets(cfg):
@@ -1185,17 +1185,22 @@ def speed(cfg):
     yield Table("training, beside nanoGPT with AdamW, eager, fp32", rows)
 
 
-def of_ranks(n, P, M, alone, bandwidth, largest=0):
+def predicted_step(n, P, M, alone, bandwidth, sharded=0):
     """Return what n processes should take of a step of P parameters, M of them in Muon's matrices,
     that one process does in `alone` seconds: seconds, and bytes that the optimizer holds in each.
     DDP's gradients go around a ring (fp32, there and back), and so does what Muon made of its
-    share (bf16). With shards each tensor has an owner, who keeps its state and sends it to all;
-    that of the largest table takes `largest` bytes."""
+    share (bf16). sharded: each tensor has an owner, who keeps what optimizers hold of it (at most so
+    many bytes for one table) and sends the new tensor to all."""
     around, muon, adamw = (n - 1) / n / bandwidth, 4 * M, 8 * (P - M)
-    if largest and n > 1:
+    if sharded and n > 1:
         step = alone / n + 8 * P * around + 4 * P / bandwidth
-        return step, muon / n + max(adamw / n, largest)
+        return step, muon / n + max(adamw / n, sharded)
     return alone / n + (8 * P + 2 * M) * around, muon + adamw
+
+
+def start_rank(m, t):
+    start_run(m, t)
+    torch.set_num_threads(1)  # (a process takes its share of the cores)
 
 
 def about_rank():
@@ -1243,14 +1248,14 @@ def ranks(cfg):
     shape, cores = SIZES["6 layers, 384 wide, 16 x 256"], os.cpu_count() or 1
     live = {name: Ranks(n) for name, (n, _) in RANKS.items()}
     for name, (_, flags) in RANKS.items():
-        live[name].ask(start_run, *read_arm(f"{shape} --device=cpu --compile=False {flags}"))
+        live[name].ask(start_rank, *read_arm(f"{shape} --device=cpu --compile=False {flags}"))
     times = turns(live, cfg.rounds, lambda of, n: max(of.ask(run_steps, n)), 4.0)
     about = {name: of.ask(about_rank) for name, of in live.items()}
     alone, rows = median(times["1"]), []
     for name, (n, flags) in RANKS.items():
         one = about[name][0]
         # (more processes than cores compute no faster)
-        step, held = of_ranks(n, one["P"], one["M"], alone * max(1, n / cores),
+        step, held = predicted_step(n, one["P"], one["M"], alone * max(1, n / cores),
                               one["bandwidth"] or 1, one["largest"] * bool(flags))
         rows.append({"processes": name, "ms a step": 1000 * median(times[name]),
                      "by the formula": 1000 * step,
@@ -1258,17 +1263,22 @@ def ranks(cfg):
                      "by the formula, MB": held / 1e6,
                      "sums, GB/s": one["bandwidth"] / 1e9})
     yield Table(f"{shape}, on {cores} cores, a thread each, eager", rows)
-    P, M, a_step = 162.2e6, 84.9e6, 2 ** 19 / 462_815  # docs/results/gpu.json: an H100, bf16
-    rows = []
+    card = next(row for t in record_of("gpu")[1]["tables"] for row in t["rows"]
+                if row[0] == "ours, Muon")  # arm, million parameters, ms, tokens a second
+    a_step, m = 2 ** 19 / float(card[3].replace(",", "")), read_arm(f"{LARGE}1")[0]
+    with torch.device("meta"):
+        large = GPT(sample.stand_in(m), None)
+    P, M = large.num_params(), sum(p.numel() for p in large.parameters() if p.group == "matrix")
+    table, rows = 8 * large.wte.weight.numel(), []
     for n in (1, 2, 4, 8, 16, 32, 64):
         row = {"GPUs": n}
-        for name, largest in (("", 0), (", sharded", 8 * 50257 * 768)):
-            step, held = of_ranks(n, P, M, a_step, 450e9 if n <= 8 else 50e9, largest)
+        for name, sharded in (("", 0), (", sharded", table)):
+            step, held = predicted_step(n, P, M, a_step, 450e9 if n <= 8 else 50e9, sharded)
             row.update({f"ms a step{name}": 1000 * step, f"M tokens/s{name}": 2 ** 19 / step / 1e6,
                         f"GB but activations{name}": (12 * P + held) / 1e9})
         rows.append(row)
-    yield Table("config/gpt2_124m.py at 0.5M tokens a step by the formula, not measured: one H100's "
-                "speed, 450 GB/s among 8, 50 GB/s among machines", rows)
+    yield Table("config/gpt2_124m.py at 0.5M tokens a step by the formula, not measured: one "
+                "H100's speed, 450 GB/s among 8, 50 GB/s among machines", rows)
 
 
 def bandwidth(n=5):
@@ -3376,10 +3386,14 @@ def every_claim(argv):
         if late or lacks_gpu or os.path.exists(done):
             continue
         prepare.make_dir(folder)
-        make_task(cfg, dataset)
         run = [sys.executable, __file__, name, "--save", f"--out_dir={folder}",
                f"--dataset={dataset}", *flags]
-        if subprocess.run(run).returncode:
+        try:
+            make_task(cfg, dataset)
+            code = subprocess.run(run).returncode
+        except UserError as e:
+            code = print(f"{name}: {e}", file=sys.stderr) or 2
+        if code:
             failed.append(name)
         else:
             pathlib.Path(done).touch()
@@ -3515,7 +3529,9 @@ def main(argv):
     for preset in cfg.presets:
         read_arm(f"config/{preset}.py")
     if not (claims or cfg.presets or cfg.profile):
-        cfg = dataclasses.replace(cfg, presets=STARTS)
+        if cfg.save:
+            raise UserError("name the claim whose record to write (python bench.py presets --save)")
+        cfg = dataclasses.replace(cfg, presets=FIRST_PRESETS)
     for name in claims or ["profile" if cfg.profile else "presets"]:
         run = {**CLAIMS, "profile": profile_presets}[name](cfg)
         run_claim(cfg, name, run, [a for a in argv if a not in claims])

@@ -344,8 +344,8 @@ def test_nothing_sees_its_future_in_bf16(name):
 @invariant
 def test_nothing_waits_for_the_device(name):
     """On the meta device, which holds no numbers, whatever asks for one raises: training,
-    evaluation, and decoding with memories and folding windows. A GRU alone asks where documents begin, and an exit
-    whether all left."""
+    evaluation, and decoding with memories and folding windows. A GRU alone asks where documents
+    begin, and an exit whether all left."""
     m = make(name, awake=False).to("meta")
     if "G" in m.cfg.layers:
         return
@@ -5350,21 +5350,21 @@ def test_shards_of_optimizers_are_the_whole(tmp_path):
     agree(a["optimizers"], b["optimizers"])
 
 
-def test_the_formula_of_ranks():
+def test_the_formula_predicted_step():
     """What two processes hold of an optimizer, whole and in shares (a large embedding stays on
     one), is what the formula says."""
-    assert bench.of_ranks(1, 100, 60, 2.0, 1e9) == (2.0, 4 * 60 + 8 * 40)
-    assert bench.of_ranks(1, 100, 60, 2.0, 1e9, 200) == (2.0, 4 * 60 + 8 * 40)
-    assert bench.of_ranks(4, 100, 60, 2.0, 100.0) == pytest.approx((7.4, 560))
-    assert bench.of_ranks(4, 100, 60, 2.0, 100.0, 200) == pytest.approx((10.5, 60 + 200))
+    assert bench.predicted_step(1, 100, 60, 2.0, 1e9) == (2.0, 4 * 60 + 8 * 40)
+    assert bench.predicted_step(1, 100, 60, 2.0, 1e9, 200) == (2.0, 4 * 60 + 8 * 40)
+    assert bench.predicted_step(4, 100, 60, 2.0, 100.0) == pytest.approx((7.4, 560))
+    assert bench.predicted_step(4, 100, 60, 2.0, 100.0, 200) == pytest.approx((10.5, 60 + 200))
     live = bench.Ranks(2)
     for sharded, vocab_size, close in (False, 65, 1e-3), (True, 65, 0.2), (True, 5000, 1e-3):
-        live.ask(bench.start_run, *bench.read_arm(
+        live.ask(bench.start_rank, *bench.read_arm(
             n_layer=2, n_embd=32, n_head=2, block_size=16, batch_size=4, device="cpu",
             compile=False, shard_optimizer=sharded, vocab_size=vocab_size, tie=True))
         about = live.ask(bench.about_rank)
         P, M, bandwidth, largest = (about[0][k] for k in ("P", "M", "bandwidth", "largest"))
-        held = bench.of_ranks(2, P, M, 1.0, bandwidth, largest * sharded)[1]
+        held = bench.predicted_step(2, P, M, 1.0, bandwidth, largest * sharded)[1]
         assert max(a["held"] for a in about) == pytest.approx(held, rel=close)
 
 
@@ -5395,7 +5395,7 @@ def test_every_claim_runs_within_a_budget(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs" / "results").mkdir(parents=True)
     (tmp_path / "docs" / "results" / "think.json").write_text(json.dumps({"seconds": 7300}))
     (tmp_path / "docs" / "results" / "knn.json").write_text(json.dumps(
-        {"seconds": None, "minutes": 5, "command": "python bench.py knn --dataset=works --rounds=2"}))
+        {"seconds": None, "minutes": 5, "command": "python bench.py knn --dataset=works --json"}))
     argv = ["all", "--budget=2", "--seeds=2", f"--out_dir={tmp_path}/o"]
     assert bench.main(argv) and [r[2] for r in ran] == ["cpu", "knn"]
     assert ran[0][3:] == ["--save", f"--out_dir={tmp_path}/o/shakespeare", "--dataset=shakespeare",

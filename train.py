@@ -1954,7 +1954,8 @@ def main(argv):
                 say(f"\nsample.py{way}:")
                 program = os.path.join(os.path.dirname(__file__), "sample.py")
                 subprocess.run([sys.executable, program, f"--out_dir={tcfg.out_dir}", *way.split(),
-                                f"--max_new_tokens={tcfg.sample_at_end}"])
+                                f"--max_new_tokens={tcfg.sample_at_end}",
+                                f"--device={tcfg.device}"])
     code = 128 + r["stopped"] if r["stopped"] else 0
     if grouped:
         # DDP leaves gloo's threads alive (torch 2.13), and one that drops its last tensor while

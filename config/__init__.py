@@ -528,9 +528,8 @@ def run(main):
     except UserError as e:  # under torchrun one process says what all would
         ranks = "TORCHELASTIC_RUN_ID" in os.environ and e.everywhere
         code, why = 2, str(e)
-        if ranks and os.environ.get("RANK") != "0":
-            why = ""
-            time.sleep(20)  # torchrun ends all when one has ended: the one that speaks goes first
+        if ranks and os.environ.get("LOCAL_RANK") != "0":
+            time.sleep(20)  # the first says it for all; torchrun then ends those that wait
     except BrokenPipeError:  # | head
         code = 141
     except KeyboardInterrupt:
