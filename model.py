@@ -1003,8 +1003,9 @@ class Recurrence(Layer):
         C, self.turns = cfg.n_embd, cfg.gate == "complex"
         self.squash = torch.tanh if cfg.gate == "real" else torch.sigmoid
         self.c_in = Linear(C, (C, C, C), cfg.bias)  # values, gates, what is read
-        rates = C // 2 if self.turns else C  # gate bias: from a few steps to hundreds
-        self.rate = parameter(rates, init=lambda p, cfg, g: p.uniform_(0.0, 3.0, generator=g))
+        # gate bias: from a few steps to hundreds; half of what turns keeps for good
+        rates, most = (C // 2, 6.0) if self.turns else (C, 3.0)
+        self.rate = parameter(rates, init=lambda p, cfg, g: p.uniform_(0.0, most, generator=g))
         self.c_proj = Linear(C, C, cfg.bias, init=RESIDUAL)
         constants(self, stops=2.0 + torch.arange(C // 2) % 8 if self.turns else None)
         self.carries = dict(h=(C, torch.float32))
