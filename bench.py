@@ -1906,8 +1906,6 @@ FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=
           "G": "config/formal_g.py", "R, gate = real": "config/formal_r.py --gate=real",
           "R, gate = positive": "config/formal_r.py --gate=positive",
           "R, gate = complex": "config/formal_r.py --gate=complex --weight_decay=0.1",
-          "R, gate = complex, 128 wide":
-          "config/formal_r.py --gate=complex --weight_decay=0.1 --n_embd=128",
           "RR(RA)R": "config/formal_h.py",
           "RS, 16 stacks": "config/formal_s.py --n_head=16 --max_iters=600",
           **{k: f"config/formal_s.py --layers={k} --n_head=4 --max_iters=1000"
@@ -1931,8 +1929,7 @@ CLAIMS["formal"] = formal(
     "parity, even_pairs, cycle_navigation: trained on strings of 1 to 40 symbols, asked for 41 to "
     "500", parity=["A", "R, gate = real", "R, gate = positive", "RR(RA)R"],
     even_pairs=["A", "R, gate = real"],
-    cycle_navigation=["A", "R, gate = real", "R, gate = complex", "R, gate = complex, 128 wide",
-                      "G"])
+    cycle_navigation=["A", "R, gate = real", "R, gate = complex", "G"])
 CLAIMS["formal_more"] = formal(
     "modular_arithmetic and reverse_string, likewise",
     modular_arithmetic=["A", "R, gate = real", "R, gate = complex"],
