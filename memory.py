@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import sqlite3
-import sys
 import time
 import urllib.parse
 import zlib
@@ -696,7 +695,7 @@ def open_indexes(store, found):
             with prepare.replacing(path) as f:
                 np.savez(f, **{name: t.numpy() for name, t in new.items()})
         except UserError as e:
-            print(config.visible(f"[index not kept: {e}]"), file=sys.stderr)
+            config.note(f"[index not kept: {e}]")
     return indexes
 
 
@@ -952,4 +951,4 @@ def count_uses(used):
             with Store(store.path, write=True) as writer:
                 writer.touch(list(counts), list(counts.values()))
         except UserError as e:
-            print(config.visible(f"[uses not counted: {e}]"), file=sys.stderr)
+            config.note(f"[uses not counted: {e}]")

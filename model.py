@@ -332,9 +332,6 @@ class GPTConfig:
         value = getattr(self, name)
         return value[i] if isinstance(value, tuple) else value
 
-    def level_weight(self, depth):
-        return self.per_layer("concept_weight", depth - 1)
-
     def widened(self, width):
         """Return these settings for blocks of `width` channels: as many more heads, wider MLPs."""
         def grown(v):
@@ -597,9 +594,14 @@ def angles(table, place, dtype):
 
 def split_heads(x, head_dim, norm=False, rope=None):
     """Split x (B, L, heads * D) into (B, heads, L, D), normed and turned where that is asked."""
-    x = x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    x = x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
     x = rms_norm(x) if norm else x
     return x if rope is None else rotate(x, *rope)
+
+
+def merge_heads(x):
+    """Return x (B, heads, L, D) as (B, L, heads * D)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def binding(places, C, bound=True):
@@ -942,7 +944,7 @@ class Attention(Layer):
             y = attend(q, k, v, seq.blocks if fits and seq.blocks else seq.mask, dropout)
         else:
             y = self.attend_apart(q, k, v, seq, dropout)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+        return self.c_proj(merge_heads(y))
 
     def attend_apart(self, q, k, v, seq, dropout):
         """Return attention to the window, plus `slot_gate` times that to the slots.
@@ -1106,7 +1108,7 @@ class DeltaRule(Layer):
             y = delta_scan(q, k, v, beta, log_keep, seq.doc_start.cumsum(1))
         else:
             y = self.step_by_step(q, k, v, beta, log_keep.exp(), seq.doc_start, seq.pos, cache)
-        y = rms_norm(y).transpose(1, 2).flatten(2)
+        y = merge_heads(rms_norm(y))
         return self.c_proj(y.to(x.dtype) * F.silu(out))
 
     def step_by_step(self, q, k, v, beta, keep, starts, pos, cache):
@@ -1222,7 +1224,7 @@ class Pushdown(Layer):
         left = later.flip(-1).cummin(-1).values.flip(-1).minimum(top)  # (B, H, T, L)
         start = low.maximum(top - 1).maximum(at.mT[..., None] - 1)
         share = (left - start).clamp(min=0) * mask
-        return (share.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        return merge_heads(share.to(v.dtype) @ v.transpose(1, 2))
 
     def flops(self, L):
         return super().flops(L) + 6 * self.n_head * self.head_dim * L * L
@@ -1372,7 +1374,7 @@ class Memory:
 
         Return (slots (B, H, n) here, places (B, H, n) in the window, which of them were written).
         """
-        N, H = self.usage.size(-1), self.usage.size(1)
+        _, H, N = self.usage.shape
         exists = new.exists[:, None].expand(-1, H, -1)  # (B, H, L)
         old = self.usage * (self.DECAY ** new.chunks)[:, None, None]
         old = old.clamp(min=1e-30) * (self.usage > 0) * new.keep_old[:, None, None]  # 0 is none
@@ -1493,7 +1495,7 @@ class AssociativeMemory(Layer):
         if cache is None and memory is not None:
             n = window["is_token"].sum(1)
             aux.memory_writes[self.i] = self.writes(window, seq.front, n, seq.doc_ended)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+        return self.c_proj(merge_heads(y))
 
     def enter(self, k, v, pos, seq, window):
         """Write keys and values (B, T, H, D) of positions pos (B, T) into a window, a Cache.
@@ -1753,11 +1755,6 @@ class Stack(nn.Module):
             x = y if exited is None else torch.where(exited[..., None], x, y)
         return x, plan
 
-    def update_caches(self, x, seq, aux, caches, plan, first):
-        """Do to the caches what the layers from the first-th on would, without the output."""
-        for layer, cache in zip(self.order[first:], caches[first:]):
-            plan = layer.update_cache(x, seq, aux, cache, plan)
-
     def memory_writes(self, caches, front, n, ended):
         """Yield (block, MemoryWrites) of the first n (B,) positions after `front`, by the caches.
 
@@ -1835,7 +1832,7 @@ class Cross(nn.Module):
         if plan.mask is not None:  # or nothing
             k, v = (F.pad(t, (0, 0, 1, 0)) for t in (k, v))
         y = attend(q, k, v, plan.seen[:, None], 0.0)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+        return self.c_proj(merge_heads(y))
 
 
 DISTANCES = {  # of points (.., C): 1 - cosine, of directions; squared distance / C
@@ -2034,7 +2031,7 @@ class Level(Stack):
         kind, size, _ = parse_chunk(chunk)
         self.words, self.horizon = bool(kind), cfg.horizon
         self.router = Router(cfg, size) if kind == "route" else None
-        self.name, self.weight = f"concept_{depth}", cfg.level_weight(depth)
+        self.name, self.weight = f"concept_{depth}", cfg.per_layer("concept_weight", depth - 1)
         self.draw_rate, self.noise, self.draws = cfg.plan_draw, cfg.plan_noise, False
         self.alone, self.capacity = cfg.plan == "latent", cfg.most_chunks(depth)
         # the share of training rows that are rolled out, and in how many passes
@@ -2156,9 +2153,8 @@ class Level(Stack):
         sums, inside = self.compose(x[:, seq.n_prefix:], chunks, seq, cache)
         new = None
         # asking a GPU whether any chunk closes would wait for it
-        always = cache is None or seq.begins or x.device.type != "cpu"
-        always = always or torch.compiler.is_compiling()
-        if always or bool(chunks.exists.any()):
+        if (cache is None or seq.begins or x.device.type != "cpu"
+                or torch.compiler.is_compiling() or chunks.exists.any()):
             concepts, scored = rms_norm(sums), None
             if seq.scored is not None and cache is None:
                 scored = (inside * seq.scored[:, None, seq.n_prefix:]).sum(-1)  # (B, M)
@@ -2539,25 +2535,21 @@ class Slots(nn.Module):
         counts, ids = history[:, :-cfg.history], history[:, -cfg.history:]
         exists = (ids >= 0).to(vectors.dtype)  # (B, history)
         e = vectors[:, -cfg.history:] * exists[..., None]
-        pooled, count = [], []
+        parts = []  # sums (B, n, C), and how much is in each (B, n)
         if cfg.running_mean:
-            pooled.append(vectors[:, :1])
-            count.append(counts.clamp(min=0).sum(1, keepdim=True).to(e.dtype))
+            parts.append((vectors[:, :1], counts.clamp(min=0).sum(1, keepdim=True).to(e.dtype)))
         if cfg.aggregate:
             w = self.decay * exists
-            pooled.append(w[:, None] @ e)
-            count.append(w.sum(1, keepdim=True))
+            parts.append((w[:, None] @ e, w.sum(1, keepdim=True)))
         if cfg.n_segment:
-            pooled.append(e.unflatten(1, (cfg.n_segment, -1)).sum(2))
-            count.append(exists.unflatten(1, (cfg.n_segment, -1)).sum(2))
+            parts.append([t.unflatten(1, (cfg.n_segment, -1)).sum(2) for t in (e, exists)])
         if cfg.n_span:
-            n = cfg.n_span * cfg.span
-            spans = e[:, -n:].unflatten(1, (cfg.n_span, cfg.span))
-            pooled.append(rotate(spans, self.cos, self.sin).sum(2))
-            count.append(exists[:, -n:].unflatten(1, (cfg.n_span, -1)).sum(2))
-        pooled, count = torch.cat(pooled, 1), torch.cat(count, 1)[..., None]
+            n, shape = cfg.n_span * cfg.span, (cfg.n_span, cfg.span)
+            spans, there = (t[:, -n:].unflatten(1, shape) for t in (e, exists))
+            parts.append((rotate(spans, self.cos, self.sin).sum(2), there.sum(2)))
+        pooled, count = (torch.cat(part, 1) for part in zip(*parts))
         # the norm makes a sum and a mean the same
-        pooled = torch.where(count > 0, rms_norm(pooled), self.empty)
+        pooled = torch.where(count[..., None] > 0, rms_norm(pooled), self.empty)
         return self.proj(pooled) + self.slot_embed
 
 
@@ -2841,7 +2833,7 @@ class EarlyExit:
             with torch.no_grad():
                 choice = logits.argmax(-1)
                 right = torch.stack([self.to_logits(h).argmax(-1) == choice for h in exits]).float()
-            sure = self.sure(torch.stack([h.detach() for h in exits]))  # (exits, B, T)
+            sure = self.sure(torch.stack(exits).detach())  # (exits, B, T)
             wrong = F.binary_cross_entropy_with_logits(sure, right, reduction="none").mean(0)
             if depth is not None:  # the last layer of other rows is the exit itself
                 wrong = wrong.masked_fill((depth < cfg.n_layer).any(1, keepdim=True), 0.0)
@@ -2873,9 +2865,9 @@ class EarlyExit:
         In a state that was rolled back to before it; return logits (B, T, V). Blocks that read a
         plan, keys or ends of chunks from before the exit need it again: then all layers run.
         """
-        needs_first = (self.cfg.exit_keys or self.limit is not None)
-        needs_first = needs_first and place != next(iter(self.exits))
-        if needs_first or (self.cfg.plan != "add" and self.levels):
+        needs_first = self.cfg.exit_keys or self.limit is not None
+        if (needs_first and place != next(iter(self.exits))
+                or self.cfg.plan != "add" and self.levels):
             return self(tokens, state=state).logits
         seq = self.behind_exit(x, self.embed(tokens, state=state)[1])
         x, _ = self.run(x, seq, Aux(), state.caches, first=place)
@@ -2912,7 +2904,9 @@ class EarlyExit:
         segment k on only update their caches.
         """
         if done:
-            self.update_caches(x, seq, Aux(), caches, plan, self.segments[k][0])
+            first = self.segments[k][0]
+            for layer, cache in zip(self.order[first:], caches[first:]):
+                plan = layer.update_cache(x, seq, Aux(), cache, plan)
         else:
             x = self.segment(k, x, seq, Aux(), caches, plan, depth)[0]
         return self.to_logits(self.ln_f(x[:, seq.n_prefix:]))
@@ -3035,13 +3029,12 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             cfg = GPTConfig(**config)
         except TypeError as e:
             raise ValueError(str(e)) from None
+        shapes = lambda tensors: {n: tuple(t.shape) for n, t in tensors.items()}
         with torch.device("meta"):
-            shapes = {n: t.shape for n, t in cls(cfg, None).state_dict().items()}
-        for n in shapes.keys() | weights.keys():
-            given = tuple(weights[n].shape) if n in weights else None
-            needed = tuple(shapes[n]) if n in shapes else None
-            if needed != given:
-                raise ValueError(f"{n} is {given} in it, and {needed} by its settings")
+            needed = shapes(cls(cfg, None).state_dict())
+        given = shapes(weights)
+        for n, _ in needed.items() ^ given.items():  # in one alone
+            raise ValueError(f"{n} is {given.get(n)} in it, and {needed.get(n)} by its settings")
         model = cls(cfg, None)
         model.load_state_dict(weights)
         return model
@@ -3191,10 +3184,10 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
             more["layer_mask"] = step_draw[:cfg.n_layer]
         if state is not None:
             memory, capacity, pos = state.memory, state.capacity, state.advance(x.size(1))
-        if state is not None and docs is not None:
-            cache = state.own["docs"]
-            cache.write(pos, docs=docs + cache.before("docs", pos)[:, None])
-            docs = cache["docs"]
+            if docs is not None:
+                cache = state.own["docs"]
+                cache.write(pos, docs=docs + cache.before("docs", pos)[:, None])
+                docs = cache["docs"]
         table = None if self.cos is None else (self.cos, self.sin)
         return x, Sequence.of(x, table, self.n_slot, pos, capacity, begins, docs, tokens=symbols,
                               memory=memory, **more,

@@ -295,7 +295,7 @@ def entropies(p):
 def log_probability(logits, tokens):
     """Return that of a token per row, a list of B ids, under logits (B, V): a list."""
     at = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]
-    return logits.float().log_softmax(-1).gather(1, at)[:, 0].tolist()
+    return logits.log_softmax(-1).gather(1, at)[:, 0].tolist()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -475,8 +475,7 @@ class Decoder:
     @property
     def amateur_logits(self):
         """The logits (B, V) of an amateur, None where there is none."""
-        weak = self.amateur.logits if self.amateur else self.early
-        return None if weak is None else weak.float()
+        return self.amateur.logits if self.amateur else self.early
 
     def companions(self):
         """Return the Decoders that read the same tokens."""
@@ -516,7 +515,7 @@ class Decoder:
         logits = self.read(self.model, state, [b], [0], self.T, self.history([b]))[0]
         if self.n_soft:
             # logits at t expect the token at t + 1, so one row down; nothing expects the first
-            known, p = self.expected[b], F.pad(self.model.expect(logits[0].float()), (0, 0, 1, 0))
+            known, p = self.expected[b], F.pad(self.model.expect(logits[0]), (0, 0, 1, 0))
             self.expected[b] = torch.cat((known, p[len(known):]))[n:]
         carried = self.model.leave_window(state, torch.tensor([n], device=self.device))[1]
         for i, parts in carried.items():
@@ -528,11 +527,14 @@ class Decoder:
 
     def init_state(self, rows):
         """Return an empty state for rows in a row, with what each finds besides its window."""
-        at = slice(rows[0], rows[-1] + 1)  # a view, to write to
-        return self.model.init_state(
-            len(rows), memory={i: m.select(at) for i, m in self.memory.items()},
-            carried={i: [t[at] for t in parts] for i, parts in self.carried.items()},
-            known=torch.tensor([self.known[b] for b in rows], device=self.device))
+        memory, carried = self.remembered(slice(rows[0], rows[-1] + 1))  # views, to write to
+        known = torch.tensor([self.known[b] for b in rows], device=self.device)
+        return self.model.init_state(len(rows), memory, carried, known)
+
+    def remembered(self, at):
+        """Return the memory and the carried entries of rows `at`, a slice or a LongTensor."""
+        return ({i: m.select(at) for i, m in self.memory.items()},
+                {i: [t[at] for t in parts] for i, parts in self.carried.items()})
 
     def region(self, b):
         """Return {place: distribution (V,)} of the soft region of row b, which is hard until its
@@ -661,7 +663,7 @@ class Decoder:
         idx[:, at], ids[:, at] = F.one_hot(likeliest, self.V).float(), likeliest
         state = self.state.select(torch.full_like(likeliest, b))
         state.rollback(len(window) - changed)
-        logits = self.model(idx, state=state, ids=ids).logits[:, at:-1].float()
+        logits = self.model(idx, state=state, ids=ids).logits[:, at:-1]
         follows = (idx[:, at + 1:] * logits.log_softmax(-1)).sum((1, 2))
         p = (prior.log() + follows).softmax(0)
         return torch.zeros_like(idx[:1, at]).scatter(1, likeliest[None], p[None])
@@ -697,8 +699,7 @@ class Decoder:
         new.counts = [self.counts[r].copy() for r in rows]
         for name in ("known", "depth", "found", "expected"):
             setattr(new, name, [getattr(self, name)[r] for r in rows])
-        new.memory = {i: m.select(at) for i, m in self.memory.items()}
-        new.carried = {i: [t[at] for t in parts] for i, parts in self.carried.items()}
+        new.memory, new.carried = self.remembered(at)
         self.own = new.own = False  # one row is shared until somebody writes
         new.state = self.state.select(at)
         new.logits, new.h, new.early = (None if t is None else t[at]
@@ -865,7 +866,7 @@ class Plain:
 
     def scores(self):
         """Return what the model says of the next token: logits (B, V)."""
-        logits, amateur = self.decoder.logits.float(), self.decoder.amateur_logits
+        logits, amateur = self.decoder.logits, self.decoder.amateur_logits
         if amateur is None:
             return logits
         return contrast(logits, amateur, self.cfg.alpha, self.cfg.beta)
@@ -981,7 +982,7 @@ class Soft(Plain):
                 token, first = window[at], first or at
                 if at and cfg.collapse_by != "nearest":
                     p = d.weigh(b, at, first) if logits is None else distribution(
-                        logits[b, at - 1:at].float(), cfg)
+                        logits[b, at - 1:at], cfg)
                     token = window[at] = choose(p, self.generator).item()
                     chosen = torch.tensor(token, device=d.device)
                     d.soft[b][at] = F.one_hot(chosen, len(d.soft[b][at])).float()
@@ -1029,7 +1030,7 @@ class Speculation(Plain):
                 break
             if seen is not None:
                 seen = seen.scatter(1, tokens[:, None], True)
-            q.append(distribution(logits[:, -1].float(), self.cfg, seen))
+            q.append(distribution(logits[:, -1], self.cfg, seen))
             tokens = choose(q[-1], self.generator)
             drafted.append(tokens)
         return (torch.stack(drafted, 1), torch.stack(q, 1),
@@ -1074,7 +1075,7 @@ class Speculation(Plain):
                 p, first = self.probabilities(), None
             else:
                 drafted, q, hidden = self.propose(first, n, self.seen())
-                logits = self.verify(torch.cat((first[:, None], drafted), 1), hidden).float()
+                logits = self.verify(torch.cat((first[:, None], drafted), 1), hidden)
                 kept, first, p = self.judge(first, drafted, q, logits)
                 for b, k in enumerate(kept.tolist()):
                     ready[b] += generated(drafted[b, :k].tolist(), logits[b, :k], p[b, :k],

@@ -571,7 +571,7 @@ def test_every_parameter_trains(name):
     kinds = {"ce", *["semantic"] * bool(m.cfg.semantic_weight),
              *["latent"] * bool(m.cfg.next_latent),
              *["logits"] * bool(m.cfg.logit_decay),
-             *(f"concept_{d}" for d in range(1, depth + 1) if m.cfg.level_weight(d))}
+             *(f"concept_{d + 1}" for d in range(depth) if m.cfg.per_layer("concept_weight", d))}
     waiting, losses = set(parameters), []
     for step in range(12 if name == "random" else 60):
         x, h = inputs(m, 8, T=m.cfg.block_size + 1, seed=step % 2)
@@ -2349,7 +2349,7 @@ def test_what_a_teacher_adds_is_its_formula(more, pairs, teacher):
             (block.mlp or nn.Identity()).register_forward_hook(
                 lambda _, args, out, key=(model, block.i): gave.update({key: out[:, -16:-5]}))
     theirs, ours = (m(x, history=h).logits[:, :-5].log_softmax(-1) for m in (r.teacher, r.model))
-    out = r.distillation(x, y, h, r.ask_teacher(x, h))
+    out = r.distillation(x, y, h, r.ask_teacher(x, h), denom=(y >= 0).sum())
     loss, losses = out.loss, out.losses
     agree(losses["teacher"], (theirs.exp() * (theirs - ours)).sum(-1).mean(), 1e-4)
     want = 0.5 * losses["teacher"] + 0.25 * losses["ce"]
@@ -3188,7 +3188,7 @@ def all_of(d, weak=None, **settings):
     return sample.gather(steps, len(d.rows))
 
 
-LOGITS, WEAK = [2, 1, 0, -1], [1, 2, 0, 0.5]
+LOGITS, WEAK = [2.0, 1, 0, -1], [1, 2, 0, 0.5]
 
 
 @pytest.mark.parametrize("row", table("""

@@ -793,6 +793,9 @@ LOGGERS = {"tensorboard": (start_tensorboard, "pip install tensorboard"),
            "wandb": (start_wandb, "pip install wandb and run wandb login")}
 
 
+UNREADABLE = OSError, ValueError, KeyError, csv.Error  # of a log.csv that something cut or changed
+
+
 class Log:
     """log.csv in out_dir, and LOGGERS that are asked for. Rank 0 only. What fails in the course of
     a run is said once and left out.
@@ -822,7 +825,7 @@ class Log:
             if os.path.lexists(self.path):
                 rows = [row for row in self.read(self.path)
                         if int(row["step"]) <= (step if row["train_loss"] else scored)]
-        except (OSError, ValueError, KeyError, csv.Error) as e:
+        except UNREADABLE as e:
             names = (f"{self.path}.damaged{i}" for i in itertools.count(1))
             kept = next(name for name in names if not os.path.lexists(name))
             os.rename(self.path, kept)
@@ -862,20 +865,20 @@ class Log:
             with open(self.path, "a", newline="", encoding="utf-8") as f:
                 csv.DictWriter(f, self.fields).writerow(row)
 
-    def attempt(self, name, do, *args):
-        try:
-            do(*args)
-        except Exception as e:  # a full disk or a lost network is no reason to lose the run
-            del self.loggers[name]
-            say(f"{name} takes no more ({summary(e)}); training goes on without it", sys.stderr)
+    def attempt(self, which, *args):
+        """Call one of the two functions of each logger."""
+        for name, functions in list(self.loggers.items()):
+            try:
+                functions[which](*args)
+            except Exception as e:  # a full disk or a lost network is no reason to lose the run
+                del self.loggers[name]
+                say(f"{name} takes no more ({summary(e)}); training goes on without it", sys.stderr)
 
     def __call__(self, step, **values):
-        for name, (log, _) in list(self.loggers.items()):
-            self.attempt(name, log, step, values)
+        self.attempt(0, step, values)
 
     def close(self):
-        for name, (_, close) in list(self.loggers.items()):
-            self.attempt(name, close)
+        self.attempt(1)
 
 
 def read_log(folder, column="step"):
@@ -888,7 +891,7 @@ def read_log(folder, column="step"):
         if not rows:
             raise KeyError("no row has one")
         return rows
-    except (OSError, ValueError, KeyError, csv.Error) as e:
+    except UNREADABLE as e:
         raise UserError(f"{folder} has no log.csv with {column} ({summary(e)}); name the out_dir "
                         f"of a run of train.py, and a column that it has") from None
 
@@ -902,7 +905,7 @@ class RunFiles:
     def __init__(self, out_dir):
         self.out_dir, self.lock_file = out_dir, None
         self.paths = [os.path.join(out_dir, name) for name in self.NAMES]
-        self.last, self.previous, self.best, *_ = self.paths
+        self.last, _, self.best, *_ = self.paths
         # of the checkpoints that this run has written, or goes on from: the step of the last, and
         # {path: validation loss, None where the weights were not scored}
         self.last_step, self.val_losses = None, {}
@@ -1032,14 +1035,13 @@ class Distillation(torch.nn.Module):
         super().__init__()
         self.student, self.tcfg = student, tcfg
 
-    def forward(self, idx, targets, history, teacher=None, denom=None, **more):
+    def forward(self, idx, targets, history, teacher=None, *, denom, **more):
         """Return the student's Output with two more losses, in nats and in shares of a layer's
         output, means over scored tokens: "teacher", the divergence of the student's distribution
         from the teacher's; "match", how far what each replaced feed-forward layer gives is from
         what the teacher's gave in its place (squares of lengths: 0 is a copy, 1 as good as
         nothing). teacher: (its logits (B, T, V), {block: its output (B, S + T, C)})."""
         tcfg, scored = self.tcfg, targets >= 0
-        denom = scored.sum().clamp(min=1) if denom is None else denom
         out = self.student(idx, targets, history, denom=denom, **more)
         if teacher is None:  # the first part of a run with born_again has no teacher
             return out
@@ -1179,7 +1181,7 @@ class Runner:
             first = np.append(1, data.docs[0][1:])
         last = np.append(first[1:] - 1, data.n - 1)
         data, place = copy.copy(data), torch.arange(data.T)
-        data.mask, data.docs, data.labels = None, None, None
+        data.mask = data.docs = data.labels = None
         labels = torch.zeros(data.n, self.mcfg.vocab_size, dtype=torch.float16)
         model.eval()
         for i in prepare.bar(range(0, len(first), self.micro), desc="label"):
@@ -1247,7 +1249,7 @@ class Runner:
                     denom=denom, step_draw=step_draw, **more)
                 self.scaler.scale(out.loss).backward()
                 self.remember(memory, out)
-            losses.append(torch.stack([v.detach() for v in out.losses.values()]))
+            losses.append(torch.stack([*out.losses.values()]).detach())
         for o in self.optimizers:
             self.scaler.unscale_(o)
         parameters = self.model.parameters()
@@ -1331,7 +1333,7 @@ class Runner:
 
         def count(memory, args):
             slots, score = memory.find(args[0])
-            share = score.float().softmax(-1).flatten()
+            share = score.softmax(-1).flatten()
             weights[memories.index(memory)].index_add_(0, slots.flatten(), share)
 
         some = itertools.islice(data.eval_batches(self.place, self.micro, self.n_rows), batches)
@@ -1947,8 +1949,9 @@ def main(argv):
             scored = "" if r["saved_val_loss"] is None else f" (val loss {r['saved_val_loss']:.4f})"
             sample = f"python sample.py --out_dir={shlex.quote(tcfg.out_dir)}"
             say(f"checkpoint: {r['path']}{scored}\nsample from it: {sample}")
-            ways = ["", " --soft"] if mcfg.soft_rate or mcfg.n_soft else [""]
-            if len(ways) > 1:
+            ways = [""]
+            if mcfg.soft_rate or mcfg.n_soft:
+                ways.append(" --soft")
                 say(f"and in soft tokens: {sample} --soft")
             for way in ways if tcfg.sample_at_end else ():
                 say(f"\nsample.py{way}:")
