@@ -4265,6 +4265,9 @@ def test_docs_are_rendered_from_records(tmp_path, capsys):
     (tmp_path / "docs" / "results").mkdir(parents=True)
     (tmp_path / "docs" / "results" / "a.json").write_text("{}")
     refused(lambda root: bench.render([], root), str(tmp_path), "has no claim")
+    pages = [pathlib.Path(HERE, "README.md"), *pathlib.Path(HERE, "docs").glob("*.md")]
+    text = "".join(page.read_text("utf-8") for page in pages)
+    assert set(re.findall(r"RESULTS\.md#(\w+)", text)) <= set(re.findall(r'<a id="(\w+)">', text))
 
 
 def test_losses_are_drawn_by_seconds():
