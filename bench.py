@@ -1189,8 +1189,8 @@ def predicted_step(n, P, M, alone, bandwidth, sharded=0):
     """Return what n processes should take of a step of P parameters, M of them in Muon's matrices,
     that one process does in `alone` seconds: seconds, and bytes that the optimizer holds in each.
     DDP's gradients go around a ring (fp32, there and back), and so does what Muon made of its
-    share (bf16). sharded: each tensor has an owner, who keeps what optimizers hold of it (at most so
-    many bytes for one table) and sends the new tensor to all."""
+    share (bf16). sharded: each tensor has an owner, who keeps what optimizers hold of it (at most
+    so many bytes for one table) and sends the new tensor to all."""
     around, muon, adamw = (n - 1) / n / bandwidth, 4 * M, 8 * (P - M)
     if sharded and n > 1:
         step = alone / n + 8 * P * around + 4 * P / bandwidth
@@ -1256,7 +1256,7 @@ def ranks(cfg):
         one = about[name][0]
         # (more processes than cores compute no faster)
         step, held = predicted_step(n, one["P"], one["M"], alone * max(1, n / cores),
-                              one["bandwidth"] or 1, one["largest"] * bool(flags))
+                                    one["bandwidth"] or 1, one["largest"] * bool(flags))
         rows.append({"processes": name, "ms a step": 1000 * median(times[name]),
                      "by the formula": 1000 * step,
                      "optimizer MB, the most": max(a["held"] for a in about[name]) / 1e6,

@@ -117,7 +117,7 @@ class TrainConfig:
     average: tuple[str, ...] = ()  # eval_only: models to average probabilities with; repeatable
     log_interval: int = 10  # steps between log lines
     sample_every: int = 0  # steps between samples of 100 tokens, which are printed; 0: none
-    sample_at_end: int = 0  # tokens that sample.py writes at the end, and again in soft ones
+    sample_at_end: int = 0  # tokens that sample.py writes at the end, and in soft ones if trained
     always_save_checkpoint: bool = True  # False: only where the validation loss improved
     tensorboard_log: bool = False  # also log to tensorboard
     wandb_log: bool = False  # also log to Weights & Biases
