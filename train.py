@@ -866,7 +866,7 @@ class Log:
                 csv.DictWriter(f, self.fields).writerow(row)
 
     def attempt(self, which, *args):
-        """Call one of the two functions of each logger."""
+        """Call each logger's function `which`: 0 logs, 1 closes."""
         for name, functions in list(self.loggers.items()):
             try:
                 functions[which](*args)
