@@ -1906,7 +1906,8 @@ FORMAL = {"A": "config/formal_a.py", "A, pos = none": "config/formal_a.py --pos=
           "G": "config/formal_g.py", "R, gate = real": "config/formal_r.py --gate=real",
           "R, gate = positive": "config/formal_r.py --gate=positive",
           "R, gate = complex": "config/formal_r.py --gate=complex --weight_decay=0.1",
-          "RR(RA)R": "config/formal_h.py",
+          "RR(RA)R": "config/formal_h.py", "D": "config/formal_r.py --layers=DD",
+          "RS, one answer": "config/formal_r.py --layers=RS --learning_rate=0.01 --muon_lr=0.02",
           "RS, 16 stacks": "config/formal_s.py --n_head=16 --max_iters=600",
           **{k: f"config/formal_s.py --layers={k} --n_head=4 --max_iters=1000"
              for k in ("RS", "SS", "RR", "RA", "GG")}}
@@ -1927,12 +1928,12 @@ def formal(question, **tasks):
 
 CLAIMS["formal"] = formal(
     "parity, even_pairs, cycle_navigation: trained on strings of 1 to 40 symbols, asked for 41 to "
-    "500", parity=["A", "R, gate = real", "R, gate = positive", "RR(RA)R"],
-    even_pairs=["A", "R, gate = real"],
-    cycle_navigation=["A", "R, gate = real", "R, gate = complex", "G"])
+    "500", parity=["A", "R, gate = real", "R, gate = positive", "RR(RA)R", "D"],
+    even_pairs=["A", "R, gate = real", "D"],
+    cycle_navigation=["A", "R, gate = real", "R, gate = complex", "D", "G"])
 CLAIMS["formal_more"] = formal(
     "modular_arithmetic and reverse_string, likewise",
-    modular_arithmetic=["A", "R, gate = real", "R, gate = complex"],
+    modular_arithmetic=["A", "R, gate = real", "R, gate = complex", "D", "RS, one answer"],
     reverse_string=["A", "R, gate = real", "R, gate = complex"])
 
 CLAIMS["stack"] = formal(
@@ -3064,6 +3065,58 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
             print(rows[-1], file=sys.stderr)  # (the largest takes a quarter of an hour, and 18 GB)
     yield Table("facts told once, questions for whole values, greedy, eager, fp32; ms a token: one "
                 "row", rows)
+
+
+def entries_of(found, wanted):
+    """Return what memory.absorb found, those alone whose places in the text `wanted` (bool a
+    token) has."""
+    return {i: [tuple(t[wanted[head[2]]] for t in head) for head in heads]
+            for i, heads in found.items()}
+
+
+def together(a, b):
+    """Return what memory.absorb found in two texts as if in one."""
+    return {i: [tuple(map(torch.cat, zip(*heads))) for heads in zip(a[i], b[i])] for i in a}
+
+
+@torch.inference_mode()
+def nats_beside(model, rows, stored):
+    """Return the mean loss of rows (n, T + 1), each read alone behind a store of one row."""
+    return mean(F.cross_entropy(model(row[None, :-1], state=model.init_state(
+        1, memory=stored)).logits[0], row[1:]).item() for row in rows)
+
+
+@register
+def facts_kept(cfg, size=10_000, n=400, rows=200):
+    """what becomes of facts told twice, told again with other values, and forgotten; and of the
+    loss on held-out text"""
+    make_task(cfg, "facts")
+    model, ckpt = sample.load(kept(cfg, "facts", "config/facts.py --dataset=facts"))
+    tok, tenth = prepare.Tokenizer(ckpt["tokenizer"]), size // 10
+    known = prepare.random_facts(np.random.default_rng(size), size)
+    values = [value for _, value in prepare.random_facts(np.random.default_rng(1), tenth)]
+    changed = [(key, value) for (key, _), value in zip(known, values)]
+    read = lambda facts: memory.absorb(model, tok.encode("\n" + as_text_of(facts)))
+    told, new = read(known), read(changed)
+    later = torch.arange(len(tok.encode("\n" + as_text_of(known)))) >= len(
+        tok.encode("\n" + as_text_of(known[:tenth])))
+    rest = entries_of(told, later)
+    stores = {"nothing": {}, "all, once": told, "all, twice": read(known + known),
+              "all, then the tenth with other values": read(known + changed),
+              "all, the tenth forgotten": rest,
+              "the same, then the tenth with other values": together(rest, new)}
+    held, table = held_out(ckpt, cfg.data_dir, rows, model.cfg.block_size)[:rows], []
+    for name, found in stores.items():
+        stored = memory.build_memory(model, found) if found else {}
+        table.append({
+            "told": name,
+            "entries": max((m.store.keys.size(2) for m in stored.values()), default=0),
+            "right of nine tenths": answers(model, tok, known[tenth:][-n:], stored),
+            "old values of the tenth": answers(model, tok, known[:tenth][-n:], stored),
+            "new values": answers(model, tok, changed[-n:], stored),
+            "held-out loss": nats_beside(model, held, stored)})
+        print(table[-1], file=sys.stderr)
+    yield Table(f"{size:,} facts, {n} questions of each kind, held-out text of the same task", table)
 
 
 # kNN-LM
