@@ -1750,6 +1750,24 @@ CLAIMS["small_flags"] = Trial(
      "loss_skip = 4": "--loss_skip=4", "loss_skip = 16": "--loss_skip=16"},
     MINE)
 
+ENTRIES = ("--layers=AAMA --batch_size=16 --stream=256 --mem_size=2048 --mem_chunk=16 --mem_head=2 "
+           "--mem_top=16")
+AVERAGED = "--layers='(AA)AA' --chunk=space --concept_of=ema --concept=mse --concept_weight=0.1"
+REGION_SLOTS = "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"
+CLAIMS["mechanism_flags"] = Trial(
+    "flags of exits, entries, moving averages and slots that stand in no other table, each beside "
+    "its default", "flags of mechanisms, 4 layers, 128 wide, 12 x 64 (entries: 16 x 64), 500 steps",
+    {name: f"{flags} --against='{default}'" for default, arms in {
+        "exits": {"exits": "--layers=A.AA.A", "exit_loss = rotate": "--layers=A.AA.A "
+                                                                    "--exit_loss=rotate"},
+        "entries": {"entries": ENTRIES, **{f"{k} = {v}": f"{ENTRIES} --{k}={v}" for k, v in (
+            ("mem_shift", 0), ("mem_novelty", 2.0), ("mem_drop", 0.2))}},
+        "moving average": {"moving average": AVERAGED, **{
+            f"ema_decay = {v}": f"{AVERAGED} --ema_decay={v}" for v in (0.9, 0.999)}},
+        "slots": {"slots": REGION_SLOTS, "enrich": f"{REGION_SLOTS} --enrich=True"},
+    }.items() for name, flags in arms.items()},
+    MINE, columns=("val loss", "difference", "sd of it", "spread", "step time"))
+
 CLAIMS["questions"] = Trial(
     "answers alone scored in training, or a share of the tokens of questions too: on cipher, where "
     "these teach the same, and on plan and facts, where they are random; validation is on answers",
@@ -1829,7 +1847,6 @@ CLAIMS["soft"] = Trial(
     SMALL + " --max_iters=1500 --compile=False --after=two_steps", timing="",
     columns=("val loss", "spread", "soft step", "sampled step", "exact sum", "gap closed"))
 
-REGION_SLOTS = "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"
 CLAIMS["region"] = Trial(
     "a soft region between slots and hard tokens: loss behind it where it holds tokens, what was "
     "expected there, or the unigram distribution", "a window of 64, 16 or 32 of it a soft region, "
