@@ -314,9 +314,9 @@ def end_run(a_step):
 
 
 def peak_mb():
-    """Return the peak of memory so far, in MB: of the GPU, or where there is none of the
+    """Return the peak of memory so far, in MB: of the GPU, or where that was not used of the
     process."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2 ** 20
     import resource
     unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
