@@ -231,7 +231,8 @@ def read_arm(flags="", **more):
 def like_nanogpt(m, t):
     """Return nanoGPT's settings at the shape of another arm, without dropout."""
     mcfg, tcfg = GPTConfig(**m), TrainConfig(**t)
-    shape = {k: getattr(mcfg, k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    shape = {k: getattr(mcfg, k) for k in ("n_layer", "n_head", "n_embd", "block_size",
+                                           "vocab_size")}
     rows = {k: getattr(tcfg, k) for k in ("batch_size", "gradient_accumulation_steps")}
     return read_arm("config/nanogpt.py", **shape, **rows, dropout=0.0)
 
@@ -1175,9 +1176,11 @@ SIZES = {"6 layers, 384 wide, 16 x 256":
 
 @register
 def speed(cfg):
-    """a training step beside nanoGPT's (eager, fp32) at two sizes, no dropout in either"""
-    rows = []
-    for size, shape in SIZES.items():
+    """a training step beside nanoGPT's (eager, fp32) at three sizes, the last one that of llm.c's
+    example for CPUs, no dropout in either"""
+    rows, gpt2 = [], ("--n_layer=12 --n_head=12 --n_embd=768 --block_size=64 --batch_size=4 "
+                      "--vocab_size=50257 --tie")
+    for size, shape in {**SIZES, "GPT-2 (124M), 4 x 64": gpt2}.items():
         for name, flags in (("Muon", ""), ("Muon, 3 iterations", "--ns_steps=3"),
                             ("AdamW", "--optimizer=adamw")):
             arm = read_arm(f"{shape} {flags}")
@@ -3133,7 +3136,7 @@ def facts_kept(cfg, size=10_000, n=400, rows=200):
             "new values": answers(model, tok, changed[-n:], stored),
             "held-out loss": nats_beside(model, held, stored)})
         print(table[-1], file=sys.stderr)
-    yield Table(f"{size:,} facts, {n} questions of each kind, held-out text of the same task", table)
+    yield Table(f"{size:,} facts, {n} questions of each kind; held-out text of the task", table)
 
 
 # kNN-LM
