@@ -1732,6 +1732,15 @@ CLAIMS["kinds"] = Trial(
     columns=("val loss", "difference", "sd of it", "hard region", "soft region", "usual region"),
     derived={"gap closed": gap_of_window}, timing="")
 
+CLAIMS["layout"] = Trial(
+    "the layout of softAR's source: a mean of all that came before, two segments, 97 tokens, and 31 "
+    "behind them that are soft in a quarter of the rows; beside the same with hard tokens alone, "
+    "and without a history", "config/softar_layout.py, 400 steps of 32 x 128",
+    {"as in the source": "", "all tokens hard": "--n_soft=0",
+     "all tokens hard, no history": f"--n_soft=0 --running_mean=0 {NO_SLOTS}"},
+    "config/softar_layout.py --seeds=1",
+    columns=("val loss", "difference", "steps", "params M", "seconds of steps"), timing="")
+
 CLAIMS["variants"] = Trial(
     "each flag of the plain model switched, one at a time: loss and time of a step",
     "flags, 4 layers, 128 wide, 12 x 64, 500 steps",
