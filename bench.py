@@ -1764,7 +1764,7 @@ CLAIMS["small_flags"] = Trial(
     MINE)
 
 ENTRIES = ("--layers=AAMA --batch_size=16 --stream=256 --mem_size=2048 --mem_chunk=16 --mem_head=2 "
-           "--mem_top=16")
+           "--mem_top=16 --seeds=1")
 AVERAGED = "--layers='(AA)AA' --chunk=space --concept_of=ema --concept=mse --concept_weight=0.1"
 REGION_SLOTS = "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"
 CLAIMS["mechanism_flags"] = Trial(
