@@ -1178,9 +1178,8 @@ SIZES = {"6 layers, 384 wide, 16 x 256":
 def speed(cfg):
     """a training step beside nanoGPT's (eager, fp32) at three sizes, the last one that of llm.c's
     example for CPUs, no dropout in either"""
-    rows, gpt2 = [], ("--n_layer=12 --n_head=12 --n_embd=768 --block_size=64 --batch_size=4 "
-                      "--vocab_size=50257 --tie")
-    for size, shape in {**SIZES, "GPT-2 (124M), 4 x 64": gpt2}.items():
+    rows = []
+    for size, shape in {**SIZES, "GPT-2 (124M), 4 x 64": f"{LARGE}4 --block_size=64 --tie"}.items():
         for name, flags in (("Muon", ""), ("Muon, 3 iterations", "--ns_steps=3"),
                             ("AdamW", "--optimizer=adamw")):
             arm = read_arm(f"{shape} {flags}")
@@ -1688,6 +1687,7 @@ def slot_arms(H, span, rows=64):
 
 
 SLOT_ARMS = slot_arms(64, 4)
+SLOTS_OF_64 = SLOT_ARMS["b slots"]
 SLOT_ARMS["b, binding off"] = SLOT_ARMS["b slots"] + " --span_binding=False --time_of='b slots'"
 SLOT_ARMS["b slots"] += " --after=history_shuffled --after=slots_empty"
 
@@ -1748,7 +1748,7 @@ CLAIMS["variants"] = Trial(
     ("", "--norm=layer", "--norm=scale", "--mlp=gelu", "--mlp=swiglu", "--pos=learned",
      "--pos=none", "--tie", "--qk_norm=False", "--n_kv_head=1", "--n_kv_head=4,2,2,1",
      "--n_mlp=-1,-1,-1,2048", "--n_value_embed=4", "--dropout=0.1", "--optimizer=adamw",
-     "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"),
+     SLOTS_OF_64),
     SMALL + " --max_iters=500", timing="all")
 
 CLAIMS["small_flags"] = Trial(
@@ -1766,18 +1766,17 @@ CLAIMS["small_flags"] = Trial(
 ENTRIES = ("--layers=AAMA --batch_size=16 --stream=256 --mem_size=2048 --mem_chunk=16 --mem_head=2 "
            "--mem_top=16 --seeds=1")
 AVERAGED = "--layers='(AA)AA' --chunk=space --concept_of=ema --concept=mse --concept_weight=0.1"
-REGION_SLOTS = "--history=64 --aggregate=1 --n_segment=2 --n_span=16 --span=4"
 CLAIMS["mechanism_flags"] = Trial(
     "flags of exits, entries, moving averages and slots that stand in no other table, each beside "
     "its default", "flags of mechanisms, 4 layers, 128 wide, 12 x 64 (entries: 16 x 64), 500 steps",
     {name: f"{flags} --against='{default}'" for default, arms in {
-        "exits": {"exits": "--layers=A.AA.A", "exit_loss = rotate": "--layers=A.AA.A "
-                                                                    "--exit_loss=rotate"},
+        "exits": {"exits": "--layers=A.AA.A",
+                  "exit_loss = rotate": "--layers=A.AA.A --exit_loss=rotate"},
         "entries": {"entries": ENTRIES, **{f"{k} = {v}": f"{ENTRIES} --{k}={v}" for k, v in (
             ("mem_shift", 0), ("mem_novelty", 2.0), ("mem_drop", 0.2))}},
         "moving average": {"moving average": AVERAGED, **{
             f"ema_decay = {v}": f"{AVERAGED} --ema_decay={v}" for v in (0.9, 0.999)}},
-        "slots": {"slots": REGION_SLOTS, "enrich": f"{REGION_SLOTS} --enrich=True"},
+        "slots": {"slots": SLOTS_OF_64, "enrich": f"{SLOTS_OF_64} --enrich=True"},
     }.items() for name, flags in arms.items()},
     MINE, columns=("val loss", "difference", "sd of it", "spread", "ms a step"))
 
@@ -1871,7 +1870,7 @@ CLAIMS["region"] = Trial(
     "500 steps of 12 x 64",
     {"hard": "", "soft_rate = 0.1": "--soft_rate=0.1", "n_soft = 16": "--n_soft=16",
      "n_soft = 32": "--n_soft=32", "n_soft = 16, soft_rate = 0.05": "--n_soft=16 --soft_rate=0.05"},
-    f"{MINE} {REGION_SLOTS} --after=behind_region",
+    f"{MINE} {SLOTS_OF_64} --after=behind_region",
     columns=("val loss", "difference", "sd of it", "step time", "hard region", "soft region",
              "usual region"),
     derived={"share kept": lambda f, _: (mean(f["usual region"]) - mean(f["soft region"])) / (
@@ -3120,9 +3119,8 @@ def nats_beside(model, tok, groups, stored):
     asked behind all of them, with a store of one row."""
     nats = []
     for group in groups:
-        told, asked = (tok.encode(text) for text in ("\n" + as_text_of(group),
-                                                     as_text_of(group[:1], "?")))
-        ids, n = torch.tensor([told + asked]), len(group[0][1]) + 1  # (a line end follows a value)
+        text = "\n" + as_text_of(group) + as_text_of(group[:1], "?")
+        ids, n = torch.tensor([tok.encode(text)]), len(group[0][1]) + 1  # (a line end follows it)
         logits = model(ids[:, :-1], state=model.init_state(1, memory=stored)).logits
         nats.append(F.cross_entropy(logits[0, -n:], ids[0, -n:]).item())
     return mean(nats)
@@ -3160,8 +3158,7 @@ def facts_kept(cfg, size=10_000, n=200, rows=100):
             "new values": answers(model, tok, some(changed), stored),
             "loss on others": nats_beside(model, tok, groups, stored)})
         print(table[-1], file=sys.stderr)
-    yield Table(f"{size:,} facts, {n} questions of each kind, {rows} windows of 6 others",
-                table)
+    yield Table(f"{size:,} facts, {n} questions of each kind, {rows} windows of 6 others", table)
 
 
 # kNN-LM
