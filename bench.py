@@ -2168,7 +2168,7 @@ CLAIMS["plays"] = Trial(
     SMALL + " --batch_size=16 --stream=256 --max_iters=1000 --mem_chunk=16 --mem_head=2 "
             "--mem_top=16 --against='AAMA, 0'")
 
-MEMORY_MODEL = "config/shakespeare_cpu.py --max_iters=400" + ONCE
+MEMORY_MODEL = SMALL + " --n_kv_head=1 --max_iters=400 --compile=False"
 ONE_MEMORY = "--layers=AAFA --mem_head=2 --mem_top=8 --n_mem="
 FEATURAL = Trial(
     "", "featural memory, 4 layers, 128 wide, 12 x 64",
@@ -2183,7 +2183,7 @@ FEATURAL = Trial(
 def distill(cfg):
     """students whose feed-forward layers are memories, and smaller ones, beside their teacher and
     themselves from scratch"""
-    teacher = "config/shakespeare_cpu.py --max_iters=750" + ONCE
+    teacher = MEMORY_MODEL + " --max_iters=750"
     path = os.path.join(kept(cfg, "teacher", teacher), "ckpt.pt")
     learns = f"--teacher={shlex.quote(os.path.abspath(path))} --distill_match="
     memories = "--layers=AFFF --mem_head=2 --mem_dim=32 --mem_top=8 --n_mem=1024 "

@@ -1147,12 +1147,12 @@ class GRU(Layer):
     def forward(self, x, seq, aux, cache=None):
         v = x.to(self.rnn.weight_ih_l0.dtype)  # torch's own takes no other
         before = None if cache is None else cache.before("h", seq.pos).to(v.dtype)
-        h = self.documents(v, seq.doc_start, before)
+        # torch's own GRU breaks the graph, and so do documents of any length
+        h = torch.compiler.disable(self.documents)(v, seq.doc_start, before)
         if cache is not None:
             cache.write(seq.pos, h=h)
         return self.c_proj(h.to(x.dtype))
 
-    @torch.compiler.disable  # torch's own GRU breaks the graph, and so do documents of any length
     def documents(self, v, starts, before):
         """Run each document of each row as a sequence of its own.
 
