@@ -2391,6 +2391,22 @@ def test_a_model_born_again_learns_from_what_it_was(tmp_path):
     assert not (tmp_path / "born" / "ckpt_gen1.pt").exists()
 
 
+def test_a_run_stopped_while_it_labels_ends_as_the_one_that_was_not(tmp_path, monkeypatch):
+    """And at once: two batches of labels are made, of many."""
+    more, asked = dict(born_again=(2,), max_iters=4), []
+    _, whole = run(tmp_path / "whole", **more)
+    label, at_once = train.Runner.label, lambda: len(asked) > 2 and send()
+
+    def interrupted(self, data, model, stop):
+        return label(self, data, model, lambda: asked.append(at_once()) or stop())
+    monkeypatch.setattr(train.Runner, "label", interrupted)
+    r, saved = run(tmp_path / "b", **more)
+    assert r["stopped"] == signal.SIGTERM and saved["step"] == 2 and len(asked) == 4
+    monkeypatch.undo()
+    r, resumed = run(tmp_path / "b", init_from="resume", **more)
+    assert not r["stopped"] and all(same(whole[k], resumed[k]) for k in ("model", "optimizers"))
+
+
 def test_a_text_is_labelled_with_half_a_window_before_each_token(teacher, tmp_path):
     """In logarithms of chances; and rows have those of their targets."""
     r, _ = learner(teacher)
@@ -5201,6 +5217,12 @@ def test_how_a_program_ends():
     assert program("print('x' * 100)", "| true")[2] == ""
     code, _, err = program("print('x' * 100)", ">/dev/full")
     assert code == 2 and err.count("\n") == 1 and "No space left" in err
+
+
+def test_no_program_loads_the_compiler_before_it_is_needed():
+    """Which takes as long as loading torch."""
+    assert program("import torch; had = 'torch._dynamo' in sys.modules; import sample, train; "
+                   "sys.exit(('torch._dynamo' in sys.modules) != had)") == (0, "", "")
 
 
 @pytest.fixture

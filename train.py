@@ -992,7 +992,7 @@ class RunFiles:
 
 class StopSignal:
     """The number of the first SIGINT, SIGTERM or SIGHUP, 0 before; asked once a step, and once a
-    batch of a validation. A second signal ends the process at once; not under torchrun, which sends
+    batch of a validation or of labels. A second signal ends the process at once; not under torchrun, which sends
     a SIGTERM of its own behind the Ctrl-C that every process has already seen."""
 
     def __init__(self):
@@ -1172,10 +1172,11 @@ class Runner:
         return out.logits, {i: out.ff_outputs[t] for t, i in self.replaced.items()}
 
     @torch.no_grad()
-    def label(self, data, model):
+    def label(self, data, model, stop=lambda: 0):
         """Return what a model says of each token of a split, an array (n, V) of logarithms, from
         windows that overlap by half: so each has half a window before it, or all there is; where
-        answers need their whole document, from a window for each. Every process asks for itself."""
+        answers need their whole document, from a window for each. Every process asks for itself,
+        and leaves it at what it has where stop(), asked once a batch, says so."""
         first = np.arange(1, data.n, -(-data.T // 2))
         if data.docs:  # an answer needs its whole document
             first = np.append(1, data.docs[0][1:])
@@ -1185,6 +1186,8 @@ class Runner:
         labels = torch.zeros(data.n, self.mcfg.vocab_size, dtype=torch.float16)
         model.eval()
         for i in prepare.bar(range(0, len(first), self.micro), desc="label"):
+            if stop():
+                break
             at = np.arange(i, i + self.micro).clip(max=len(first) - 1)  # (as many rows each time)
             x, y, h = (t.to(self.place.device) for t in data.rows(first[at], last[at]))
             logits = ask(model, x, h, targets=y, denom=torch.ones((), device=x.device)).logits
@@ -1746,6 +1749,8 @@ class Training:
                 break
             if done:
                 break
+            if p.step in tcfg.born_again and not self.begin_again():
+                continue  # to what a signal asks for
             self.train_step()
             if p.step % tcfg.log_interval == 0:
                 self.log_losses()
@@ -1765,24 +1770,27 @@ class Training:
 
     def begin_again(self):
         """Keep the model as the teacher of a new one of its shape, and begin with that (Furlanello
-        et al. 2018, arXiv:1805.04770)."""
+        et al. 2018, arXiv:1805.04770). Return False, with nothing begun, where a signal stopped
+        it."""
         p, tcfg, start = self.progress, self.tcfg, time.perf_counter()
         k = tcfg.born_again.index(p.step) + 1
         self.settle()
         path, state = self.files.generation(k), self.state()
         self.place.on_rank_zero(lambda: prepare.save_checkpoint(path, state, demote=False))
         self.train_data.labels = None  # (before as many are made)
-        self.train_data.labels = self.run.label(self.train_data, self.run.inner)
+        labels = self.run.label(self.train_data, self.run.inner, lambda: self.signal.number)
+        if self.stopped():
+            return False
+        self.train_data.labels = labels
         self.run.reset(tcfg.seed + k)
         self.coming = {}  # (rows with labels of the teacher before)
         p.step_seconds += time.perf_counter() - start
         self.say(f"step {p.step}: begins again; its teacher is the model so far, which labelled "
                  f"the text in {time.perf_counter() - start:.0f} s")
+        return True
 
     def train_step(self):
         p, run = self.progress, self.run
-        if p.step in self.tcfg.born_again:
-            self.begin_again()
         start = time.perf_counter()
         begins = self.train_data.begins(p.step, run.slice, run.n_rows) if run.memory else None
         self.pending.append((p.step, *run.step(p.step, *self.batch(p.step), begins=begins)))
