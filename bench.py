@@ -2158,6 +2158,9 @@ def draws(cfg, rows=64, length=192):
 
 WORDS = "--layers='RR(RM)R' --chunk=space --mem_chunk=4 --against='RR(RM)R, words, 0' --mem_size="
 
+IN_ORDER = SMALL + (" --batch_size=16 --stream=256 --mem_chunk=16 --mem_head=2 --mem_top=16 "
+                    "--max_iters=")
+
 CLAIMS["plays"] = Trial(
     "held-out plays at a window of 64: validation loss by what an associative memory keeps",
     "windows of 64 in turn",
@@ -2167,8 +2170,7 @@ CLAIMS["plays"] = Trial(
      **{f"RR(RM)R, words, {n:,}": WORDS + str(n) for n in (0, 2048)},
      "AAAA, a window of 256": "--block_size=256 --batch_size=4 --stream=64",
      "AAAA, seconds of AAMA, 8,192": "--time_of='AAAA, no memory' --seconds_of='AAMA, 8,192'"},
-    SMALL + " --batch_size=16 --stream=256 --max_iters=1000 --mem_chunk=16 --mem_head=2 "
-            "--mem_top=16 --against='AAMA, 0'")
+    IN_ORDER + "1000 --against='AAMA, 0'")
 
 MEMORY_MODEL = SMALL + " --n_kv_head=1 --max_iters=400 --compile=False"
 ONE_MEMORY = "--layers=AAFA --mem_head=2 --mem_top=8 --n_mem="
@@ -2179,6 +2181,15 @@ FEATURAL = Trial(
      "AAAA, third MLP 2,208 wide, as many as AAFA": "--n_mlp=0,0,2208,0",
      "AAAA, seconds of AAFA": "--time_of=AAAA --seconds_of='AAFA, 4,096 slots'"},
     MEMORY_MODEL + " --after=usage", columns=(*COMPARED, "slots_used", "slot_entropy"))
+
+LONG, PLAYS = MEMORY_MODEL + " --max_iters=4000 ", IN_ORDER + (
+    "10000 --seeds=1 --against='AAAA, 10,000 steps of 16 x 64' ")
+CLAIMS["longer"] = Trial(
+    "a memory in place of the third MLP at ten times the steps of the claims featural and plays",
+    "ten times the steps, 4 layers, 128 wide",
+    {"AAAA, 4,000 steps of 12 x 64": LONG, "AAFA, 4,096 slots": LONG + ONE_MEMORY + "4096",
+     "AAAA, 10,000 steps of 16 x 64": PLAYS,
+     "AAMA, 2,048 entries": PLAYS + "--layers=AAMA --mem_size=2048"})
 
 
 @register
