@@ -3008,11 +3008,12 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         constants(self, cos=None, sin=None, ends_word=None, semantic_table=None)
         attending = cfg.attending() if cfg.pos == "rope" else []
         if attending:
-            angle = cfg.rope_base ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
             length = cfg.n_slot + max(cfg.block_size, cfg.history if cfg.enrich else 0)
             length += (2 + cfg.horizon) * bool(self.levels)  # a level has bos, and looks ahead
-            angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
-            self.cos, self.sin = angle.cos(), angle.sin()
+            with torch.device("cpu"):  # (for these, the meta device would load torch._dynamo)
+                angle = cfg.rope_base ** (-torch.arange(0, 1, 2 / cfg.heads(attending[0])[2]))
+                angle = torch.outer(torch.arange(length, dtype=torch.float32), angle)
+            self.cos, self.sin = (t.to(self.wte.weight.device) for t in (angle.cos(), angle.sin()))
         if cfg.chunk.startswith("space") and self.levels:
             if not cfg.space:
                 raise ValueError("chunk = space needs the ids that end a word (space), which a "

@@ -992,8 +992,9 @@ class RunFiles:
 
 class StopSignal:
     """The number of the first SIGINT, SIGTERM or SIGHUP, 0 before; asked once a step, and once a
-    batch of a validation or of labels. A second signal ends the process at once; not under torchrun, which sends
-    a SIGTERM of its own behind the Ctrl-C that every process has already seen."""
+    batch of a validation or of labels. A second signal ends the process at once; not under
+    torchrun, which sends a SIGTERM of its own behind the Ctrl-C that every process has already
+    seen."""
 
     def __init__(self):
         self.number, self.before, self.alone = 0, {}, "RANK" not in os.environ
