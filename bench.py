@@ -2189,7 +2189,8 @@ CLAIMS["longer"] = Trial(
     "ten times the steps, 4 layers, 128 wide",
     {"AAAA, 4,000 steps of 12 x 64": LONG, "AAFA, 4,096 slots": LONG + ONE_MEMORY + "4096",
      "AAAA, 10,000 steps of 16 x 64": PLAYS,
-     "AAMA, 2,048 entries": PLAYS + "--layers=AAMA --mem_size=2048"})
+     "AAMA, 2,048 entries": PLAYS + "--layers=AAMA --mem_size=2048",
+     "AAAA, a window of 256": PLAYS + "--block_size=256 --batch_size=4 --stream=64"})
 
 
 @register
