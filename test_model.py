@@ -2392,7 +2392,7 @@ def test_a_model_born_again_learns_from_what_it_was(tmp_path):
 
 
 def test_a_run_stopped_while_it_labels_ends_as_the_one_that_was_not(tmp_path, monkeypatch):
-    """And at once: two batches of labels are made, of many."""
+    """And at once: three batches of labels are made, of many."""
     more, asked = dict(born_again=(2,), max_iters=4), []
     _, whole = run(tmp_path / "whole", **more)
     label, at_once = train.Runner.label, lambda: len(asked) > 2 and send()
