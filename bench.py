@@ -2182,15 +2182,15 @@ FEATURAL = Trial(
      "AAAA, seconds of AAFA": "--time_of=AAAA --seconds_of='AAFA, 4,096 slots'"},
     MEMORY_MODEL + " --after=usage", columns=(*COMPARED, "slots_used", "slot_entropy"))
 
-LONG, PLAYS = MEMORY_MODEL + " --max_iters=4000 ", IN_ORDER + (
-    "10000 --seeds=1 --against='AAAA, 10,000 steps of 16 x 64' ")
+LONG_F = MEMORY_MODEL + " --max_iters=4000 "
+LONG_M = IN_ORDER + "10000 --seeds=1 --against='AAAA, 10,000 steps of 16 x 64' "
 CLAIMS["longer"] = Trial(
     "a memory in place of the third MLP at ten times the steps of the claims featural and plays",
     "ten times the steps, 4 layers, 128 wide",
-    {"AAAA, 4,000 steps of 12 x 64": LONG, "AAFA, 4,096 slots": LONG + ONE_MEMORY + "4096",
-     "AAAA, 10,000 steps of 16 x 64": PLAYS,
-     "AAMA, 2,048 entries": PLAYS + "--layers=AAMA --mem_size=2048",
-     "AAAA, a window of 256": PLAYS + "--block_size=256 --batch_size=4 --stream=64"})
+    {"AAAA, 4,000 steps of 12 x 64": LONG_F, "AAFA, 4,096 slots": LONG_F + ONE_MEMORY + "4096",
+     "AAAA, 10,000 steps of 16 x 64": LONG_M,
+     "AAMA, 2,048 entries": LONG_M + "--layers=AAMA --mem_size=2048",
+     "AAAA, a window of 256": LONG_M + "--block_size=256 --batch_size=4 --stream=64"})
 
 
 @register
