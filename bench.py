@@ -2166,9 +2166,9 @@ CLAIMS["plays"] = Trial(
     "windows of 64 in turn",
     {"AAAA, no memory": "",
      **{f"AAMA, {n:,}": f"--layers=AAMA --mem_size={n}" for n in (0, 512, 2048, 8192)},
-     "AAMA, 2,048, keys returned": "--layers=AAMA --mem_size=2048 --mem_straight",
-     **{f"RR(RM)R, words, {n:,}": WORDS + str(n) for n in (0, 2048)},
-     "AAAA, a window of 256": "--block_size=256 --batch_size=4 --stream=64",
+     "AAMA, 2,048, keys returned": "--layers=AAMA --mem_size=2048 --mem_straight --seeds=1",
+     **{f"RR(RM)R, words, {n:,}": f"{WORDS}{n} --seeds=1" for n in (0, 2048)},
+     "AAAA, a window of 256": "--block_size=256 --batch_size=4 --stream=64 --seeds=1",
      **{f"AAAA, seconds of AAMA, {n:,}": f"--time_of='AAAA, no memory' --seconds_of='AAMA, {n:,}'"
         for n in (512, 2048, 8192)}},
     IN_ORDER + "1000 --against='AAMA, 0'")

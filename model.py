@@ -466,6 +466,15 @@ def constants(module, **tensors):
         module.register_buffer(name, t, persistent=False)
 
 
+# instructions for products in bf16; without them torch takes 80 times as long as in fp32
+BF16_CPU = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def in_fp32(x):
+    """Return whether products of x are better taken in fp32: in bf16 on a CPU that has none."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not BF16_CPU
+
+
 class Linear(nn.Linear):
     """nn.Linear that computes in its input's type and states its law.
 
@@ -486,11 +495,13 @@ class Linear(nn.Linear):
 
     def forward(self, x, first=0, last=None):
         """Return the outputs from the first-th on, up to the last."""
+        one = x.numel() == x.size(-1)
+        if in_fp32(x) and not one:
+            return self(x.float(), first, last).to(x.dtype)
         weight, bias = self.weight, self.bias
         if first or last:
             weight, bias = weight[first:last], None if bias is None else bias[first:last]
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        one = x.numel() == x.size(-1)
         if one and torch.compiler.is_compiling() and x.device.type == "cpu":
             # the fused sum reads weights at memory speed, BLAS's matrix-vector product at a third
             y = (weight.float() * x.float().view(-1)).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
@@ -644,6 +655,8 @@ def attend(q, k, v, mask, dropout):
     if isinstance(mask, BlockMask):
         q, k, v = (t.contiguous() for t in (q, k, v))  # (strides went wrong in torch 2.13 on a CPU)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != groups)
+    if in_fp32(q):
+        return attend(q.float(), k.float(), v.float(), mask, dropout).to(q.dtype)
     low = q.dtype != torch.float32
     if on_cpu and T == 1 and mask is not None and (low or torch.compiler.is_compiling()):
         # one query: sums, which the compiler fuses

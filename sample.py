@@ -790,11 +790,14 @@ class CudaGraph:
         self.behind, state.pos = state.pos, self.pos.clone()
 
 
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 class Int8(torch.nn.Module):
     """A Linear with its weights as 8-bit integers and a scale per output. torch's own weight-only
     product is private, but twice as fast as what is public; it reads past the end of rows whose
     length is no multiple of 16, so they are padded. For one token the loop that the compiler makes
-    is faster still, for several it is slower."""
+    is faster still with AVX-512; elsewhere, and for several, it is slower."""
 
     def __init__(self, linear):
         super().__init__()
@@ -809,7 +812,7 @@ class Int8(torch.nn.Module):
     def forward(self, x, first=0, last=None):
         rows = F.pad(x, self.pad).contiguous().view(-1, self.q.size(1))
         q, scale = self.q[first:last], self.scale[first:last]
-        if len(rows) == 1 and torch.compiler.is_compiling():
+        if len(rows) == 1 and AVX512 and torch.compiler.is_compiling():
             y = ((q.float() * rows.float()).sum(-1) * scale).to(x.dtype)
         else:
             y = torch._weight_int8pack_mm(rows, q, scale)

@@ -3877,8 +3877,26 @@ def test_int8_is_close(name):
     agree(step, after[:, :1], 0.1)
 
 
-def test_int8_of_one_token_compiled():
+@pytest.mark.parametrize("has", [False, True])
+def test_bf16_on_a_cpu_with_and_without_its_products(has, monkeypatch):
+    """Where a CPU has none, products of several rows are rounded from fp32."""
+    monkeypatch.setattr(model, "BF16_CPU", has)
+    linear, g = model.Linear(40, 56, bias=True).bfloat16(), seeded()
+    for p in linear.parameters():
+        nn.init.normal_(p, generator=g)
+    x = torch.randn(3, 5, 40, generator=g).bfloat16()
+    exact = F.linear(x.float(), linear.weight.float(), linear.bias.float())
+    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=g).bfloat16()
+    attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    for result, fp32 in (linear(x), exact), (model.attend(q, k, v, None, 0.0), attended):
+        assert result.dtype == torch.bfloat16
+        assert has or torch.equal(result, fp32.bfloat16())
+        torch.testing.assert_close(result.float(), fp32, atol=0.05, rtol=0.02)
+
+
+def test_int8_of_one_token_compiled(monkeypatch):
     """The loop that is compiled, whole and in part, gives what torch's product gives."""
+    monkeypatch.setattr(sample, "AVX512", True)
     linear = model.Linear(40, 56, bias=True).bfloat16()
     for p in linear.parameters():
         nn.init.normal_(p, generator=seeded())

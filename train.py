@@ -41,8 +41,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import prepare
 import pretrained
 from config import UserError, summary, visible
-from model import (GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, averaged, cross_entropy, divergence,
-                   ends_with_document, rms_norm, settings)
+from model import (BF16_CPU, GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, averaged, cross_entropy,
+                   divergence, ends_with_document, rms_norm, settings)
 
 CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine"),
            "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -266,8 +266,7 @@ def find_place(tcfg):
         torch.set_float32_matmul_precision("high")
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        bf16 = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported()
-                                  or torch.cpu._is_amx_tile_supported())
+        bf16 = kind == "cpu" and BF16_CPU
     if world > 1 and not dist.is_initialized():
         # torchrun of torch 2.13 keeps one store for all attempts, with addresses of processes that
         # are gone; between machines attempts are counted apart, and only its own switch helps
