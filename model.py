@@ -3103,15 +3103,16 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     # -- decoding
 
-    def init_state(self, B, memory=None, carried=None, known=None):
-        """Return an empty State for B rows, with room for every slot and the whole window.
+    def init_state(self, B, memory=None, carried=None, known=None, room=None):
+        """Return an empty State for B rows, with room for every slot and the whole window, or so
+        many tokens of it.
 
         memory {block: Memory}: what blocks M can find besides what they read, of one row, or of B
         for leave_window to write to. carried: the entries of the first known (B,) tokens, as
         leave_window gave them.
         """
         device, S, V = self.wte.weight.device, self.cfg.n_slot, self.cfg.vocab_size
-        L = S + self.cfg.block_size
+        L = S + (self.cfg.block_size if room is None else room)
         like, own = torch.empty(0, device=device, dtype=self.dtype), {}
         caches = self.init_caches(B, L, like)
         for i, window in self.windows(caches) if carried else ():

@@ -441,13 +441,16 @@ class Decoder:
     for the ring at once (as ids), and slots and window are computed anew in one pass."""
 
     def __init__(self, model, rows, eot=None, compile=False, context=0, at_exit=0, leave=None,
-                 memory=None, sources=None, neighbours=None, amateur=None, draft=None, others=()):
+                 memory=None, sources=None, neighbours=None, amateur=None, draft=None, others=(),
+                 room=0):
         """context: a window of so many tokens, and no history; at_exit: keep the logits `early` of
         the exit after so many blocks too; leave: an exit_rule by which tokens leave early; memory
         {block: Memory}: what blocks M find, and write to when the window is full (a copy of their
         own); sources {block: (store, ids (H, N))}: which entries those are; neighbours: a
         memory.Neighbours; amateur, draft: a Decoder that reads the same tokens, to contrast with
-        or to propose them; others: Decoders whose probabilities are averaged with this one's."""
+        or to propose them; others: Decoders whose probabilities are averaged with this one's;
+        room: tokens that the state of a compiled step has room for, the window where it is 0; other
+        states grow by doubling, since attention reads all that they have room for."""
         self.model, self.eot, self.at_exit, self.leave = model, eot, at_exit, leave
         self.made = 0  # tokens behind the prompt
         self.neighbours, self.sources = neighbours, sources or {}
@@ -456,6 +459,7 @@ class Decoder:
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
             self.T, self.H = min(context, self.T), 0
+        self.room = compile and min(self.T, 1 << ((room or self.T) - 1).bit_length())
         self.device = model.wte.weight.device
         self.memory, self.own = dict(memory or {}), False  # own: nobody else reads it
         # entries of the first `known` tokens of each window, as the one before had them
@@ -529,7 +533,9 @@ class Decoder:
         """Return an empty state for rows in a row, with what each finds besides its window."""
         memory, carried = self.remembered(slice(rows[0], rows[-1] + 1))  # views, to write to
         known = torch.tensor([self.known[b] for b in rows], device=self.device)
-        return self.model.init_state(len(rows), memory, carried, known)
+        longest = max(len(self.rows[b][1]) for b in rows)
+        self.room = max(self.room, min(self.T, 1 << longest.bit_length()))
+        return self.model.init_state(len(rows), memory, carried, known, self.room)
 
     def remembered(self, at):
         """Return the memory and the carried entries of rows `at`, a slice or a LongTensor."""
@@ -626,6 +632,10 @@ class Decoder:
                 if w[j] > 0.05 and at[j] >= 0 and ids[j // k, at[j]] >= 0:
                     self.found[b].append((store, int(ids[j // k, at[j]])))
 
+    def outgrown(self):
+        """Return whether a row has no room in the state any more."""
+        return max(len(window) for _, window in self.rows) > self.room
+
     @torch.inference_mode()
     def push(self, tokens, soft=None):
         """Append a token to each row, a list of B ids, or a soft one where soft[b] is a
@@ -634,7 +644,7 @@ class Decoder:
             d.push(tokens, soft)
         folded = any([self.append(b, t, soft and soft[b]) for b, t in enumerate(tokens)])
         self.made += 1
-        if folded:
+        if folded or self.outgrown():
             self.prefill()
         else:
             self.read_last(1, self.step)
@@ -645,7 +655,8 @@ class Decoder:
         """Append the same ids to every row, in one pass where they fit."""
         for d in self.companions():
             d.extend(ids)
-        if any([self.append(b, t) for b in range(len(self.rows)) for t in ids]):
+        folded = any([self.append(b, t) for b in range(len(self.rows)) for t in ids])
+        if folded or self.outgrown():
             self.prefill()
         elif ids:
             self.read_last(len(ids), self.model)
@@ -1073,7 +1084,7 @@ class Speculation(Plain):
         while min(counts) < cfg.max_new_tokens:
             first = choose(p, self.generator) if first is None else first
             ready = [[made] for made in generated(first.tolist(), d.logits, p, drafted=False)]
-            if min(e.T - len(w) for e in self.decoders for _, w in e.rows) <= n:  # one is to fold
+            if min(e.room - len(w) for e in self.decoders for _, w in e.rows) <= n:  # one is full
                 d.push(first.tolist())
                 p, first = self.probabilities(), None
             else:
@@ -1532,7 +1543,9 @@ def make_decoder(cfg, model, rows, eot=None, other=None, average=(), **more):
                             "drawn; train one with --layers='(AA)AA' --plan=cross --concept=energy")
         torch.manual_seed(cfg.seed)
     draw_plans(model, cfg.plan_draw)
-    start = lambda m, **more: Decoder(m, rows, eot, cfg.compile, **more)
+    made = cfg.max_new_tokens + cfg.speculate
+    room = 0 if cfg.interactive else max(map(len, rows)) + made
+    start = lambda m, **more: Decoder(m, rows, eot, cfg.compile, room=room, **more)
     kind, number = amateur_of(cfg, model)
     if kind == "exit":
         more["at_exit"] = number

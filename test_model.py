@@ -3260,6 +3260,23 @@ def test_folding_is_a_pure_function_of_the_kept_ids(name, steps=50):
     agree(again.logits, d.logits)
 
 
+def test_a_state_has_no_more_room_than_it_needs(monkeypatch):
+    """It doubles as the window fills; compiled it has room for all that is to come."""
+    monkeypatch.setattr(sample, "compiled", lambda model: model)
+    m, rooms = make("slots+value_embed+gqa").eval(), []
+    d, whole, given = (sample.Decoder(m, [[1, 2, 3], [4]], compile=n > 0, room=n // 2 * 6)
+                       for n in range(3))
+    for t in range(20):
+        for other in (whole, given):
+            agree(d.logits, other.logits)
+        rooms.append((len(d.rows[0][1]), d.room))
+        assert all(e.state.capacity == m.cfg.n_slot + e.room for e in (d, whole, given))
+        assert whole.room == 16 and given.room == (8 if len(d.rows[0][1]) <= 8 and t < 14 else 16)
+        for e in (d, whole, given):
+            e.push([t, t])
+    assert [room for _, room in rooms[:14]] == [4, 4, *[8] * 4, *[16] * 8]
+
+
 @pytest.mark.parametrize("tokens, more, shown, done", [
     ("aé\U0001f600b".encode(), {}, ["a", "", "é", "", "", "", "\U0001f600", "b", ""], False),
     (b"one STO two STOP three", dict(stop="STOP"), "one STO two ", True),
