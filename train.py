@@ -1842,8 +1842,9 @@ class Training:
         """Print what the model writes now, by random numbers of its own."""
         model, device = self.run.model.eval(), self.place.device
         draws = torch.Generator(device).manual_seed(self.tcfg.seed)
-        state, ids = model.init_state(1), [int(self.train_data.tokens[0])]
-        for _ in range(min(100, self.mcfg.block_size)):
+        n = min(100, self.mcfg.block_size)
+        state, ids = model.init_state(1, room=n), [int(self.train_data.tokens[0])]
+        for _ in range(n):
             logits = model(torch.tensor([ids[-1:]], device=device), state=state).logits[0, -1]
             ids.append(int(torch.multinomial((logits / 0.8).softmax(-1), 1, generator=draws)))
         model.train()
