@@ -3074,6 +3074,7 @@ def answers(model, tok, facts, stored):
     decoder = sample.Decoder(model, [tok.encode("\n" + as_text_of(others))], memory=stored)
     for fact in facts:
         text = torch.tensor([tok.encode(as_text_of([fact], "?"))])
+        decoder.make_room(text.size(1))
         guesses = model(text, state=decoder.state.select(torch.tensor([0]))).logits.argmax(-1)
         n = text.size(1) - len(fact[1]) - 1  # where the value begins, which a line end follows
         right += torch.equal(guesses[0, n - 1:-1], text[0, n:])

@@ -495,14 +495,14 @@ class Linear(nn.Linear):
 
     def forward(self, x, first=0, last=None):
         """Return the outputs from the first-th on, up to the last."""
-        one = x.numel() == x.size(-1)
-        if in_fp32(x) and not one:
-            return self(x.float(), first, last).to(x.dtype)
+        rows = x.numel() // x.size(-1)
+        if rows > 8 and in_fp32(x):  # (for fewer it takes longer to cast the weights)
+            return self.forward(x.float(), first, last).to(x.dtype)
         weight, bias = self.weight, self.bias
         if first or last:
             weight, bias = weight[first:last], None if bias is None else bias[first:last]
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if one and torch.compiler.is_compiling() and x.device.type == "cpu":
+        if rows == 1 and torch.compiler.is_compiling() and x.device.type == "cpu":
             # the fused sum reads weights at memory speed, BLAS's matrix-vector product at a third
             y = (weight.float() * x.float().view(-1)).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
@@ -752,6 +752,14 @@ class Cache:
         last = self.read(name, (first - 1).clamp(min=0)[:, None])[:, 0]
         return torch.where((first > 0).view(-1, *[1] * (last.dim() - 1)), last, 0)
 
+    def take(self, other):
+        """Hold what another cache of the same layer holds, whose room is no larger."""
+        for name, t in other.tensors.items():
+            self.tensors[name][:, :t.size(1)] = t
+        for mine, its in zip(self.inside, other.inside):
+            if mine is not None:
+                mine.take(its)
+
     def select(self, rows):
         """Return the cache of these rows (a LongTensor; a row may be taken several times)."""
         return Cache({n: t[rows] for n, t in self.tensors.items()},
@@ -781,6 +789,14 @@ class State:
     def rollback(self, n):
         """Forget the last n positions: a number, or one per row (B,)."""
         self.pos = self.pos - n
+
+    def take(self, other):
+        """Hold what another state of the same rows holds, whose room is no larger. Return self."""
+        self.pos, self.begun = other.pos, other.begun
+        for mine, its in zip([*self.caches, *self.own.values()],
+                             [*other.caches, *other.own.values()]):
+            mine.take(its)
+        return self
 
     def select(self, rows):
         """Return the state of these rows (a LongTensor; a row may be taken several times)."""

@@ -459,7 +459,7 @@ class Decoder:
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
             self.T, self.H = min(context, self.T), 0
-        self.room = compile and min(self.T, 1 << ((room or self.T) - 1).bit_length())
+        self.room = compile and self.doubled(room or self.T)
         self.device = model.wte.weight.device
         self.memory, self.own = dict(memory or {}), False  # own: nobody else reads it
         # entries of the first `known` tokens of each window, as the one before had them
@@ -534,7 +534,7 @@ class Decoder:
         memory, carried = self.remembered(slice(rows[0], rows[-1] + 1))  # views, to write to
         known = torch.tensor([self.known[b] for b in rows], device=self.device)
         longest = max(len(self.rows[b][1]) for b in rows)
-        self.room = max(self.room, min(self.T, 1 << longest.bit_length()))
+        self.room = max(self.room, self.doubled(longest + 1))
         return self.model.init_state(len(rows), memory, carried, known, self.room)
 
     def remembered(self, at):
@@ -632,9 +632,18 @@ class Decoder:
                 if w[j] > 0.05 and at[j] >= 0 and ids[j // k, at[j]] >= 0:
                     self.found[b].append((store, int(ids[j // k, at[j]])))
 
-    def outgrown(self):
-        """Return whether a row has no room in the state any more."""
-        return max(len(window) for _, window in self.rows) > self.room
+    def doubled(self, n):
+        """Return the room of a state that is to hold n tokens."""
+        return min(self.T, 1 << (n - 1).bit_length())
+
+    @torch.inference_mode()
+    def make_room(self, more=0):
+        """Give the state room for the windows and so many tokens more."""
+        needed = max(len(window) for _, window in self.rows) + more
+        if needed > self.room:
+            self.room = self.doubled(needed)
+            new = self.model.init_state(len(self.rows), self.state.memory, room=self.room)
+            self.state = new.take(self.state)
 
     @torch.inference_mode()
     def push(self, tokens, soft=None):
@@ -644,9 +653,10 @@ class Decoder:
             d.push(tokens, soft)
         folded = any([self.append(b, t, soft and soft[b]) for b, t in enumerate(tokens)])
         self.made += 1
-        if folded or self.outgrown():
+        if folded:
             self.prefill()
         else:
+            self.make_room()
             self.read_last(1, self.step)
         return self.logits
 
@@ -655,10 +665,10 @@ class Decoder:
         """Append the same ids to every row, in one pass where they fit."""
         for d in self.companions():
             d.extend(ids)
-        folded = any([self.append(b, t) for b in range(len(self.rows)) for t in ids])
-        if folded or self.outgrown():
+        if any([self.append(b, t) for b in range(len(self.rows)) for t in ids]):
             self.prefill()
         elif ids:
+            self.make_room()
             self.read_last(len(ids), self.model)
 
     @torch.inference_mode()
@@ -1084,10 +1094,12 @@ class Speculation(Plain):
         while min(counts) < cfg.max_new_tokens:
             first = choose(p, self.generator) if first is None else first
             ready = [[made] for made in generated(first.tolist(), d.logits, p, drafted=False)]
-            if min(e.room - len(w) for e in self.decoders for _, w in e.rows) <= n:  # one is full
+            if min(e.T - len(w) for e in self.decoders for _, w in e.rows) <= n:  # one is to fold
                 d.push(first.tolist())
                 p, first = self.probabilities(), None
             else:
+                for e in self.decoders:
+                    e.make_room(n + 1)
                 drafted, q, hidden = self.propose(first, n, self.seen())
                 logits = self.verify(torch.cat((first[:, None], drafted), 1), hidden)
                 kept, first, p = self.judge(first, drafted, q, logits)
@@ -1544,7 +1556,8 @@ def make_decoder(cfg, model, rows, eot=None, other=None, average=(), **more):
         torch.manual_seed(cfg.seed)
     draw_plans(model, cfg.plan_draw)
     made = cfg.max_new_tokens + cfg.speculate
-    room = 0 if cfg.interactive else max(map(len, rows)) + made
+    unknown = cfg.interactive or cfg.speculate and cfg.n > 1  # (rows do not stay together)
+    room = 0 if unknown else max(map(len, rows)) + made
     start = lambda m, **more: Decoder(m, rows, eot, cfg.compile, room=room, **more)
     kind, number = amateur_of(cfg, model)
     if kind == "exit":

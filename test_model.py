@@ -3260,21 +3260,25 @@ def test_folding_is_a_pure_function_of_the_kept_ids(name, steps=50):
     agree(again.logits, d.logits)
 
 
-def test_a_state_has_no_more_room_than_it_needs(monkeypatch):
-    """It doubles as the window fills; compiled it has room for all that is to come."""
+@variants
+def test_a_state_has_no_more_room_than_it_needs(name, monkeypatch):
+    """It doubles as windows fill, and holds what it held; compiled it has room for all to come."""
     monkeypatch.setattr(sample, "compiled", lambda model: model)
-    m, rooms = make("slots+value_embed+gqa").eval(), []
+    m = make(name).eval()
+    T, S = m.cfg.block_size, m.cfg.n_slot
     d, whole, given = (sample.Decoder(m, [[1, 2, 3], [4]], compile=n > 0, room=n // 2 * 6)
                        for n in range(3))
-    for t in range(20):
-        for other in (whole, given):
-            agree(d.logits, other.logits)
-        rooms.append((len(d.rows[0][1]), d.room))
-        assert all(e.state.capacity == m.cfg.n_slot + e.room for e in (d, whole, given))
-        assert whole.room == 16 and given.room == (8 if len(d.rows[0][1]) <= 8 and t < 14 else 16)
+    assert (d.room, whole.room, given.room) == (4, T, 8)
+    for n in range(4, T):
         for e in (d, whole, given):
-            e.push([t, t])
-    assert [room for _, room in rooms[:14]] == [4, 4, *[8] * 4, *[16] * 8]
+            e.push([n % 7, 3])
+        assert d.room == min(T, 2 ** (n - 1).bit_length())
+        assert d.state.capacity == S + d.room
+        agree(d.logits, whole.logits)
+        agree(given.logits, whole.logits)
+    d, whole = d.select([1, 1, 0]), whole.select([1, 1, 0])
+    d.extend([5]), whole.extend([5])
+    agree(d.logits, whole.logits)
 
 
 @pytest.mark.parametrize("tokens, more, shown, done", [
