@@ -459,7 +459,7 @@ class Decoder:
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
             self.T, self.H = min(context, self.T), 0
-        self.room = compile and self.doubled(room or self.T)
+        self.room = self.doubled(room or self.T) if compile else 0
         self.device = model.wte.weight.device
         self.memory, self.own = dict(memory or {}), False  # own: nobody else reads it
         # entries of the first `known` tokens of each window, as the one before had them
