@@ -64,7 +64,7 @@ import pretrained
 import sample
 import train
 from config import UserError, as_flags
-from model import GPT, GPTConfig, Level, Linear, cross_entropy
+from model import BF16_CPU, GPT, GPTConfig, Level, Linear, cross_entropy
 from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -149,7 +149,8 @@ def machine():
         with open("/proc/cpuinfo") as f:
             cpu = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
-    return f"{cpu}, {os.cpu_count()} cores, {room:.0f} GB"
+    features = torch.backends.cpu.get_cpu_capability() + ", bf16" * BF16_CPU
+    return f"{cpu} ({features}), {os.cpu_count()} cores, {room:.0f} GB"
 
 
 def git(*argv):

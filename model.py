@@ -470,7 +470,7 @@ def constants(module, **tensors):
 BF16_CPU = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def in_fp32(x):
+def better_in_fp32(x):
     """Return whether products of x are better taken in fp32: in bf16 on a CPU that has none."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not BF16_CPU
 
@@ -496,7 +496,7 @@ class Linear(nn.Linear):
     def forward(self, x, first=0, last=None):
         """Return the outputs from the first-th on, up to the last."""
         rows = x.numel() // x.size(-1)
-        if rows > 8 and in_fp32(x):  # (for fewer it takes longer to cast the weights)
+        if rows > 8 and better_in_fp32(x):  # (for fewer it takes longer to cast the weights)
             return self.forward(x.float(), first, last).to(x.dtype)
         weight, bias = self.weight, self.bias
         if first or last:
@@ -646,7 +646,7 @@ def attend(q, k, v, mask, dropout):
     """Softmax attention: q (B, H, T, D), k and v (B, Hkv, L, D) -> (B, H, T, D).
 
     mask (B, 1, T, L) is True where a query may look; None means causal, with T = L; a BlockMask
-    leaves blocks of scores out (FlexAttention, Dong et al. 2024, arXiv:2412.05496). On a CPU in
+    leaves blocks of scores out (FlexAttention, Dong et al. 2024, arXiv:2412.05496). On a CPU with
     bf16 the attention is written out: the compiler fuses it, while the backward of PyTorch's own
     kernel runs about ten times slower in bf16 than in fp32 there.
     """
@@ -655,7 +655,7 @@ def attend(q, k, v, mask, dropout):
     if isinstance(mask, BlockMask):
         q, k, v = (t.contiguous() for t in (q, k, v))  # (strides went wrong in torch 2.13 on a CPU)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != groups)
-    if in_fp32(q):
+    if better_in_fp32(q):
         return attend(q.float(), k.float(), v.float(), mask, dropout).to(q.dtype)
     low = q.dtype != torch.float32
     if on_cpu and T == 1 and mask is not None and (low or torch.compiler.is_compiling()):
@@ -752,13 +752,13 @@ class Cache:
         last = self.read(name, (first - 1).clamp(min=0)[:, None])[:, 0]
         return torch.where((first > 0).view(-1, *[1] * (last.dim() - 1)), last, 0)
 
-    def take(self, other):
-        """Hold what another cache of the same layer holds, whose room is no larger."""
+    def copy_from(self, other):
+        """Copy what another cache of the same layer holds, whose room is no larger."""
         for name, t in other.tensors.items():
             self.tensors[name][:, :t.size(1)] = t
         for mine, its in zip(self.inside, other.inside):
             if mine is not None:
-                mine.take(its)
+                mine.copy_from(its)
 
     def select(self, rows):
         """Return the cache of these rows (a LongTensor; a row may be taken several times)."""
@@ -790,12 +790,12 @@ class State:
         """Forget the last n positions: a number, or one per row (B,)."""
         self.pos = self.pos - n
 
-    def take(self, other):
-        """Hold what another state of the same rows holds, whose room is no larger. Return self."""
+    def copy_from(self, other):
+        """Copy what another state of the same rows holds, whose room is no larger; return self."""
         self.pos, self.begun = other.pos, other.begun
         for mine, its in zip([*self.caches, *self.own.values()],
                              [*other.caches, *other.own.values()]):
-            mine.take(its)
+            mine.copy_from(its)
         return self
 
     def select(self, rows):

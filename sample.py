@@ -459,7 +459,7 @@ class Decoder:
         self.T, self.H, self.V = model.cfg.block_size, model.cfg.history, model.cfg.vocab_size
         if context:
             self.T, self.H = min(context, self.T), 0
-        self.room = self.doubled(room or self.T) if compile else 0
+        self.room = self.room_for(room or self.T) if compile else 0
         self.device = model.wte.weight.device
         self.memory, self.own = dict(memory or {}), False  # own: nobody else reads it
         # entries of the first `known` tokens of each window, as the one before had them
@@ -534,7 +534,7 @@ class Decoder:
         memory, carried = self.remembered(slice(rows[0], rows[-1] + 1))  # views, to write to
         known = torch.tensor([self.known[b] for b in rows], device=self.device)
         longest = max(len(self.rows[b][1]) for b in rows)
-        self.room = max(self.room, self.doubled(longest + 1))
+        self.room = max(self.room, self.room_for(longest + 1))
         return self.model.init_state(len(rows), memory, carried, known, self.room)
 
     def remembered(self, at):
@@ -632,8 +632,8 @@ class Decoder:
                 if w[j] > 0.05 and at[j] >= 0 and ids[j // k, at[j]] >= 0:
                     self.found[b].append((store, int(ids[j // k, at[j]])))
 
-    def doubled(self, n):
-        """Return the room of a state that is to hold n tokens."""
+    def room_for(self, n):
+        """Return the room of a state that is to hold n tokens: a power of 2, or the window."""
         return min(self.T, 1 << (n - 1).bit_length())
 
     @torch.inference_mode()
@@ -641,9 +641,9 @@ class Decoder:
         """Give the state room for the windows and so many tokens more."""
         needed = max(len(window) for _, window in self.rows) + more
         if needed > self.room:
-            self.room = self.doubled(needed)
+            self.room = self.room_for(needed)
             new = self.model.init_state(len(self.rows), self.state.memory, room=self.room)
-            self.state = new.take(self.state)
+            self.state = new.copy_from(self.state)
 
     @torch.inference_mode()
     def push(self, tokens, soft=None):
