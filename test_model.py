@@ -5346,8 +5346,15 @@ config.run(train.main)
 
 def test_two_ranks_are_one(tmp_path):
     """One global batch on one and on two processes, with and without accumulation, then with that
-    as a teacher: weights and losses within 1e-5."""
+    as a teacher: losses within 1e-5; each weight's tensor, and what the optimizers averaged of its
+    gradient, which shows a wrong scale that Adam hides, within 1e-4 of its norm. (One element says
+    little: Adam makes a full step of a gradient that is nothing but rounding.)"""
     slots = ["--history=16", "--n_span=4", "--span=4"]
+
+    def tensors(c):
+        of_gradients = [s for o in c["optimizers"] for s in o["state"].values()]
+        return [x for tree in (c["model"], *of_gradients) for x in tree.values()
+                if isinstance(x, torch.Tensor)]
 
     def compare(one, *others):
         assert cli(*small_run(tmp_path / "1", *one, "--overwrite")).returncode == 0
@@ -5356,10 +5363,12 @@ def test_two_ranks_are_one(tmp_path):
             torchrun(2, *small_run(tmp_path / "2", *one, *more, "--overwrite"))
             b = saved_in(tmp_path / "2")
             assert a["step"] == b["step"] and abs(a["best_val_loss"] - b["best_val_loss"]) < 1e-5
-            assert all((p - b["model"][k]).abs().max() < 1e-5 for k, p in a["model"].items())
+            assert all((x - y).norm() <= 1e-4 * x.norm()
+                       for x, y in zip(tensors(a), tensors(b), strict=True))
+    compare(["--dataset=chain", "--max_iters=4"], [])  # whose ranks score unequal numbers of tokens
     compare([*slots, "--max_iters=20", "--eval_interval=20", "--layers=R(A)M", "--plan=cross",
            "--stream=6", "--mem_chunk=8", "--mem_size=32", "--mem_top=4", "--mem_dim=8"],
-          [], ["--batch_size=1", "--gradient_accumulation_steps=4"])
+          ["--batch_size=1", "--gradient_accumulation_steps=4"])
     run(tmp_path / "teacher", dict(history=16, n_span=4, span=4, layers="R(A)A",
                                              plan="cross"), max_iters=20)
     compare([*slots, "--max_iters=10", "--layers=FFA", "--n_mem=64",
