@@ -20,6 +20,7 @@ Losses are cross-entropy on the whole validation split, in nats a token.
 import atexit
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import glob
@@ -994,15 +995,18 @@ def the_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def transformers_gpt2(cfg, prompt):
-    """Return the way to decode of transformers' GPT-2 with its KV cache at our shape, in bf16 on a
-    GPU."""
+def transformers_gpt2(cfg):
+    """Return transformers' GPT-2 at our shape."""
     from transformers import GPT2Config, GPT2LMHeadModel
-    device = the_device()
-    model = GPT2LMHeadModel(GPT2Config(
+    return GPT2LMHeadModel(GPT2Config(
         vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
-        n_layer=cfg.n_layer, n_head=cfg.heads(0)[0], bos_token_id=0, eos_token_id=0)).eval()
-    model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+        n_layer=cfg.n_layer, n_head=cfg.heads(0)[0], bos_token_id=0, eos_token_id=0))
+
+
+def transformers_decoding(model, prompt):
+    """Return the way to decode of a model of transformers with its KV cache, in bf16 on a GPU."""
+    device = the_device()
+    model = model.eval().to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     ids = torch.tensor([prompt], device=device)
 
     def run(n):
@@ -1028,12 +1032,10 @@ def llama_cpp_server(writer, path, n_ctx, **more):
     return xllamacpp.Server(how)
 
 
-def start_llama_cpp(cfg, prompt, kind):
-    """Set CHILD["decode"](n), the seconds a token by llama.cpp's own clock, for a GPT-2 at our
-    shape with matrices of GGUF's type `kind` and as many threads as ours. (In a child: two OpenMP
-    libraries in a process halve the speed of both.)"""
+def gguf_of_gpt2(cfg, path, kind):
+    """Return the GGUFWriter of a GPT-2 at our shape, with matrices of GGUF's type `kind`."""
     import gguf
-    d, path, g = cfg.n_embd, os.path.join(scratch(), "m.gguf"), np.random.default_rng(0)
+    d, g = cfg.n_embd, np.random.default_rng(0)
     sizes = {"attn_norm": (d,), "attn_qkv": (3 * d, d), "attn_output": (d, d), "ffn_norm": (d,),
              "ffn_up": (4 * d, d), "ffn_down": (d, 4 * d)}
     sizes = {f"blk.{i}.{k}": size for i in range(cfg.n_layer) for k, size in sizes.items()}
@@ -1050,10 +1052,36 @@ def start_llama_cpp(cfg, prompt, kind):
                        (w.add_token_merges, ["t 0"]), (w.add_eos_token_id, 0)):
         add(value)
     for name, size in tensors.items():
-        x = g.normal(0, 0.02, size).astype(np.float32)
-        own = gguf.GGMLQuantizationType[kind if len(size) == 2 else "F32"]
-        w.add_tensor(name, gguf.quants.quantize(x, own), raw_dtype=own)
-    server = llama_cpp_server(w, path, cfg.block_size)
+        add_tensor(w, name, g.normal(0, 0.02, size).astype(np.float32), kind)
+    return w
+
+
+def gguf_again(source, path, kind):
+    """Return the GGUFWriter of what a GGUF file holds, with matrices of the type `kind`."""
+    import gguf
+    reader, kinds = gguf.GGUFReader(source), gguf.GGUFValueType
+    w = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for f in reader.fields.values():
+        if f.name != "general.architecture" and not f.name.startswith("GGUF."):
+            w.add_key_value(f.name, 0 if f.name == "general.file_type" else f.contents(),
+                            f.types[0], f.types[-1] if f.types[0] == kinds.ARRAY else None)
+    for t in reader.tensors:
+        add_tensor(w, t.name, gguf.quants.dequantize(t.data, t.tensor_type), kind)
+    return w
+
+
+def add_tensor(writer, name, x, kind):
+    import gguf
+    own = gguf.GGMLQuantizationType[kind if x.ndim == 2 else "F32"]
+    writer.add_tensor(name, gguf.quants.quantize(x, own), raw_dtype=own)
+
+
+def start_llama_cpp(write, source, kind, prompt, n_ctx):
+    """Set CHILD["decode"](n), the seconds a token by llama.cpp's own clock, for the model that
+    write(source, path, kind) makes, with as many threads as ours. (In a child: two OpenMP libraries
+    in a process halve the speed of both.)"""
+    path = os.path.join(scratch(), "m.gguf")
+    server = llama_cpp_server(write(source, path, kind), path, n_ctx)
     ask = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     CHILD["decode"] = lambda n: server.handle_completions({  # (the first is the prompt's own)
         **ask, "n_predict": n + 1})["timings"]["predicted_per_token_ms"] / 1000
@@ -1066,19 +1094,10 @@ def decode_in_child(n):
 def llama_cpp_texts(source, prompts, n):
     """Return the greedy texts of at most n tokens behind prompts by llama.cpp, of a GGUF file whose
     weights are written anew as fp32, with keys and values in fp32."""
-    import gguf
     import xllamacpp
-    path, kinds = os.path.join(scratch(), "m.gguf"), gguf.GGUFValueType
-    reader = gguf.GGUFReader(source)
-    w = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
-    for f in reader.fields.values():
-        if f.name != "general.architecture" and not f.name.startswith("GGUF."):
-            w.add_key_value(f.name, 0 if f.name == "general.file_type" else f.contents(),
-                            f.types[0], f.types[-1] if f.types[0] == kinds.ARRAY else None)
-    for t in reader.tensors:
-        w.add_tensor(t.name, gguf.quants.dequantize(t.data, t.tensor_type))
-    fp32 = xllamacpp.ggml_type.GGML_TYPE_F32
-    server = llama_cpp_server(w, path, 1024, cache_type_k=fp32, cache_type_v=fp32)
+    path, fp32 = os.path.join(scratch(), "m.gguf"), xllamacpp.ggml_type.GGML_TYPE_F32
+    server = llama_cpp_server(gguf_again(source, path, "F32"), path, 1024, cache_type_k=fp32,
+                              cache_type_v=fp32)
     return [server.handle_completions({"prompt": p, "temperature": 0, "n_predict": n})[
         "choices"][0]["text"] for p in prompts]
 
@@ -1092,15 +1111,16 @@ CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of b
 GGUF_TYPES = {4: "F32", 2: "BF16", 1: "Q8_0"}  # by the bytes a weight
 
 
-def decode_arms(cfg, prompt, more=False):
-    """Return {name: run} of ways to decode one row with random weights, where run(n) reads the
+def decode_arms(weights, prompt, more=False, transformers=None, gguf=None):
+    """Return {name: run} of ways to decode one row with a model's weights, where run(n) reads the
     prompt, decodes n tokens, and returns the seconds of one: recomputing the window in fp32, and
-    the first of CACHED; with `more` all of these, and the GPT-2 of transformers and of llama.cpp
-    where transformers, and xllamacpp with gguf, are installed."""
+    the first of CACHED; with `more` all of these, and where they are installed the model
+    transformers() and, on a CPU, those of llama.cpp that write(source, path, kind) makes: gguf is
+    (write, source)."""
     device, installed = the_device(), importlib.util.find_spec
 
     def cached(dtype, compile, int8, *_):
-        model = GPT(cfg).eval().to(device, dtype)
+        model = copy.deepcopy(weights).eval().to(device, dtype)
         model.dtype = dtype
         model = sample.to_int8(model) if int8 else model
         decoder = sample.Decoder(model, [prompt], compile=compile)
@@ -1111,37 +1131,46 @@ def decode_arms(cfg, prompt, more=False):
             return seconds(lambda: decoder.push([1]).argmax().item(), n)
         return run
 
-    model = GPT(cfg).eval().to(device)
+    cfg, model = weights.cfg, copy.deepcopy(weights).eval().to(device)
     window = torch.randint(cfg.vocab_size, (1, cfg.block_size), device=device)
     arms = {"recomputing": lambda n: seconds(
         lambda: model(window).logits[0, -1].argmax().item(), n)}
     for name, how in CACHED.items():
         if name == "cache" or (more and not (how[2] and device == "cuda")):  # (int8 is of CPUs)
             arms[name] = cached(*how)
-    if more and installed("transformers"):
-        arms["transformers GPT-2"] = transformers_gpt2(cfg, prompt)
-    if more and device == "cpu" and installed("xllamacpp") and installed("gguf"):
+    if transformers and installed("transformers"):
+        arms["transformers"] = transformers_decoding(transformers(), prompt)
+    if gguf and device == "cpu" and installed("xllamacpp") and installed("gguf"):
         for kind in GGUF_TYPES.values():
             child = Arm()
-            child.ask(start_llama_cpp, cfg, prompt, kind)
-            arms[f"llama.cpp GPT-2, {kind}"] = partial(child.ask, decode_in_child)
+            child.ask(start_llama_cpp, *gguf, kind, prompt, cfg.block_size)
+            arms[f"llama.cpp, {kind}"] = partial(child.ask, decode_in_child)
     return arms
 
 
-def decode_times(m, rounds, more=False):
-    """Return {name: [seconds a token per round]} of decode_arms for one shape, from half a window
-    on, in turns."""
-    cfg = sample.stand_in(m)
-    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, cfg.block_size // 2).tolist()
+def decode_times(weights, rounds, prompt=None, **more):
+    """Return {name: [seconds a token per round]} of decode_arms, behind a prompt of half a window,
+    in turns."""
+    cfg = weights.cfg
+    prompt = prompt or np.random.default_rng(0).integers(
+        0, cfg.vocab_size, cfg.block_size // 2).tolist()
 
     @torch.inference_mode()
     def ask(run, n):
         return run(min(n, cfg.block_size - len(prompt) - 1))
 
-    arms = decode_arms(cfg, prompt, more)
+    arms = decode_arms(weights, prompt, **more)
     for run in arms.values():
         ask(run, 1)  # compile
     return turns(arms, rounds, ask, 0.5)
+
+
+def random_decode_times(m, rounds, others=False):
+    """Return decode_times of random weights, and with `others` of all that decodes a GPT-2 of that
+    shape."""
+    cfg = sample.stand_in(m)
+    more = dict(more=True, transformers=lambda: transformers_gpt2(cfg), gguf=(gguf_of_gpt2, cfg))
+    return decode_times(GPT(cfg), rounds, **more if others else {})
 
 
 FIRST_PRESETS = "nanogpt_cpu", "shakespeare", "shakespeare_cpu", "softar_shakespeare"
@@ -1160,7 +1189,7 @@ def all_presets(cfg):
             continue
         print(f"measuring {name} ...", file=sys.stderr)
         row = {"preset": name, **train_speed(m, t, cfg.rounds)}
-        times = decode_times(m, cfg.rounds)
+        times = random_decode_times(m, cfg.rounds)
         rows.append({**row, "decode/s": 1 / median(times["cache"]),
                      "uncached/s": 1 / median(times["recomputing"])})
     yield Table(all_presets.__doc__, rows)
@@ -1300,23 +1329,26 @@ def decode(cfg):
                  "--n_layer=12 --n_head=12 --n_embd=768 --block_size=256 --vocab_size=50304"}
     for size, shape in sizes.items():
         m, _ = read_arm(shape)
-        model = GPT(sample.stand_in(m))
-        inside = sum(p.numel() for p in model.blocks.parameters())
-        head = model.lm_head.weight.numel()
-        bytes_a_second = bandwidth()
-        times, rows = decode_times(m, cfg.rounds, more=True), []
-        for name, t in times.items():
-            row = {"decoding": name, "tokens/s": 1 / median(t)}
-            others = {"recomputing": "recomputing", "transformers": "transformers GPT-2"}
-            if name in CACHED:
-                of_block, of_head = CACHED[name][3:]
-                others["llama.cpp, same type"] = f"llama.cpp GPT-2, {GGUF_TYPES[of_block]}"
-                limit = bytes_a_second / (of_block * inside + of_head * head)
-                row["of the limit"] = row["tokens/s"] / limit
-            rows.append(row | {f"/ {k}": compare(times[other], t)
-                               for k, other in others.items() if other in times})
-        yield Table(f"{size}, window 256, one row (fp32 where not said; the limit: "
-                    f"{bytes_a_second / 1e9:.0f} GB/s over the bytes of the weights)", rows)
+        times = random_decode_times(m, cfg.rounds, others=True)
+        yield decoding_table(size, GPT(sample.stand_in(m)), times)
+
+
+def decoding_table(title, model, times):
+    """Return the table of decode_times of a model."""
+    inside = sum(p.numel() for p in model.blocks.parameters())
+    head, bytes_a_second, rows = model.lm_head.weight.numel(), bandwidth(), []
+    for name, t in times.items():
+        row = {"decoding": name, "tokens/s": 1 / median(t)}
+        others = {"recomputing": "recomputing", "transformers": "transformers"}
+        if name in CACHED:
+            of_block, of_head = CACHED[name][3:]
+            others["llama.cpp, same type"] = f"llama.cpp, {GGUF_TYPES[of_block]}"
+            limit = bytes_a_second / (of_block * inside + of_head * head)
+            row["of the limit"] = row["tokens/s"] / limit
+        rows.append(row | {f"/ {k}": compare(times[other], t)
+                           for k, other in others.items() if other in times})
+    return Table(f"{title}, window {model.cfg.block_size}, one row (fp32 where not said; the "
+                 f"limit: {bytes_a_second / 1e9:.0f} GB/s over the bytes of the weights)", rows)
 
 
 def profile():
@@ -1507,7 +1539,7 @@ def gpu_mixers(cfg, device):
 def gpu_decoding(cfg, device):
     """Time one row at 124M parameters."""
     shape = LARGE + "1" if device == "cuda" else SIZES["4 layers, 128 wide, 12 x 64"]
-    times = decode_times(read_arm(shape)[0], cfg.rounds, more=True)
+    times = random_decode_times(read_arm(shape)[0], cfg.rounds, others=True)
     yield Table(f"decoding one row greedily, {shape.split(' --vocab')[0]}, behind half a window",
                 [{"way": k, "tokens/s": 1 / median(t),
                   "/ recomputing": compare(times["recomputing"], t)} for k, t in times.items()])
@@ -2167,7 +2199,6 @@ CLAIMS["plays"] = Trial(
     "windows of 64 in turn",
     {"AAAA, no memory": "",
      **{f"AAMA, {n:,}": f"--layers=AAMA --mem_size={n}" for n in (0, 512, 2048, 8192)},
-     "AAMA, 2,048, keys returned": "--layers=AAMA --mem_size=2048 --mem_straight --seeds=1",
      **{f"RR(RM)R, words, {n:,}": f"{WORDS}{n} --seeds=1" for n in (0, 2048)},
      "AAAA, a window of 256": "--block_size=256 --batch_size=4 --stream=64 --seeds=1",
      **{f"AAAA, seconds of AAMA, {n:,}": f"--time_of='AAAA, no memory' --seconds_of='AAMA, {n:,}'"
@@ -2224,13 +2255,18 @@ def gguf_of_package():
     return path
 
 
+def smol_checkpoint(cfg):
+    """Return the path of SmolLM2-135M as a checkpoint, made where it is missing."""
+    path = os.path.join(os.path.abspath(cfg.out_dir or scratch()), "smol")
+    if not os.path.exists(os.path.join(path, "ckpt.pt")):
+        pretrained.main(["import", gguf_of_package(), f"--out_dir={path}"])
+    return path
+
+
 def pretrained_model(cfg):
     """Return the path of SmolLM2-135M as a checkpoint, and the name of Shakespeare's works in its
     tokens; each made where it is missing."""
-    folder = os.path.abspath(cfg.out_dir or scratch())
-    path, name = os.path.join(folder, "smol"), "shakespeare_smol"
-    if not os.path.exists(os.path.join(path, "ckpt.pt")):
-        pretrained.main(["import", gguf_of_package(), f"--out_dir={path}"])
+    path, name = smol_checkpoint(cfg), "shakespeare_smol"
     if not os.path.exists(os.path.join(cfg.data_dir, name)):
         prepare.main(["--source=works", f"--tokenizer={path}", f"--name={name}",
                       f"--data_dir={cfg.data_dir}"])
@@ -2338,7 +2374,7 @@ def growth(cfg, n=600):
 def featural(cfg):
     """featural memory beside the MLP: random pairs at equal FLOPs; loss at equal steps,
     parameters, seconds"""
-    yield random_pairs()
+    yield random_pairs(cfg)
     yield from FEATURAL(cfg)
 
 
@@ -2365,10 +2401,10 @@ def learn_pairs(kind, n, scale, steps=1000, batch=512, seed=1):
     return share(guesses == y)
 
 
-def random_pairs():
+def random_pairs(cfg):
     """Return the table of how many random pairs one layer learns, at equal FLOPs a position: sizes
-    double until fewer than 90% are right at every learning rate."""
-    rows = []
+    double until fewer than 90% are right at every learning rate, in the mean of the seeds."""
+    rows, found = [], {}
     for name, kind in (("MLP, 120 wide", dict(layers="A", n_mlp=120)),
                        ("F, 4,096 slots", dict(layers="F", n_mem=4096, mem_head=2, mem_top=8,
                                                mem_dim=32))):
@@ -2376,17 +2412,20 @@ def random_pairs():
         model = GPT(GPTConfig(vocab_size=256, n_head=1, **kind))
         row = {"layer": name, "FLOPs, with attention's": model.flops(1) / 3,
                "params": sum(p.numel() for p in model.blocks[0].mlp.parameters()), "learned": 0}
+        found[name] = {}
         for n in (2 ** i for i in range(10, 17)):
-            learn = lambda: max(learn_pairs(kind, n, scale) for scale in (0.25, 1.0, 4.0))
+            learn = lambda: [max(learn_pairs(kind, n, scale, seed=seed)
+                                 for scale in (0.25, 1.0, 4.0)) for seed in range(1, cfg.seeds + 1)]
             right, took = timed(learn)
-            row.update({"ms a step": took / 3, f"{n:,}": right})  # (of 1,000)
-            if right >= 0.99:
+            row.update({"ms a step": took / 3 / cfg.seeds, f"{n:,}": mean(right)})  # (of 1,000)
+            found[name][f"{n:,}"] = right
+            if min(right) >= 0.99:
                 row["learned"] = n
-            if right < 0.9:
+            if mean(right) < 0.9:
                 break
         rows.append(row)
-    return Table("random pairs learned to 99% in 1,000 steps of 512; share right by their number, "
-                 "best of 3 learning rates", rows)
+    return Table("random pairs learned to 99% by every seed in 1,000 steps of 512; share right by "
+                 "their number, best of 3 learning rates", rows, found)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2453,10 +2492,10 @@ def kept(cfg, name, flags, seed=1):
     return os.path.join(cfg.out_dir, name) if cfg.out_dir else folder
 
 
-def judge_folder(cfg):
+def judge_folder(cfg, seed=2):
     """Return the folder of a model that others' texts are judged by: another shape, another
     seed."""
-    return kept(cfg, "judge", JUDGE, seed=2)
+    return kept(cfg, f"judge{seed}", JUDGE, seed)
 
 
 def split_ids(cfg, split):
@@ -2924,6 +2963,25 @@ def contrast_pretrained(cfg, n=32, length=64):
                 f"behind 32 of Shakespeare's, greedy", table)
 
 
+@register
+def decode_pretrained(cfg):
+    """tokens/s of a pretrained model, SmolLM2-135M: ours, transformers and llama.cpp, the same
+    weights in turns"""
+    path, folder = smol_checkpoint(cfg), os.path.join(scratch(), "hf")
+    model, ckpt = load_with(path, block_size=256)
+    pretrained.main(["export", path, f"--out_dir={folder}"])
+
+    def theirs():
+        from transformers import AutoModelForCausalLM
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    text = "The Tragedy of Hamlet, Prince of Denmark, is a play by William Shakespeare. " * 9
+    times = decode_times(
+        model, cfg.rounds, prepare.Tokenizer(ckpt["tokenizer"]).encode(text)[:128], more=True,
+        transformers=theirs, gguf=(gguf_again, gguf_of_package()))
+    yield decoding_table("SmolLM2-135M, 30 layers, 576 wide, 49,152 tokens", model, times)
+
+
 OPENINGS = ("Once upon a time there was a", "def fibonacci(n):", "In 1969, the first man",
             "Water boils at", "Dear Sir or Madam,", "The three largest cities of Europe are")
 PLACES = ("laboratory library museum harbour station castle garden kitchen bakery theatre hospital "
@@ -3208,48 +3266,64 @@ def behind(h, places, k, size=64):
     return map(torch.cat, zip(*found))
 
 
-@register
 @torch.inference_mode()
-def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
-    """kNN-LM: validation loss with the training text, or with the text itself; tuned and scored on
-    different halves"""
-    folder = judge_folder(cfg)
+def knn_gains(cfg, seed, sizes, n):
+    """Return {datastore: {figure: value}} of one model: losses on places evenly over the validation
+    split, of which the first half tunes and the second is scored."""
+    folder = judge_folder(cfg, seed)
     model, ckpt = sample.load(folder)
     tok, C, K = prepare.Tokenizer(ckpt["tokenizer"]), model.cfg.n_embd, 256
     train_ids, val_ids = (split_ids(cfg, split).tolist() for split in ("train", "val"))
     target = torch.tensor(val_ids[1:])
-    # what is scored: places evenly over the split, of which the first half tunes
     places = torch.linspace(K, len(target) - 1, 2 * n).long()
     fits, right = torch.arange(2 * n) < n, target[places, None]
     h, logits = map(torch.cat, zip(*memory.outputs(model, val_ids)))
     h = h.half()
     logp = logits[places].log_softmax(-1).gather(1, right)[:, 0]
-    rows = [{"datastore": "none", "val loss": -logp[~fits].mean().item()}]
+    found = {"none": {"val loss": -logp[~fits].mean().item()}}
 
     def add(name, entries, distances, tokens, **more):
         weight, temperature, nats = tuned(logp, distances, tokens == right, C, fits)
         gain = (-logp - nats)[~fits]
-        rows.append({"datastore": name, "entries": entries, "lambda": weight, "temp": temperature,
-                     "val loss": nats[~fits].mean().item(), "gain": gain.mean().item(),
-                     "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more})
+        found[name] = {
+            "entries": entries, "lambda": weight, "temp": temperature,
+            "val loss": nats[~fits].mean().item(), "gain": gain.mean().item(),
+            "95%": 1.96 * (gain.std() / n ** 0.5).item(), **more}
 
-    one_by_one, path = itertools.cycle(places.split(1)), os.path.join(scratch(), "knn.db")
+    one_by_one, path = itertools.cycle(places.split(1)), os.path.join(scratch(), f"knn{seed}.db")
     model_id = prepare.checkpoint_id(prepare.checkpoint_path(folder))
     with memory.Store(path, model_id, "knn", (C, "float16"), (1, "int32"), True) as store:
         for before, size in itertools.pairwise((0, *sizes)):
             memory.learn(store, model, tok, train_ids[before:size + 1])
             near, read = timed(lambda: memory.Neighbours.open(store, K, 0.25, 10.0))
-            distances, found = map(torch.cat, zip(*(near.find(h[p]) for p in places.split(256))))
+            distances, entries = map(torch.cat, zip(*(near.find(h[p]) for p in places.split(256))))
             a_token = seconds(lambda: near.find(h[next(one_by_one)]), 50)
-            add("training text", size, distances, near.tokens[found],
+            add(f"{size:,} of the training text", size, distances, near.tokens[entries],
                 **{"ms a token": 1000 * a_token, "MB": store.stats()["bytes"] / 2 ** 20,
                    "read, s": read})
     shuffled = near.tokens[torch.randperm(size, generator=torch.Generator().manual_seed(0))]
-    add("training text, its tokens shuffled", size, distances, shuffled[found])
-    distances, found = behind(h, places, K)
-    add("this text, before the place", len(h), distances, target[found])
-    yield Table(f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide: tuned on {n:,} places of one half of "
-                f"the validation split, scored on {n:,} of the other", rows)
+    add("the last, its tokens shuffled", size, distances, shuffled[entries])
+    distances, entries = behind(h, places, K)
+    add("this text, before the place", len(h), distances, target[entries])
+    return found
+
+
+@register
+def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
+    """kNN-LM: validation loss with the training text, or with the text itself; tuned and scored on
+    different halves"""
+    found = collections.defaultdict(list)
+    for seed in range(2, cfg.seeds + 2):
+        figures = once(cfg, f"knn {sizes} {n} {seed}", lambda: knn_gains(cfg, seed, sizes, n))
+        for name, row in figures.items():
+            found[name].append(row)
+    several = lambda rows: len(rows) > 1 and "gain" in rows[0]
+    yield Table(
+        f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide, {cfg.seeds} models: tuned on {n:,} places of "
+        f"one half of the validation split, scored on {n:,} of the other",
+        [{"datastore": name, **means(rows)} | (
+            {"sd of gain": stdev(r["gain"] for r in rows)} if several(rows) else {})
+         for name, rows in found.items()], by_seed(found))
 
 
 # -------------------------------------------------------------------------------------------------

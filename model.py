@@ -90,7 +90,7 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (-2 ** 20, 2 ** 20, "n_soft"))
 # refused where they do nothing
 SWITCHES = ("share_levels share_mlp qk_scale rollout plan_draw plan_noise enrich slot_gate "
-            "doc_mask mem_drop mem_noise mem_straight exit_rate exit_keys exit_classifier")
+            "doc_mask mem_drop mem_noise exit_rate exit_keys exit_classifier")
 
 
 @dataclass
@@ -149,7 +149,6 @@ class GPTConfig:
     mem_novelty: float = 0.98  # a key this near (cosine) to an older one replaces it; above 1: none
     mem_drop: float = 0.0  # share of what is found that is dropped in training
     mem_noise: float = 0.0  # deviation of noise on queries in training: finds must be nearer
-    mem_straight: bool = False  # return keys too; their gradient counts as the query's
     # model
     n_value_embed: int = 0  # the last n token-level blocks A add a token embedding to their values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
@@ -255,7 +254,7 @@ class GPTConfig:
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
                 (has("F"), "a block F in layers", "n_mem"),
                 (has("M"), "a block M in layers",
-                 "mem_size mem_chunk mem_shift mem_novelty mem_drop mem_noise mem_straight"),
+                 "mem_size mem_chunk mem_shift mem_novelty mem_drop mem_noise"),
                 (has("."), "an exit, . , in layers",
                  "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
                 (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
@@ -475,6 +474,23 @@ def better_in_fp32(x):
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not BF16_CPU
 
 
+def few_rows(x, weight):
+    """Return x (n, in) times weight (out, in) on a CPU: (n, out).
+
+    F.linear reads the weights of a few rows at half of the memory's speed or less, some BLAS with
+    one thread only.
+    """
+    if len(x) == 1 and torch.compiler.is_compiling():  # a fused sum
+        return (weight.float() * x.float()[0]).sum(-1).to(x.dtype)[None]
+    if x.dtype != torch.float32:
+        return F.linear(x, weight)
+    if len(x) == 1 and not len(weight) % (threads := torch.get_num_threads()):
+        # a share of the outputs for each thread
+        shares = weight.view(threads, -1, weight.size(1)).mT
+        return torch.bmm(x.expand(threads, *x.shape), shares).view(1, -1)
+    return (weight @ x.T).T.contiguous()
+
+
 class Linear(nn.Linear):
     """nn.Linear that computes in its input's type and states its law.
 
@@ -502,9 +518,8 @@ class Linear(nn.Linear):
         if first or last:
             weight, bias = weight[first:last], None if bias is None else bias[first:last]
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if rows == 1 and torch.compiler.is_compiling() and x.device.type == "cpu":
-            # the fused sum reads weights at memory speed, BLAS's matrix-vector product at a third
-            y = (weight.float() * x.float().view(-1)).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        if rows <= 16 and x.device.type == "cpu":
+            y = few_rows(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         return F.linear(x, weight, bias)
 
@@ -1480,7 +1495,7 @@ class AssociativeMemory(Layer):
         self.c_k.weight.seeded_as = "c_k", "c_q"  # what asks alike is alike from the start
         self.scale = parameter(H, init=ONES)  # logit = 10 scale log(entries + 2) cosine
         self.null_logit = parameter(H, init=ONES)  # twice the cosine that "nothing" counts as
-        self.c_proj = Linear(H * D * (1 + cfg.mem_straight), C, cfg.bias, init=RESIDUAL)
+        self.c_proj = Linear(H * D, C, cfg.bias, init=RESIDUAL)
         read = H, cfg.mem_top
         self.carries = dict(keys=(H, D), values=(H, D), docs=(torch.long,),
                             found=(*read, torch.long), weight=(*read, torch.float32),
@@ -1586,13 +1601,8 @@ class AssociativeMemory(Layer):
         logits = (sharp * cosine).masked_fill(~chosen, float("-inf"))
         null = sharp * self.null_logit[:, None, None] / 2
         p = torch.cat((logits, null), -1).softmax(-1)[..., :-1]
-
-        def read(new, old):
-            return p[..., :L].to(new.dtype) @ new + (p[..., L:, None].to(new.dtype) * old).sum(-2)
-
-        y = read(values, old_values)
-        if cfg.mem_straight:
-            y = torch.cat((y, read(keys, old_keys) + q - q.detach()), -1)
+        p_new, p_old = p[..., :L].to(values.dtype), p[..., L:, None].to(values.dtype)
+        y = p_new @ values + (p_old * old_values).sum(-2)
         short = 0, cfg.mem_top - found.size(-1)
         return y, *(F.pad(t.gather(-1, found), short) for t in (numbers, p.detach()))
 
