@@ -1808,7 +1808,7 @@ CLAIMS["mechanism_flags"] = Trial(
         "exits": {"exits": "--layers=A.AA.A",
                   "exit_loss = rotate": "--layers=A.AA.A --exit_loss=rotate"},
         "entries": {"entries": ENTRIES, **{f"{k} = {v}": f"{ENTRIES} --{k}={v}" for k, v in (
-            ("mem_shift", 0), ("mem_novelty", 2.0), ("mem_drop", 0.2))}},
+            ("mem_shift", 0), ("mem_novelty", 2.0))}},
         "moving average": {"moving average": AVERAGED, **{
             f"ema_decay = {v}": f"{AVERAGED} --ema_decay={v}" for v in (0.9, 0.999)}},
         "slots": {"slots": SLOTS_OF_64, "enrich": f"{SLOTS_OF_64} --enrich=True"},

@@ -70,7 +70,7 @@ from torch.utils.checkpoint import checkpoint
 
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1, "running_mean aggregate soft_rate exit_distill exit_rate plan_draw rollout"),
-    (0, 1 - 1e-9, "dropout channel_drop mem_drop layer_drop"),
+    (0, 1 - 1e-9, "dropout channel_drop layer_drop"),
     (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight "
              "next_latent logit_decay"),
     (1e-6, 1e6, "mem_novelty semantic_temp"),
@@ -90,7 +90,7 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (-2 ** 20, 2 ** 20, "n_soft"))
 # refused where they do nothing
 SWITCHES = ("share_levels share_mlp qk_scale rollout plan_draw plan_noise enrich slot_gate "
-            "doc_mask mem_drop mem_noise exit_rate exit_keys exit_classifier")
+            "doc_mask mem_noise exit_rate exit_keys exit_classifier")
 
 
 @dataclass
@@ -147,7 +147,6 @@ class GPTConfig:
     mem_chunk: int = 16  # positions that search before any of them is written
     mem_shift: int = 1  # an entry's value stands so many places after its key: what came next
     mem_novelty: float = 0.98  # a key this near (cosine) to an older one replaces it; above 1: none
-    mem_drop: float = 0.0  # share of what is found that is dropped in training
     mem_noise: float = 0.0  # deviation of noise on queries in training: finds must be nearer
     # model
     n_value_embed: int = 0  # the last n token-level blocks A add a token embedding to their values
@@ -254,7 +253,7 @@ class GPTConfig:
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
                 (has("F"), "a block F in layers", "n_mem"),
                 (has("M"), "a block M in layers",
-                 "mem_size mem_chunk mem_shift mem_novelty mem_drop mem_noise"),
+                 "mem_size mem_chunk mem_shift mem_novelty mem_noise"),
                 (has("."), "an exit, . , in layers",
                  "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
                 (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
@@ -477,12 +476,12 @@ def better_in_fp32(x):
 def few_rows(x, weight):
     """Return x (n, in) times weight (out, in) on a CPU: (n, out).
 
-    F.linear reads the weights of a few rows at half of the memory's speed or less, some BLAS with
-    one thread only.
+    F.linear by MKL reads weights at half of the memory's speed or less here: on an AMD CPU one
+    thread computes a single row, and two rows take twice as long as one.
     """
     if len(x) == 1 and torch.compiler.is_compiling():  # a fused sum
         return (weight.float() * x.float()[0]).sum(-1).to(x.dtype)[None]
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 or not torch.backends.mkl.is_available():
         return F.linear(x, weight)
     if len(x) == 1 and not len(weight) % (threads := torch.get_num_threads()):
         # a share of the outputs for each thread
@@ -1594,8 +1593,6 @@ class AssociativeMemory(Layer):
         # attention to them and to nothing
         old_keys, old_values = (torch.cat(t, 3) for t in zip(*old))  # (B, H, T, n, D)
         cosine = torch.cat((cosine, (q[..., None, :] * old_keys).sum(-1).float()), -1)
-        if self.training and cfg.mem_drop:
-            chosen = chosen & (torch.rand_like(cosine) >= cfg.mem_drop)
         # the more there are, the nearer the best false one (arXiv:2501.19399)
         sharp = (10 * self.scale[:, None] * (n_entries + 2).log())[..., None]  # (B, H, T, 1)
         logits = (sharp * cosine).masked_fill(~chosen, float("-inf"))
@@ -3098,8 +3095,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
     def random(self):
         """Return whether training computes something else than evaluation does."""
-        names = ("dropout channel_drop soft_rate n_soft layer_drop exit_rate mem_drop mem_noise "
-                 "plan_draw")
+        names = "dropout channel_drop soft_rate n_soft layer_drop exit_rate mem_noise plan_draw"
         some = self.cfg.rollout % 1  # not all rows
         return some > 0 or any(getattr(self.cfg, name) for name in names.split())
 
