@@ -180,7 +180,8 @@ def save(cfg, claim, tables, words, took):
            "commit": git("rev-parse", "--short", "HEAD")
            + "+" * bool(git("status", "--porcelain", "--", ".", ":!docs")),
            "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
-           "torch": torch.__version__, "seeds": cfg.seeds,
+           "torch": torch.__version__,
+           "seeds": old["seeds"] if isinstance(old.get("seeds"), str) else cfg.seeds,  # ("none")
            # (no time where out_dir had kept it all: then those of the run that made it stay)
            "seconds": took if took > 1 else old.get("seconds"),
            "note": " ".join(t.note for t in tables if t.note),
@@ -1071,6 +1072,7 @@ def gguf_again(source, path, kind):
 
 
 def add_tensor(writer, name, x, kind):
+    """Add a tensor to a GGUFWriter: a matrix in GGUF's type `kind`, anything else in fp32."""
     import gguf
     own = gguf.GGMLQuantizationType[kind if x.ndim == 2 else "F32"]
     writer.add_tensor(name, gguf.quants.quantize(x, own), raw_dtype=own)
@@ -1084,7 +1086,7 @@ def start_llama_cpp(write, source, kind, prompt, n_ctx):
     server = llama_cpp_server(write(source, path, kind), path, n_ctx)
     ask = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     CHILD["decode"] = lambda n: server.handle_completions({  # (the first is the prompt's own)
-        **ask, "n_predict": n + 1})["timings"]["predicted_per_token_ms"] / 1000
+        **ask, "n_predict": n + 1})["timings"]["predicted_ms"] / n / 1000
 
 
 def decode_in_child(n):
@@ -1111,16 +1113,16 @@ CACHED = {  # ways to decode: type, compiled, 8-bit weights; bytes a weight of b
 GGUF_TYPES = {4: "F32", 2: "BF16", 1: "Q8_0"}  # by the bytes a weight
 
 
-def decode_arms(weights, prompt, more=False, transformers=None, gguf=None):
-    """Return {name: run} of ways to decode one row with a model's weights, where run(n) reads the
+def decode_arms(gpt, prompt, others=None):
+    """Return {name: run} of ways to decode one row with the weights of gpt, where run(n) reads the
     prompt, decodes n tokens, and returns the seconds of one: recomputing the window in fp32, and
-    the first of CACHED; with `more` all of these, and where they are installed the model
-    transformers() and, on a CPU, those of llama.cpp that write(source, path, kind) makes: gguf is
-    (write, source)."""
+    the first of CACHED. With others, (make, write, source), all of CACHED, and where they are
+    installed transformers' model make() and, on a CPU, those of llama.cpp that
+    write(source, path, kind) makes."""
     device, installed = the_device(), importlib.util.find_spec
 
     def cached(dtype, compile, int8, *_):
-        model = copy.deepcopy(weights).eval().to(device, dtype)
+        model = copy.deepcopy(gpt).eval().to(device, dtype)
         model.dtype = dtype
         model = sample.to_int8(model) if int8 else model
         decoder = sample.Decoder(model, [prompt], compile=compile)
@@ -1131,27 +1133,28 @@ def decode_arms(weights, prompt, more=False, transformers=None, gguf=None):
             return seconds(lambda: decoder.push([1]).argmax().item(), n)
         return run
 
-    cfg, model = weights.cfg, copy.deepcopy(weights).eval().to(device)
+    cfg, model = gpt.cfg, copy.deepcopy(gpt).eval().to(device)
     window = torch.randint(cfg.vocab_size, (1, cfg.block_size), device=device)
     arms = {"recomputing": lambda n: seconds(
-        lambda: model(window).logits[0, -1].argmax().item(), n)}
+        lambda: model.to_logits(model.hidden(window)[:, -1:]).argmax().item(), n)}
     for name, how in CACHED.items():
-        if name == "cache" or (more and not (how[2] and device == "cuda")):  # (int8 is of CPUs)
+        if name == "cache" or (others and not (how[2] and device == "cuda")):  # (int8 is of CPUs)
             arms[name] = cached(*how)
-    if transformers and installed("transformers"):
-        arms["transformers"] = transformers_decoding(transformers(), prompt)
-    if gguf and device == "cpu" and installed("xllamacpp") and installed("gguf"):
+    if others and installed("transformers"):
+        arms["transformers" + ", bf16" * (device == "cuda")] = transformers_decoding(
+            others[0](), prompt)
+    if others and device == "cpu" and installed("xllamacpp") and installed("gguf"):
         for kind in GGUF_TYPES.values():
             child = Arm()
-            child.ask(start_llama_cpp, *gguf, kind, prompt, cfg.block_size)
+            child.ask(start_llama_cpp, *others[1:], kind, prompt, cfg.block_size)
             arms[f"llama.cpp, {kind}"] = partial(child.ask, decode_in_child)
     return arms
 
 
-def decode_times(weights, rounds, prompt=None, **more):
-    """Return {name: [seconds a token per round]} of decode_arms, behind a prompt of half a window,
-    in turns."""
-    cfg = weights.cfg
+def decode_times(gpt, rounds, prompt=None, others=None):
+    """Return {name: [seconds a token per round]} of decode_arms in turns, behind a prompt, by
+    default half a window of random ids."""
+    cfg = gpt.cfg
     prompt = prompt or np.random.default_rng(0).integers(
         0, cfg.vocab_size, cfg.block_size // 2).tolist()
 
@@ -1159,18 +1162,15 @@ def decode_times(weights, rounds, prompt=None, **more):
     def ask(run, n):
         return run(min(n, cfg.block_size - len(prompt) - 1))
 
-    arms = decode_arms(weights, prompt, **more)
+    arms = decode_arms(gpt, prompt, others)
     for run in arms.values():
         ask(run, 1)  # compile
     return turns(arms, rounds, ask, 0.5)
 
 
-def random_decode_times(m, rounds, others=False):
-    """Return decode_times of random weights, and with `others` of all that decodes a GPT-2 of that
-    shape."""
-    cfg = sample.stand_in(m)
-    more = dict(more=True, transformers=lambda: transformers_gpt2(cfg), gguf=(gguf_of_gpt2, cfg))
-    return decode_times(GPT(cfg), rounds, **more if others else {})
+def gpt2_beside(cfg):
+    """Return the others of decode_arms that have the shape of cfg, with random weights."""
+    return partial(transformers_gpt2, cfg), gguf_of_gpt2, cfg
 
 
 FIRST_PRESETS = "nanogpt_cpu", "shakespeare", "shakespeare_cpu", "softar_shakespeare"
@@ -1189,7 +1189,7 @@ def all_presets(cfg):
             continue
         print(f"measuring {name} ...", file=sys.stderr)
         row = {"preset": name, **train_speed(m, t, cfg.rounds)}
-        times = random_decode_times(m, cfg.rounds)
+        times = decode_times(GPT(sample.stand_in(m)), cfg.rounds)
         rows.append({**row, "decode/s": 1 / median(times["cache"]),
                      "uncached/s": 1 / median(times["recomputing"])})
     yield Table(all_presets.__doc__, rows)
@@ -1328,18 +1328,18 @@ def decode(cfg):
              "12 layers, 768 wide, 50,304 tokens":
                  "--n_layer=12 --n_head=12 --n_embd=768 --block_size=256 --vocab_size=50304"}
     for size, shape in sizes.items():
-        m, _ = read_arm(shape)
-        times = random_decode_times(m, cfg.rounds, others=True)
-        yield decoding_table(size, GPT(sample.stand_in(m)), times)
+        gpt = GPT(sample.stand_in(read_arm(shape)[0]))
+        times = decode_times(gpt, cfg.rounds, others=gpt2_beside(gpt.cfg))
+        yield decoding_table(size, gpt, times)
 
 
-def decoding_table(title, model, times):
-    """Return the table of decode_times of a model."""
-    inside = sum(p.numel() for p in model.blocks.parameters())
-    head, bytes_a_second, rows = model.lm_head.weight.numel(), bandwidth(), []
+def decoding_table(title, gpt, times):
+    """Return the table of decode_times."""
+    inside = sum(p.numel() for p in gpt.blocks.parameters())
+    head, bytes_a_second, rows = gpt.lm_head.weight.numel(), bandwidth(), []
     for name, t in times.items():
         row = {"decoding": name, "tokens/s": 1 / median(t)}
-        others = {"recomputing": "recomputing", "transformers": "transformers"}
+        others = {k: k for k in ("recomputing", "transformers", "transformers, bf16")}
         if name in CACHED:
             of_block, of_head = CACHED[name][3:]
             others["llama.cpp, same type"] = f"llama.cpp, {GGUF_TYPES[of_block]}"
@@ -1347,7 +1347,7 @@ def decoding_table(title, model, times):
             row["of the limit"] = row["tokens/s"] / limit
         rows.append(row | {f"/ {k}": compare(times[other], t)
                            for k, other in others.items() if other in times})
-    return Table(f"{title}, window {model.cfg.block_size}, one row (fp32 where not said; the "
+    return Table(f"{title}, window {gpt.cfg.block_size}, one row (fp32 where not said; the "
                  f"limit: {bytes_a_second / 1e9:.0f} GB/s over the bytes of the weights)", rows)
 
 
@@ -1539,7 +1539,8 @@ def gpu_mixers(cfg, device):
 def gpu_decoding(cfg, device):
     """Time one row at 124M parameters."""
     shape = LARGE + "1" if device == "cuda" else SIZES["4 layers, 128 wide, 12 x 64"]
-    times = random_decode_times(read_arm(shape)[0], cfg.rounds, others=True)
+    gpt = GPT(sample.stand_in(read_arm(shape)[0]))
+    times = decode_times(gpt, cfg.rounds, others=gpt2_beside(gpt.cfg))
     yield Table(f"decoding one row greedily, {shape.split(' --vocab')[0]}, behind half a window",
                 [{"way": k, "tokens/s": 1 / median(t),
                   "/ recomputing": compare(times["recomputing"], t)} for k, t in times.items()])
@@ -2402,8 +2403,8 @@ def learn_pairs(kind, n, scale, steps=1000, batch=512, seed=1):
 
 
 def random_pairs(cfg):
-    """Return the table of how many random pairs one layer learns, at equal FLOPs a position: sizes
-    double until fewer than 90% are right at every learning rate, in the mean of the seeds."""
+    """Return the table of how many random pairs one layer learns, at equal FLOPs a position. Each
+    seed counts at its best learning rate; sizes double until the seeds' mean is below 90%."""
     rows, found = [], {}
     for name, kind in (("MLP, 120 wide", dict(layers="A", n_mlp=120)),
                        ("F, 4,096 slots", dict(layers="F", n_mem=4096, mem_head=2, mem_top=8,
@@ -2417,15 +2418,17 @@ def random_pairs(cfg):
             learn = lambda: [max(learn_pairs(kind, n, scale, seed=seed)
                                  for scale in (0.25, 1.0, 4.0)) for seed in range(1, cfg.seeds + 1)]
             right, took = timed(learn)
-            row.update({"ms a step": took / 3 / cfg.seeds, f"{n:,}": mean(right)})  # (of 1,000)
+            # (the seconds of 1,000 steps are the milliseconds of one)
+            row.update({"ms a step": took / 3 / cfg.seeds, f"{n:,}": mean(right)})
             found[name][f"{n:,}"] = right
             if min(right) >= 0.99:
                 row["learned"] = n
             if mean(right) < 0.9:
                 break
         rows.append(row)
-    return Table("random pairs learned to 99% by every seed in 1,000 steps of 512; share right by "
-                 "their number, best of 3 learning rates", rows, found)
+    return Table(f"random pairs that each of {cfg.seeds} seeds learned to 99% in 1,000 steps of "
+                 f"512; mean share right by their number, each seed at its best of 3 learning "
+                 f"rates", rows, found)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2493,8 +2496,8 @@ def kept(cfg, name, flags, seed=1):
 
 
 def judge_folder(cfg, seed=2):
-    """Return the folder of a model that others' texts are judged by: another shape, another
-    seed."""
+    """Return the folder of a model of JUDGE's flags: with seed 2 the one that judges others' texts,
+    with others too what kNN-LM is measured on."""
     return kept(cfg, f"judge{seed}", JUDGE, seed)
 
 
@@ -2968,18 +2971,17 @@ def decode_pretrained(cfg):
     """tokens/s of a pretrained model, SmolLM2-135M: ours, transformers and llama.cpp, the same
     weights in turns"""
     path, folder = smol_checkpoint(cfg), os.path.join(scratch(), "hf")
-    model, ckpt = load_with(path, block_size=256)
-    pretrained.main(["export", path, f"--out_dir={folder}"])
+    gpt, ckpt = load_with(path, block_size=256)
 
-    def theirs():
+    def exported():
         from transformers import AutoModelForCausalLM
+        pretrained.main(["export", path, f"--out_dir={folder}"])
         return AutoModelForCausalLM.from_pretrained(folder)
 
     text = "The Tragedy of Hamlet, Prince of Denmark, is a play by William Shakespeare. " * 9
-    times = decode_times(
-        model, cfg.rounds, prepare.Tokenizer(ckpt["tokenizer"]).encode(text)[:128], more=True,
-        transformers=theirs, gguf=(gguf_again, gguf_of_package()))
-    yield decoding_table("SmolLM2-135M, 30 layers, 576 wide, 49,152 tokens", model, times)
+    prompt = prepare.Tokenizer(ckpt["tokenizer"]).encode(text)[:128]
+    times = decode_times(gpt, cfg.rounds, prompt, (exported, gguf_again, gguf_of_package()))
+    yield decoding_table("SmolLM2-135M, 30 layers, 576 wide, 49,152 tokens", gpt, times)
 
 
 OPENINGS = ("Once upon a time there was a", "def fibonacci(n):", "In 1969, the first man",
@@ -3296,15 +3298,15 @@ def knn_gains(cfg, seed, sizes, n):
         for before, size in itertools.pairwise((0, *sizes)):
             memory.learn(store, model, tok, train_ids[before:size + 1])
             near, read = timed(lambda: memory.Neighbours.open(store, K, 0.25, 10.0))
-            distances, entries = map(torch.cat, zip(*(near.find(h[p]) for p in places.split(256))))
+            distances, nearest = map(torch.cat, zip(*(near.find(h[p]) for p in places.split(256))))
             a_token = seconds(lambda: near.find(h[next(one_by_one)]), 50)
-            add(f"{size:,} of the training text", size, distances, near.tokens[entries],
+            add(f"{size:,} of the training text", size, distances, near.tokens[nearest],
                 **{"ms a token": 1000 * a_token, "MB": store.stats()["bytes"] / 2 ** 20,
                    "read, s": read})
     shuffled = near.tokens[torch.randperm(size, generator=torch.Generator().manual_seed(0))]
-    add("the last, its tokens shuffled", size, distances, shuffled[entries])
-    distances, entries = behind(h, places, K)
-    add("this text, before the place", len(h), distances, target[entries])
+    add("the last, its tokens shuffled", size, distances, shuffled[nearest])
+    distances, nearest = behind(h, places, K)
+    add("this text, before the place", len(h), distances, target[nearest])
     return found
 
 
@@ -3313,14 +3315,16 @@ def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     """kNN-LM: validation loss with the training text, or with the text itself; tuned and scored on
     different halves"""
     found = collections.defaultdict(list)
-    for seed in range(2, cfg.seeds + 2):
-        figures = once(cfg, f"knn {sizes} {n} {seed}", lambda: knn_gains(cfg, seed, sizes, n))
+    for seed in range(2, cfg.seeds + 2):  # (seed 2 is the judge)
+        figures = once(cfg, f"knn {JUDGE} {sizes} {n} {seed}",
+                       lambda: knn_gains(cfg, seed, sizes, n))
         for name, row in figures.items():
             found[name].append(row)
     several = lambda rows: len(rows) > 1 and "gain" in rows[0]
     yield Table(
-        f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide, {cfg.seeds} models: tuned on {n:,} places of "
-        f"one half of the validation split, scored on {n:,} of the other",
+        f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide, means over {cfg.seeds} models: tuned on {n:,} "
+        f"places of one half of the validation split, scored on {n:,} of the other (95%: over "
+        f"places, of one model; sd: over models)",
         [{"datastore": name, **means(rows)} | (
             {"sd of gain": stdev(r["gain"] for r in rows)} if several(rows) else {})
          for name, rows in found.items()], by_seed(found))

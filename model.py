@@ -474,20 +474,24 @@ def better_in_fp32(x):
 
 
 def few_rows(x, weight):
-    """Return x (n, in) times weight (out, in) on a CPU: (n, out).
+    """Return x (n, in) times weight (out, in) for few rows on a CPU: (n, out).
 
-    F.linear by MKL reads weights at half of the memory's speed or less here: on an AMD CPU one
-    thread computes a single row, and two rows take twice as long as one.
+    Reading the weights is what takes time. By MKL's F.linear on an AMD CPU one thread computes a
+    single row, and two rows take twice as long, at half of the memory's speed or less.
     """
     if len(x) == 1 and torch.compiler.is_compiling():  # a fused sum
         return (weight.float() * x.float()[0]).sum(-1).to(x.dtype)[None]
     if x.dtype != torch.float32 or not torch.backends.mkl.is_available():
         return F.linear(x, weight)
-    if len(x) == 1 and not len(weight) % (threads := torch.get_num_threads()):
-        # a share of the outputs for each thread
-        shares = weight.view(threads, -1, weight.size(1)).mT
-        return torch.bmm(x.expand(threads, *x.shape), shares).view(1, -1)
-    return (weight @ x.T).T.contiguous()
+    if len(x) > 1:  # this way round MKL shares the outputs among threads
+        return (weight @ x.T).T.contiguous()
+    threads = torch.get_num_threads()
+    n = len(weight) // threads * threads  # outputs that they share evenly
+    if not n:
+        return F.linear(x, weight)
+    shares = weight[:n].view(threads, -1, weight.size(1)).mT
+    y = torch.bmm(x.expand(threads, *x.shape), shares).view(1, n)
+    return y if n == len(weight) else torch.cat((y, F.linear(x, weight[n:])), 1)
 
 
 class Linear(nn.Linear):
@@ -517,8 +521,8 @@ class Linear(nn.Linear):
         if first or last:
             weight, bias = weight[first:last], None if bias is None else bias[first:last]
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if rows <= 16 and x.device.type == "cpu":
-            y = few_rows(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], -1)
+        if 0 < rows <= 16 and x.device.type == "cpu":
+            y = few_rows(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], len(weight))
             return y if bias is None else y + bias
         return F.linear(x, weight, bias)
 
