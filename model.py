@@ -464,6 +464,7 @@ def constants(module, **tensors):
         module.register_buffer(name, t, persistent=False)
 
 
+MKL = torch.backends.mkl.is_available()
 # instructions for products in bf16; without them torch takes 80 times as long as in fp32
 BF16_CPU = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -481,7 +482,7 @@ def few_rows(x, weight):
     """
     if len(x) == 1 and torch.compiler.is_compiling():  # a fused sum
         return (weight.float() * x.float()[0]).sum(-1).to(x.dtype)[None]
-    if x.dtype != torch.float32 or not torch.backends.mkl.is_available():
+    if x.dtype != torch.float32 or not MKL:
         return F.linear(x, weight)
     if len(x) > 1:  # this way round MKL shares the outputs among threads
         return (weight @ x.T).T.contiguous()

@@ -5360,7 +5360,7 @@ config.run(train.main)
 def test_two_ranks_are_one(tmp_path):
     """One batch on one process and on two, with and without accumulation, and with a teacher, gives
     the same validation loss (1e-5), and the same weights and optimizers' averages, tensor by tensor
-    (1e-4 of the norm). Adam's step hides a wrong scale of the gradient, its averages do not. Single
+    (2e-5 of the norm). Adam's step hides a wrong scale of the gradient, its averages do not. Single
     elements are not compared: of a gradient that is but rounding Adam still makes a full step."""
     slots = ["--history=16", "--n_span=4", "--span=4"]
 
@@ -5377,7 +5377,7 @@ def test_two_ranks_are_one(tmp_path):
             torchrun(2, *small_run(tmp_path / "2", *one, *more, "--overwrite"))
             b = saved_in(tmp_path / "2")
             assert a["step"] == b["step"] and abs(a["best_val_loss"] - b["best_val_loss"]) < 1e-5
-            assert all((x - y).norm() <= 1e-4 * x.norm()
+            assert all((x - y).norm() <= 2e-5 * x.norm()
                        for x, y in zip(tensors(a), tensors(b), strict=True))
     # whose ranks score unequal numbers of tokens; unclipped, so that the gradient's scale shows
     compare(["--dataset=chain", "--max_iters=4", "--grad_clip=0"], [])
@@ -5386,7 +5386,7 @@ def test_two_ranks_are_one(tmp_path):
           [], ["--batch_size=1", "--gradient_accumulation_steps=4"])
     run(tmp_path / "teacher", dict(history=16, n_span=4, span=4, layers="R(A)A",
                                              plan="cross"), max_iters=20)
-    compare([*slots, "--max_iters=10", "--layers=FFA", "--n_mem=64",
+    compare([*slots, "--max_iters=10", "--layers=FFA", "--n_mem=64", "--distill_ce=0.5",
            f"--teacher={tmp_path}/teacher/ckpt.pt"],
           ["--batch_size=2", "--gradient_accumulation_steps=2"])
 
