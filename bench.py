@@ -1328,15 +1328,15 @@ def decode(cfg):
              "12 layers, 768 wide, 50,304 tokens":
                  "--n_layer=12 --n_head=12 --n_embd=768 --block_size=256 --vocab_size=50304"}
     for size, shape in sizes.items():
-        gpt = GPT(sample.stand_in(read_arm(shape)[0]))
+        gpt, limit = GPT(sample.stand_in(read_arm(shape)[0])), bandwidth()
         times = decode_times(gpt, cfg.rounds, others=gpt2_beside(gpt.cfg))
-        yield decoding_table(size, gpt, times)
+        yield decoding_table(size, gpt, times, limit)
 
 
-def decoding_table(title, gpt, times):
-    """Return the table of decode_times."""
+def decoding_table(title, gpt, times, bytes_a_second):
+    """Return the table of decode_times, on a memory of so many bytes a second."""
     inside = sum(p.numel() for p in gpt.blocks.parameters())
-    head, bytes_a_second, rows = gpt.lm_head.weight.numel(), bandwidth(), []
+    head, rows = gpt.lm_head.weight.numel(), []
     for name, t in times.items():
         row = {"decoding": name, "tokens/s": 1 / median(t)}
         others = {k: k for k in ("recomputing", "transformers", "transformers, bf16")}
@@ -2979,9 +2979,9 @@ def decode_pretrained(cfg):
         return AutoModelForCausalLM.from_pretrained(folder)
 
     text = "The Tragedy of Hamlet, Prince of Denmark, is a play by William Shakespeare. " * 9
-    prompt = prepare.Tokenizer(ckpt["tokenizer"]).encode(text)[:128]
+    prompt, limit = prepare.Tokenizer(ckpt["tokenizer"]).encode(text)[:128], bandwidth()
     times = decode_times(gpt, cfg.rounds, prompt, (exported, gguf_again, gguf_of_package()))
-    yield decoding_table("SmolLM2-135M, 30 layers, 576 wide, 49,152 tokens", gpt, times)
+    yield decoding_table("SmolLM2-135M, 30 layers, 576 wide, 49,152 tokens", gpt, times, limit)
 
 
 OPENINGS = ("Once upon a time there was a", "def fibonacci(n):", "In 1969, the first man",

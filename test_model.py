@@ -3894,7 +3894,7 @@ def test_a_linear_layer_of_any_number_of_rows(threads, monkeypatch):
     linear, g = model.Linear(40, 65, bias=True), seeded()
     linear.weight.data, linear.bias.data = (
         torch.randn(65, 40, generator=g), torch.randn(65, generator=g))
-    for shape, part in itertools.product(((1,), (0,), (2, 3), (1, 16), (17,), ()),
+    for shape, part in itertools.product(((1,), (0,), (2, 3), (1, 7), (8,), ()),
                                          ((0, None), (3, 35), (0, 1))):
         x = torch.randn(*shape, 80, generator=g)[..., ::2].requires_grad_()
         y = linear(x, *part)
