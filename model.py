@@ -480,20 +480,21 @@ def few_rows(x, weight):
     Reading the weights is what takes time. By MKL's F.linear on an AMD CPU one thread computes a
     single row, and two rows take twice as long, at half of the memory's speed or less.
     """
-    if len(x) == 1 and torch.compiler.is_compiling():  # a fused sum
+    n_out, n_in = weight.shape
+    if x.size(0) == 1 and torch.compiler.is_compiling():  # a fused sum
         return (weight.float() * x.float()[0]).sum(-1).to(x.dtype)[None]
     if x.dtype != torch.float32 or not MKL:
         return F.linear(x, weight)
-    if len(x) > 1:  # this way round MKL shares the outputs among threads
+    if x.size(0) > 1:  # this way round MKL shares the outputs among threads
         return (weight @ x.T).T.contiguous()
     threads = torch.get_num_threads()
-    n = len(weight) // threads * threads  # outputs that they share evenly
-    if threads == 1 or not n:
+    n = n_out // threads * threads  # outputs that they share evenly
+    if threads == 1 or n * n_in < 2 ** 17:
         return F.linear(x, weight)
-    if n < len(weight):
+    if n < n_out:
         return torch.cat((few_rows(x, weight[:n]), F.linear(x, weight[n:])), 1)
-    shares = weight.view(threads, -1, weight.size(1)).mT
-    return torch.bmm(x.expand(threads, *x.shape), shares).view(1, n)
+    shares = weight.view(threads, -1, n_in).mT
+    return torch.bmm(x.expand(threads, 1, n_in), shares).view(1, n)
 
 
 class Linear(nn.Linear):
