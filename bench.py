@@ -181,7 +181,8 @@ def save(cfg, claim, tables, words, took):
            + "+" * bool(git("status", "--porcelain", "--", ".", ":!docs")),
            "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(),
            "torch": torch.__version__,
-           "seeds": old["seeds"] if isinstance(old.get("seeds"), str) else cfg.seeds,  # ("none")
+           # (words, such as "none", were written by hand)
+           "seeds": old["seeds"] if isinstance(old.get("seeds"), str) else cfg.seeds,
            # (no time where out_dir had kept it all: then those of the run that made it stay)
            "seconds": took if took > 1 else old.get("seconds"),
            "note": " ".join(t.note for t in tables if t.note),
@@ -1057,7 +1058,7 @@ def gguf_of_gpt2(cfg, path, kind):
     return w
 
 
-def gguf_again(source, path, kind):
+def rewritten_gguf(source, path, kind):
     """Return the GGUFWriter of what a GGUF file holds, with matrices of the type `kind`."""
     import gguf
     reader, kinds = gguf.GGUFReader(source), gguf.GGUFValueType
@@ -1098,7 +1099,7 @@ def llama_cpp_texts(source, prompts, n):
     weights are written anew as fp32, with keys and values in fp32."""
     import xllamacpp
     path, fp32 = os.path.join(scratch(), "m.gguf"), xllamacpp.ggml_type.GGML_TYPE_F32
-    server = llama_cpp_server(gguf_again(source, path, "F32"), path, 1024, cache_type_k=fp32,
+    server = llama_cpp_server(rewritten_gguf(source, path, "F32"), path, 1024, cache_type_k=fp32,
                               cache_type_v=fp32)
     return [server.handle_completions({"prompt": p, "temperature": 0, "n_predict": n})[
         "choices"][0]["text"] for p in prompts]
@@ -2970,17 +2971,18 @@ def contrast_pretrained(cfg, n=32, length=64):
 def decode_pretrained(cfg):
     """tokens/s of a pretrained model, SmolLM2-135M: ours, transformers and llama.cpp, the same
     weights in turns"""
-    path, folder = smol_checkpoint(cfg), os.path.join(scratch(), "hf")
+    path = smol_checkpoint(cfg)
     gpt, ckpt = load_with(path, block_size=256)
 
     def exported():
         from transformers import AutoModelForCausalLM
+        folder = os.path.join(scratch(), "hf")
         pretrained.main(["export", path, f"--out_dir={folder}"])
         return AutoModelForCausalLM.from_pretrained(folder)
 
     text = "The Tragedy of Hamlet, Prince of Denmark, is a play by William Shakespeare. " * 9
     prompt, limit = prepare.Tokenizer(ckpt["tokenizer"]).encode(text)[:128], bandwidth()
-    times = decode_times(gpt, cfg.rounds, prompt, (exported, gguf_again, gguf_of_package()))
+    times = decode_times(gpt, cfg.rounds, prompt, (exported, rewritten_gguf, gguf_of_package()))
     yield decoding_table("SmolLM2-135M, 30 layers, 576 wide, 49,152 tokens", gpt, times, limit)
 
 
