@@ -2418,7 +2418,7 @@ def random_pairs(cfg):
         for n in (2 ** i for i in range(10, 17)):
             learn = lambda: [max(learn_pairs(kind, n, scale, seed=seed)
                                  for scale in (0.25, 1.0, 4.0)) for seed in range(1, cfg.seeds + 1)]
-            right, took = timed(learn)
+            right, took = once(cfg, f"pairs {name} {n} {cfg.seeds}", lambda: timed(learn))
             # (the seconds of 1,000 steps are the milliseconds of one)
             row.update({"ms a step": took / 3 / cfg.seeds, f"{n:,}": mean(right)})
             found[name][f"{n:,}"] = right
@@ -3281,9 +3281,9 @@ def knn_gains(cfg, seed, sizes, n):
     target = torch.tensor(val_ids[1:])
     places = torch.linspace(K, len(target) - 1, 2 * n).long()
     fits, right = torch.arange(2 * n) < n, target[places, None]
-    h, logits = map(torch.cat, zip(*memory.outputs(model, val_ids)))
+    h = torch.cat(list(memory.outputs(model, val_ids)))
+    logp = model.to_logits(h[places]).log_softmax(-1).gather(1, right)[:, 0]
     h = h.half()
-    logp = logits[places].log_softmax(-1).gather(1, right)[:, 0]
     found = {"none": {"val loss": -logp[~fits].mean().item()}}
 
     def add(name, entries, distances, tokens, **more):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import prepare
 from config import UserError, summary
-from model import topk, topk_indices
+from model import few_rows, topk, topk_indices
 
 
 # -------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def search(q, keys, k, room=2 ** 24, span=2 ** 16):
         parts = []
         for first in range(0, len(keys), span):
             part = keys[first:first + span].to(q.dtype)
-            values, rows = topk(F.linear(x, part), min(k, len(part)), ordered=False)
+            values, rows = topk(few_rows(x, part), min(k, len(part)), ordered=False)
             parts.append((values, rows + first))
         values, rows = (torch.cat(part, dim=-1) for part in zip(*parts))
         order = topk_indices(values, k)
@@ -641,7 +641,7 @@ def absorb(model, ids, piece=8192, rows=32):
             x = ids[(start[:, None] + torch.arange(min(T, n))).clamp(max=n - 1)].to(device)
             state = model.init_state(len(first), memory=memory, carried=carried,
                                      known=known.to(device))
-            model(x, state=state)
+            model(x, state=state, at=x[:, :0])
             left = torch.where(last - start > T, max(T // 2, 1), last - start)
             written, carried = model.leave_window(state, left.to(device))
             for i, parts in written.items():
@@ -785,9 +785,8 @@ class Neighbours:
 
 @torch.inference_mode()
 def outputs(model, ids, rows=16):
-    """Yield output vectors (m, C) and logits (m, V) of all places of a text ids (n,) but the last,
-    in order. A place has at least half a window before it, or all there is, and the history
-    behind that."""
+    """Yield output vectors (m, C) of all places of a text ids (n,) but the last, in order. A place
+    has at least half a window before it, or all there is, and the history behind that."""
     H, device, n = model.cfg.history, model.wte.weight.device, len(ids) - 1
     T = min(model.cfg.block_size, n)  # a sentence does not take the time of a window
     step = max(T // 2, 1)
@@ -795,10 +794,9 @@ def outputs(model, ids, rows=16):
     for starts in torch.arange(0, max(n - T, 0) + step, step).split(rows):
         windows = padded[starts[:, None] + torch.arange(H + T)].to(device)
         x = windows[:, H:].clamp(min=0)  # behind the end it does not matter
-        out = model(x, history=windows[:, :H] if H else None)
+        h = model(x, history=windows[:, :H] if H else None, at=x[:, :0]).h.float()
         new = [slice(T - step if a else 0, min(T, n - a)) for a in starts.tolist()]
-        yield tuple(torch.cat([row[s] for row, s in zip(t, new)])
-                    for t in (out.h.float(), out.logits))
+        yield torch.cat([row[s] for row, s in zip(h, new)])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -838,7 +836,7 @@ def learn(store, model, tok, ids):
                        for h, (keys, values, places) in enumerate(heads))
         next_place = 1
         with prepare.bar(total=len(ids) - 1, desc="learn", unit="token") as progress:
-            for keys, _ in outputs(model, ids):
+            for keys in outputs(model, ids):
                 places = np.arange(next_place, next_place + len(keys))
                 next_place += add(KNN_LAYER, 0, keys, np.asarray(ids)[places, None], places)
                 progress.update(len(keys))

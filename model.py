@@ -475,12 +475,15 @@ def better_in_fp32(x):
 
 
 def few_rows(x, weight):
-    """Return x (n, in) times weight (out, in) for few rows on a CPU: (n, out).
+    """Return x (n, in) times weight (out, in): (n, out), for few rows on a CPU the quick way.
 
     Reading the weights is what takes time. By MKL's F.linear on an AMD CPU one thread computes a
-    single row, and two rows take twice as long, at half of the memory's speed or less.
+    single row, and two rows take twice as long, at half of the memory's speed or less. From 8 on
+    it is as fast.
     """
     n_out, n_in = weight.shape
+    if not 0 < x.size(0) < 8 or x.device.type != "cpu":
+        return F.linear(x, weight)
     if x.size(0) == 1 and torch.compiler.is_compiling():  # a fused sum
         return (weight.float() * x.float()[0]).sum(-1).to(x.dtype)[None]
     if x.dtype != torch.float32 or not MKL:
@@ -524,7 +527,7 @@ class Linear(nn.Linear):
         if first or last:
             weight, bias = weight[first:last], None if bias is None else bias[first:last]
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if 0 < rows < 8 and x.device.type == "cpu":  # (from 8 on F.linear is as fast)
+        if rows < 8:
             y = few_rows(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], len(weight))
             return y if bias is None else y + bias
         return F.linear(x, weight, bias)
@@ -728,6 +731,11 @@ def topk(scores, k, group=8, ordered=True):
 # what layers share: a cache each, one frozen Sequence, one Aux that grows
 
 
+def standing_at(x, pos):
+    """Return what stands at places pos (B, n) of x (B, T, ...): (B, n, ...); None: all of x."""
+    return x if pos is None else x[torch.arange(len(pos), device=pos.device)[:, None], pos]
+
+
 @dataclass(eq=False)
 class Cache:
     """What a layer carries while decoding: named tensors (B, L, ...), one row a position.
@@ -765,7 +773,7 @@ class Cache:
 
     def read(self, name, pos):
         """Return what stands at positions pos (B, T): (B, T, ...)."""
-        return self.tensors[name][torch.arange(len(pos), device=pos.device)[:, None], pos]
+        return standing_at(self.tensors[name], pos)
 
     def before(self, name, pos):
         """Return what stood before positions pos (B, T): (B, ...), 0 at the start."""
@@ -2746,11 +2754,12 @@ class SoftTokens:
                 state.pos, state.begun = before
         return tokens, count
 
-    def note_thoughts(self, state, logits, count):
-        """Keep in a state what was put out over its last positions, and the count (B, T)."""
-        T = logits.size(1)
-        pos = state.pos[:, None] - T + torch.arange(T, device=logits.device)
-        state.own["thoughts"].write(pos, p=logits.softmax(-1), count=count)
+    def note_thoughts(self, state, h, count):
+        """Keep in a state what is put out over its last positions, h (B, T, C), and the count
+        (B, T)."""
+        T = h.size(1)
+        pos = state.pos[:, None] - T + torch.arange(T, device=h.device)
+        state.own["thoughts"].write(pos, p=self.to_logits(h).softmax(-1), count=count)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2984,7 +2993,7 @@ def divergence(logits, others):
 @dataclass
 class Output:
     """What GPT.forward returns, whatever the variant. Unpacks as `logits, loss = model(...)`."""
-    logits: torch.Tensor  # (B, T, V); with targets of the type that they were computed in
+    logits: torch.Tensor  # (B, T, V), or of the places `at`; with targets as they were computed
     loss: torch.Tensor | None  # scalar: the weighted sum of `losses`, None without targets
     losses: dict  # name: scalar; "ce" is the plain cross-entropy, nats a scored token
     h: torch.Tensor | None = None  # (B, T, C) normalised vectors that the head reads
@@ -3323,7 +3332,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         return scored_sum(loss, targets)
 
     def forward(self, idx, targets=None, history=None, state=None, ids=None, denom=None,
-                step_draw=None, memory=None):
+                step_draw=None, memory=None, at=None):
         """Return the Output for idx: ids (B, T), or soft tokens (B, T, V) or (B, T, V + C).
 
         targets (B, T): the next tokens, -1 where none is scored; the loss is their summed
@@ -3335,6 +3344,7 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         ids (B, T): which symbols soft tokens stand for, as far as ends of documents and words go.
         step_draw: what draw_step drew; None: no block is left out, and exits count by depth.
         memory: {block: Memory} of these rows, for blocks M without a state.
+        at (B, n): the places whose logits are made, of a prompt the last; None: all.
         """
         cfg, count = self.cfg, None
         ids = idx if ids is None and not idx.is_floating_point() else ids
@@ -3354,10 +3364,10 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
 
         # logits
         h, *exits = (self.ln_f(v[:, seq.n_prefix:]) for v in (x, *at_exits))
-        raw = self.raw_logits(h)
-        logits = raw[..., :cfg.vocab_size]
         if count is not None and state is not None:
-            self.note_thoughts(state, logits.float(), count)
+            self.note_thoughts(state, h, count)
+        raw = self.raw_logits(standing_at(h, at))
+        logits = raw[..., :cfg.vocab_size]
         if targets is None:
             return Output(logits.float(), None, {}, h, exits, aux.memory_writes, aux.ff_outputs)
 

@@ -50,7 +50,7 @@ from torch.nn import functional as F
 import memory
 import prepare
 from config import UserError, summary
-from model import GPT, GPTConfig, Level, Linear, averaged, expected_rows
+from model import GPT, GPTConfig, Level, Linear, averaged, expected_rows, standing_at
 
 
 @dataclass
@@ -516,7 +516,8 @@ class Decoder:
             self.memory = {i: m.copy(B) for i, m in self.memory.items()}
             self.own = True
         state = self.init_state([b])
-        logits = self.read(self.model, state, [b], [0], self.T, self.history([b]))[0]
+        logits = self.read(self.model, state, [b], [0], self.T, self.history([b]),
+                           None if self.n_soft else torch.empty(1, 0, dtype=torch.long))[0]
         if self.n_soft:
             # logits at t expect the token at t + 1, so one row down; nothing expects the first
             known, p = self.expected[b], F.pad(self.model.expect(logits[0]), (0, 0, 1, 0))
@@ -576,38 +577,41 @@ class Decoder:
         return torch.from_numpy(np.concatenate((counts, ring), 1)).to(self.device)
 
     @torch.inference_mode()
-    def prefill(self):
+    def prefill(self, every=False):
         """Compute slots, window and state from what is kept, in one pass over rows padded at the
-        right. Return the logits (B, T, V)."""
+        right. Return logits: of the next token (B, 1, V), or of every place (B, T, V)."""
         lengths, rows = [len(w) for _, w in self.rows], range(len(self.rows))
         width = max(lengths)
         self.state = self.init_state(rows)
-        out = self.read(self.model, self.state, rows, [0] * len(rows), width, self.history(rows))
-        short = width - torch.tensor(lengths, device=self.device)
-        self.state.rollback(short)
-        self.record(out, width - 1 - short)
+        last = torch.tensor(lengths, device=self.device) - 1
+        out = self.read(self.model, self.state, rows, [0] * len(rows), width, self.history(rows),
+                        None if every else last[:, None])
+        self.state.rollback(width - 1 - last)
+        self.record(out, last if every else -1)
         return out[0]
 
-    def read(self, model, state, rows, first, width, history=None):
-        """Return logits over `width` tokens of each of these rows from place first[i] on, with
-        `at_exit` those of the exit, with `leave` the blocks run, and without it what the head read.
-        Tokens of a prompt leave early too: so the state is that of decoding from its first
-        token."""
+    def read(self, model, state, rows, first, width, history=None, at=None):
+        """Read `width` tokens of each of these rows from place first[i] on. Return of places at
+        (B, n) there, None: of all, the logits, with `at_exit` those of the exit, with `leave` the
+        blocks run, and without it what the head read. Tokens of a prompt leave early too: so the
+        state is that of decoding from its first token."""
         idx, ids = self.inputs(rows, first, width)
         if self.leave is None:
-            out, early = model(idx, history=history, state=state, ids=ids), None
+            out, early = model(idx, history=history, state=state, ids=ids, at=at), None
             if self.at_exit:
-                early = model.to_logits(out.exits[list(model.exits.values()).index(self.at_exit)])
-            return out.logits, early, None, out.h
+                early = out.exits[list(model.exits.values()).index(self.at_exit)]
+                early = model.to_logits(standing_at(early, at))
+            return out.logits, early, None, standing_at(out.h, at)
         before = [self.made - len(self.rows[b][1]) + f for b, f in zip(rows, first)]
         self.leave.t = torch.tensor(before, device=self.device)[:, None]
         logits, depth = model.forward_with_exits(idx, self.leave, history, state, ids)
-        return logits, None, depth, None
+        return standing_at(logits, at), None, standing_at(depth, at), None
 
     def read_last(self, n, model):
         """Read the last n tokens of each row behind the state."""
         first = [len(window) - n for _, window in self.rows]
-        self.record(self.read(model, self.state, range(len(first)), first, n), -1)
+        last = None if n == 1 else torch.full((len(first), 1), n - 1, device=self.device)
+        self.record(self.read(model, self.state, range(len(first)), first, n, at=last), -1)
 
     def record(self, out, last):
         """Note what `read` made of the last token of each row, which stands at place last (B,)."""
@@ -996,7 +1000,7 @@ class Soft(Plain):
         rows = [b for b, soft in enumerate(d.soft) if now[b] and soft and cfg.collapse_back]
         if not rows:
             return False
-        logits = d.prefill() if cfg.collapse_by == "context" else None
+        logits = d.prefill(every=True) if cfg.collapse_by == "context" else None
         for b in rows:
             window, first = d.rows[b][1], 0
             for at in sorted(d.soft[b])[-max(cfg.collapse_back, 0):]:

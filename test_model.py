@@ -4397,13 +4397,24 @@ def test_output_vectors_of_a_text(name, n):
     it."""
     m = make(name).eval()
     H, ids = m.cfg.history, random_ids(n, low=0, seed=1).tolist()
-    h, logits = (torch.cat(t) for t in zip(*memory.outputs(m, ids, rows=3)))
-    assert len(h) == len(logits) == n - 1
+    h = torch.cat(list(memory.outputs(m, ids, rows=3)))
+    assert len(h) == n - 1
     for t in range(n - 1):
         a = max(0, -(-(t + 1 - 16) // 8) * 8)  # the first window that holds it
         out = forward_kept(m, ids[max(a - H, 0):a], ids[a:t + 1])
         agree(h[t], out.h[0, -1])
-        agree(logits[t], out.logits[0, -1])
+
+
+@pytest.mark.parametrize("name", ["plain", "slots", "exits+think", "nearest", "exits_keys"])
+def test_logits_of_some_places(name):
+    """They are those of a pass that makes all; of a prompt only those of its last token are."""
+    m, x, at = make(name).eval(), random_ids(2, 9), torch.tensor([[8, 0], [3, 3]])
+    whole = m(x).logits
+    agree(m(x, at=at).logits, torch.stack([whole[b, places] for b, places in enumerate(at)]))
+    assert m(x, at=at[:, :0]).logits.shape == (2, 0, whole.size(2))
+    d = sample.Decoder(m, [x[0].tolist(), x[1, :5].tolist()])
+    assert d.prefill().shape == (2, 1, whole.size(2))
+    assert d.prefill(every=True).shape == whole.shape
 
 
 def test_memory_from_the_shell(trained, place, tmp_path):
