@@ -683,9 +683,9 @@ def attend(q, k, v, mask, dropout):
         return attend(q.float(), k.float(), v.float(), mask, dropout).to(q.dtype)
     low = q.dtype != torch.float32
     if on_cpu and T == 1 and mask is not None and (low or torch.compiler.is_compiling()):
-        # one query: sums, which the compiler fuses
-        q = (q * D ** -0.5).reshape(B, groups, -1, 1, D)
-        scores = (q.float() * k.float().unsqueeze(2)).sum(-1)  # (B, Hkv, H / Hkv, L)
+        # one query: sums, which the compiler fuses (a product of more operations it would store)
+        q = q.reshape(B, groups, -1, 1, D)
+        scores = (q.float() * k.float().unsqueeze(2)).sum(-1) * D ** -0.5  # (B, Hkv, H / Hkv, L)
         p = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         return (p[..., None] * v.float().unsqueeze(2)).sum(-2).to(q.dtype).view(B, H, T, D)
     if not (on_cpu and low):
