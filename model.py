@@ -474,8 +474,8 @@ def better_in_fp32(x):
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not BF16_CPU
 
 
-def few_rows(x, weight):
-    """Return x (n, in) times weight (out, in): (n, out), for few rows on a CPU the quick way.
+def few_rows(x, weight, bias=None):
+    """Return F.linear(x, weight, bias), x (n, in), for few rows on a CPU the quick way.
 
     Reading the weights is what takes time. By MKL's F.linear on an AMD CPU one thread computes a
     single row, and two rows take twice as long, at half of the memory's speed or less. From 8 on
@@ -483,7 +483,9 @@ def few_rows(x, weight):
     """
     n_out, n_in = weight.shape
     if not 0 < x.size(0) < 8 or x.device.type != "cpu":
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
+    if bias is not None:
+        return few_rows(x, weight) + bias
     if x.size(0) == 1 and torch.compiler.is_compiling():  # a fused sum
         return (weight.float() * x.float()[0]).sum(-1).to(x.dtype)[None]
     if x.dtype != torch.float32 or not MKL:
@@ -528,8 +530,8 @@ class Linear(nn.Linear):
             weight, bias = weight[first:last], None if bias is None else bias[first:last]
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if rows < 8:
-            y = few_rows(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], len(weight))
-            return y if bias is None else y + bias
+            y = few_rows(x.reshape(-1, x.size(-1)), weight, bias)
+            return y.view(*x.shape[:-1], len(weight))
         return F.linear(x, weight, bias)
 
 
@@ -683,7 +685,7 @@ def attend(q, k, v, mask, dropout):
         return attend(q.float(), k.float(), v.float(), mask, dropout).to(q.dtype)
     low = q.dtype != torch.float32
     if on_cpu and T == 1 and mask is not None and (low or torch.compiler.is_compiling()):
-        # one query: sums, which the compiler fuses (a product of more operations it would store)
+        # one query: sums, which the compiler fuses; scaled before, the product would be stored
         q = q.reshape(B, groups, -1, 1, D)
         scores = (q.float() * k.float().unsqueeze(2)).sum(-1) * D ** -0.5  # (B, Hkv, H / Hkv, L)
         p = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -2755,8 +2757,8 @@ class SoftTokens:
         return tokens, count
 
     def note_thoughts(self, state, h, count):
-        """Keep in a state what is put out over its last positions, h (B, T, C), and the count
-        (B, T)."""
+        """Keep in a state the distributions that the output vectors h (B, T, C) of its last
+        positions give, and the count (B, T)."""
         T = h.size(1)
         pos = state.pos[:, None] - T + torch.arange(T, device=h.device)
         state.own["thoughts"].write(pos, p=self.to_logits(h).softmax(-1), count=count)
@@ -2993,7 +2995,7 @@ def divergence(logits, others):
 @dataclass
 class Output:
     """What GPT.forward returns, whatever the variant. Unpacks as `logits, loss = model(...)`."""
-    logits: torch.Tensor  # (B, T, V), or of the places `at`; with targets as they were computed
+    logits: torch.Tensor  # (B, T, V), or (B, n, V) of places `at`; with targets not cast to fp32
     loss: torch.Tensor | None  # scalar: the weighted sum of `losses`, None without targets
     losses: dict  # name: scalar; "ce" is the plain cross-entropy, nats a scored token
     h: torch.Tensor | None = None  # (B, T, C) normalised vectors that the head reads
@@ -3344,7 +3346,8 @@ class GPT(Stack, Recall, SoftTokens, EarlyExit):
         ids (B, T): which symbols soft tokens stand for, as far as ends of documents and words go.
         step_draw: what draw_step drew; None: no block is left out, and exits count by depth.
         memory: {block: Memory} of these rows, for blocks M without a state.
-        at (B, n): the places whose logits are made, of a prompt the last; None: all.
+        at (B, n): the places to make logits of, such as a prompt's last; None: all. Not with
+        targets.
         """
         cfg, count = self.cfg, None
         ids = idx if ids is None and not idx.is_floating_point() else ids

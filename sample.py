@@ -517,7 +517,8 @@ class Decoder:
             self.own = True
         state = self.init_state([b])
         logits = self.read(self.model, state, [b], [0], self.T, self.history([b]),
-                           None if self.n_soft else torch.empty(1, 0, dtype=torch.long))[0]
+                           None if self.n_soft else torch.empty(1, 0, dtype=torch.long,
+                                                                device=self.device))[0]
         if self.n_soft:
             # logits at t expect the token at t + 1, so one row down; nothing expects the first
             known, p = self.expected[b], F.pad(self.model.expect(logits[0]), (0, 0, 1, 0))
@@ -579,7 +580,7 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self, every=False):
         """Compute slots, window and state from what is kept, in one pass over rows padded at the
-        right. Return logits: of the next token (B, 1, V), or of every place (B, T, V)."""
+        right. Return logits of the next token (B, 1, V), with `every` of all places (B, T, V)."""
         lengths, rows = [len(w) for _, w in self.rows], range(len(self.rows))
         width = max(lengths)
         self.state = self.init_state(rows)
@@ -591,10 +592,10 @@ class Decoder:
         return out[0]
 
     def read(self, model, state, rows, first, width, history=None, at=None):
-        """Read `width` tokens of each of these rows from place first[i] on. Return of places at
-        (B, n) there, None: of all, the logits, with `at_exit` those of the exit, with `leave` the
-        blocks run, and without it what the head read. Tokens of a prompt leave early too: so the
-        state is that of decoding from its first token."""
+        """Read `width` tokens of each of these rows from place first[i] on. Return for the places
+        `at` (B, n) among them (None: all) the logits, with `at_exit` those of the exit, with
+        `leave` the blocks run, without it what the head read. Tokens of a prompt leave early too:
+        so the state is that of decoding from its first token."""
         idx, ids = self.inputs(rows, first, width)
         if self.leave is None:
             out, early = model(idx, history=history, state=state, ids=ids, at=at), None

@@ -4407,14 +4407,15 @@ def test_output_vectors_of_a_text(name, n):
 
 @pytest.mark.parametrize("name", ["plain", "slots", "exits+think", "nearest", "exits_keys"])
 def test_logits_of_some_places(name):
-    """They are those of a pass that makes all; of a prompt only those of its last token are."""
+    """They are those of a pass that makes all; of a prompt only its last token's are made."""
     m, x, at = make(name).eval(), random_ids(2, 9), torch.tensor([[8, 0], [3, 3]])
     whole = m(x).logits
     agree(m(x, at=at).logits, torch.stack([whole[b, places] for b, places in enumerate(at)]))
     assert m(x, at=at[:, :0]).logits.shape == (2, 0, whole.size(2))
     d = sample.Decoder(m, [x[0].tolist(), x[1, :5].tolist()])
-    assert d.prefill().shape == (2, 1, whole.size(2))
-    assert d.prefill(every=True).shape == whole.shape
+    last, every = d.prefill(), d.prefill(every=True)
+    assert every.shape == whole.shape
+    agree(last[:, 0], every[[0, 1], [8, 4]])
 
 
 def test_memory_from_the_shell(trained, place, tmp_path):
@@ -4874,12 +4875,17 @@ def test_advice_of_training_can_be_followed(tmp_path):
             assert train.main([*there, "--layers=(A)A"]) == 0
 
 
-@pytest.mark.parametrize("rate, warned", [(100.0, True), (1e-3, False)])
-def test_a_run_that_learned_nothing_says_so(tmp_path, rate, warned):
+@pytest.mark.parametrize("rate, text, advice", [
+    (100.0, TEXT, "lower learning_rate"), (1e-3, TEXT, ""),
+    (0.03, "ab" * 450 + "cd" * 50, "longer text")])
+def test_a_run_that_learned_nothing_says_so(tmp_path, rate, text, advice):
+    """Nor does one that knows only its training text, and each says what to do."""
     lines = []
-    run(tmp_path, learning_rate=rate, max_iters=8, lr_decay_iters=8, say=lines.append)
-    assert any("no better than guessing among" in s and "learning_rate" in s
-               for s in lines) == warned
+    prepared(tmp_path, text)
+    run(tmp_path / "o", dataset="x", data_dir=str(tmp_path), learning_rate=rate, max_iters=8,
+        lr_decay_iters=8, say=lines.append)
+    said = [s for s in lines if "no better than guessing among" in s]
+    assert len(said) == bool(advice) and all(advice in s for s in said)
 
 
 @pytest.mark.parametrize("code", [*table("""

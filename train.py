@@ -1579,7 +1579,7 @@ class Training:
             self.restore(saved, path)
         if tcfg.labelled and self.writes and self.progress.step < tcfg.max_iters:
             self.find_labels()
-        self.curve, self.compile_seconds = [], 0.0
+        self.curve, self.compile_seconds, self.train_loss = [], 0.0, math.inf
         self.interval_seconds = []  # of each step since the last log line, but the first
         self.on_gpu, self.pending = self.place.device.type == "cuda", []  # steps not read yet
         self.maker, self.coming = ThreadPoolExecutor(1), {}  # of batches
@@ -1825,7 +1825,7 @@ class Training:
         for name in p.interval_losses[-1]:
             values = [losses[name] for losses in p.interval_losses if name in losses]
             means[name] = sum(values) / len(values)
-        ce = means.pop("ce")
+        ce = self.train_loss = means.pop("ce")
         self.say(f"step {p.step}/{self.tcfg.max_iters}: loss {ce:.4f}, {run.tokens / each:,.0f} "
                  f"tokens/s, mfu {run.mfu(each):.0%}, "
                  f"{clock(time.perf_counter() - self.started)} elapsed, "
@@ -1902,8 +1902,12 @@ class Training:
         p, files, curve, V = self.progress, self.files, self.curve, self.mcfg.vocab_size
         val_loss = curve[-1][2] if curve else None
         if curve and not stopped and val_loss >= math.log(V):
+            do = "lower learning_rate and muon_lr, or train longer"
+            if self.train_loss < math.log(V):
+                do = (f"only the training text was learned (loss {self.train_loss:.4f}); give a "
+                      f"longer text, or train for fewer steps")
             self.say(f"val loss {val_loss:.4f} is no better than guessing among {V} tokens "
-                     f"({math.log(V):.4f}): lower learning_rate and muon_lr, or train longer")
+                     f"({math.log(V):.4f}): {do}")
         path = next((p for p in (files.best, files.last) if p in files.val_losses), None)
         return dict(val_loss=val_loss, best_val_loss=p.best_val_loss, step=p.step, curve=curve,
                     step_seconds=p.step_seconds, stopped=stopped, path=path,
