@@ -516,9 +516,9 @@ class Decoder:
             self.memory = {i: m.copy(B) for i, m in self.memory.items()}
             self.own = True
         state = self.init_state([b])
+        nowhere = torch.empty(1, 0, dtype=torch.long, device=self.device)
         logits = self.read(self.model, state, [b], [0], self.T, self.history([b]),
-                           None if self.n_soft else torch.empty(1, 0, dtype=torch.long,
-                                                                device=self.device))[0]
+                           None if self.n_soft else nowhere)[0]
         if self.n_soft:
             # logits at t expect the token at t + 1, so one row down; nothing expects the first
             known, p = self.expected[b], F.pad(self.model.expect(logits[0]), (0, 0, 1, 0))

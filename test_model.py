@@ -4403,6 +4403,7 @@ def test_output_vectors_of_a_text(name, n):
         a = max(0, -(-(t + 1 - 16) // 8) * 8)  # the first window that holds it
         out = forward_kept(m, ids[max(a - H, 0):a], ids[a:t + 1])
         agree(h[t], out.h[0, -1])
+        agree(m.to_logits(h[None, t])[0], out.logits[0, -1])
 
 
 @pytest.mark.parametrize("name", ["plain", "slots", "exits+think", "nearest", "exits_keys"])
@@ -4879,7 +4880,7 @@ def test_advice_of_training_can_be_followed(tmp_path):
     (100.0, TEXT, "lower learning_rate"), (1e-3, TEXT, ""),
     (0.03, "ab" * 450 + "cd" * 50, "longer text")])
 def test_a_run_that_learned_nothing_says_so(tmp_path, rate, text, advice):
-    """Nor does one that knows only its training text, and each says what to do."""
+    """So does one that learned its training text alone, and each says what to do about it."""
     lines = []
     prepared(tmp_path, text)
     run(tmp_path / "o", dataset="x", data_dir=str(tmp_path), learning_rate=rate, max_iters=8,
