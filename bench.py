@@ -458,9 +458,10 @@ def share_of_cores(cfg):
 MADE = {  # dataset: how python prepare.py makes it
     "shakespeare": "--source=auto", "works": "--source=works", "tiny": "--source=tiny",
     "chain0": "chain --n_pause=0", "chain_written": "chain --write_steps",
-    "cipher_64": "cipher --doc_len=64 --n_docs=80000", "bytes": "--tokenizer=byte",
-    "words": "--tokenizer=word --vocab_size=2000",
-    "bpe_1024": "--tokenizer=bpe:1024", "bpe_4096": "--tokenizer=bpe:4096"}
+    "cipher_64": "cipher --doc_len=64 --n_docs=80000",
+    **{name: f"--source=works --tokenizer={tokenizer}" for name, tokenizer in (
+        ("bytes", "byte"), ("words", "word --vocab_size=2000"), ("bpe_1024", "bpe:1024"),
+        ("bpe_4096", "bpe:4096"))}}
 
 
 def make_task(cfg, name):
@@ -473,7 +474,7 @@ def make_task(cfg, name):
     if command[0] in prepare.TASKS or name in MADE:
         prepare.main([*command, *argv])
     if name == "no_spaces":
-        paths = prepare.fetch_shakespeare(prepare.PrepareConfig(data_dir=cfg.data_dir))[0]
+        paths = prepare.fetch_works(os.path.join(cfg.data_dir, "download"))
         with tempfile.TemporaryDirectory() as folder:
             for path in map(pathlib.Path, paths):
                 unspaced = pathlib.Path(folder, path.name)
@@ -2218,14 +2219,17 @@ FEATURAL = Trial(
     MEMORY_MODEL + " --after=usage", columns=(*COMPARED, "slots_used", "slot_entropy"))
 
 LONG_F = MEMORY_MODEL + " --max_iters=4000 "
-LONG_M = IN_ORDER + "10000 --seeds=1 --against='AAAA, 10,000 steps of 16 x 64' "
+LONG_M = IN_ORDER + "10000 --against='AAAA, 10,000 steps of 16 x 64' "
+IN_ITS_SECONDS = LONG_M + "--seconds_of='AAMA, 2,048 entries' "
 CLAIMS["longer"] = Trial(
     "a memory in place of the third MLP at ten times the steps of the claims featural and plays",
     "ten times the steps, 4 layers, 128 wide",
     {"AAAA, 4,000 steps of 12 x 64": LONG_F, "AAFA, 4,096 slots": LONG_F + ONE_MEMORY + "4096",
      "AAAA, 10,000 steps of 16 x 64": LONG_M,
      "AAMA, 2,048 entries": LONG_M + "--layers=AAMA --mem_size=2048",
-     "AAAA, a window of 256": LONG_M + "--block_size=256 --batch_size=4 --stream=64"})
+     "AAAA, its seconds": IN_ITS_SECONDS + "--seeds=1",
+     "AAAA, a window of 256, its seconds":
+     IN_ITS_SECONDS + "--block_size=256 --batch_size=4 --stream=64"})
 
 
 @register

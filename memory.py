@@ -812,7 +812,9 @@ def passages(tok, ids, width=40):
     start = np.append(0, stop[:-1])
     for _ in range(3):
         stop = stop + [i < len(raw) and raw[i] & 0xC0 == 0x80 for i in stop.tolist()]
-    ending = lambda t: raw[max(stop[t] - width, 0):stop[t]].decode(errors="ignore")
+    # (behind what is no character, so that as many bytes stand before its end)
+    ending = lambda t: raw[max(stop[t] - width, 0):stop[t]].decode(
+        errors="replace").rpartition("\ufffd")[2]
     return ending, np.stack((start, stop), 1)
 
 
@@ -831,8 +833,11 @@ def learn(store, model, tok, ids):
             return len(keys)
 
         if store.facts["kind"] == "memory":
-            return sum(add(i, h, keys, values.float().numpy(), places.numpy())
-                       for i, heads in absorb(model, ids).items()
+            # (a conversation may hold ends of text, and with those a memory would end)
+            ends = [-1, *(i for i, token in enumerate(ids) if token == tok.eot), len(ids)]
+            return sum(add(i, h, keys, values.float().numpy(), places.numpy() + a + 1)
+                       for a, b in itertools.pairwise(ends) if b - a > 2
+                       for i, heads in absorb(model, ids[a + 1:b]).items()
                        for h, (keys, values, places) in enumerate(heads))
         next_place = 1
         with prepare.bar(total=len(ids) - 1, desc="learn", unit="token") as progress:

@@ -178,7 +178,7 @@ class GPTConfig:
     span_binding: bool = True  # turn each token of a span by its place (False: a bag of tokens)
     enrich: bool = False  # make slots of the model's outputs over the history, not of embeddings
     slot_gate: bool = False  # attend to slots apart, times a gate that starts at 0, so that slots
-        # can be given to a trained model
+        # can be given to a trained model of blocks A, F, M
     # exits
     exit_weight: float = 1.0  # weight of the exits' losses together; 0: they are not trained
     exit_loss: str = "depth"  # depth (all exits, deeper ones more: CALM) | rotate (one a step)
@@ -1464,11 +1464,14 @@ class Memory:
         An entry as near as `novelty` to a later one has none left, and is gone.
         """
         N, L = self.usage.size(-1), keys.size(2)
-        near = torch.cat((keys @ self.keys.to(keys.dtype).mT, keys @ keys.mT), -1) >= novelty
+        near = torch.cat([keys @ k.mT >= novelty for k in (self.keys.to(keys.dtype), keys)], -1)
         order = torch.arange(-N, L, device=keys.device)
         later = torch.arange(L, device=keys.device)[:, None] > order
         near &= (usage > 0)[:, :, None] & (usage[..., N:] > 0)[..., None] & later
-        latest = (near * torch.arange(1, L + 1, device=keys.device)[:, None]).amax(-2)
+        # (numbers of two bytes: B H L (N + L) of them are many)
+        kind = torch.int16 if L < 2 ** 15 else torch.int32
+        number = torch.arange(1, L + 1, device=keys.device, dtype=kind)
+        latest = (near * number[:, None]).amax(-2).long()
         goes_to = torch.where(latest > 0, N + latest - 1, torch.arange(N + L, device=keys.device))
         for _ in range(L.bit_length()):  # what replaces may be replaced itself
             goes_to = goes_to.gather(2, goes_to)
@@ -2155,6 +2158,9 @@ class Level(Stack):
         if cfg.concept_of != "chunk" and (cfg.rollout or cfg.plan_noise):
             raise ValueError(f"rollout and plan_noise hand down concepts as they are composed, and "
                              f"concept_of = {cfg.concept_of} predicts something else")
+        if cfg.n_gram and cfg.plan == "latent":
+            raise ValueError("n_gram shows each token those before it, and with plan = latent none "
+                             "sees what came before its chunk; leave one of them out")
         if cfg.concept_of == "ema" and (depth > 1 or cfg.share_levels or cfg.share_mlp
                                         or {*"FM"} & {*cfg.layers}):
             raise ValueError("concept_of = ema takes one depth of levels, and neither memories (F, "
@@ -2287,10 +2293,10 @@ class Level(Stack):
             return inside.to(x.dtype) @ turned, inside
         pos = seq.pos[:, seq.n_prefix:]
         inside = (at >= first[..., None]) & (at <= at[:, None])  # (B, T, T)
-        carried = (first < 0)[..., None] * cache.before("open_sum", pos)[:, None].to(x.dtype)
-        opened = inside.to(x.dtype) @ turned + carried
+        opened = (first < 0)[..., None] * cache.before("open_sum", pos)[:, None]  # fp32, as in one
+        opened = opened + inside.to(opened.dtype) @ turned.to(opened.dtype)
         cache.write(pos, open_sum=opened)
-        return chunks.ends.to(x.dtype) @ opened, inside
+        return (chunks.ends.to(opened.dtype) @ opened).to(x.dtype), inside
 
     # -- 3. run the layers inside, and predict concepts
 
@@ -2710,9 +2716,11 @@ class SoftTokens:
         To keep that pass cheap, all of them stand in the first quarter of the rows (or in a share
         soft_rate of them, if that is more). In those rows the soft region is soft as a whole, and
         of the rest as much as makes a share soft_rate of the batch. The end of a text stays hard.
+        Where that share is not a whole number of rows (of a small micro-batch), a region is soft by
+        chance.
         """
-        cfg, (B, T) = self.cfg, idx.shape
-        n, last = math.ceil(B * max(cfg.soft_rate, 0.25)), cfg.block_size
+        cfg, (B, T), share = self.cfg, idx.shape, max(self.cfg.soft_rate, 0.25)
+        n, last = math.ceil(B * share), cfg.block_size
         region = slice(cfg.n_soft) if cfg.n_soft >= 0 else slice(last + cfg.n_soft, last)
         read = T if cfg.soft_rate else min(T, region.stop)
         with torch.no_grad():
@@ -2720,7 +2728,8 @@ class SoftTokens:
             p = self.vectors(h) if self.soft_points else self.expect(self.to_logits(h))
             p = F.pad(p, (0, 0, 0, T - read))
         soft = torch.rand(n, T, device=idx.device) < cfg.soft_rate * B / n
-        soft[:, region] = True
+        chance = B * share / n
+        soft[:, region] = chance == 1 or torch.rand(n, 1, device=idx.device) < chance
         soft = soft & (idx[:n] != cfg.think_token) & (idx[:n] != cfg.eot)
         soft[:, 0] = False  # nothing is expected there
         tokens = F.one_hot(idx, p.size(-1)).to(p.dtype)
@@ -2998,7 +3007,8 @@ class Output:
     logits: torch.Tensor  # (B, T, V), or (B, n, V) of places `at`; with targets not cast to fp32
     loss: torch.Tensor | None  # scalar: the weighted sum of `losses`, None without targets
     losses: dict  # name: scalar; "ce" is the plain cross-entropy, nats a scored token
-    h: torch.Tensor | None = None  # (B, T, C) normalised vectors that the head reads
+    # with targets these are None: the normalised vectors (B, T, C) that the head reads
+    h: torch.Tensor | None = None
     exits: list | None = None  # the same at each exit
     memory_writes: dict | None = None  # {block: MemoryWrites} of blocks M that were given a memory
     ff_outputs: dict | None = None  # {block: (B, S + T, C)}, with GPT.record_ff_outputs

@@ -371,12 +371,14 @@ def command(path, *more):
     except (OSError, ValueError):
         meta = {}
     task, files, spec = meta.get("task", name), meta.get("files"), meta.get("tokenizer")
+    usual_name = ""
     if isinstance(task, str) and task in TASKS:
+        usual_name = task
         usual = {"seed": PrepareConfig.seed, "n_docs": sum(TASKS[task][1:])}
         what = [task, *[f"--{k}={meta[k]}" for k in task_settings(task)
                         if k in meta and meta[k] != usual.get(k, getattr(PrepareConfig, k))]]
     elif name == "shakespeare" and meta.get("source") != "files":
-        what = []
+        usual_name, what = name, []
     else:
         what = [f"--input={f}" for f in (files if isinstance(files, list) else ["FILE"])]
     if isinstance(spec, dict) and "--tokenizer" not in "".join(more):
@@ -385,7 +387,7 @@ def command(path, *more):
         what += [f"--tokenizer={kind}"] if kind != PrepareConfig.tokenizer else []
         what += [f"--vocab_size={meta['n_vocab']}"] if kind == "word" else []
     what += [f"--{k}={meta[k]}" for k in TEXT_SETTINGS if meta.get(k)]
-    named = [f"--name={name}"] if name not in (*what[:1], "shakespeare") else []
+    named = [f"--name={name}"] if name != usual_name else []
     where = [f"--data_dir={data_dir}"] if data_dir != "data" else []
     return shlex.join(["python", "prepare.py", *what, *named, *where, *more])
 
@@ -1088,6 +1090,7 @@ def record_texts(path, field):
             if text is not None and type(text) is not str:
                 refuse(n, record, f" and no text in {field!r}")
             if text and "\0" in text:
+                n -= 1  # (of this record, not the next)
                 raise ValueError("it has a zero byte")
             if text:  # (what JSON lets stand alone, half of a pair of UTF-16, becomes a ?)
                 yield text.encode(errors="replace").decode()
@@ -1152,7 +1155,8 @@ def documents(path, separator, whole=False, field="", unix=False):
     if ending(path) in RECORDS:
         for text in record_texts(path, field):
             text = unix_lines(text) if unix else text
-            yield from ((t, True) for t in (text.split(separator) if separator else [text]) if t)
+            parts = re.split(re.escape(separator) + "(?:\r?\n)?", text) if separator else [text]
+            yield from ((t, True) for t in parts if t)
         return
     if not separator:
         yield from ((text, False) for text in pieces(path, unix=unix))
@@ -1314,7 +1318,8 @@ def prepare_text(paths, cfg, folder, source):
             for split, text, scored in group:
                 part = next(ids) if text else [tok.eot]
                 write[split].add(part, np.full(len(part), scored))
-                n_bytes[split] += len(text.encode())
+                as_read = unix_lines(text) if tok.spec.get("unix_lines") else text
+                n_bytes[split] += len(as_read.encode())
                 n_done, n_docs = n_done + len(text), n_docs + (not text)
                 answered = answered or scored
                 shown.update(len(text))

@@ -151,7 +151,8 @@ def fetch(name):
     one, index = "model.safetensors", "model.safetensors.index.json"
     got = lambda file: fetch_file(f"{HUB}/{name}/resolve/main/{file}", os.path.join(folder, file))
     if not got("config.json"):
-        raise UserError(f"{HUB} has no model {name}; name another, as OWNER/NAME")
+        raise UserError(f"{HUB} has no model {name} that can be read without an account; name "
+                        f"another, as OWNER/NAME, or a file or folder that is there")
     files = Folder.files(folder) if got(index) else [one]
     missing = [file for file in files if not got(file)]
     if missing:
@@ -171,7 +172,7 @@ def fetch_file(url, path):
     try:
         ask = {"Range": f"bytes={start}-"} if start else {}
         with requests.get(url, headers=ask, timeout=(5, 30), stream=True) as r:
-            if r.status_code == 404:
+            if r.status_code in (401, 403, 404):  # (a hub says 401 of what it does not have)
                 return False
             if r.status_code != 416:  # there is no more of it than is here
                 r.raise_for_status()
@@ -538,8 +539,9 @@ def import_model(cfg, path):
 # out
 
 SIZES = "block_size vocab_size n_layer n_embd n_head n_mlp rope_base tie"
-IN_TRAINING = ("init dropout channel_drop layer_drop soft_rate ce_weight semantic semantic_weight "
-               "semantic_temp eot space")  # change nothing that a trained model computes
+IN_TRAINING = ("init dropout channel_drop layer_drop soft_rate soft_of ce_weight semantic "
+               "semantic_weight semantic_temp next_latent logit_decay eot "
+               "space")  # change nothing that a trained model computes
 FREE = {"nanochat": "n_kv_head", "gpt2": "bias", "llama": "bias n_kv_head head_dim norm_eps"}
 OURS = {  # settings that make a family; all others are as they are by default
     "nanochat": {}, "llama": dict(mlp=("swiglu",), qk_norm=(False,), embed_norm=(False,)),
@@ -585,7 +587,7 @@ def their_weights(family, cfg, model):
     """Return {their name: tensor} of a model of ours."""
     out, C, D = {}, cfg.n_embd, cfg.heads(0)[2]
     for name, p in model.named_parameters():
-        if name.startswith("point."):  # it has a share in a loss alone
+        if name.startswith(("point.", "latent.")):  # these have a share in a loss alone
             continue
         w = p.detach().float()[:cfg.vocab_size] if name == "lm_head.weight" else p.detach().float()
         names = their_names(name, family)
@@ -678,7 +680,9 @@ def their_tokenizer(tok):
                         f"dataset of characters, bytes or an encoding of tiktoken")
     ranks, more = tok.enc._mergeable_ranks, tok.enc._special_tokens
     vocab = {spell(t): i for t, i in ranks.items()}
-    split = [regex(tok.enc._pat_str)] if spec["kind"] == "tiktoken" else []
+    split = []
+    if spec["kind"] == "tiktoken":  # (its {1,3}+, tokenizers would read as any number of {1,3})
+        split = [regex(re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", tok.enc._pat_str))]
     return byte_level_json(vocab, merges_of(ranks), {i: t for t, i in more.items()}, split)
 
 

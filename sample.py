@@ -50,7 +50,7 @@ from torch.nn import functional as F
 import memory
 import prepare
 from config import UserError, summary
-from model import GPT, GPTConfig, Level, Linear, averaged, expected_rows, standing_at
+from model import GPT, GRU, GPTConfig, Level, Linear, averaged, expected_rows, standing_at
 
 
 @dataclass
@@ -163,7 +163,7 @@ class SampleConfig:
             (self.collapse_back, "earlier soft tokens, and collapse_back = 0 leaves those as they "
              "are", "collapse_by collapse_which"),
             (self.collapse_by == "nearest", "the model alone to draw from with collapse_by = "
-             "context or whole", "knn average"),
+             "context or whole", "knn average amateur repetition_penalty"),
             (self.exit, "early exits, such as --exit=softmax", "exit_threshold exit_decay"),
             (self.exit_threshold >= 0, "an exit_threshold: none is ever stored for it",
              "exit_decay"),
@@ -523,6 +523,8 @@ class Decoder:
             # logits at t expect the token at t + 1, so one row down; nothing expects the first
             known, p = self.expected[b], F.pad(self.model.expect(logits[0]), (0, 0, 1, 0))
             self.expected[b] = torch.cat((known, p[len(known):]))[n:]
+        if not self.memory:
+            return
         carried = self.model.leave_window(state, torch.tensor([n], device=self.device))[1]
         for i, parts in carried.items():
             if i not in self.carried:
@@ -624,7 +626,9 @@ class Decoder:
         if self.neighbours:
             self.logits, self.found = self.neighbours.mix(self.logits, self.h)
         if self.others:
-            self.logits = averaged([d.logits for d in (self, *self.others)])
+            # (behind the same size as logits had: a repetition_penalty is by their sign)
+            size = self.logits.logsumexp(-1, keepdim=True)
+            self.logits = averaged([d.logits for d in (self, *self.others)]) + size
         for i, places, weights in self.model.recalled(self.state) if self.sources else ():
             self.record_entries(*self.sources[i], places, weights)
 
@@ -786,12 +790,15 @@ class CudaGraph:
 
     def __init__(self, model):
         self.model, self.state = model, None
+        # what waits for the GPU cannot be recorded: a GRU's documents, a search by an index
+        self.waits = any(isinstance(m, GRU) for m in model.modules())
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
     def __call__(self, idx, state, **more):
-        if idx.is_floating_point() or idx.size(1) > 1:
+        index = any(m.store and m.store.index for m in state.memory.values())
+        if idx.is_floating_point() or idx.size(1) > 1 or self.waits or index:
             return self.model(idx, state=state, **more)
         if self.state is not state:
             self.record(idx, state)
@@ -953,6 +960,11 @@ class Soft(Plain):
         if self.cfg.soft == "vector" and self.cfg.collapse_by == "whole":
             raise UserError("collapse_by = whole weighs the symbols of a distribution, and a "
                             "vector (soft = vector) stands for one; take context or nearest")
+        if self.cfg.soft == "vector" and any(d.model is not model
+                                             for d in self.decoder.companions()):
+            raise UserError("soft = vector makes vectors that only the model itself reads; leave "
+                            "out average, and take a part of the model as its amateur (exit:K, "
+                            "context:N)")
 
     @torch.inference_mode()
     def soft_tokens(self, p):
@@ -1039,7 +1051,7 @@ class Speculation(Plain):
             self.place = config.build(decoder.model.exit_place, blocks=cfg.draft_exit)
         self.proposed = self.accepted = 0
         room = min(d.T for d in self.decoders)
-        if cfg.speculate >= room:
+        if cfg.speculate >= room - 1:
             raise UserError(f"speculate = {cfg.speculate} tokens ahead do not fit into a window "
                             f"of {room}; give fewer")
 
@@ -1120,9 +1132,9 @@ class Speculation(Plain):
                 d.logits, p = logits[rows, kept], p[rows, kept]
                 self.proposed += n * len(kept)
                 self.accepted += int(kept.sum())
+                self.report = f"[{self.accepted} of {self.proposed} drafted tokens accepted]"
             yield [row[:max(cfg.max_new_tokens - c, 0)] for row, c in zip(ready, counts)]
             counts = [c + len(row) for c, row in zip(counts, ready)]
-        self.report = f"[{self.accepted} of {self.proposed} drafted tokens accepted]"
 
 
 def likeliest(rows, n):
@@ -1300,7 +1312,8 @@ def show(made, text, i, tok, cfg, mcfg):
         found = [{"id": int(i), "text": store.texts([i])[0]} for store, i in made.found]
         line = {"sample": i, "text": tok.decode([made.token]), **vars(made), "found": found or None,
                 "entropy": round(made.entropy, 4), "logp": round(made.logp, 4)}
-        return json.dumps({k: v for k, v in line.items() if v is not None}) + "\n"
+        nothing = None, math.inf, -math.inf  # (JSON has no infinity)
+        return json.dumps({k: v for k, v in line.items() if v not in nothing}) + "\n"
     text = on_screen(text)
     if not (cfg.trace and text and sys.stdout.isatty()) or (cfg.soft and not made.soft):
         return text
@@ -1422,7 +1435,7 @@ def converse(decoder, cfg, tok, path, prompt, generator, think, used, log):
         decoder.extend(shown)
         log_turn(other, last.strip())
         last = last or line
-        for kind, file in stores_of(cfg):
+        for kind, file in stores_of(cfg) if len(ids + shown) > 1 else ():
             try:
                 with memory.open_store(kind, file, decoder.model, path, True) as store:
                     memory.learn(store, decoder.model, tok, ids + shown)
@@ -1550,10 +1563,10 @@ def amateur_of(cfg, model):
     return kind, int(number)
 
 
-def make_decoder(cfg, model, rows, eot=None, other=None, average=(), **more):
+def make_decoder(cfg, model, rows, eot=None, other=None, average=(), streams=(), **more):
     """Return the Decoder of the settings over rows of ids, beside its amateur or draft. other: the
-    model of that, where it is not a part of this one; average: models to average it with; more:
-    arguments of the Decoder."""
+    model of that, where it is not a part of this one; average: models to average it with; streams:
+    those of these that remember what leaves their window; more: arguments of the Decoder."""
     if cfg.plan_draw:
         if not (model.levels and model.cfg.draws()):
             raise UserError("plan_draw needs a model whose levels hand down concepts that can be "
@@ -1564,14 +1577,15 @@ def make_decoder(cfg, model, rows, eot=None, other=None, average=(), **more):
     unknown = cfg.interactive or cfg.speculate and cfg.n > 1  # (rows do not stay together)
     room = 0 if unknown else max(map(len, rows)) + made
     start = lambda m, **more: Decoder(m, rows, eot, cfg.compile, room=room, **more)
+    start_other = lambda m: start(m, memory=m.init_memory(1) if m in streams else None)
     kind, number = amateur_of(cfg, model)
     if kind == "exit":
         more["at_exit"] = number
     elif kind == "context":
         more["amateur"] = start(model, context=number)
     elif cfg.amateur or cfg.draft:
-        more["amateur" if cfg.amateur else "draft"] = start(other)
-    return start(model, others=map(start, average), **more)
+        more["amateur" if cfg.amateur else "draft"] = start_other(other)
+    return start(model, others=map(start_other, average), **more)
 
 
 def stores_of(cfg):
@@ -1587,9 +1601,11 @@ def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
         if its["tokenizer"] != ckpt["tokenizer"]:
             raise UserError(f"{name} {path} has another tokenizer than the model; name one that "
                             f"was trained on the same dataset")
+        streams.extend([other] * bool(its["train_config"].get("stream")))
         return other
 
-    more = {"leave": make_rule(cfg, model, path),
+    streams = []
+    more = {"leave": make_rule(cfg, model, path), "streams": streams,
             "average": [load_other("average", other) for other in cfg.average]}
     name = "amateur" if cfg.amateur else "draft"
     named = getattr(cfg, name)

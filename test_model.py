@@ -823,6 +823,15 @@ def test_soft_inputs_in_training(more):
     assert changed.sum() / (x[:, 1] != 5).sum() == pytest.approx(0.25, abs=0.06)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_quarter_of_the_rows_has_a_soft_region(rows):
+    """However small a micro-batch is."""
+    m, x = make("plain", n_soft=7).train(), torch.full((rows, 16), 3)
+    torch.manual_seed(0)
+    soft = [(m.soften(x, None)[:, 1].amax(-1) < 1).float().mean() for _ in range(1200 // rows)]
+    assert torch.stack(soft).mean() == pytest.approx(0.25, abs=0.04)
+
+
 def test_thinking_is_feeding_back_step_by_step():
     """The passes equal a loop that appends what it expects; think tokens beyond n_think stay
     tokens, and end words; gradients flow through the steps; decoding thinks the same."""
@@ -1237,6 +1246,20 @@ def test_an_index_finds_almost_all():
         assert scores[0].tolist() == [4] * len(few) + [-math.inf] * (200 - len(few))
 
 
+def test_an_end_of_text_hides_nothing_before_it(tmp_path):
+    """What a conversation said before an end is learned too, and nothing across it."""
+    m, tok = memory_model(), prepare.Tokenizer(
+        prepare.tokenizer_spec("char", "abcdefghijklmnopqrstuvw", eot=True))
+    tok.eot, a, b = 5, [1, 2, 3, 4], [6, 7, 8]
+    with memory.Store(str(tmp_path / "s.db"), "m1", "memory", *[(8, "float16")] * 2,
+                      write=True) as store:
+        n = memory.learn(store, m, tok, a + [5] + b)
+        apart = sum(memory.learn(store, m, tok, ids) for ids in (a, b))
+        assert n == apart > 0
+        every = [e for some in store.sound() for e in some]
+        assert {e.text[-1] for e in every[:n]} == {*tok.decode([2, 3, 4, 7, 8])}
+
+
 def test_an_index_is_kept_beside_its_store(tmp_path):
     """It is read where it fits, made anew where it is damaged or its keys have changed."""
     m, ids = memory_model(mem_novelty=2.0), random_ids(300, seed=2).tolist()
@@ -1369,6 +1392,8 @@ def test_memory_outlasts_the_window():
     entries = [(t.memory[1].usage > 0).sum().item() for t in (d, whole)]
     assert entries == [2 * (45 - len(whole.rows[0][1]) - 1)] * 2  # two heads; no pair for the first
     assert not torch.allclose(decoded(m, ids, memory=False).logits, d.logits, atol=1e-3)
+    soft = decoded(memory_model(n_soft=4), ids, memory=False)
+    agree(soft.logits, forward_kept(soft.model, *soft.rows[0], None, soft.region(0)).logits[:, -1])
     m, x = silent_memory(mem_shift=0), random_ids(2, 16)
     agree(m(x, memory=m.init_memory(2)).logits, m(x).logits)
     agree(decoded(m, ids, size=0).logits, decoded(m, ids, memory=False).logits)
@@ -2146,6 +2171,14 @@ def test_a_stream_reads_what_scores_nothing():
         assert 1 <= begins.sum() <= 2 and all(places_of(d, row) for row in pairs[~begins])
 
 
+def test_a_step_in_which_nothing_is_scored_is_no_harm():
+    t = TrainConfig(batch_size=2, compile=False)
+    r, x = train.Runner(GPTConfig(**TINY, vocab_size=10), t, CPU), torch.randint(10, (2, 16))
+    assert r.step(10, x, torch.full_like(x, -1), x)[1].tolist() == [0, 0]
+    assert all(p.isfinite().all() for p in r.model.parameters())
+    assert r.step(11, x, x, x)[1][-1] > 0
+
+
 def test_rows_are_what_they_say():
     """y is x one on, history is what stands before x, row r depends on (seed, step, r) alone."""
     d = split(model=SLOTS, history_drop=0.5)
@@ -2678,7 +2711,11 @@ def test_separators_end_documents(tmp_path, monkeypatch):
         for part, ends in prepare.documents(tmp_path / "x.txt", separator):
             got[-1] += part
             got += [""] * ends
-        assert got == re.split(re.escape(separator) + "(?:\r?\n)?", text), text
+        want = re.split(re.escape(separator) + "(?:\r?\n)?", text)
+        assert got == want, text
+        (tmp_path / "x.jsonl").write_text(json.dumps({"t": text}) + "\n")
+        parts = prepare.documents(tmp_path / "x.jsonl", separator)
+        assert [part for part, _ in parts] == [part for part in want if part], text
     docs = [f"document {i:2} says this\n" for i in range(100)]
     prepared(tmp_path, f"{end}\n".join(docs), f"--separator={end}")
     assert text_of(tmp_path) == "\n\n".join(docs) + "\n\n"
@@ -2822,6 +2859,14 @@ def test_answers_are_scored_alone(tmp_path, monkeypatch):
     assert share == pytest.approx(0.3, abs=0.03)
     part = split(question_weight=0.3, **of).batch(3, slice(100, 200), 400)[1]
     assert torch.equal(part, some[100:200])
+    # the ends of answers too, each behind its whole document
+    d, val = split(**of), split("val", **of)
+    for n, (x, y, _) in ((301, d.batch(3, rows, 400)), (9, val.rows(*val.eval_windows()))):
+        ends = (y == tok.eot).nonzero().tolist()
+        assert len(ends) == n
+        for r, t in ends:
+            document = tok.decode(x[r, :t + 1].tolist()).split("\n\n")[-1]
+            assert re.fullmatch(r"\d{3} and\? A: \d+ A: is|", document), document
     a, b = (split("val", question_weight=w, **of) for w in (0.0, 1.0))
     assert torch.equal(a.rows(*a.eval_windows())[1], b.rows(*b.eval_windows())[1])
 
@@ -3051,11 +3096,12 @@ def test_tokenizers_go_out_and_come_back(tmp_path, monkeypatch):
     """As a tokenizer.json, which gives the same ids."""
     tokenizers = pytest.importorskip("tokenizers")
     ranks = {bytes([b]): b for b in range(256)}
-    ranks |= {t: 256 + i for i, t in enumerate((b"th", b" c", b"the", b" ca", b"\xc3\xa9"))}
-    enc = prepare.tiktoken.Encoding("x", pat_str=r" ?\p{L}+| ?[^\s\p{L}]+|\s+",
-                                    mergeable_ranks=ranks, special_tokens={prepare.END: 261})
+    words = b"th", b" c", b"the", b" ca", b"\xc3\xa9", b"34"
+    ranks |= {t: 256 + i for i, t in enumerate(words)}
+    enc = prepare.tiktoken.Encoding("x", pat_str=r" ?\p{L}+|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]+|\s+",
+                                    mergeable_ranks=ranks, special_tokens={prepare.END: 262})
     monkeypatch.setattr(prepare, "tiktoken_encoding", lambda name: enc)
-    text = "the cat, caf\u00e9\n\nthe 12 th \U0001f600"
+    text = "the cat, caf\u00e9\n\nthe 12345 th \U0001f600"
     for spec in ({"kind": "tiktoken", "encoding": "x"}, {"kind": "byte"},
                  prepare.tokenizer_spec("char", text, eot=True)):
         tok, path = prepare.Tokenizer(spec), tmp_path / "tokenizer.json"
@@ -3952,6 +3998,8 @@ soft=vector collapse=never: temperature=1 top_k=3 top_p=0.9 min_p=0.1 repetition
 soft=True knn=k: collapse_by=context
 soft=True knn=k: collapse_by=whole
 soft=True average=x: collapse_by=whole
+soft=True amateur=x: collapse_by=context
+soft=True repetition_penalty=2: collapse_by=whole
 knn=k knn_lambda=0: knn_k=3 knn_temp=1
 knn=k knn_k=1: knn_temp=1
 exit=softmax: amateur=x knn=k average=x
@@ -4595,6 +4643,7 @@ train
   --layers=((A)A)A --concept_weight=0.1,0.2,0.3 => concept_weight | 2 depths
   --layers=(A)A --concept_weight=-1 ; --layers=(A)A --horizon=0 ; --layers=RR --eot=-5
   --layers=A(A)A --plan=latent => latent takes a level first
+  --layers=(A)A --plan=latent --n_gram=3 --n_gram_size=9 => n_gram | latent
   --layers=(A)A --plan=cross --plan_draw=1 => plan_draw | energy ; --layers=(A)A --chunk=:4 => ':4'
   --layers=(A)A --plan=cross --concept=flow --concept_weight=0, --plan_draw=1 => concept_weight
   --layers=(A)A --plan=cross --rollout=1 => rollout | horizon
@@ -4637,7 +4686,8 @@ train
   --layers=(A)A --level_embd=512 --share_levels=True => share_levels | n_embd
   --layers=AA --value_lr=3 => value_lr | F
   --born_again=9,3 => rise ; --born_again=750 => max_iters
-  --born_again=5 --warmup_iters=9 => warmup_iters
+  --born_again=5 --warmup_iters=9 => warmup_iters ; --born_again=5 --distill=0 => distill_ce
+  --born_again=5 --stream=3 => born_again | stream remembers
   --average=x => eval_only
   --soft_labels => --teacher=PATH ; --teacher=x --distill=0 => distill_ce
   --teacher=x --distill_match=-1 => distill_match

@@ -131,9 +131,12 @@ class TrainConfig:
         if self.overwrite and self.init_from in ("resume", "auto"):
             raise ValueError(f"overwrite begins anew, and init_from = {self.init_from} goes on "
                              f"with a run; leave one of them out")
-        if self.teacher and not (self.distill or self.distill_ce):
+        if (self.teacher or self.born_again) and not (self.distill or self.distill_ce):
             raise ValueError("distill = 0 and distill_ce = 0 leave nothing to learn but what "
                              "feed-forward layers give; set one of them")
+        if self.born_again and self.stream:
+            raise ValueError("born_again asks its teacher about one window at a time, without what "
+                             "a stream remembers; leave one of them out")
         bounds = 0, *self.born_again, self.decay_lr and self.lr_decay_iters or self.max_iters
         if self.born_again[-1:] >= (self.max_iters,):
             raise ValueError(f"born_again = {self.born_again[-1]} is never reached; give steps "
@@ -256,9 +259,9 @@ def find_place(tcfg):
     if name == "auto":  # several processes want a GPU each, or none
         mps = torch.backends.mps.is_available() and world == 1
         name = "cuda" if n_gpu >= local_world else "mps" if mps else "cpu"
-    if world > 1 and (name == "mps" or (name == "cuda" and n_gpu < local_world)):
+    if world > 1 and (name.startswith(("mps", "cuda:")) or name == "cuda" and n_gpu < local_world):
         raise UserError(f"{local_world} processes cannot each have a {name} device here; start "
-                        f"fewer, or use --device=cpu")
+                        f"fewer, or use --device={'cuda' if ':' in name else 'cpu'}")
     device = torch.device(config.find_device(f"cuda:{local_rank}" if name == "cuda" else name))
     kind = device.type
     if kind == "cuda":
@@ -356,11 +359,12 @@ class Data:
             if not len(self.ends):
                 raise UserError(f"{path} scores no token that has block_size = {self.T} tokens "
                                 f"before it; give a smaller block_size")
-        self.docs = None  # of a task whose answers need their whole document: (first, last) tokens
+        self.docs = None  # where answers need their whole document: its first and last token
         if meta.get("whole"):
             end = np.flatnonzero(np.append(self.tokens[1:], self.eot) == self.eot)
             end = end[self.tokens[end] != self.eot]
-            self.docs = np.append(0, end[:-1] + 2), end
+            first, behind = np.append(0, end[:-1] + 2), np.minimum(end + 1, self.n - 1)
+            self.docs = first, np.where(self.mask[behind] > 0, behind, end)  # (or a scored end)
             longest = int((self.docs[1] - self.docs[0]).max())
             if longest > self.T:
                 raise UserError(f"{path} has a document of {longest} tokens, and its answer needs "
@@ -423,8 +427,8 @@ class Data:
             scored &= asked
         if self.docs:  # an answer is asked only where its whole document is in the row
             begins = (start == 0) | (self.tokens[np.maximum(start - 1, 0)] == self.eot)
-            ended = (tok[:, self.H:] == self.eot).cumsum(1) > 0
-            scored[:, self.H:] &= ended | begins[:, None]
+            ends = tok[:, self.H:] == self.eot
+            scored[:, self.H:] &= (ends.cumsum(1) > ends) | begins[:, None]
         history = prepare.forget(tok[:, :self.H], self.eot)
         if keep is not None:
             history = np.where(np.arange(self.H, 0, -1) > keep[:, None], -1, history)
@@ -1181,6 +1185,8 @@ class Runner:
         if data.docs:  # an answer needs its whole document
             first = np.append(1, data.docs[0][1:])
         last = np.append(first[1:] - 1, data.n - 1)
+        if data.docs:
+            last = np.minimum(last, data.docs[0] + data.T)
         data, place = copy.copy(data), torch.arange(data.T)
         data.mask = data.docs = data.labels = None
         labels = torch.zeros(data.n, self.mcfg.vocab_size, dtype=torch.float16)
@@ -1211,7 +1217,7 @@ class Runner:
         """Return what the model draws for a whole step, on the device; None where it draws
         nothing."""
         step_draw = self.model.draw_step(self.tcfg.seed, step)
-        return None if step_draw is None else step_draw.to(self.place.device)
+        return None if step_draw is None else step_draw.to(self.place.device, non_blocking=True)
 
     def with_memory(self, forward, memory, begins, *inputs, **more):
         """Return forward's Output with what blocks M find in memory, {block: Memory}. Memory ends
@@ -1233,7 +1239,8 @@ class Runner:
         finite, on any process, nothing is updated, except on a GPU, which is not waited for.
         """
         place, tcfg, step_draw, losses = self.place, self.tcfg, self.draw(step), []
-        denom = place.all_sum((y >= 0).sum().to(place.device)) / place.world  # DDP takes the mean
+        n_scored = place.all_sum((y >= 0).sum().to(place.device, non_blocking=True))
+        denom = n_scored.clamp(min=1) / place.world  # DDP takes the mean
         for i in range(0, self.my_rows, self.micro):
             rows = slice(i, i + self.micro)
             torch.manual_seed(hash((tcfg.seed, step, i // self.micro, place.rank)))  # dropout
@@ -1474,7 +1481,8 @@ def restore_optimizer(optimizer, saved, step):
     raise ValueError unless it has, for each parameter, what a step leaves: kernels trust it."""
     like, muon = {}, "momentum" in optimizer.param_groups[0]
     parameters = itertools.chain(*(g["params"] for g in optimizer.param_groups))
-    for i, p in enumerate(parameters if step else ()):
+    # (none yet where every gradient so far was beyond fp16)
+    for i, p in enumerate(parameters if step and saved["state"] else ()):
         like[i] = {"momentum": p} if muon else \
             {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
     if shapes(saved["state"]) != shapes(like):
@@ -1580,7 +1588,7 @@ class Training:
         if tcfg.labelled and self.writes and self.progress.step < tcfg.max_iters:
             self.find_labels()
         self.curve, self.compile_seconds, self.train_loss = [], 0.0, math.inf
-        self.interval_seconds = []  # of each step since the last log line, but the first
+        self.interval = 0, 0.0  # steps since the last log line but the first, and their seconds
         self.on_gpu, self.pending = self.place.device.type == "cuda", []  # steps not read yet
         self.maker, self.coming = ThreadPoolExecutor(1), {}  # of batches
         held.callback(self.maker.shutdown)
@@ -1695,6 +1703,8 @@ class Training:
 
     def stopped(self):
         """Return the number of a signal that any process got, 0 without."""
+        if self.place.world == 1:
+            return self.signal.number
         number = torch.tensor([self.signal.number], device=self.place.device)
         return int(gather_rows(number, self.place.world).max())
 
@@ -1736,12 +1746,17 @@ class Training:
         self.signal = StopSignal()
         self.held.callback(self.signal.restore)
         self.log = self.on_disk(self.begin_log) or (lambda *a, **k: None)
+        self.counted = time.perf_counter()
         while True:
-            done, stopped = p.step >= tcfg.max_iters or tcfg.eval_only, self.stopped()
+            done = p.step >= tcfg.max_iters or tcfg.eval_only
             due = p.step > 0 and p.step % tcfg.eval_interval == 0 or p.step in tcfg.born_again
             due = due and p.step != p.validated
+            # (to ask other processes makes a GPU wait)
+            ask = done or due or place.world == 1 or not self.on_gpu or p.step % 10 == 0
+            stopped = self.stopped() if ask else 0
             if done or due or stopped:
                 self.settle()
+                self.count()
             if (done or due) and not stopped:
                 stopped = 0 if self.validate(done) else self.stopped()
             if stopped:
@@ -1751,6 +1766,8 @@ class Training:
                 break
             if p.step in tcfg.born_again and not self.begin_again():
                 continue  # to what a signal asks for
+            if due or p.step in tcfg.born_again:
+                self.counted = time.perf_counter()
             self.train_step()
             if p.step % tcfg.log_interval == 0:
                 self.log_losses()
@@ -1791,18 +1808,25 @@ class Training:
 
     def train_step(self):
         p, run = self.progress, self.run
-        start = time.perf_counter()
         begins = self.train_data.begins(p.step, run.slice, run.n_rows) if run.memory else None
         self.pending.append((p.step, *run.step(p.step, *self.batch(p.step), begins=begins)))
         p.step += 1
         self.settle(leave=int(self.on_gpu and self.compile_seconds > 0))
-        seconds = time.perf_counter() - start
         if self.compile_seconds:
-            p.step_seconds += seconds
-            self.interval_seconds.append(seconds)
-        else:
-            self.compile_seconds = seconds
-            self.say(f"first step {seconds:.1f} s{' with compiling' if run.compiled else ''}")
+            return self.count(1)
+        self.compile_seconds = time.perf_counter() - self.counted
+        self.counted += self.compile_seconds
+        self.say(f"first step {self.compile_seconds:.1f} s"
+                 f"{' with compiling' if run.compiled else ''}")
+
+    def count(self, steps=0):
+        """Count the time since it was last counted as that of steps. (A GPU is a step behind, so
+        its time is known where it is waited for.)"""
+        if self.compile_seconds:
+            seconds = time.perf_counter() - self.counted
+            self.counted += seconds
+            self.progress.step_seconds += seconds
+            self.interval = self.interval[0] + steps, self.interval[1] + seconds
 
     def settle(self, leave=0):
         """Read what steps gave, all but the last `leave`, which a GPU may still compute."""
@@ -1820,7 +1844,9 @@ class Training:
         """Log and print the means of all losses since the last time."""
         p, run = self.progress, self.run
         self.settle()
-        each = np.mean(self.interval_seconds or self.compile_seconds)
+        self.count()
+        steps, seconds = self.interval
+        each = seconds / steps if steps else self.compile_seconds
         means = {}
         for name in p.interval_losses[-1]:
             values = [losses[name] for losses in p.interval_losses if name in losses]
@@ -1835,11 +1861,13 @@ class Training:
                  tokens_per_s=run.tokens / each, mfu=run.mfu(each), step_seconds=p.step_seconds,
                  tokens=p.step * run.tokens,
                  **{f"train_{name}": value for name, value in means.items()})
-        self.interval_seconds, p.interval_losses = [], []
+        self.interval, p.interval_losses = (0, 0.0), []
 
     @torch.no_grad()
     def show_sample(self):
         """Print what the model writes now, by random numbers of its own."""
+        self.settle()
+        self.count()
         model, device = self.run.model.eval(), self.place.device
         draws = torch.Generator(device).manual_seed(self.tcfg.seed)
         n = min(100, self.mcfg.block_size)
@@ -1850,6 +1878,7 @@ class Training:
         model.train()
         text = prepare.Tokenizer(self.train_data.meta["tokenizer"]).decode(ids[1:])
         self.say(f"step {self.progress.step}: {text!r}")
+        self.counted = time.perf_counter()
 
     def validate(self, done):
         """Score the validation split, log and save; done: at the end, all of it. Return False where

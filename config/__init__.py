@@ -327,7 +327,7 @@ def parse(argv, *classes, doc="", words=(), free=(), files=""):
             override[name] = value if gathered is None else gathered + value
         elif found and found[0] in free:
             found.append(arg)
-        elif files and arg not in words and (re.search(r"^-$|[./\\*?[]", arg)
+        elif files and arg not in words and (re.search(r"^-$|^hf:|[./\\*?[]", arg)
                                              or os.path.exists(arg)):
             override[files] = (*override.get(files, ()), arg)
         elif arg.endswith(".py"):
