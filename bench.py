@@ -2220,16 +2220,16 @@ FEATURAL = Trial(
 
 LONG_F = MEMORY_MODEL + " --max_iters=4000 "
 LONG_M = IN_ORDER + "10000 --against='AAAA, 10,000 steps of 16 x 64' "
-IN_ITS_SECONDS = LONG_M + "--seconds_of='AAMA, 2,048 entries' "
+IN_SECONDS_OF_M = LONG_M + "--seconds_of='AAMA, 2,048 entries' "
 CLAIMS["longer"] = Trial(
     "a memory in place of the third MLP at ten times the steps of the claims featural and plays",
     "ten times the steps, 4 layers, 128 wide",
     {"AAAA, 4,000 steps of 12 x 64": LONG_F, "AAFA, 4,096 slots": LONG_F + ONE_MEMORY + "4096",
      "AAAA, 10,000 steps of 16 x 64": LONG_M,
      "AAMA, 2,048 entries": LONG_M + "--layers=AAMA --mem_size=2048",
-     "AAAA, its seconds": IN_ITS_SECONDS + "--seeds=1",
-     "AAAA, a window of 256, its seconds":
-     IN_ITS_SECONDS + "--block_size=256 --batch_size=4 --stream=64"})
+     "AAAA, seconds of AAMA": IN_SECONDS_OF_M + "--seeds=1",
+     "AAAA, a window of 256, seconds of AAMA":
+     IN_SECONDS_OF_M + "--block_size=256 --batch_size=4 --stream=64"})
 
 
 @register

@@ -812,9 +812,15 @@ def passages(tok, ids, width=40):
     start = np.append(0, stop[:-1])
     for _ in range(3):
         stop = stop + [i < len(raw) and raw[i] & 0xC0 == 0x80 for i in stop.tolist()]
-    # (behind what is no character, so that as many bytes stand before its end)
-    ending = lambda t: raw[max(stop[t] - width, 0):stop[t]].decode(
-        errors="replace").rpartition("\ufffd")[2]
+
+    def ending(t):
+        kept = raw[max(stop[t] - width, 0):stop[t]]
+        while True:  # (no byte is left out between: the text stands right before its end)
+            try:
+                return kept.decode()
+            except UnicodeDecodeError as e:
+                kept = kept[e.end:]
+
     return ending, np.stack((start, stop), 1)
 
 

@@ -18,7 +18,8 @@ character a block:
 Glossary (B rows, T tokens, L = S + T positions, C = n_embd, H heads, D = head_dim, V tokens):
 
     mixer           what moves information between positions: attention or a recurrence
-    history         (B, cfg.n_history) ids before the window, -1 where missing
+    history         (B, cfg.n_history) ids before the window, -1 where missing (behind V counts of
+                    tokens with running_mean)
     slot            one of S context vectors in front of the window, made of the history
     running mean    a slot: the mean of all that ever came before the window
     aggregate       a slot: the decayed mean of the history
@@ -1386,7 +1387,8 @@ class Memory:
     """The entries of one block M: keys and values (B, H, N, D), and their usage (B, H, N).
 
     usage counts how often and how recently an entry was read, and is 0 where there is none (LRFU,
-    Lee et al. 2001). Blocks read it; only `write` changes it. One row may stand for all (B = 1).
+    Lee et al. 2001). Blocks read it; `write` changes it, and a trainer empties rows whose text
+    ends. One row may stand for all (B = 1).
     """
     keys: torch.Tensor
     values: torch.Tensor

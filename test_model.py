@@ -2174,7 +2174,7 @@ def test_a_stream_reads_what_scores_nothing():
 def test_a_step_in_which_nothing_is_scored_is_no_harm():
     t = TrainConfig(batch_size=2, compile=False)
     r, x = train.Runner(GPTConfig(**TINY, vocab_size=10), t, CPU), torch.randint(10, (2, 16))
-    assert r.step(10, x, torch.full_like(x, -1), x)[1].tolist() == [0, 0]
+    assert r.step(10, x, torch.full_like(x, -1), x, flag=15)[1].tolist() == [0, 15, 0]
     assert all(p.isfinite().all() for p in r.model.parameters())
     assert r.step(11, x, x, x)[1][-1] > 0
 
@@ -2866,7 +2866,7 @@ def test_answers_are_scored_alone(tmp_path, monkeypatch):
         assert len(ends) == n
         for r, t in ends:
             document = tok.decode(x[r, :t + 1].tolist()).split("\n\n")[-1]
-            assert re.fullmatch(r"\d{3} and\? A: \d+ A: is|", document), document
+            assert re.fullmatch(r"\d{3} and\? A: \d+ A: is", document), document
     a, b = (split("val", question_weight=w, **of) for w in (0.0, 1.0))
     assert torch.equal(a.rows(*a.eval_windows())[1], b.rows(*b.eval_windows())[1])
 
@@ -3101,16 +3101,18 @@ def test_tokenizers_go_out_and_come_back(tmp_path, monkeypatch):
     enc = prepare.tiktoken.Encoding("x", pat_str=r" ?\p{L}+|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]+|\s+",
                                     mergeable_ranks=ranks, special_tokens={prepare.END: 262})
     monkeypatch.setattr(prepare, "tiktoken_encoding", lambda name: enc)
-    text = "the cat, caf\u00e9\n\nthe 12345 th \U0001f600"
+    text = "the cat, caf\u00e9\r\nthe 12345 th \U0001f600"
     for spec in ({"kind": "tiktoken", "encoding": "x"}, {"kind": "byte"},
+                 {"kind": "byte", "unix_lines": True},
                  prepare.tokenizer_spec("char", text, eot=True)):
         tok, path = prepare.Tokenizer(spec), tmp_path / "tokenizer.json"
         path.write_text(pretrained.their_tokenizer(tok))
         theirs = tokenizers.Tokenizer.from_file(str(path))
         assert theirs.encode(text).ids == tok.encode(text)
-        assert theirs.decode(tok.encode(text)) == text
         back = prepare.Tokenizer(prepare.tokenizer_spec(str(path)))
-        assert back.encode(text) == tok.encode(text) and back.decode(back.encode(text)) == text
+        as_read = text.replace("\r", "") if "unix_lines" in spec else text
+        assert theirs.decode(tok.encode(text)) == back.decode(back.encode(text)) == as_read
+        assert back.encode(text) == tok.encode(text)
         assert (back.n_vocab, back.eot) == (tok.n_vocab, tok.eot)
         assert back.encode(prepare.END) != [back.eot]  # it is read as letters
     path.write_text("{}")

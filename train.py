@@ -217,6 +217,11 @@ class Place:
             dist.all_reduce(t)
         return t
 
+    def put(self, t):
+        """Return a small tensor on the device, without waiting for a GPU. (MPS may read what is
+        freed by then, pytorch#189690.)"""
+        return t.to(self.device, non_blocking=self.device.type == "cuda")
+
     def on_rank_zero(self, do):
         """Return what do() returns on rank 0, where alone it runs, and None on others; raise its
         UserError, if it raises one, on every rank."""
@@ -259,7 +264,8 @@ def find_place(tcfg):
     if name == "auto":  # several processes want a GPU each, or none
         mps = torch.backends.mps.is_available() and world == 1
         name = "cuda" if n_gpu >= local_world else "mps" if mps else "cpu"
-    if world > 1 and (name.startswith(("mps", "cuda:")) or name == "cuda" and n_gpu < local_world):
+    one = name == "mps" and world > 1 or name.startswith("cuda:") and local_world > 1
+    if one or name == "cuda" and n_gpu < local_world and world > 1:
         raise UserError(f"{local_world} processes cannot each have a {name} device here; start "
                         f"fewer, or use --device={'cuda' if ':' in name else 'cpu'}")
     device = torch.device(config.find_device(f"cuda:{local_rank}" if name == "cuda" else name))
@@ -1217,7 +1223,7 @@ class Runner:
         """Return what the model draws for a whole step, on the device; None where it draws
         nothing."""
         step_draw = self.model.draw_step(self.tcfg.seed, step)
-        return None if step_draw is None else step_draw.to(self.place.device, non_blocking=True)
+        return None if step_draw is None else self.place.put(step_draw)
 
     def with_memory(self, forward, memory, begins, *inputs, **more):
         """Return forward's Output with what blocks M find in memory, {block: Memory}. Memory ends
@@ -1231,15 +1237,16 @@ class Runner:
         for i, m in memory.items():
             m.write(out.memory_writes[i])
 
-    def step(self, step, x, y, h, labels=None, begins=None):
+    def step(self, step, x, y, h, labels=None, begins=None, flag=0):
         """Take one optimizer step on this process's rows. labels (rows, T, V): what a teacher says
-        of them; begins (rows,): whose memory ends.
+        of them; begins (rows,): whose memory ends; flag: a number to sum over the processes.
 
-        Return (names of the losses, a tensor of these and the gradient's norm). Where one is not
-        finite, on any process, nothing is updated, except on a GPU, which is not waited for.
+        Return (names of the losses, a tensor of these, the sum of the flags and the gradient's
+        norm). Where one is not finite, on any process, nothing is updated, except on a GPU, which
+        is not waited for.
         """
         place, tcfg, step_draw, losses = self.place, self.tcfg, self.draw(step), []
-        n_scored = place.all_sum((y >= 0).sum().to(place.device, non_blocking=True))
+        n_scored = place.all_sum(place.put((y >= 0).sum()))
         denom = n_scored.clamp(min=1) / place.world  # DDP takes the mean
         for i in range(0, self.my_rows, self.micro):
             rows = slice(i, i + self.micro)
@@ -1264,7 +1271,8 @@ class Runner:
             self.scaler.unscale_(o)
         parameters = self.model.parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, tcfg.grad_clip or math.inf)
-        values = place.all_sum(torch.stack(losses).sum(0) / place.world)
+        values = torch.stack(losses).sum(0) / place.world
+        values = place.all_sum(torch.cat((values, values.new_full((1,), flag))))
         values = torch.cat((values, norm[None]))
         scaled = self.scaler.is_enabled()
         finite = (place.device.type == "cuda" and not scaled) or bool(values.isfinite().all())
@@ -1481,8 +1489,7 @@ def restore_optimizer(optimizer, saved, step):
     raise ValueError unless it has, for each parameter, what a step leaves: kernels trust it."""
     like, muon = {}, "momentum" in optimizer.param_groups[0]
     parameters = itertools.chain(*(g["params"] for g in optimizer.param_groups))
-    # (none yet where every gradient so far was beyond fp16)
-    for i, p in enumerate(parameters if step and saved["state"] else ()):
+    for i, p in enumerate(parameters if step else ()):
         like[i] = {"momentum": p} if muon else \
             {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
     if shapes(saved["state"]) != shapes(like):
@@ -1648,8 +1655,11 @@ class Training:
         """Go on where a checkpoint of this run is: optimizers, memories, Progress."""
         run, files = self.run, self.files
         try:
-            for o, state in zip(run.optimizers, saved["optimizers"], strict=True):
-                restore_optimizer(o, state, saved["step"])
+            states = saved["optimizers"]
+            # (in fp16 every gradient so far may have been beyond it, and no step was taken)
+            begun = not run.scaler.is_enabled() or any(state["state"] for state in states)
+            for o, state in zip(run.optimizers, states, strict=True):
+                restore_optimizer(o, state, saved["step"] * begun)
             restore_memory(run, saved["memory"])
             if run.scaler.is_enabled() and saved.get("scaler"):
                 run.scaler.load_state_dict(saved["scaler"])
@@ -1746,13 +1756,14 @@ class Training:
         self.signal = StopSignal()
         self.held.callback(self.signal.restore)
         self.log = self.on_disk(self.begin_log) or (lambda *a, **k: None)
-        self.counted = time.perf_counter()
+        self.counted, self.heard = time.perf_counter(), 0
         while True:
             done = p.step >= tcfg.max_iters or tcfg.eval_only
-            due = p.step > 0 and p.step % tcfg.eval_interval == 0 or p.step in tcfg.born_again
+            anew = p.step in tcfg.born_again
+            due = p.step > 0 and p.step % tcfg.eval_interval == 0 or anew
             due = due and p.step != p.validated
-            # (to ask other processes makes a GPU wait)
-            ask = done or due or place.world == 1 or not self.on_gpu or p.step % 10 == 0
+            # (to ask other processes makes a GPU wait: there steps tell, one late)
+            ask = place.world == 1 or not self.on_gpu or done or due or anew or self.heard
             stopped = self.stopped() if ask else 0
             if done or due or stopped:
                 self.settle()
@@ -1764,10 +1775,10 @@ class Training:
                 break
             if done:
                 break
-            if p.step in tcfg.born_again and not self.begin_again():
-                continue  # to what a signal asks for
-            if due or p.step in tcfg.born_again:
+            if due:
                 self.counted = time.perf_counter()
+            if anew and not self.begin_again():
+                continue  # to what a signal asks for
             self.train_step()
             if p.step % tcfg.log_interval == 0:
                 self.log_losses()
@@ -1796,12 +1807,13 @@ class Training:
         self.place.on_rank_zero(lambda: prepare.save_checkpoint(path, state, demote=False))
         self.train_data.labels = None  # (before as many are made)
         labels = self.run.label(self.train_data, self.run.inner, lambda: self.signal.number)
+        self.counted = time.perf_counter()
         if self.stopped():
             return False
         self.train_data.labels = labels
         self.run.reset(tcfg.seed + k)
         self.coming = {}  # (rows with labels of the teacher before)
-        p.step_seconds += time.perf_counter() - start
+        p.step_seconds += self.counted - start
         self.say(f"step {p.step}: begins again; its teacher is the model so far, which labelled "
                  f"the text in {time.perf_counter() - start:.0f} s")
         return True
@@ -1809,7 +1821,8 @@ class Training:
     def train_step(self):
         p, run = self.progress, self.run
         begins = self.train_data.begins(p.step, run.slice, run.n_rows) if run.memory else None
-        self.pending.append((p.step, *run.step(p.step, *self.batch(p.step), begins=begins)))
+        self.pending.append((p.step, *run.step(p.step, *self.batch(p.step), begins=begins,
+                                               flag=self.signal.number)))
         p.step += 1
         self.settle(leave=int(self.on_gpu and self.compile_seconds > 0))
         if self.compile_seconds:
@@ -1832,7 +1845,7 @@ class Training:
         """Read what steps gave, all but the last `leave`, which a GPU may still compute."""
         while len(self.pending) > leave:
             step, names, values = self.pending.pop(0)
-            *values, norm = values.tolist()
+            *values, self.heard, norm = values.tolist()
             losses = dict(zip(names, values))
             if not all(map(math.isfinite, (*values, norm))):
                 self.progress.step = step
