@@ -459,9 +459,10 @@ MADE = {  # dataset: how python prepare.py makes it
     "shakespeare": "--source=auto", "works": "--source=works", "tiny": "--source=tiny",
     "chain0": "chain --n_pause=0", "chain_written": "chain --write_steps",
     "cipher_64": "cipher --doc_len=64 --n_docs=80000",
-    **{name: f"--source=works --tokenizer={tokenizer}" for name, tokenizer in (
-        ("bytes", "byte"), ("words", "word --vocab_size=2000"), ("bpe_1024", "bpe:1024"),
-        ("bpe_4096", "bpe:4096"))}}
+    "bytes": "--source=works --tokenizer=byte",
+    "words": "--source=works --tokenizer=word --vocab_size=2000",
+    "bpe_1024": "--source=works --tokenizer=bpe:1024",
+    "bpe_4096": "--source=works --tokenizer=bpe:4096"}
 
 
 def make_task(cfg, name):

@@ -815,7 +815,7 @@ def passages(tok, ids, width=40):
 
     def ending(t):
         kept = raw[max(stop[t] - width, 0):stop[t]]
-        while True:  # (no byte is left out between: the text stands right before its end)
+        while True:  # until all that is left is characters: these stand right before the end
             try:
                 return kept.decode()
             except UnicodeDecodeError as e:
@@ -839,7 +839,7 @@ def learn(store, model, tok, ids):
             return len(keys)
 
         if store.facts["kind"] == "memory":
-            # (a conversation may hold ends of text, and with those a memory would end)
+            # (a conversation may hold ends of text, and a memory forgets what stood before one)
             ends = [-1, *(i for i, token in enumerate(ids) if token == tok.eot), len(ids)]
             return sum(add(i, h, keys, values.float().numpy(), places.numpy() + a + 1)
                        for a, b in itertools.pairwise(ends) if b - a > 2

@@ -1470,7 +1470,7 @@ class Memory:
         order = torch.arange(-N, L, device=keys.device)
         later = torch.arange(L, device=keys.device)[:, None] > order
         near &= (usage > 0)[:, :, None] & (usage[..., N:] > 0)[..., None] & later
-        # (numbers of two bytes: B H L (N + L) of them are many)
+        # (of two bytes, since there are B H L (N + L) of them)
         kind = torch.int16 if L < 2 ** 15 else torch.int32
         number = torch.arange(1, L + 1, device=keys.device, dtype=kind)
         latest = (near * number[:, None]).amax(-2).long()
@@ -2295,7 +2295,7 @@ class Level(Stack):
             return inside.to(x.dtype) @ turned, inside
         pos = seq.pos[:, seq.n_prefix:]
         inside = (at >= first[..., None]) & (at <= at[:, None])  # (B, T, T)
-        opened = (first < 0)[..., None] * cache.before("open_sum", pos)[:, None]  # fp32, as in one
+        opened = (first < 0)[..., None] * cache.before("open_sum", pos)[:, None]  # (fp32)
         opened = opened + inside.to(opened.dtype) @ turned.to(opened.dtype)
         cache.write(pos, open_sum=opened)
         return (chunks.ends.to(opened.dtype) @ opened).to(x.dtype), inside

@@ -172,8 +172,8 @@ def fetch_file(url, path):
     try:
         ask = {"Range": f"bytes={start}-"} if start else {}
         with requests.get(url, headers=ask, timeout=(5, 30), stream=True) as r:
-            # (a hub says 401 or 403 of a model that it does not have)
-            if r.status_code in (401, 403, 404)[2 * (not url.endswith("/config.json")):]:
+            # the hub says 401 or 403 of a model that it does not have, asked for its first file
+            if r.status_code == 404 or url.endswith("/config.json") and r.status_code in (401, 403):
                 return False
             if r.status_code != 416:  # there is no more of it than is here
                 r.raise_for_status()
@@ -540,9 +540,9 @@ def import_model(cfg, path):
 # out
 
 SIZES = "block_size vocab_size n_layer n_embd n_head n_mlp rope_base tie"
+# settings that change nothing that a trained model computes
 IN_TRAINING = ("init dropout channel_drop layer_drop soft_rate soft_of ce_weight semantic "
-               "semantic_weight semantic_temp next_latent logit_decay eot "
-               "space")  # change nothing that a trained model computes
+               "semantic_weight semantic_temp next_latent logit_decay eot space")
 FREE = {"nanochat": "n_kv_head", "gpt2": "bias", "llama": "bias n_kv_head head_dim norm_eps"}
 OURS = {  # settings that make a family; all others are as they are by default
     "nanochat": {}, "llama": dict(mlp=("swiglu",), qk_norm=(False,), embed_norm=(False,)),

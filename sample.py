@@ -1601,7 +1601,8 @@ def open_decoder(cfg, model, ckpt, path, ids, eot, stores):
         if its["tokenizer"] != ckpt["tokenizer"]:
             raise UserError(f"{name} {path} has another tokenizer than the model; name one that "
                             f"was trained on the same dataset")
-        streams.extend([other] * bool(its["train_config"].get("stream")))
+        if its["train_config"].get("stream"):
+            streams.append(other)
         return other
 
     streams = []

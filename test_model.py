@@ -3101,7 +3101,7 @@ def test_tokenizers_go_out_and_come_back(tmp_path, monkeypatch):
     enc = prepare.tiktoken.Encoding("x", pat_str=r" ?\p{L}+|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]+|\s+",
                                     mergeable_ranks=ranks, special_tokens={prepare.END: 262})
     monkeypatch.setattr(prepare, "tiktoken_encoding", lambda name: enc)
-    text = "the cat, caf\u00e9\r\nthe 12345 th \U0001f600"
+    text = "the cat, caf\u00e9\r\n\nthe 12345 th \U0001f600"
     for spec in ({"kind": "tiktoken", "encoding": "x"}, {"kind": "byte"},
                  {"kind": "byte", "unix_lines": True},
                  prepare.tokenizer_spec("char", text, eot=True)):

@@ -264,8 +264,8 @@ def find_place(tcfg):
     if name == "auto":  # several processes want a GPU each, or none
         mps = torch.backends.mps.is_available() and world == 1
         name = "cuda" if n_gpu >= local_world else "mps" if mps else "cpu"
-    one = name == "mps" and world > 1 or name.startswith("cuda:") and local_world > 1
-    if one or name == "cuda" and n_gpu < local_world and world > 1:
+    too_few = world > 1 and (name == "mps" or name == "cuda" and n_gpu < local_world)
+    if too_few or local_world > 1 and name.startswith("cuda:"):  # (that is one for all)
         raise UserError(f"{local_world} processes cannot each have a {name} device here; start "
                         f"fewer, or use --device={'cuda' if ':' in name else 'cpu'}")
     device = torch.device(config.find_device(f"cuda:{local_rank}" if name == "cuda" else name))
@@ -1762,8 +1762,8 @@ class Training:
             anew = p.step in tcfg.born_again
             due = p.step > 0 and p.step % tcfg.eval_interval == 0 or anew
             due = due and p.step != p.validated
-            # (to ask other processes makes a GPU wait: there steps tell, one late)
-            ask = place.world == 1 or not self.on_gpu or done or due or anew or self.heard
+            # (to ask all processes makes a GPU wait; a step's losses tell if one got a signal)
+            ask = place.world == 1 or done or due or anew or self.heard
             stopped = self.stopped() if ask else 0
             if done or due or stopped:
                 self.settle()
