@@ -511,6 +511,13 @@ class Data:
             first, last = first[some], last[some]
         return first, last
 
+    def check_scored(self, limit):
+        """Raise UserError unless validation (of the first `limit` tokens, or all) scores one."""
+        windows = zip(*self.eval_windows(limit)) if limit else [(1, self.n)]
+        if not any(self.mask is None or self.mask[a:b + 1].any() for a, b in windows):
+            raise UserError(f"none of the validation split's first {limit or self.n} tokens is "
+                            f"scored; give more eval_tokens, or make the dataset of more text")
+
     def eval_batches(self, place, size, n_rows=0, limit=0):
         """Yield eval_windows in batches of `size` rows, dealt to this process: x, y and history as
         `rows` gives them, and whether each row begins a text. Rows that pad the last batch score
@@ -746,18 +753,25 @@ def grow(new, old):
     places = {id(p): id(q) for p, q, *_ in grown}  # (a shared MLP has room for one)
     if {*places.values()} != {*map(id, old.parameters())}:
         raise ValueError("not all that is in it has a place")
-    if new.num_params() > old.num_params():
-        x = torch.arange(min(a.block_size, b.block_size))[None] ** 2 % a.vocab_size
-        h = torch.arange(max(a.history, b.history))[None] % a.vocab_size
-        counts = torch.arange(a.vocab_size)[None]
-        one, other = (m.eval()(x, history=torch.cat((
-            counts[:, :m.cfg.n_history - m.cfg.history], h[:, h.size(1) - m.cfg.history:]), 1)
-        ).logits for m in (new, old))
-        if (one - other).abs().max() > 1e-4 + 1e-5 * other.abs().max():  # (more is not rounding)
-            raise ValueError("its outputs would change: slots need slot_gate = True, heads their "
-                             "old head_dim, more channels norm = rms or scale, an untied head and "
-                             "no old level, slots, R, G, swiglu or share_mlp")
+    size = lambda m: sum(p.numel() for p in m.parameters())
+    if size(new) > size(old) and outputs_differ(new, old):
+        raise ValueError("its outputs would change: slots need slot_gate = True, heads their old "
+                         "head_dim, more channels norm = rms or scale, an untied head and no old "
+                         "level, slots, R, G, swiglu or share_mlp")
     return grown
+
+
+@torch.no_grad()
+def outputs_differ(new, old):
+    """Return whether two models differ in what they put out by more than rounding."""
+    a, b = old.cfg, new.cfg
+    x = torch.arange(min(a.block_size, b.block_size))[None] ** 2 % a.vocab_size
+    h = torch.arange(max(a.history, b.history))[None] % a.vocab_size
+    counts = torch.arange(a.vocab_size)[None]
+    one, other = (m.eval()(x, history=torch.cat((
+        counts[:, :m.cfg.n_history - m.cfg.history], h[:, h.size(1) - m.cfg.history:]), 1)
+    ).logits for m in (new, old))
+    return (one - other).abs().max().item() > 1e-4 + 1e-5 * other.abs().max().item()
 
 
 def grow_optimizers(fresh, old, grown):
@@ -1193,6 +1207,9 @@ class Runner:
         last = np.append(first[1:] - 1, data.n - 1)
         if data.docs:
             last = np.minimum(last, data.docs[0] + data.T)
+            # (a window as long as its document reads what begins it; one that ends there predicts)
+            left = data.docs[0][1:][(last - data.T >= data.docs[0])[1:]]
+            first, last = np.append(first, left), np.append(last, left)
         data, place = copy.copy(data), torch.arange(data.T)
         data.mask = data.docs = data.labels = None
         labels = torch.zeros(data.n, self.mcfg.vocab_size, dtype=torch.float16)
@@ -1334,9 +1351,6 @@ class Runner:
         total, count, stopped = place.sum(total, count, stopped)
         if stopped:
             return None
-        if not count:
-            raise UserError(f"none of the validation split's first {limit} tokens is scored; give "
-                            f"more eval_tokens")
         return total / count, total / math.log(2) / data.bytes * (data.n - 1) / count
 
     @torch.no_grad()
@@ -1558,6 +1572,7 @@ class Training:
         self.mcfg = config.build(GPTConfig, **{**settings(mcfg), **self.train_data.facts(mcfg)})
         self.val_data = Data(tcfg, mcfg, "val")
         self.limit = tcfg.eval_tokens if tcfg.eval_tokens < self.val_data.n - 1 else 0
+        self.val_data.check_scored(self.limit)
         self.data = {"train.bin": self.train_data.sha[:16], "val.bin": self.val_data.sha[:16],
                      "tokenizer": self.train_data.meta["tokenizer_sha256"][:16]}
         others = [read_other("average", path, tcfg, self.data) for path in tcfg.average]
@@ -1650,6 +1665,10 @@ class Training:
         n = new.num_params() - old.num_params()
         if n:
             self.say(f"{path} has none of {n:,} new parameters, which add nothing at first")
+        elif outputs_differ(new, old):
+            changed = differences({**settings(GPTConfig()), **theirs}, settings(self.mcfg))
+            self.say(f"{path} puts out something else with other settings: "
+                     + ", ".join(f"{k}: {was!r} -> {now!r}" for k, (was, now) in changed.items()))
 
     def restore(self, saved, path):
         """Go on where a checkpoint of this run is: optimizers, memories, Progress."""
