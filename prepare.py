@@ -108,10 +108,13 @@ class PrepareConfig:
             check_name(self.name)
 
 
+UNNAMED = r"[/\\:\ud800-\udfff]"  # what no name of a dataset has in it
+
+
 def check_name(name):
     """Raise ValueError unless `name` is that of one folder, which stands under data_dir and nowhere
     else."""
-    if name in ("", ".", "..") or re.search(r"[/\\:\ud800-\udfff]", name):
+    if name in ("", ".", "..") or re.search(UNNAMED, name):
         raise ValueError(f"a dataset has the name of one folder under data_dir, without / \\ : "
                          f"and .., not {name!r}; another place is given as --data_dir")
 
@@ -1067,10 +1070,9 @@ def record_texts(path, field):
     what is empty is left out."""
     n, records, head = 0, RECORDS[ending(path)](path), []
 
-    def refuse(line, record, why):
+    def refuse(line, fields, why="", advice="say which of them holds the text with --field=NAME"):
         raise UserError(f"{readable_name(path)}, line {line}, has the fields "
-                        f"{', '.join(map(repr, record)):.300}{why}; say which of them holds the "
-                        f"text with --field=NAME")
+                        f"{', '.join(map(repr, fields)):.300}{why}; {advice}")
 
     try:
         for n, record in records if not field else ():
@@ -1083,13 +1085,16 @@ def record_texts(path, field):
             full = [h for h in head if h[1]]
             if not full:
                 return  # nothing is no text
-            if len(texts) != 1:
-                refuse(*full[0], " and no text" * (not texts))
+            if not texts:
+                refuse(*full[0], " and no text")
+            if len(texts) > 1:
+                refuse(f"{full[0][0]} or later", texts)
             field = next(iter(texts))
         for n, record in itertools.chain(head, records):
             text = record.get(field, 0) if record else None
             if text is not None and type(text) is not str:
-                refuse(n, record, f" and no text in {field!r}")
+                refuse(n, record, f" and no text in {field!r}",
+                       "mend that record, or name another field with --field=NAME")
             if text and "\0" in text:
                 n -= 1  # (of this record, not the next)
                 raise ValueError("it has a zero byte")
@@ -1119,7 +1124,8 @@ def expand(inputs, stack, field=""):
         if ending(name) == "hf:":
             found.append(name)
             continue
-        for path in sorted(glob.glob(name, recursive=True)) or [name]:
+        there = os.path.lexists(name)  # (a name that is one is no pattern)
+        for path in [name] if there else sorted(glob.glob(name, recursive=True)) or [name]:
             # (what is no folder is an error of os.walk; why it cannot be read is said when it is)
             for at, folders, files in os.walk(path, onerror=lambda e: found.append(e.filename)):
                 folders[:] = sorted(x for x in folders if x[0] != ".")
@@ -1149,18 +1155,18 @@ def is_text(path):
 
 
 def documents(path, separator, whole=False, field="", unix=False):
-    """Yield (text, whether a document ends behind it) for all of a file, in pieces, or a `whole`
-    document at a time; a record is one. Without a separator no document ends in a text; a line end
-    directly behind one belongs to it."""
+    """Yield (text, whether a document ends behind it: 1 at the end of a record, 2 at a separator)
+    for all of a file, in pieces, or a `whole` document at a time. Without a separator no document
+    ends in a text; a line end directly behind one belongs to it."""
     path = str(path)
     if ending(path) in RECORDS:
         for text in record_texts(path, field):
             text = unix_lines(text) if unix else text
             parts = re.split(re.escape(separator) + "(?:\r?\n)?", text) if separator else [text]
-            yield from ((t, True) for t in parts if t)
+            yield from ((t, 2 if i < len(parts) else 1) for i, t in enumerate(parts, 1) if t)
         return
     if not separator:
-        yield from ((text, False) for text in pieces(path, unix=unix))
+        yield from ((text, 0) for text in pieces(path, unix=unix))
         return
     rest, found = "", re.compile(re.escape(separator) + "(\r?\n)?")
     for text in itertools.chain(pieces(path, unix=unix), [""]):
@@ -1168,14 +1174,14 @@ def documents(path, separator, whole=False, field="", unix=False):
         for m in found.finditer(rest):
             if text and not m[1] and rest[m.end():] in ("", "\r"):  # its line end may yet come
                 break
-            yield rest[start:m.start()], True
+            yield rest[start:m.start()], 2
             start = m.end()
         rest = rest[start:]
         # hold back what may be the beginning of a separator, but not at the end of the file
         sizes = range(len(separator) + 1, 0, -1) if text else ()
         held = next((k for k in sizes if rest.endswith((separator + "\r")[:k])), 0)
         held = len(rest) if whole and text else held
-        yield rest[:len(rest) - held], False
+        yield rest[:len(rest) - held], 0
         rest = rest[len(rest) - held:]
 
 
@@ -1285,19 +1291,20 @@ def prepare_text(paths, cfg, folder, source):
                             **{"separator": "", **notes},
                             paths=[p if ending(p) == "hf:" else os.path.abspath(p) for p in files]
                             if source == "files" else [])
-    n_chars, chars, seen, n_ends = 0, set(), set(), 0
+    n_chars, chars, seen, n_ends, separated = 0, set(), set(), 0, False
     size = sum(os.path.getsize(p) for p in paths if os.path.exists(p))
     with bar(total=size, desc="read", unit="B", unit_scale=True) as shown:
         for path in paths:
             start = n_chars
             for text, ends in read(path):
-                n_chars, n_ends = n_chars + len(text), n_ends + ends
+                n_chars, n_ends = n_chars + len(text), n_ends + (ends > 0)
+                separated |= ends == 2
                 chars.update(text if cfg.tokenizer == "char" else ())
                 seen.update([path] if END in text else ())
                 shown.update(len(text))
             if n_chars == start:
                 raise UserError(f"{readable_name(path)} is empty; give a text")
-    if cfg.separator and not n_ends:
+    if cfg.separator and not separated:
         raise UserError(f"separator {cfg.separator!r} is nowhere in {' '.join(files)}; give the "
                         f"text that stands between documents there (a line end is $'\\n' in a "
                         f"shell)")
@@ -1763,7 +1770,8 @@ def name_of(path):
     """
     path = path.split(":")[1] if ending(path) == "hf:" else path
     path = re.split(r"[*?[]", os.path.abspath(path).removesuffix(".gz"))[0].rstrip(os.sep)
-    return os.path.splitext(os.path.basename(path))[0].strip("-") or "stdin"
+    name = os.path.splitext(os.path.basename(path))[0].strip("-")
+    return re.sub(UNNAMED, "_", name) or "stdin"
 
 
 FINE_TUNING = ("--block_size=64", "--batch_size=2", "--max_iters=12", "--optimizer=adamw",
