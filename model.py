@@ -2994,7 +2994,8 @@ def scored_sum(loss, targets):
 
 def averaged(each):
     """Return logits of the mean of the distributions that have these logits, (..., V) each."""
-    return torch.stack([logits.float() for logits in each]).log_softmax(-1).logsumexp(0)
+    each = torch.stack([logits.float() for logits in each]).log_softmax(-1)
+    return each.logsumexp(0) - math.log(len(each))
 
 
 def divergence(logits, others):
