@@ -88,6 +88,7 @@ def part_sizes(model, name, n, rows):
 # files that others wrote
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")  # no weights; of any type
 
 
 def read_json(path):
@@ -124,7 +125,7 @@ def safetensors_header(path):
         raise bad("its header is no JSON") from None
     found = {}
     for name, entry in header.items() if type(header) is dict else [("its header", None)]:
-        if name == "__metadata__":
+        if name == "__metadata__" or BUFFERS.search(name):
             continue
         try:
             kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -357,11 +358,10 @@ class Gguf(Source):
             special = {i: t for i, t in enumerate(get("tokens")) if kinds[i] == 3}
             vocab = {t: i for i, t in enumerate(get("tokens"))}
             text = byte_level_json(vocab, get("merges"), special, pre[get("pre")])
-            prepare.open_json(text)
+            return prepare.spec_of_json(text, n_vocab, eot)
         except (TypeError, IndexError):
             raise UserError(f"{self.path} has no whole tokenizer; name one with "
                             f"--tokenizer=PATH") from None
-        return {"kind": "tokenizers", "json": text, "n_vocab": n_vocab, "eot": eot}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -467,8 +467,7 @@ def weights_of(source, family, cfg, biased, longest):
         weights[name] = F.pad(w[:len(p)], (0, 0) * (p.dim() - 1) + (0, max(len(p) - len(w), 0)))
     if cfg.tie:
         weights["lm_head.weight"] = weights["wte.weight"]
-    spare = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^lm_head\.weight$")
-    left = sorted(n for n in source.shapes.keys() - source.taken if not spare.search(n))
+    left = sorted(source.shapes.keys() - source.taken - {"lm_head.weight"})
     if left:
         raise UserError(f"{source.path} has tensors that have no place here: "
                         f"{', '.join(left[:3])}{' ...' if len(left) > 3 else ''}")
