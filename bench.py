@@ -2722,19 +2722,18 @@ THRESHOLDS = [0.99, 0.97, 0.95, 0.9, 0.85, 0.8, 0.775, 0.75, 0.725, 0.7, 0.675, 
 
 @torch.inference_mode()
 def exit_risks(model, rows, kind, size=64):
-    """Return for rows of text (n, T) and each of THRESHOLDS the share of places whose first choice
-    differs from the last layer's, and the mean of blocks run: (n, thresholds) each. Places see
-    those before them as they left, so it is as if each row had been decoded token by token."""
-    parts = []
-    for x in rows.split(size):
-        full, figures = model(x).logits.argmax(-1), []
-        for threshold in THRESHOLDS:
-            rule = sample.exit_rule(model, kind, threshold)
+    """Yield for each of THRESHOLDS and rows of text (n, T) the share of places whose first choice
+    differs from the last layer's, and the mean of blocks run: (n) each. Places see those before
+    them as they left, so it is as if each row had been decoded token by token."""
+    parts = rows.split(size)
+    full = [model(x).logits.argmax(-1) for x in parts]
+    for threshold in THRESHOLDS:
+        rule, each = sample.exit_rule(model, kind, threshold), []
+        for x, first in zip(parts, full):
             logits, depth = model.forward_with_exits(x, rule)
-            differs = (logits.argmax(-1) != full).float().mean(1)
-            figures.append(torch.stack((differs, depth.float().mean(1))))
-        parts.append(torch.stack(figures, -1))
-    return torch.cat(parts, 1).unbind(0)
+            differs = (logits.argmax(-1) != first).float().mean(1)
+            each.append(torch.stack((differs, depth.float().mean(1))))
+        yield torch.cat(each, 1).unbind(0)
 
 
 def p_value(loss, n, risk):
@@ -2750,12 +2749,12 @@ def p_value(loss, n, risk):
 
 
 def loosest_safe(risks, risk, confidence):
-    """Return of risks (n, thresholds) of n sequences, from strict to loose, the index of the last
-    threshold before the first that is not shown to keep the risk; -1 where none is."""
-    for i, loss in enumerate(risks.double().mean(0).tolist()):
-        if p_value(loss, len(risks), risk) > 1 - confidence:
-            return i - 1
-    return risks.size(1) - 1
+    """Return of risks (n) of n sequences, a tensor per threshold from strict to loose, the index
+    of the last threshold before the first that is not shown to keep the risk (-1 where none is);
+    looser ones are not asked for."""
+    safe = itertools.takewhile(lambda losses: p_value(
+        losses.double().mean().item(), len(losses), risk) <= 1 - confidence, risks)
+    return sum(1 for _ in safe) - 1
 
 
 def calibrate(argv):
@@ -2775,9 +2774,9 @@ def calibrate(argv):
         raise UserError(f"length ({cfg.length}) is larger than the model's block_size "
                         f"({model.cfg.block_size}); give less")
     rows = held_out(ckpt, cfg.data_dir, cfg.sequences, cfg.length, decoding.seed)[:cfg.sequences]
-    risks, depth = exit_risks(model, rows.to(decoding.device), kind)
+    risks, depth = zip(*exit_risks(model, rows.to(decoding.device), kind))
     chosen = loosest_safe(risks, cfg.risk, cfg.confidence)
-    observed, blocks = risks.mean(0).tolist(), depth.mean(0).tolist()
+    observed, blocks = ([x.mean().item() for x in each] for each in (risks, depth))
     for i, threshold in enumerate(THRESHOLDS):
         print(f"threshold {threshold:.4f}: {blocks[i]:.2f} of {model.cfg.n_layer} blocks, "
               f"{observed[i]:.2%} differ{'   <- kept' * (i == chosen)}")
@@ -2810,39 +2809,47 @@ def random_exits(model, depth):
 def exits(cfg, n=200):
     """early exit: blocks, disagreement and a judge's loss over thresholds, and as calibrated for a
     risk of 2%, beside random exits"""
-    critic, found = Critic(cfg), collections.defaultdict(list)
+    critic = Critic(cfg)
 
-    def add(name, rule, **more):
-        """Note what a rule does. Return how many blocks it runs."""
-        logits, depth = model.forward_with_exits(fresh, rule)
-        written, texts = write(model, prompts, n, leave=rule)
-        found[name].append({"blocks": depth.float().mean().item(),
-                            "differ": share(logits.argmax(-1) != full),
-                            "judge": mean(critic.nats(texts, 32)),
-                            "blocks when writing": mean(t.depth for row in written for t in row),
-                            **more})
-        return found[name][-1]["blocks"]
-
-    for seed in range(1, cfg.seeds + 1):
-        model, ckpt = sample.load(kept(cfg, f"exits{seed}", EXITS, seed), dtype="bfloat16")
-        rows = held_out(ckpt, cfg.data_dir, 1000, 64)[:3000]
+    def rules(seed):
+        """Return {rule: figures} of one model."""
+        model, ckpt = sample.load(kept(cfg, f"exits{seed}", EXITS, seed))
+        rows, found = held_out(ckpt, cfg.data_dir, 1000, 64)[:3000], {}
         rows, fresh = rows[:-500], rows[-500:]  # nothing is calibrated on the last
         prompts, full = fresh[-32:, :32].tolist(), model(fresh).logits.argmax(-1)
+
+        def add(name, rule, **more):
+            """Note what a rule does. Return how many blocks it runs."""
+            logits, depth = model.forward_with_exits(fresh, rule)
+            written, texts = write(model, prompts, n, leave=rule)
+            found[name] = {"blocks": depth.float().mean().item(),
+                           "differ": share(logits.argmax(-1) != full),
+                           "judge": mean(critic.nats(texts, 32)),
+                           "blocks when writing": mean(t.depth for row in written for t in row),
+                           **more}
+            return found[name]["blocks"]
+
         add("every block", sample.exit_rule(model, "softmax", 1.0))
         for kind in sample.CONFIDENCE:
-            calibrating = rows[:1500 if kind == "softmax" else 500]
-            loosest = loosest_safe(exit_risks(model, calibrating, kind)[0], 0.02, 0.95)
-            arms = {f"{kind} > {THRESHOLDS[i]:.3g}": i
-                    for i in ((3, 5, 9, 15) if kind == "softmax" else (9,))}
-            for name, i in {**arms, f"{kind} at a risk of 2%": max(loosest, 0)}.items():
-                blocks = add(name, sample.exit_rule(model, kind, THRESHOLDS[i]),
-                             threshold=THRESHOLDS[i])
+            risks = exit_risks(model, rows[:1500 if kind == "softmax" else 500], kind)
+            i = loosest_safe((differs for differs, _ in risks), 0.02, 0.95)
+            arms = {f"{kind} > {t}": t for t in ((0.9, 0.8, 0.7, 0.5) if kind == "softmax"
+                                                 else (0.7,))}
+            arms[f"{kind} at a risk of 2%"] = THRESHOLDS[i] if i >= 0 else 2  # (2: nowhere)
+            for name, threshold in arms.items():
+                blocks = add(name, sample.exit_rule(model, kind, threshold), threshold=threshold)
                 if kind == "softmax":
                     add(f"random, as deep as {name}", random_exits(model, blocks))
-    human = mean(critic.nats(held_out(ckpt, cfg.data_dir, 100, 32 + n)[:500].tolist(), 32))
-    yield Table(f"early exit, 6 layers, bf16; risk 2% at 95% confidence on 1,500 texts of 64 "
-                f"(softmax; 500 for others), figures on 500 others (judge: nats a character on 32 "
-                f"texts of {n}; human text {human:.3f}); mean of {cfg.seeds} models",
+        human = held_out(ckpt, cfg.data_dir, 100, 32 + n)[:500].tolist()
+        return {**found, "human text": {"judge": mean(critic.nats(human, 32))}}
+
+    found = collections.defaultdict(list)
+    for seed in range(1, cfg.seeds + 1):
+        for name, figures in once(cfg, f"exits {n} {seed}", lambda: rules(seed)).items():
+            found[name].append(figures)
+    yield Table(f"early exit, 6 layers; risk 2% at 95% confidence on 1,500 texts of 64 (softmax; "
+                f"500 for others), figures on 500 others (judge: nats a character on 32 texts of "
+                f"{n}); mean of {cfg.seeds} models",
                 [{"rule": name, **means(rows)} for name, rows in found.items()], by_seed(found))
 
 

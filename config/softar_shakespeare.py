@@ -1,7 +1,7 @@
 """The main job: a GPT whose context is slots and 256 tokens, on Shakespeare, by character.
 The slots are an aggregate, segments and spans. A tenth of what it reads in training is soft: most
 of that at the front of the window, where tokens stay soft in decoding once it has folded.
-Three to six minutes on two cores."""
+Three to eleven minutes on two cores (those with bf16 are the faster ones)."""
 out_dir = "out/softar_shakespeare"
 n_layer = 6
 n_head = 4
