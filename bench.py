@@ -484,10 +484,15 @@ def make_task(cfg, name):
             prepare.main(argv)
 
 
+def digest_of(cfg, name):
+    """Return a digest of a name, the dataset, and what stands in the presets that the name has."""
+    presets = [pathlib.Path(p).read_text("utf-8") for p in re.findall(r"config/\w+\.py", name)]
+    return hashlib.sha256(" ".join([name, cfg.dataset, *presets]).encode()).hexdigest()[:16]
+
+
 def once(cfg, name, compute):
     """Return compute(), plain data, or what it gave under that name where cfg.out_dir keeps it."""
-    digest = hashlib.sha256(f"{name} {cfg.dataset}".encode()).hexdigest()[:16]
-    path = os.path.join(cfg.out_dir, f"{digest}.json")
+    path = os.path.join(cfg.out_dir, f"{digest_of(cfg, name)}.json")
     if cfg.out_dir and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             return json.load(f)
@@ -2497,7 +2502,9 @@ EXITS = "config/exits_shakespeare.py"
 def kept(cfg, name, flags, seed=1):
     """Return the folder of a model that several claims use: trained once where cfg.out_dir keeps
     it; a training that was cut off goes on."""
-    folder = once(cfg, f"{name} {flags} {seed}", lambda: fit(
+    asked = f"{name} {flags} {seed}"
+    name = f"{name}-{digest_of(cfg, asked)}"  # (a preset that has changed is another model)
+    folder = once(cfg, asked, lambda: fit(
         cfg, flags, seed, out_dir=name, init_from="auto")["out_dir"])
     return os.path.join(cfg.out_dir, name) if cfg.out_dir else folder
 
@@ -2722,8 +2729,8 @@ THRESHOLDS = [0.99, 0.97, 0.95, 0.9, 0.85, 0.8, 0.775, 0.75, 0.725, 0.7, 0.675, 
 
 @torch.inference_mode()
 def exit_risks(model, rows, kind, size=64):
-    """Yield for each of THRESHOLDS and rows of text (n, T) the share of places whose first choice
-    differs from the last layer's, and the mean of blocks run: (n) each. Places see those before
+    """Yield for each of THRESHOLDS two tensors (n), of rows of text (n, T): the share of places
+    whose first choice is not the last layer's, and the mean of blocks run. Places see those before
     them as they left, so it is as if each row had been decoded token by token."""
     parts = rows.split(size)
     full = [model(x).logits.argmax(-1) for x in parts]
@@ -2749,9 +2756,9 @@ def p_value(loss, n, risk):
 
 
 def loosest_safe(risks, risk, confidence):
-    """Return of risks (n) of n sequences, a tensor per threshold from strict to loose, the index
-    of the last threshold before the first that is not shown to keep the risk (-1 where none is);
-    looser ones are not asked for."""
+    """Return of the risks (n) of n sequences, given for each threshold from strict to loose, the
+    index of the last threshold before the first that is not shown to keep the risk; -1 if there is
+    none. Nothing looser is computed."""
     safe = itertools.takewhile(lambda losses: p_value(
         losses.double().mean().item(), len(losses), risk) <= 1 - confidence, risks)
     return sum(1 for _ in safe) - 1
@@ -2814,42 +2821,43 @@ def exits(cfg, n=200):
     def rules(seed):
         """Return {rule: figures} of one model."""
         model, ckpt = sample.load(kept(cfg, f"exits{seed}", EXITS, seed))
-        rows, found = held_out(ckpt, cfg.data_dir, 1000, 64)[:3000], {}
-        rows, fresh = rows[:-500], rows[-500:]  # nothing is calibrated on the last
+        rows, figures = held_out(ckpt, cfg.data_dir, 1000, 64), {}
+        rows, fresh = rows[:500], rows[500:1000]  # nothing is calibrated on these
         prompts, full = fresh[-32:, :32].tolist(), model(fresh).logits.argmax(-1)
 
         def add(name, rule, **more):
             """Note what a rule does. Return how many blocks it runs."""
             logits, depth = model.forward_with_exits(fresh, rule)
             written, texts = write(model, prompts, n, leave=rule)
-            found[name] = {"blocks": depth.float().mean().item(),
+            figures[name] = {"blocks": depth.float().mean().item(),
                            "differ": share(logits.argmax(-1) != full),
                            "judge": mean(critic.nats(texts, 32)),
                            "blocks when writing": mean(t.depth for row in written for t in row),
                            **more}
-            return found[name]["blocks"]
+            return figures[name]["blocks"]
 
         add("every block", sample.exit_rule(model, "softmax", 1.0))
         for kind in sample.CONFIDENCE:
-            risks = exit_risks(model, rows[:1500 if kind == "softmax" else 500], kind)
+            risks = exit_risks(model, rows, kind)
             i = loosest_safe((differs for differs, _ in risks), 0.02, 0.95)
             arms = {f"{kind} > {t}": t for t in ((0.9, 0.8, 0.7, 0.5) if kind == "softmax"
                                                  else (0.7,))}
-            arms[f"{kind} at a risk of 2%"] = THRESHOLDS[i] if i >= 0 else 2  # (2: nowhere)
+            arms[f"{kind} at a risk of 2%"] = THRESHOLDS[i] if i >= 0 else 1.0  # (nowhere)
             for name, threshold in arms.items():
                 blocks = add(name, sample.exit_rule(model, kind, threshold), threshold=threshold)
                 if kind == "softmax":
                     add(f"random, as deep as {name}", random_exits(model, blocks))
         human = held_out(ckpt, cfg.data_dir, 100, 32 + n)[:500].tolist()
-        return {**found, "human text": {"judge": mean(critic.nats(human, 32))}}
+        return {**figures, "human text": {"judge": mean(critic.nats(human, 32))}}
 
     found = collections.defaultdict(list)
     for seed in range(1, cfg.seeds + 1):
-        for name, figures in once(cfg, f"exits {n} {seed}", lambda: rules(seed)).items():
+        for name, figures in once(
+                cfg, f"exits {EXITS} {THRESHOLDS} {n} {seed}", lambda: rules(seed)).items():
             found[name].append(figures)
-    yield Table(f"early exit, 6 layers; risk 2% at 95% confidence on 1,500 texts of 64 (softmax; "
-                f"500 for others), figures on 500 others (judge: nats a character on 32 texts of "
-                f"{n}); mean of {cfg.seeds} models",
+    yield Table(f"early exit, 6 layers; risk 2% at 95% confidence on 500 texts of 64, figures on "
+                f"500 others (judge: nats a character on 32 texts of {n}); mean of {cfg.seeds} "
+                f"models",
                 [{"rule": name, **means(rows)} for name, rows in found.items()], by_seed(found))
 
 
@@ -2913,7 +2921,7 @@ def contrast(cfg, n=200, length=192, skip=64):
 
     found = collections.defaultdict(list)
     for seed in range(1, cfg.seeds + 1):
-        figures = once(cfg, f"contrast {n} {length} {skip} {seed}", lambda: decoded(seed))
+        figures = once(cfg, f"contrast {EXITS} {n} {length} {skip} {seed}", lambda: decoded(seed))
         for name, each in figures.items():
             above = {f"{k} - nucleus": each[k] - figures["nucleus 0.95"][k]
                      for k in ("known words", "judge")}

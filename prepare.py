@@ -108,13 +108,10 @@ class PrepareConfig:
             check_name(self.name)
 
 
-UNNAMED = r"[/\\:\ud800-\udfff]"  # what no name of a dataset has in it
-
-
 def check_name(name):
     """Raise ValueError unless `name` is that of one folder, which stands under data_dir and nowhere
     else."""
-    if name in ("", ".", "..") or re.search(UNNAMED, name):
+    if name in ("", ".", "..") or re.search(r"[/\\:\ud800-\udfff]", name):
         raise ValueError(f"a dataset has the name of one folder under data_dir, without / \\ : "
                          f"and .., not {name!r}; another place is given as --data_dir")
 
@@ -1070,9 +1067,9 @@ def record_texts(path, field):
     what is empty is left out."""
     n, records, head = 0, RECORDS[ending(path)](path), []
 
-    def refuse(line, fields, why="", advice="say which of them holds the text with --field=NAME"):
+    def refuse(line, record, why, advice):
         raise UserError(f"{readable_name(path)}, line {line}, has the fields "
-                        f"{', '.join(map(repr, fields)):.300}{why}; {advice}")
+                        f"{', '.join(map(repr, record)):.300}{why}; {advice}")
 
     try:
         for n, record in records if not field else ():
@@ -1086,9 +1083,11 @@ def record_texts(path, field):
             if not full:
                 return  # nothing is no text
             if not texts:
-                refuse(*full[0], " and no text")
+                refuse(*full[0], " and no text", "name the one with the text: --field=NAME")
             if len(texts) > 1:
-                refuse(f"{full[0][0]} or later", texts)
+                raise UserError(f"{readable_name(path)} has text in the fields "
+                                f"{', '.join(map(repr, texts)):.300}; say which of them to take "
+                                f"with --field=NAME")
             field = next(iter(texts))
         for n, record in itertools.chain(head, records):
             text = record.get(field, 0) if record else None
@@ -1124,7 +1123,7 @@ def expand(inputs, stack, field=""):
         if ending(name) == "hf:":
             found.append(name)
             continue
-        there = os.path.lexists(name)  # (a name that is one is no pattern)
+        there = os.path.lexists(name)  # then it is meant itself, not as a pattern
         for path in [name] if there else sorted(glob.glob(name, recursive=True)) or [name]:
             # (what is no folder is an error of os.walk; why it cannot be read is said when it is)
             for at, folders, files in os.walk(path, onerror=lambda e: found.append(e.filename)):
@@ -1155,15 +1154,15 @@ def is_text(path):
 
 
 def documents(path, separator, whole=False, field="", unix=False):
-    """Yield (text, whether a document ends behind it: 1 at the end of a record, 2 at a separator)
-    for all of a file, in pieces, or a `whole` document at a time. Without a separator no document
-    ends in a text; a line end directly behind one belongs to it."""
+    """Yield (text, whether a document ends behind it: 0 no, 1 with its record, 2 by a separator)
+    for all of a file, in pieces, or a `whole` document at a time. A line end directly behind a
+    separator belongs to it."""
     path = str(path)
     if ending(path) in RECORDS:
         for text in record_texts(path, field):
             text = unix_lines(text) if unix else text
             parts = re.split(re.escape(separator) + "(?:\r?\n)?", text) if separator else [text]
-            yield from ((t, 2 if i < len(parts) else 1) for i, t in enumerate(parts, 1) if t)
+            yield from ((t, 2 if len(parts) > 1 else 1) for t in parts if t)
         return
     if not separator:
         yield from ((text, 0) for text in pieces(path, unix=unix))
@@ -1769,9 +1768,11 @@ def name_of(path):
     Example: book of texts/book.txt.gz, texts of "texts/*.gz", Pile of hf:some/Pile:all
     """
     path = path.split(":")[1] if ending(path) == "hf:" else path
-    path = re.split(r"[*?[]", os.path.abspath(path).removesuffix(".gz"))[0].rstrip(os.sep)
+    if not os.path.lexists(path):
+        path = re.split(r"[*?[]", path)[0]
+    path = os.path.abspath(path).removesuffix(".gz").rstrip(os.sep)
     name = os.path.splitext(os.path.basename(path))[0].strip("-")
-    return re.sub(UNNAMED, "_", name) or "stdin"
+    return re.sub(r"[\\:*?\[\]\ud800-\udfff]", "_", name) or "stdin"
 
 
 FINE_TUNING = ("--block_size=64", "--batch_size=2", "--max_iters=12", "--optimizer=adamw",

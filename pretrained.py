@@ -88,7 +88,7 @@ def part_sizes(model, name, n, rows):
 # files that others wrote
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")  # no weights; of any type
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")  # not read
 
 
 def read_json(path):

@@ -1432,8 +1432,8 @@ def converse(decoder, cfg, tok, path, prompt, generator, think, used, log):
         while cfg.stop and pieces and not pieces[-1][0]:  # tokens of the stop
             del pieces[-1]
         shown, last = [made.token for _, made in pieces], "".join(piece for piece, _ in pieces)
-        whole = tok.decode(shown)
-        if whole != last and whole.startswith(last):  # a token reaches into the stop
+        whole = tok.decode([t for t in shown if t != decoder.model.cfg.think_token])
+        if cfg.stop and whole != last and whole.startswith(last):  # a token reaches into the stop
             shown = tok.encode(last)
         decoder.extend(shown)
         log_turn(other, last.strip())

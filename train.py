@@ -512,11 +512,12 @@ class Data:
         return first, last
 
     def check_scored(self, limit):
-        """Raise UserError unless validation (of the first `limit` tokens, or all) scores one."""
-        windows = zip(*self.eval_windows(limit)) if limit else [(1, self.n)]
-        if not any(self.mask is None or self.mask[a:b + 1].any() for a, b in windows):
-            raise UserError(f"none of the validation split's first {limit or self.n} tokens is "
-                            f"scored; give more eval_tokens, or make the dataset of more text")
+        """Raise UserError where none of the first `limit` tokens (0: all, of which some are) is
+        scored."""
+        if limit and not any(self.mask is None or self.mask[a:b + 1].any()
+                             for a, b in zip(*self.eval_windows(limit))):
+            raise UserError(f"none of the validation split's first {limit} tokens is scored; give "
+                            f"more eval_tokens")
 
     def eval_batches(self, place, size, n_rows=0, limit=0):
         """Yield eval_windows in batches of `size` rows, dealt to this process: x, y and history as
@@ -765,7 +766,9 @@ def grow(new, old):
 def outputs_differ(new, old):
     """Return whether two models differ in what they put out by more than rounding."""
     a, b = old.cfg, new.cfg
-    x = torch.arange(min(a.block_size, b.block_size))[None] ** 2 % a.vocab_size
+    x = torch.arange(min(a.block_size, b.block_size, 512))[None] ** 2 % a.vocab_size
+    for k, token in enumerate({b.eot, b.think_token} - {-1}, 2):
+        x[:, x.size(1) // k] = token
     h = torch.arange(max(a.history, b.history))[None] % a.vocab_size
     counts = torch.arange(a.vocab_size)[None]
     one, other = (m.eval()(x, history=torch.cat((
@@ -1207,7 +1210,7 @@ class Runner:
         last = np.append(first[1:] - 1, data.n - 1)
         if data.docs:
             last = np.minimum(last, data.docs[0] + data.T)
-            # (a window as long as its document reads what begins it; one that ends there predicts)
+            # a window as long as its document only reads what begins it: another predicts that
             left = data.docs[0][1:][(last - data.T >= data.docs[0])[1:]]
             first, last = np.append(first, left), np.append(last, left)
         data, place = copy.copy(data), torch.arange(data.T)
@@ -1665,9 +1668,9 @@ class Training:
         n = new.num_params() - old.num_params()
         if n:
             self.say(f"{path} has none of {n:,} new parameters, which add nothing at first")
-        elif outputs_differ(new, old):
-            changed = differences({**settings(GPTConfig()), **theirs}, settings(self.mcfg))
-            self.say(f"{path} puts out something else with other settings: "
+        changed = differences({**settings(GPTConfig()), **theirs}, settings(self.mcfg))
+        if not n and changed and self.place.rank == 0 and outputs_differ(new, old):
+            self.say(f"with these settings the outputs of {path} are not what they were; changed: "
                      + ", ".join(f"{k}: {was!r} -> {now!r}" for k, (was, now) in changed.items()))
 
     def restore(self, saved, path):
