@@ -1206,14 +1206,17 @@ def test_growing_a_run(more, tmp_path):
 def test_other_outputs_are_said(tmp_path):
     """Settings that add no parameters may change; if the outputs change with them, they are
     named."""
-    run(tmp_path / "a", max_iters=2)
-    for more, words in ((dict(dropout=0.5), ""), (dict(rope_base=7.0), "rope_base: "),
-                        (dict(n_head=4), "n_head: 2 -> 4")):
-        said = []
-        run(tmp_path / "b", more, init_from=str(tmp_path / "a"), eval_only=True, say=said.append)
+    for dataset, more, words in (("x", dict(dropout=0.5), ""), ("x", dict(rope_base=7.0), "rope_b"),
+                                 ("x", dict(n_head=4), "n_head: 2 -> 4"),
+                                 ("chain", dict(doc_mask=True), "doc_mask: False -> True")):
+        said, shape, text = [], dict(block_size=64), {} if dataset == "x" else dict(dataset=dataset)
+        if not (tmp_path / dataset).exists():
+            run(tmp_path / dataset, shape, max_iters=2, **text)
+        run(tmp_path / "b", {**shape, **more}, init_from=str(tmp_path / dataset), eval_only=True,
+            say=said.append, **text)
         assert [words in s for s in said if "not what they were" in s] == [True] * bool(words)
-    refused(run, tmp_path / "c", "another shape", "--pos=rope", model=dict(pos="learned"),
-            init_from=str(tmp_path / "a"))
+    refused(run, tmp_path / "c", "another shape", "--pos=rope",
+            model=dict(block_size=64, pos="learned"), init_from=str(tmp_path / "x"))
 
 
 # ------------------------------------------------------------------------------------------------
