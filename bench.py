@@ -2830,18 +2830,18 @@ def exits(cfg, n=200):
             logits, depth = model.forward_with_exits(fresh, rule)
             written, texts = write(model, prompts, n, leave=rule)
             figures[name] = {"blocks": depth.float().mean().item(),
-                           "differ": share(logits.argmax(-1) != full),
-                           "judge": mean(critic.nats(texts, 32)),
-                           "blocks when writing": mean(t.depth for row in written for t in row),
-                           **more}
+                             "differ": share(logits.argmax(-1) != full),
+                             "judge": mean(critic.nats(texts, 32)),
+                             "blocks when writing": mean(t.depth for row in written for t in row),
+                             **more}
             return figures[name]["blocks"]
 
         add("every block", sample.exit_rule(model, "softmax", 1.0))
         for kind in sample.CONFIDENCE:
-            risks = exit_risks(model, rows, kind)
-            i = loosest_safe((differs for differs, _ in risks), 0.02, 0.95)
-            arms = {f"{kind} > {t}": t for t in ((0.9, 0.8, 0.7, 0.5) if kind == "softmax"
-                                                 else (0.7,))}
+            risks = (differs for differs, _ in exit_risks(model, rows, kind))
+            i = loosest_safe(risks, 0.02, 0.95)
+            tried = [0.9, 0.8, 0.7, 0.5] if kind == "softmax" else [0.7]
+            arms = {f"{kind} > {t}": t for t in tried}
             arms[f"{kind} at a risk of 2%"] = THRESHOLDS[i] if i >= 0 else 1.0  # (nowhere)
             for name, threshold in arms.items():
                 blocks = add(name, sample.exit_rule(model, kind, threshold), threshold=threshold)

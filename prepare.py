@@ -1083,11 +1083,11 @@ def record_texts(path, field):
             if not full:
                 return  # nothing is no text
             if not texts:
-                refuse(*full[0], " and no text", "name the one with the text: --field=NAME")
+                refuse(*full[0], " and no text", "say which to take with --field=NAME")
             if len(texts) > 1:
                 raise UserError(f"{readable_name(path)} has text in the fields "
-                                f"{', '.join(map(repr, texts)):.300}; say which of them to take "
-                                f"with --field=NAME")
+                                f"{', '.join(map(repr, texts)):.300}; say which to take with "
+                                f"--field=NAME")
             field = next(iter(texts))
         for n, record in itertools.chain(head, records):
             text = record.get(field, 0) if record else None

@@ -4631,8 +4631,8 @@ def stage(trained, tmp_path_factory):
     for name, body in (("t.txt", TEXT[:700].encode()), ("snow.txt", "It was \u2603".encode()),
                        ("one.txt", b"I"), ("empty.txt", b""), ("abc.txt", b"x" * 12),
                        ("latin.txt", b"\xe9" * 50), ("binary.txt", b"abc\0def" * 100),
-                       ("x.jsonl", b'{"text": "a"}\n' * 100),
-                       ("five.jsonl", b'{"text": "a"}\n{"text": 5}\n'), ("mine.html", b"<!doctype html>"),
+                       ("x.jsonl", b'{"text": "a"}\n' * 100), ("mine.html", b"<!doctype html>"),
+                       ("five.jsonl", b'{"text": "a"}\n{"text": 5}\n'),
                        ("two.csv", b"a,a\nb,c\n"), ("more.csv", b"id,t\n1,b, c\n"),
                        ("x.csv", b"a,b\nc,d\n"), ("bad.csv", b'a\n"b" c,d\n'),
                        ("bad.jsonl", b'{"a": "x"}\n\n{"a": \n'), ("x.parquet", b"PAR1"),
@@ -4785,8 +4785,8 @@ prepare
 prepare --data_dir={S} --name=new
   --input={S}/empty.txt => empty.txt | is empty ; --input={S}/binary.txt => binary.txt | binary
   --input={S}/latin.txt => latin.txt | UTF-8 ; --input={S}/gone.txt => gone.txt
-  {S}/x.csv => x.csv | text in the fields 'a', 'b' | --field=NAME ; {S}/x.jsonl --field=t => 'text' | 't'
-  {S}/head.csv => head.csv is empty
+  {S}/x.csv => x.csv | text in the fields 'a', 'b' | --field=NAME ; {S}/head.csv => is empty
+  {S}/x.jsonl --field=t => 'text' | 't'
   {S}/two.csv => two columns have one name ; {S}/more.csv => more.csv, line 2 | more fields
   {S}/bad.jsonl => bad.jsonl, line 3 ; {S}/bad.csv => bad.csv, line 2 ; {S}/x.parquet => parquet
   {S}/cut.gz => cut.gz is truncated ; {S}/mixed.txt => mixed.txt | byte 2,000,000 | UTF-8

@@ -764,7 +764,8 @@ def grow(new, old):
 
 @torch.no_grad()
 def outputs_differ(new, old):
-    """Return whether two models differ in what they put out by more than rounding."""
+    """Return whether two models differ in what they put out by more than rounding, on a text of
+    512 tokens at most, with those in it at which a document ends and the model thinks."""
     a, b = old.cfg, new.cfg
     x = torch.arange(min(a.block_size, b.block_size, 512))[None] ** 2 % a.vocab_size
     for k, token in enumerate({b.eot, b.think_token} - {-1}, 2):
@@ -1666,10 +1667,10 @@ class Training:
             raise UserError(f"{path} is of another shape, and cannot grow into this one "
                             f"({summary(e)}){wrong}") from None
         n = new.num_params() - old.num_params()
+        changed = differences({**settings(GPTConfig()), **theirs}, settings(self.mcfg))
         if n:
             self.say(f"{path} has none of {n:,} new parameters, which add nothing at first")
-        changed = differences({**settings(GPTConfig()), **theirs}, settings(self.mcfg))
-        if not n and changed and self.place.rank == 0 and outputs_differ(new, old):
+        elif changed and self.place.rank == 0 and outputs_differ(new, old):
             self.say(f"with these settings the outputs of {path} are not what they were; changed: "
                      + ", ".join(f"{k}: {was!r} -> {now!r}" for k, (was, now) in changed.items()))
 
