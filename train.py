@@ -1447,14 +1447,17 @@ def with_stored(m, t):
     do. (The run itself loads its checkpoint again, once nobody else can write it.)"""
     init_from, out_dir = (t.get(k, getattr(TrainConfig, k)) for k in ("init_from", "out_dir"))
     files = RunFiles(out_dir)
-    if files.resumes(init_from):
-        saved, _ = files.load_last()
-        return (over_stored(GPTConfig, saved["model_config"], m, ("vocab_size", "n_layer")),
-                over_stored(TrainConfig, saved["train_config"], t, OF_A_START))
-    if init_from in ("scratch", "auto"):
+    resumes = files.resumes(init_from)
+    if not resumes and init_from in ("scratch", "auto"):
         return m, t
-    saved, _ = read_start(init_from)
-    return over_stored(GPTConfig, saved["model_config"], m, GIVEN), t
+    saved, path = files.load_last() if resumes else read_start(init_from)
+    if gone := saved["model_config"].keys() - settings(GPTConfig()).keys():
+        raise UserError(f"{path} does not fit this version, which has no {', '.join(sorted(gone))};"
+                        f" train it again, or go on with the version that trained it")
+    if not resumes:
+        return over_stored(GPTConfig, saved["model_config"], m, GIVEN), t
+    return (over_stored(GPTConfig, saved["model_config"], m, ("vocab_size", "n_layer")),
+            over_stored(TrainConfig, saved["train_config"], t, OF_A_START))
 
 
 def other_tokenizer(path, theirs, ours, tcfg):
