@@ -5154,7 +5154,7 @@ def test_bad_checkpoint(trained, tmp_path):
         prepare.save_checkpoint(path, {**weak, "model_config": {**weak["model_config"], **wrong}})
         refused(sample.main, [f"--out_dir={path}"], "ckpt.pt", "does not fit this version")
     for start in (f"--out_dir={tmp_path}", "--init_from=resume"), (f"--init_from={path}",):
-        refused(train.main, start, "does not fit this version, which has no nothing; train it")
+        refused(train.main, start, "does not fit this version, which has no setting nothing")
 
 
 def test_damage_behind_a_hash_that_fits_is_one_sentence(tmp_path):

@@ -1452,8 +1452,9 @@ def with_stored(m, t):
         return m, t
     saved, path = files.load_last() if resumes else read_start(init_from)
     if gone := saved["model_config"].keys() - settings(GPTConfig()).keys():
-        raise UserError(f"{path} does not fit this version, which has no {', '.join(sorted(gone))};"
-                        f" train it again, or go on with the version that trained it")
+        raise UserError(f"{path} does not fit this version, which has no setting "
+                        f"{', '.join(sorted(gone))}; train it again, or go on with the version "
+                        f"that trained it")
     if not resumes:
         return over_stored(GPTConfig, saved["model_config"], m, GIVEN), t
     return (over_stored(GPTConfig, saved["model_config"], m, ("vocab_size", "n_layer")),
