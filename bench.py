@@ -2923,13 +2923,14 @@ def contrast(cfg, n=200, length=192, skip=64):
     for seed in range(1, cfg.seeds + 1):
         figures = once(cfg, f"contrast {EXITS} {n} {length} {skip} {seed}", lambda: decoded(seed))
         for name, each in figures.items():
-            above = {f"{k} - nucleus": each[k] - figures["nucleus 0.95"][k]
+            above = {f"{k} - {short}": each[k] - figures[other][k]
+                     for short, other in (("nucleus", "nucleus 0.95"), ("alpha", "alpha 0.1 alone"))
                      for k in ("known words", "judge")}
             found[name].append({**each, **above})
     deviations = lambda rows: {f"sd of {k}": stdev(row[k] for row in rows) for k in rows[0]
-                               if k.endswith("nucleus") and len(rows) > 1}
+                               if " - " in k and len(rows) > 1}
     yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5, by "
-                f"{cfg.seeds} models; less nucleus 0.95 by the same model",
+                f"{cfg.seeds} models; less nucleus 0.95, and less alpha alone, by the same model",
                 [{"decoding": name, **means(rows), **deviations(rows)}
                  for name, rows in found.items()], by_seed(found))
 

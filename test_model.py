@@ -5150,11 +5150,12 @@ def test_bad_checkpoint(trained, tmp_path):
     for name in ("/dev/zero", tmp_path / "pipe.pt", tmp_path):
         refused(prepare.load_checkpoint, name, "not a file")
     weak = saved_in(trained / "weak")
-    for wrong in settings("n_embd=32768"), dict(n_head=True), dict(norm="layer"), dict(nothing=1):
+    for wrong in (settings("n_embd=32768"), dict(n_head=True), dict(norm="layer"),
+                  dict(mem_straight=False)):  # (a setting that is gone)
         prepare.save_checkpoint(path, {**weak, "model_config": {**weak["model_config"], **wrong}})
         refused(sample.main, [f"--out_dir={path}"], "ckpt.pt", "does not fit this version")
     for start in (f"--out_dir={tmp_path}", "--init_from=resume"), (f"--init_from={path}",):
-        refused(train.main, start, "does not fit this version, which has no setting nothing")
+        refused(train.main, start, "does not fit this version, which has no setting mem_straight")
 
 
 def test_damage_behind_a_hash_that_fits_is_one_sentence(tmp_path):

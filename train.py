@@ -1455,10 +1455,9 @@ def with_stored(m, t):
         raise UserError(f"{path} does not fit this version, which has no setting "
                         f"{', '.join(sorted(gone))}; train it again, or go on with the version "
                         f"that trained it")
-    if not resumes:
-        return over_stored(GPTConfig, saved["model_config"], m, GIVEN), t
-    return (over_stored(GPTConfig, saved["model_config"], m, ("vocab_size", "n_layer")),
-            over_stored(TrainConfig, saved["train_config"], t, OF_A_START))
+    leave = ("vocab_size", "n_layer") if resumes else GIVEN
+    m = over_stored(GPTConfig, saved["model_config"], m, leave)
+    return m, over_stored(TrainConfig, saved["train_config"], t, OF_A_START) if resumes else t
 
 
 def other_tokenizer(path, theirs, ours, tcfg):
