@@ -2602,6 +2602,12 @@ def means(rows):
     return {k: mean(row[k] for row in rows) for k in rows[0]}
 
 
+def for_seeds(cfg, name, compute):
+    """Return {arm: [figures per seed]} of compute(seed), {arm: figures}, kept under a name."""
+    runs = [once(cfg, f"{name} {seed}", lambda: compute(seed)) for seed in range(1, cfg.seeds + 1)]
+    return {arm: [run[arm] for run in runs] for arm in runs[0]}
+
+
 def by_seed(found):
     """Return {arm: {figure: [a value per seed]}} of {arm: [{figure: value} per seed]}."""
     return {name: {k: [row[k] for row in rows] for k in rows[0]} for name, rows in found.items()}
@@ -2850,11 +2856,7 @@ def exits(cfg, n=200):
         human = held_out(ckpt, cfg.data_dir, 100, 32 + n)[:500].tolist()
         return {**figures, "human text": {"judge": mean(critic.nats(human, 32))}}
 
-    found = collections.defaultdict(list)
-    for seed in range(1, cfg.seeds + 1):
-        for name, figures in once(
-                cfg, f"exits {EXITS} {THRESHOLDS} {n} {seed}", lambda: rules(seed)).items():
-            found[name].append(figures)
+    found = for_seeds(cfg, f"exits {EXITS} {THRESHOLDS} {n}", rules)
     yield Table(f"early exit, 6 layers; risk 2% at 95% confidence on 500 texts of 64, figures on "
                 f"500 others (judge: nats a character on 32 texts of {n}); mean of {cfg.seeds} "
                 f"models",
@@ -2919,14 +2921,11 @@ def contrast(cfg, n=200, length=192, skip=64):
                                  for text, nats in zip(texts, critic.nats(texts, skip))])
         return found
 
-    found = collections.defaultdict(list)
-    for seed in range(1, cfg.seeds + 1):
-        figures = once(cfg, f"contrast {EXITS} {n} {length} {skip} {seed}", lambda: decoded(seed))
-        for name, each in figures.items():
-            above = {f"{k} - {short}": each[k] - figures[other][k]
-                     for short, other in (("nucleus", "nucleus 0.95"), ("alpha", "alpha 0.1 alone"))
-                     for k in ("known words", "judge")}
-            found[name].append({**each, **above})
+    found = for_seeds(cfg, f"contrast {EXITS} {n} {length} {skip}", decoded)
+    for short, other in (("nucleus", "nucleus 0.95"), ("alpha", "alpha 0.1 alone")):
+        for row, base in ((row, base) for rows in found.values()
+                          for row, base in zip(rows, found[other])):
+            row.update({f"{k} - {short}": row[k] - base[k] for k in ("known words", "judge")})
     deviations = lambda rows: {f"sd of {k}": stdev(row[k] for row in rows) for k in rows[0]
                                if " - " in k and len(rows) > 1}
     yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5, by "
@@ -3171,9 +3170,12 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
     """random facts, each read once and asked far outside the window, by how many are stored: right
     answers, seconds"""
     make_task(cfg, "facts")
-    model, ckpt = sample.load(kept(cfg, "facts", "config/facts.py --dataset=facts"))
-    tok, rows = prepare.Tokenizer(ckpt["tokenizer"]), []
-    for size in sizes:
+    flags = "config/facts.py --dataset=facts"
+
+    def told(size, seed):
+        """Return {memory: figures} of one model that was told so many facts."""
+        model, ckpt = sample.load(kept(cfg, "facts", flags, seed))
+        tok, figures = prepare.Tokenizer(ckpt["tokenizer"]), {}
         known, large = prepare.random_facts(np.random.default_rng(size), size), size > indexed
         order = np.random.default_rng(0).permutation(size)
         asked = [known[i] for i in order[:n // 4 if large else n]]  # (seconds each)
@@ -3190,16 +3192,23 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
             stored, made = timed(make)
             decoder = sample.Decoder(model, [tok.encode("\n?")], memory=stored)
             stores = [m.store for m in stored.values()]
-            rows.append({
-                "facts": size, "memory": how,
+            figures[how] = {
                 "entries": max((store.keys.size(2) for store in stores), default=0),
                 "GB": sum(store.keys.nbytes + store.values.nbytes for store in stores) / 1e9,
                 "questions": len(asked), "right": answers(model, tok, asked, stored),
                 "read s": read, "made s": made,
-                "ms a token": 1000 * median(seconds(lambda: decoder.push([4])) for _ in range(20))})
-            print(rows[-1], file=sys.stderr)  # (the largest takes a quarter of an hour, and 18 GB)
-    yield Table("facts told once, questions for whole values, greedy, eager, fp32; ms a token: one "
-                "row", rows)
+                "ms a token": 1000 * median(seconds(lambda: decoder.push([4])) for _ in range(20))}
+            print(size, how, figures[how], file=sys.stderr)  # (the largest takes 18 GB)
+        return figures
+
+    found = {(size, how): rows for size in sizes for how, rows in for_seeds(
+        cfg, f"facts {flags} {size} {n}", lambda seed: told(size, seed)).items()}
+    yield Table(f"facts told once, questions for whole values, greedy, eager, fp32; ms a token: one "
+                f"row; mean of {cfg.seeds} models",
+                [{"facts": size, "memory": how, **means(rows),
+                  "right by seed": ", ".join(f"{row['right']:.1%}" for row in rows)}
+                 for (size, how), rows in found.items()],
+                by_seed({f"{size} {how}": rows for (size, how), rows in found.items()}))
 
 
 def entries_of(found, wanted):
@@ -3232,34 +3241,42 @@ def facts_kept(cfg, size=10_000, n=200, rows=100):
     """what becomes of facts told twice, told again with other values, and forgotten; and of the
     loss on other facts, which stand in the window"""
     make_task(cfg, "facts")
-    model, ckpt = sample.load(kept(cfg, "facts", "config/facts.py --dataset=facts"))
-    tok, tenth = prepare.Tokenizer(ckpt["tokenizer"]), size // 10
+    flags, tenth = "config/facts.py --dataset=facts", size // 10
     # all of one draw, so that names and values begin alike
     every = prepare.random_facts(np.random.default_rng(size), size + tenth + 6 * rows)
     known, other = every[:size], every[size + tenth:]
     changed = [(key, value) for (key, _), (_, value) in zip(known, every[size:size + tenth])]
-    read = lambda facts: memory.absorb(model, tok.encode("\n" + as_text_of(facts)))
-    told, new = read(known), read(changed)
-    later = torch.arange(len(tok.encode("\n" + as_text_of(known)))) >= len(
-        tok.encode("\n" + as_text_of(known[:tenth])))
-    rest = entries_of(told, later)
-    stores = {"nothing": {}, "all, once": told, "all, twice": read(known + known),
-              "all, then the tenth with other values": read(known + changed),
-              "all, the tenth forgotten": rest,
-              "the same, then the tenth with other values": together(rest, new)}
-    groups, table = [other[i:i + 6] for i in range(0, len(other), 6)], []
+    groups = [other[i:i + 6] for i in range(0, len(other), 6)]
     some = lambda facts: [facts[i] for i in np.random.default_rng(0).permutation(len(facts))[:n]]
-    for name, found in stores.items():
-        stored = memory.build_memory(model, found) if found else {}
-        table.append({
-            "told": name,
-            "entries": max((m.store.keys.size(2) for m in stored.values()), default=0),
-            "right of nine tenths": answers(model, tok, some(known[tenth:]), stored),
-            "old values of the tenth": answers(model, tok, some(known[:tenth]), stored),
-            "new values": answers(model, tok, some(changed), stored),
-            "loss on others": nats_beside(model, tok, groups, stored)})
-        print(table[-1], file=sys.stderr)
-    yield Table(f"{size:,} facts, {n} questions of each kind, {rows} windows of 6 others", table)
+
+    def told(seed):
+        """Return {what it was told: figures} of one model."""
+        model, ckpt = sample.load(kept(cfg, "facts", flags, seed))
+        tok, figures = prepare.Tokenizer(ckpt["tokenizer"]), {}
+        read = lambda facts: memory.absorb(model, tok.encode("\n" + as_text_of(facts)))
+        first, new = read(known), read(changed)
+        later = torch.arange(len(tok.encode("\n" + as_text_of(known)))) >= len(
+            tok.encode("\n" + as_text_of(known[:tenth])))
+        rest = entries_of(first, later)
+        stores = {"nothing": {}, "all, once": first, "all, twice": read(known + known),
+                  "all, then the tenth with other values": read(known + changed),
+                  "all, the tenth forgotten": rest,
+                  "the same, then the tenth with other values": together(rest, new)}
+        for name, found in stores.items():
+            stored = memory.build_memory(model, found) if found else {}
+            figures[name] = {
+                "entries": max((m.store.keys.size(2) for m in stored.values()), default=0),
+                "right of nine tenths": answers(model, tok, some(known[tenth:]), stored),
+                "old values of the tenth": answers(model, tok, some(known[:tenth]), stored),
+                "new values": answers(model, tok, some(changed), stored),
+                "loss on others": nats_beside(model, tok, groups, stored)}
+            print(name, figures[name], file=sys.stderr)
+        return figures
+
+    found = for_seeds(cfg, f"facts_kept {flags} {size} {n} {rows}", told)
+    yield Table(f"{size:,} facts, {n} questions of each kind, {rows} windows of 6 others; mean of "
+                f"{cfg.seeds} models",
+                [{"told": name, **means(each)} for name, each in found.items()], by_seed(found))
 
 
 # kNN-LM
