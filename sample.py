@@ -67,7 +67,7 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # divide the odds of tokens in the window (CTRL); 1: off
     stop: str = ""  # end a sample before this text; <|endoftext|>: as stop_at_end
     stop_at_end: bool = False  # end a sample where the model ends the text
-    average: tuple[str, ...] = ()  # checkpoints to average probabilities with; repeatable
+    average: tuple[str, ...] = ()  # models to average with, with commas or repeated
     # contrastive decoding
     amateur: str = ""  # contrastive decoding: against a checkpoint | exit:K | context:N
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the first
@@ -122,6 +122,7 @@ class SampleConfig:
 
     def __post_init__(self):
         config.check(self, CHOICES, LIMITS)
+        self.average = config.listed(self.average)
         if self.stop == prepare.END:
             self.stop, self.stop_at_end = "", True
         for name in ("stop", "think_after", "instead"):

@@ -1938,6 +1938,16 @@ def test_a_resumed_run_has_its_settings(tmp_path):
     assert b["model_config"] == a["model_config"]
 
 
+@pytest.mark.parametrize("scored", [dict(dataset="cipher", score_last=4), dict(stream=4)])
+def test_a_model_is_scored_as_its_run_scored_it(scored, tmp_path):
+    """--eval_only --init_from=X is a whole command too: on X's own dataset, unless one is given."""
+    best = run(tmp_path, ASSOCIATIVE, **scored)[0]["saved_val_loss"]
+    score = ["--eval_only", f"--init_from={tmp_path}", "--compile=False"]
+    said = lambda *more: quiet(train.main, [*score, *more]).splitlines()[-1]
+    assert said() == f"done: val loss {best:.4f} on {scored.get('dataset', 'text')}"
+    assert said("--score_last=0", "--stream=0") != said()
+
+
 def test_a_state_of_other_shapes_is_refused(tmp_path):
     """Optimizer states and memories of other shapes, types or numbers reach no kernel."""
     _, good = run(tmp_path, ASSOCIATIVE, max_iters=2, stream=4)
@@ -3393,6 +3403,7 @@ strong --seed=1 != --seed=1 --amateur={O}/weak
 strong --seed=1 == --seed=1 --amateur={O}/weak --beta=0 --alpha=0
 strong --seed=1 --repetition_penalty=2 == --seed=1 --repetition_penalty=2 --average={O}/strong
 strong --seed=1 != --seed=1 --average={O}/weak --average={O}/strong
+strong --seed=1 --average={O}/weak --average={O}/strong == --seed=1 --average={O}/weak,{O}/strong
 strong --average={O}/weak --beams=2
 strong --average={O}/weak --soft
 strong --average={O}/weak --amateur={O}/weak --best_of=2

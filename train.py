@@ -114,7 +114,7 @@ class TrainConfig:
     eval_interval: int = 250  # steps between validations (and checkpoints)
     eval_tokens: int = 0  # tokens that a validation reads, except the last one; 0: the whole split
     eval_only: bool = False  # validate once and stop
-    average: tuple[str, ...] = ()  # eval_only: models to average probabilities with; repeatable
+    average: tuple[str, ...] = ()  # eval_only: models to average with, with commas or repeated
     log_interval: int = 10  # steps between log lines
     sample_every: int = 0  # steps between samples of 100 tokens, which are printed; 0: none
     sample_at_end: int = 0  # tokens that sample.py writes at the end, and in soft ones if trained
@@ -128,6 +128,7 @@ class TrainConfig:
 
     def __post_init__(self):
         config.check(self, CHOICES, LIMITS)
+        self.average = config.listed(self.average)
         if self.overwrite and self.init_from in ("resume", "auto"):
             raise ValueError(f"overwrite begins anew, and init_from = {self.init_from} goes on "
                              f"with a run; leave one of them out")
@@ -1393,6 +1394,9 @@ class Runner:
 
 # Settings that belong to a start and not to the run, and those that change nothing it computes.
 OF_A_START = ("out_dir", "init_from", "overwrite", "eval_only", "average")
+# what a validation scores: eval_only does it as the run of the model did
+SCORED = ("dataset", "data_dir", "score_last", "stream", "batch_size",
+          "gradient_accumulation_steps")  # (a stream is read in as many rows)
 # settings of a model that its dataset or its layers give
 GIVEN = "vocab_size", "eot", "space", "think_token", "n_layer"
 WITHOUT_EFFECT = (*OF_A_START, "data_dir", "device", "compile", "sample_every", "sample_at_end",
@@ -1443,8 +1447,9 @@ def over_stored(cls, stored, given, leave):
 
 def with_stored(m, t):
     """Return the settings {field: value} of the model and of training: those that were given now, m
-    and t, over those of the run that they resume, or of the model that they start from, if they
-    do. (The run itself loads its checkpoint again, once nobody else can write it.)"""
+    and t, over those of the run that they resume, or of the model that they start from (and what
+    it scores, where they only validate it), if they do. (The run itself loads its checkpoint again,
+    once nobody else can write it.)"""
     init_from, out_dir = (t.get(k, getattr(TrainConfig, k)) for k in ("init_from", "out_dir"))
     files = RunFiles(out_dir)
     resumes = files.resumes(init_from)
@@ -1457,7 +1462,10 @@ def with_stored(m, t):
                         f"that trained it")
     leave = ("vocab_size", "n_layer") if resumes else GIVEN
     m = over_stored(GPTConfig, saved["model_config"], m, leave)
-    return m, over_stored(TrainConfig, saved["train_config"], t, OF_A_START) if resumes else t
+    stored = saved["train_config"]
+    if not resumes:
+        stored = {k: v for k, v in stored.items() if t.get("eval_only") and k in SCORED}
+    return m, over_stored(TrainConfig, stored, t, OF_A_START)
 
 
 def other_tokenizer(path, theirs, ours, tcfg):
@@ -2024,8 +2032,10 @@ def main(argv):
         if grouped:
             dist.destroy_process_group()
     if rank == 0 and not r["stopped"]:
-        say(f"done: val loss {r['val_loss']:.4f} after {r['step']} steps in {clock(r['seconds'])} "
-            f"({r['step_seconds']:.0f} s of steps, {r['compile_seconds']:.0f} s for the first)")
+        took = f"{clock(r['seconds'])} ({r['step_seconds']:.0f} s of steps, " \
+               f"{r['compile_seconds']:.0f} s for the first)"
+        said = f"on {tcfg.dataset}" if tcfg.eval_only else f"after {r['step']} steps in {took}"
+        say(f"done: val loss {r['val_loss']:.4f} {said}")
         if r["path"] and not tcfg.eval_only:
             scored = "" if r["saved_val_loss"] is None else f" (val loss {r['saved_val_loss']:.4f})"
             sample = f"python sample.py --out_dir={shlex.quote(tcfg.out_dir)}"

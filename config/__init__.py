@@ -191,6 +191,11 @@ def coerce(key, value, kind):
     raise UserError(f"{key} takes {names}, not {given!r:.80}")
 
 
+def listed(values):
+    """Return strings, some of which list several with commas, one by one."""
+    return tuple(v for value in values for v in value.split(","))
+
+
 SAME = {"lr": "learning_rate", "num_samples": "n", "start": "prompt"}  # other names, understood
 
 LIKE = {  # what other programs call a setting, where the letters do not tell
