@@ -67,7 +67,7 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # divide the odds of tokens in the window (CTRL); 1: off
     stop: str = ""  # end a sample before this text; <|endoftext|>: as stop_at_end
     stop_at_end: bool = False  # end a sample where the model ends the text
-    average: tuple[str, ...] = ()  # models to average with, with commas or repeated
+    average: tuple[str, ...] = ()  # models to average probabilities with (PATH,PATH)
     # contrastive decoding
     amateur: str = ""  # contrastive decoding: against a checkpoint | exit:K | context:N
     alpha: float = 0.1  # contrastive: keep tokens at least alpha times as likely as the first

@@ -114,7 +114,7 @@ class TrainConfig:
     eval_interval: int = 250  # steps between validations (and checkpoints)
     eval_tokens: int = 0  # tokens that a validation reads, except the last one; 0: the whole split
     eval_only: bool = False  # validate once and stop
-    average: tuple[str, ...] = ()  # eval_only: models to average with, with commas or repeated
+    average: tuple[str, ...] = ()  # eval_only: models to average probabilities with (PATH,PATH)
     log_interval: int = 10  # steps between log lines
     sample_every: int = 0  # steps between samples of 100 tokens, which are printed; 0: none
     sample_at_end: int = 0  # tokens that sample.py writes at the end, and in soft ones if trained
