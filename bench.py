@@ -2602,9 +2602,10 @@ def means(rows):
     return {k: mean(row[k] for row in rows) for k in rows[0]}
 
 
-def for_seeds(cfg, name, compute):
+def for_seeds(cfg, name, compute, first=1):
     """Return {arm: [figures per seed]} of compute(seed), {arm: figures}, kept under a name."""
-    runs = [once(cfg, f"{name} {seed}", lambda: compute(seed)) for seed in range(1, cfg.seeds + 1)]
+    runs = [once(cfg, f"{name} {seed}", lambda: compute(seed))
+            for seed in range(first, cfg.seeds + first)]
     return {arm: [run[arm] for run in runs] for arm in runs[0]}
 
 
@@ -2923,9 +2924,9 @@ def contrast(cfg, n=200, length=192, skip=64):
 
     found = for_seeds(cfg, f"contrast {EXITS} {n} {length} {skip}", decoded)
     for short, other in (("nucleus", "nucleus 0.95"), ("alpha", "alpha 0.1 alone")):
-        for row, base in ((row, base) for rows in found.values()
-                          for row, base in zip(rows, found[other])):
-            row.update({f"{k} - {short}": row[k] - base[k] for k in ("known words", "judge")})
+        for rows in found.values():
+            for row, base in zip(rows, found[other]):
+                row.update({f"{k} - {short}": row[k] - base[k] for k in ("known words", "judge")})
     deviations = lambda rows: {f"sd of {k}": stdev(row[k] for row in rows) for k in rows[0]
                                if " - " in k and len(rows) > 1}
     yield Table(f"{n} continuations of {length} characters, temperature 1, alpha 0.1, beta 0.5, by "
@@ -3143,6 +3144,8 @@ def crash(cfg, kills=50):
 
 # facts
 
+FACTS = "config/facts.py --dataset=facts"
+
 
 def as_text_of(facts, mark="!"):
     """Return facts [(what of, value)] as the text that states them."""
@@ -3170,11 +3173,10 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
     """random facts, each read once and asked far outside the window, by how many are stored: right
     answers, seconds"""
     make_task(cfg, "facts")
-    flags = "config/facts.py --dataset=facts"
 
     def told(size, seed):
         """Return {memory: figures} of one model that was told so many facts."""
-        model, ckpt = sample.load(kept(cfg, "facts", flags, seed))
+        model, ckpt = sample.load(kept(cfg, "facts", FACTS, seed))
         tok, figures = prepare.Tokenizer(ckpt["tokenizer"]), {}
         known, large = prepare.random_facts(np.random.default_rng(size), size), size > indexed
         order = np.random.default_rng(0).permutation(size)
@@ -3202,9 +3204,9 @@ def facts(cfg, sizes=(100, 1000, 10_000, 100_000, 300_000), n=400, indexed=100_0
         return figures
 
     found = {(size, how): rows for size in sizes for how, rows in for_seeds(
-        cfg, f"facts {flags} {size} {n}", lambda seed: told(size, seed)).items()}
-    yield Table(f"facts told once, questions for whole values, greedy, eager, fp32; ms a token: one "
-                f"row; mean of {cfg.seeds} models",
+        cfg, f"facts {FACTS} {size} {n}", lambda seed: told(size, seed)).items()}
+    yield Table(f"facts told once, questions for whole values, greedy, eager, fp32; ms a token: "
+                f"one row; mean of {cfg.seeds} models",
                 [{"facts": size, "memory": how, **means(rows),
                   "right by seed": ", ".join(f"{row['right']:.1%}" for row in rows)}
                  for (size, how), rows in found.items()],
@@ -3241,7 +3243,7 @@ def facts_kept(cfg, size=10_000, n=200, rows=100):
     """what becomes of facts told twice, told again with other values, and forgotten; and of the
     loss on other facts, which stand in the window"""
     make_task(cfg, "facts")
-    flags, tenth = "config/facts.py --dataset=facts", size // 10
+    tenth = size // 10
     # all of one draw, so that names and values begin alike
     every = prepare.random_facts(np.random.default_rng(size), size + tenth + 6 * rows)
     known, other = every[:size], every[size + tenth:]
@@ -3251,7 +3253,7 @@ def facts_kept(cfg, size=10_000, n=200, rows=100):
 
     def told(seed):
         """Return {what it was told: figures} of one model."""
-        model, ckpt = sample.load(kept(cfg, "facts", flags, seed))
+        model, ckpt = sample.load(kept(cfg, "facts", FACTS, seed))
         tok, figures = prepare.Tokenizer(ckpt["tokenizer"]), {}
         read = lambda facts: memory.absorb(model, tok.encode("\n" + as_text_of(facts)))
         first, new = read(known), read(changed)
@@ -3273,7 +3275,7 @@ def facts_kept(cfg, size=10_000, n=200, rows=100):
             print(name, figures[name], file=sys.stderr)
         return figures
 
-    found = for_seeds(cfg, f"facts_kept {flags} {size} {n} {rows}", told)
+    found = for_seeds(cfg, f"facts_kept {FACTS} {size} {n} {rows}", told)
     yield Table(f"{size:,} facts, {n} questions of each kind, {rows} windows of 6 others; mean of "
                 f"{cfg.seeds} models",
                 [{"told": name, **means(each)} for name, each in found.items()], by_seed(found))
@@ -3355,12 +3357,8 @@ def knn_gains(cfg, seed, sizes, n):
 def knn(cfg, sizes=(30_000, 100_000, 300_000), n=6000):
     """kNN-LM: validation loss with the training text, or with the text itself; tuned and scored on
     different halves"""
-    found = collections.defaultdict(list)
-    for seed in range(2, cfg.seeds + 2):  # (seed 2 is the judge)
-        figures = once(cfg, f"knn {JUDGE} {sizes} {n} {seed}",
-                       lambda: knn_gains(cfg, seed, sizes, n))
-        for name, row in figures.items():
-            found[name].append(row)
+    found = for_seeds(cfg, f"knn {JUDGE} {sizes} {n}",
+                      lambda seed: knn_gains(cfg, seed, sizes, n), first=2)  # (seed 2: the judge)
     several = lambda rows: len(rows) > 1 and "gain" in rows[0]
     yield Table(
         f"kNN-LM, {cfg.dataset}, 4 layers, 128 wide, means over {cfg.seeds} models: tuned on {n:,} "

@@ -2032,9 +2032,9 @@ def main(argv):
         if grouped:
             dist.destroy_process_group()
     if rank == 0 and not r["stopped"]:
-        took = f"{clock(r['seconds'])} ({r['step_seconds']:.0f} s of steps, " \
-               f"{r['compile_seconds']:.0f} s for the first)"
-        said = f"on {tcfg.dataset}" if tcfg.eval_only else f"after {r['step']} steps in {took}"
+        said = f"on {tcfg.dataset}" if tcfg.eval_only else (
+            f"after {r['step']} steps in {clock(r['seconds'])} ({r['step_seconds']:.0f} s of "
+            f"steps, {r['compile_seconds']:.0f} s for the first)")
         say(f"done: val loss {r['val_loss']:.4f} {said}")
         if r["path"] and not tcfg.eval_only:
             scored = "" if r["saved_val_loss"] is None else f" (val loss {r['saved_val_loss']:.4f})"
