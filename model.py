@@ -74,7 +74,7 @@ LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1 - 1e-9, "dropout channel_drop layer_drop"),
     (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight "
              "next_latent logit_decay"),
-    (1e-6, 1e6, "mem_novelty semantic_temp"),
+    (1e-6, 1e6, "mem_novelty mem_sharp semantic_temp"),
     (1e-12, 1e12, "norm_eps rope_base"),
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
@@ -149,6 +149,7 @@ class GPTConfig:
     mem_shift: int = 1  # an entry's value stands so many places after its key: what came next
     mem_novelty: float = 0.98  # a key this near (cosine) to an older one replaces it; above 1: none
     mem_noise: float = 0.0  # deviation of noise on queries in training: finds must be nearer
+    mem_sharp: float = 1.0  # factor on how sharply it tells entries apart, outside training
     # model
     n_value_embed: int = 0  # the last n token-level blocks A add a token embedding to their values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
@@ -254,7 +255,7 @@ class GPTConfig:
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
                 (has("F"), "a block F in layers", "n_mem"),
                 (has("M"), "a block M in layers",
-                 "mem_size mem_chunk mem_shift mem_novelty mem_noise"),
+                 "mem_size mem_chunk mem_shift mem_novelty mem_noise mem_sharp"),
                 (has("."), "an exit, . , in layers",
                  "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
                 (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
@@ -1616,7 +1617,8 @@ class AssociativeMemory(Layer):
         old_keys, old_values = (torch.cat(t, 3) for t in zip(*old))  # (B, H, T, n, D)
         cosine = torch.cat((cosine, (q[..., None, :] * old_keys).sum(-1).float()), -1)
         # the more there are, the nearer the best false one (arXiv:2501.19399)
-        sharp = (10 * self.scale[:, None] * (n_entries + 2).log())[..., None]  # (B, H, T, 1)
+        surer = 10 if self.training else 10 * cfg.mem_sharp
+        sharp = (surer * self.scale[:, None] * (n_entries + 2).log())[..., None]  # (B, H, T, 1)
         logits = (sharp * cosine).masked_fill(~chosen, float("-inf"))
         null = sharp * self.null_logit[:, None, None] / 2
         p = torch.cat((logits, null), -1).softmax(-1)[..., :-1]

@@ -14,6 +14,7 @@ mem_dim = 64
 mem_top = 8
 mem_novelty = 2.0
 mem_noise = 0.1
+mem_sharp = 2.0
 stream = 96
 batch_size = 8
 max_iters = 10000
