@@ -166,7 +166,7 @@ associative: ASSOCIATIVE
 associative+slots: SLOTS layers=MM mem_chunk=8 mem_top=4 mem_dim=8 mem_shift=0
 associative+level: WORDS layers=R(RM)M mem_chunk=2 mem_top=4 mem_dim=8 mem_novelty=0.5
 associative+exits+noise: layers=M.A mem_chunk=4 mem_top=4 mem_dim=8 mem_noise=0.1
-   plan=cross
+   mem_sharp=2 plan=cross
 exits: layers=A.A.A
 exits_distilled: layers=A.AA exit_distill=0.5 exit_classifier=True exit_rate=0.5
 exits_rotate+layer_drop: layers=A.A.A exit_loss=rotate layer_drop=0.5 head=nearest
@@ -629,7 +629,7 @@ n_value_embed=1 plan=cross plan=latent concept=mse concept=energy concept=flow c
 horizon=2 concept_weight=0.3 plan_draw=0.5 plan_noise=0.3 rollout=0.5 share_levels=True chunk=2
 chunk=3 chunk=space chunk=space,2 chunk=2,3 level_embd=48 level_embd=64,48 chunk_binding=False
 chunk=route:2 chunk=entropy:0 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2
-mem_noise=0.1 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
+mem_noise=0.1 mem_sharp=2 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
 semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
 exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
 n_gram=4 n_gram_size=9 concept_of=bag concept_of=state concept_of=ema next_latent=0.3 slot_gate=True
@@ -1352,6 +1352,16 @@ def test_noise_on_queries_is_for_training():
     m = memory_model(mem_noise=1e3)
     assert torch.equal(m(x, memory=memory).logits, want)
     assert not torch.allclose(m.train()(x, memory=memory).logits, want, atol=1e-3)
+
+
+def test_a_memory_reads_more_sharply_outside_training():
+    """mem_sharp is a factor on the learned scale in evaluation, and nothing in training."""
+    x, plain, m = random_ids(2, 16, seed=9), memory_model(), memory_model(mem_sharp=3.0)
+    memory, sharper = filled(plain, 2), copy.deepcopy(plain)
+    sharper.get_parameter("blocks.1.mlp.scale").data.mul_(3)
+    got, want, before = (one(x, memory=memory).logits for one in (m, sharper, plain))
+    assert torch.allclose(got, want, atol=1e-5) and not torch.allclose(got, before, atol=1e-4)
+    assert torch.equal(m.train()(x, memory=memory).logits, plain.train()(x, memory=memory).logits)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
