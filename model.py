@@ -149,7 +149,7 @@ class GPTConfig:
     mem_shift: int = 1  # an entry's value stands so many places after its key: what came next
     mem_novelty: float = 0.98  # a key this near (cosine) to an older one replaces it; above 1: none
     mem_noise: float = 0.0  # deviation of noise on queries in training: finds must be nearer
-    mem_sharp: float = 1.0  # factor on how sharply it tells entries apart, outside training
+    mem_sharp: float = 1.0  # factor on how sharply it tells entries apart where it has a store
     # model
     n_value_embed: int = 0  # the last n token-level blocks A add a token embedding to their values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
@@ -1617,8 +1617,8 @@ class AssociativeMemory(Layer):
         old_keys, old_values = (torch.cat(t, 3) for t in zip(*old))  # (B, H, T, n, D)
         cosine = torch.cat((cosine, (q[..., None, :] * old_keys).sum(-1).float()), -1)
         # the more there are, the nearer the best false one (arXiv:2501.19399)
-        surer = 10 if self.training else 10 * cfg.mem_sharp
-        sharp = (surer * self.scale[:, None] * (n_entries + 2).log())[..., None]  # (B, H, T, 1)
+        surer = cfg.mem_sharp if memory is not None and memory.store is not None else 1
+        sharp = (10 * surer * self.scale[:, None] * (n_entries + 2).log())[..., None]  # (B, H, T, 1)
         logits = (sharp * cosine).masked_fill(~chosen, float("-inf"))
         null = sharp * self.null_logit[:, None, None] / 2
         p = torch.cat((logits, null), -1).softmax(-1)[..., :-1]
