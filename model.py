@@ -71,10 +71,11 @@ from torch.utils.checkpoint import checkpoint
 
 LIMITS = (  # lowest, highest, settings; whole numbers where the default is one
     (0, 1, "running_mean aggregate soft_rate exit_distill exit_rate plan_draw rollout"),
+    (1e-6, 1, "mem_store"),
     (0, 1 - 1e-9, "dropout channel_drop layer_drop"),
     (0, 1e6, "concept_weight plan_noise mem_noise ce_weight semantic_weight exit_weight "
              "next_latent logit_decay"),
-    (1e-6, 1e6, "mem_novelty mem_sharp semantic_temp"),
+    (1e-6, 1e6, "mem_novelty semantic_temp"),
     (1e-12, 1e12, "norm_eps rope_base"),
     (0, 1000, "n_layer n_value_embed n_think"),
     (0, 2 ** 12, "n_kv_head head_dim n_segment"),
@@ -149,7 +150,7 @@ class GPTConfig:
     mem_shift: int = 1  # an entry's value stands so many places after its key: what came next
     mem_novelty: float = 0.98  # a key this near (cosine) to an older one replaces it; above 1: none
     mem_noise: float = 0.0  # deviation of noise on queries in training: finds must be nearer
-    mem_sharp: float = 1.0  # factor on how sharply it tells entries apart where it has a store
+    mem_store: float = 1.0  # how near (times its cosine) an entry of a store counts beside others
     # model
     n_value_embed: int = 0  # the last n token-level blocks A add a token embedding to their values
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
@@ -255,7 +256,7 @@ class GPTConfig:
                 (has("FM"), "a memory (F or M) in layers", "mem_head mem_top mem_dim"),
                 (has("F"), "a block F in layers", "n_mem"),
                 (has("M"), "a block M in layers",
-                 "mem_size mem_chunk mem_shift mem_novelty mem_noise mem_sharp"),
+                 "mem_size mem_chunk mem_shift mem_novelty mem_noise mem_store"),
                 (has("."), "an exit, . , in layers",
                  "exit_weight exit_loss exit_distill exit_rate exit_keys exit_classifier"),
                 (self.exit_weight, "an exit_weight above 0", "exit_loss exit_distill"),
@@ -1594,21 +1595,22 @@ class AssociativeMemory(Layer):
         visible &= chunk(torch.arange(L, device=q.device)) < chunk(pos)[..., None]  # (B, T, L)
         is_token = pos >= front
         N = 0 if memory is None else memory.usage.size(-1)
-        sources = [] if memory is None else [(memory.store, is_token, N + L),
-                                             (memory, is_token & (docs == 0), 0)]
+        sources = [] if memory is None else [(memory.store, is_token, N + L, cfg.mem_store),
+                                             (memory, is_token & (docs == 0), 0, 1)]
         sources = [s for s in sources if s[0] is not None and s[0].usage.size(-1)]
         # the nearest, chosen without a gradient
         cosine, n_entries = (q @ keys.mT).float(), visible.sum(-1)[:, None]
         with torch.no_grad():
             scores = [cosine.masked_fill(~visible[:, None], float("-inf"))]
             numbers = [(N + torch.arange(L, device=q.device)).expand_as(cosine)]
-            old = [[q.unsqueeze(3)[:, :, :, :0]] * 2]  # none
-            for entries, allowed, first in sources:
+            old = [[q.unsqueeze(3)[:, :, :, :0]] * 2]  # none yet: (B, H, T, n, D) each
+            for entries, allowed, first, counts in sources:
                 near, place = entries.nearest(q, min(cfg.mem_top, entries.usage.size(-1)))
-                scores.append(near.masked_fill(~allowed[:, None, :, None], float("-inf")))
+                near = counts * near.masked_fill(~allowed[:, None, :, None], float("-inf"))
+                scores.append(near)
                 numbers.append(place + first)
-                old.append([t[:, :, None].take_along_dim(place[..., None], 3).to(q.dtype)
-                            for t in (entries.keys, entries.values)])  # (B, H, T, n, D)
+                old.append([f * t[:, :, None].take_along_dim(place[..., None], 3).to(q.dtype)
+                            for f, t in ((counts, entries.keys), (1, entries.values))])
                 n_entries = n_entries + (entries.usage > 0).sum(-1)[..., None] * allowed[:, None]
             scores, numbers = torch.cat(scores, -1), torch.cat(numbers, -1)
             top, found = topk(scores, min(cfg.mem_top, scores.size(-1)))
@@ -1617,8 +1619,7 @@ class AssociativeMemory(Layer):
         old_keys, old_values = (torch.cat(t, 3) for t in zip(*old))  # (B, H, T, n, D)
         cosine = torch.cat((cosine, (q[..., None, :] * old_keys).sum(-1).float()), -1)
         # the more there are, the nearer the best false one (arXiv:2501.19399)
-        surer = cfg.mem_sharp if memory is not None and memory.store is not None else 1
-        sharp = (10 * surer * self.scale[:, None] * (n_entries + 2).log())[..., None]  # (B, H, T, 1)
+        sharp = (10 * self.scale[:, None] * (n_entries + 2).log())[..., None]  # (B, H, T, 1)
         logits = (sharp * cosine).masked_fill(~chosen, float("-inf"))
         null = sharp * self.null_logit[:, None, None] / 2
         p = torch.cat((logits, null), -1).softmax(-1)[..., :-1]

@@ -166,7 +166,7 @@ associative: ASSOCIATIVE
 associative+slots: SLOTS layers=MM mem_chunk=8 mem_top=4 mem_dim=8 mem_shift=0
 associative+level: WORDS layers=R(RM)M mem_chunk=2 mem_top=4 mem_dim=8 mem_novelty=0.5
 associative+exits+noise: layers=M.A mem_chunk=4 mem_top=4 mem_dim=8 mem_noise=0.1
-   mem_sharp=2 plan=cross
+   mem_store=0.9 plan=cross
 exits: layers=A.A.A
 exits_distilled: layers=A.AA exit_distill=0.5 exit_classifier=True exit_rate=0.5
 exits_rotate+layer_drop: layers=A.A.A exit_loss=rotate layer_drop=0.5 head=nearest
