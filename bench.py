@@ -3239,7 +3239,7 @@ def nats_beside(model, tok, groups, stored):
 
 
 @register
-def facts_kept(cfg, size=10_000, n=200, rows=100):
+def facts_kept(cfg, size=10_000, n=100, rows=100):
     """what becomes of facts told twice, told again with other values, and forgotten; and of the
     loss on other facts, which stand in the window"""
     make_task(cfg, "facts")

@@ -1354,16 +1354,17 @@ def test_noise_on_queries_is_for_training():
     assert not torch.allclose(m.train()(x, memory=memory).logits, want, atol=1e-3)
 
 
-def test_a_store_is_read_more_sharply():
-    """mem_sharp is a factor on the learned scale where a memory has a store, and nothing else."""
-    x, plain, m = random_ids(2, 16, seed=9), memory_model(), memory_model(mem_sharp=3.0)
-    memory, sharper = filled(plain, 2), copy.deepcopy(plain)
-    sharper.get_parameter("blocks.1.mlp.scale").data.mul_(3)
+def test_the_text_at_hand_comes_before_a_store():
+    """mem_store is a factor on the cosines of a store's entries, and nothing else."""
+    x, plain, m = random_ids(2, 16, seed=9), memory_model(), memory_model(mem_store=0.5)
+    memory, store = filled(plain, 2), filled(plain, 1, seed=1)[1]
     logits = lambda one: one(x, memory=memory).logits
     assert torch.equal(logits(m), logits(plain))
-    memory[1].store = filled(plain, 1, seed=1)[1]
-    assert torch.allclose(logits(m), logits(sharper), atol=1e-5)
-    assert not torch.allclose(logits(m), logits(plain), atol=1e-4)
+    memory[1].store = store
+    got, before = logits(m), logits(plain)
+    store.keys.mul_(0.5)
+    assert torch.allclose(got, logits(plain), atol=1e-6)
+    assert not torch.allclose(got, before, atol=1e-4)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
