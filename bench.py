@@ -3260,15 +3260,14 @@ def facts_kept(cfg, size=10_000, n=100, rows=100):
         later = torch.arange(len(tok.encode("\n" + as_text_of(known)))) >= len(
             tok.encode("\n" + as_text_of(known[:tenth])))
         rest = entries_of(first, later)
-        stores = {"nothing": {}, "all, once": first, "all, once; mem_store = 1": first,
-                  "all, twice": read(known + known),
+        stores = {"nothing": {}, "all, once": first, "all, twice": read(known + known),
                   "all, then the tenth with other values": read(known + changed),
                   "all, the tenth forgotten": rest,
                   "the same, then the tenth with other values": together(rest, new)}
-        as_set = model.cfg.mem_store
-        for name, found in stores.items():
+        runs = [(name, found, model.cfg.mem_store) for name, found in stores.items()]
+        for name, found, counts in (*runs, ("all, once; mem_store = 1", first, 1.0)):
+            model.cfg.mem_store = counts
             stored = memory.build_memory(model, found) if found else {}
-            model.cfg.mem_store = 1.0 if name.endswith("mem_store = 1") else as_set
             figures[name] = {
                 "entries": max((m.store.keys.size(2) for m in stored.values()), default=0),
                 "right of nine tenths": answers(model, tok, some(known[tenth:]), stored),

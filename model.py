@@ -1595,6 +1595,7 @@ class AssociativeMemory(Layer):
         visible &= chunk(torch.arange(L, device=q.device)) < chunk(pos)[..., None]  # (B, T, L)
         is_token = pos >= front
         N = 0 if memory is None else memory.usage.size(-1)
+        # (entries, who may read them, the number of the first, what counts of a cosine)
         sources = [] if memory is None else [(memory.store, is_token, N + L, cfg.mem_store),
                                              (memory, is_token & (docs == 0), 0, 1)]
         sources = [s for s in sources if s[0] is not None and s[0].usage.size(-1)]

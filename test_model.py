@@ -257,13 +257,19 @@ def with_targets(m):
 
 
 def filled(m, B=3, seed=0, ids=None, size=None):
-    """Return a memory whose rows have each read a window of words; None if the model has none."""
+    """Return a memory whose rows have each read a window of words; None if the model has none.
+    Where mem_store is below 1 it has a store, the same for every seed: all documents find it."""
     if ids is None:
         ids = random_ids(B, m.cfg.block_size, seed=seed + 200, low=8, high=m.cfg.vocab_size)
         ids[:, 3::4] = 1
     memory, training = m.init_memory(len(ids), size), m.training
     for i, written in m.eval()(ids, memory=memory).memory_writes.items():
         memory[i].write(written)
+        if m.cfg.mem_store < 1:
+            store, drawn = m.init_memory(1, size)[i], torch.Generator().manual_seed(0)
+            for t in (store.keys, store.values):
+                t.copy_(F.normalize(torch.randn(t.shape, generator=drawn), dim=-1))
+            memory[i].store = dataclasses.replace(store, usage=torch.ones_like(store.usage))
     m.train(training)
     return memory or None
 
@@ -629,7 +635,7 @@ n_value_embed=1 plan=cross plan=latent concept=mse concept=energy concept=flow c
 horizon=2 concept_weight=0.3 plan_draw=0.5 plan_noise=0.3 rollout=0.5 share_levels=True chunk=2
 chunk=3 chunk=space chunk=space,2 chunk=2,3 level_embd=48 level_embd=64,48 chunk_binding=False
 chunk=route:2 chunk=entropy:0 mem_shift=0 mem_shift=3 mem_novelty=2 mem_chunk=2
-mem_noise=0.1 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
+mem_noise=0.1 mem_store=0.9 dropout=0.1 channel_drop=0.1 head=nearest semantic=mse
 semantic=soft_ce semantic_weight=0.1 soft_rate=0.3 n_think=2 enrich=True exit_distill=0.5
 exit_rate=0.5 exit_keys=True exit_classifier=True exit_loss=rotate layer_drop=0.3 n_gram=2,3
 n_gram=4 n_gram_size=9 concept_of=bag concept_of=state concept_of=ema next_latent=0.3 slot_gate=True
