@@ -44,7 +44,7 @@ from config import UserError, summary, visible
 from model import (BF16_CPU, GROUPS, MLP, FeaturalMemory, GPT, GPTConfig, averaged, cross_entropy,
                    divergence, ends_with_document, rms_norm, settings)
 
-CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("wsd", "cosine"),
+CHOICES = {"optimizer": ("muon", "normuon", "adamw"), "schedule": ("wsd", "cosine"),
            "dtype": ("auto", "float32", "bfloat16", "float16"),
            "semantic_table": ("own", "ppmi", "random")}
 LIMITS = (  # lowest, highest, settings
@@ -66,7 +66,8 @@ class TrainConfig:
     max_iters: int = 750  # optimizer steps
     batch_size: int = 16  # rows of a micro-step
     gradient_accumulation_steps: int = 1  # times batch_size: rows of a step, over all processes
-    optimizer: str = "muon"  # muon (matrices inside blocks and slots; AdamW for the rest) | adamw
+    # muon (matrices inside blocks and slots; AdamW for the rest) | normuon (likewise) | adamw
+    optimizer: str = "muon"
     learning_rate: float = 4e-3  # of AdamW
     value_lr: float = 2.0  # of the values of featural memories, times learning_rate
     muon_lr: float = 0.02  # of Muon
@@ -167,7 +168,7 @@ class TrainConfig:
             (self.teacher or self.born_again, "a teacher (--teacher=PATH, or --born_again)",
              "distill distill_ce"),
             (self.eval_only, "eval_only", "average"),
-            (self.optimizer == "muon", "optimizer = muon", "muon_lr momentum ns_steps"),
+            (self.optimizer != "adamw", "optimizer = muon or normuon", "muon_lr momentum ns_steps"),
             (self.decay_lr, "decay_lr = True", "schedule lr_decay_iters min_lr"),
             (self.decay_lr and self.schedule == "wsd", "schedule = wsd, and decay_lr", "cooldown"),
             (self.score_last, "score_last", "train_on_all"),
@@ -591,15 +592,20 @@ class Muon(torch.optim.Optimizer):
     five, matrices of one shape go through them together, the parts of a fused matrix (its `parts`,
     row counts) each on its own, and a matrix that has more rows than columns is transposed first.
     If `shared`, processes divide the iterations: all must hold the same gradients.
+
+    If `normed`, the columns of an update that is longer than wide get one length, its mean (of a
+    tall one the rows, each a neuron's: NorMuon, Li et al. 2025, arXiv:2510.05491, who divide by a
+    running mean of lengths), and weights decay only where the update makes them smaller too
+    (cautious weight decay, Chen et al. 2025, arXiv:2510.12402).
     """
     QUINTIC = (3.4445, -4.7750, 2.0315)
 
     def __init__(self, params, lr, momentum, weight_decay, ns_steps, dtype=torch.bfloat16,
-                 shared=False):
+                 shared=False, normed=False):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
         super().__init__(params, defaults)
         # of the iterations: bf16 is enough, fp32 lets runs of several shapes agree closely
-        self.dtype, self.shared = dtype, shared
+        self.dtype, self.shared, self.normed = dtype, shared, normed
 
     @classmethod
     def orthogonalize(cls, x, steps, dtype):
@@ -640,8 +646,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             # Nesterov; the gradient is not needed any more
             torch._foreach_lerp_(grads, momenta, group["momentum"])
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            decay = group["lr"] * group["weight_decay"]
+            if decay and not self.normed:
+                torch._foreach_mul_(params, 1 - decay)
             by_shape = {}
             for p, g in zip(params, grads):
                 parts = getattr(p, "parts", (p.size(0),))
@@ -654,7 +661,13 @@ class Muon(torch.optim.Optimizer):
                 do = lambda x: self.orthogonalize(x, group["ns_steps"], self.dtype)
                 updates = torch.stack([update for _, update, _ in matrices])
                 updates = shared_out(updates, do) if self.shared else do(updates)
+                if self.normed:
+                    lengths = torch.linalg.vector_norm(updates, dim=1, keepdim=True)
+                    mean = lengths.square().mean(2, keepdim=True).sqrt()
+                    updates = updates * (mean / lengths.clamp(min=1e-7))
                 for (target, _, scale), update in zip(matrices, updates):
+                    if decay and self.normed:
+                        target.mul_(1 - decay * (target * update > 0))
                     target.add_(update, alpha=-group["lr"] * scale)
 
 
@@ -673,7 +686,7 @@ def make_optimizers(model, tcfg, world=1):
 
     groups = {name: [] for name in GROUPS}
     for p in filter(lambda p: p.requires_grad, model.parameters()):
-        matrix = p.group == "matrix" and tcfg.optimizer != "muon"
+        matrix = p.group == "matrix" and tcfg.optimizer == "adamw"
         groups["table" if matrix else p.group].append(p)
     adam = [dict(params=groups["table"], weight_decay=tcfg.weight_decay),
             dict(params=groups["gain"], weight_decay=0.0),
@@ -682,7 +695,8 @@ def make_optimizers(model, tcfg, world=1):
     optimizers = [make(torch.optim.AdamW, [g for g in adam if g["params"]], lr=tcfg.learning_rate,
                        betas=(tcfg.beta1, tcfg.beta2), fused=fused)]
     if groups["matrix"]:
-        muon = functools.partial(Muon, dtype=model.dtype, shared=world > 1 and not shard)
+        muon = functools.partial(Muon, dtype=model.dtype, shared=world > 1 and not shard,
+                                 normed=tcfg.optimizer == "normuon")
         optimizers.append(make(muon, groups["matrix"], lr=tcfg.muon_lr, momentum=tcfg.momentum,
                                weight_decay=tcfg.weight_decay, ns_steps=tcfg.ns_steps))
     for o in optimizers:

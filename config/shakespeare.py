@@ -9,5 +9,6 @@ n_value_embed = 3
 block_size = 256
 batch_size = 8
 max_iters = 1450
-weight_decay = 0.1
+optimizer = "normuon"
+weight_decay = 0.3
 eval_interval = 1450
