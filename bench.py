@@ -1797,14 +1797,16 @@ CLAIMS["variants"] = Trial(
 
 CLAIMS["small_flags"] = Trial(
     "flags of a few lines each, one at a time: one MLP for all blocks, as wide as four, a learned "
-    "factor in QK-norm, logit decay, first tokens of a row that are no targets",
+    "factor in QK-norm, logit decay, first tokens of a row that are no targets, NorMuon",
     "small flags, 4 layers, 128 wide, 12 x 64, 500 steps",
     {"plain": "", "share_mlp, 2,048 wide": "--share_mlp --n_mlp=2048",
      "plain, its seconds": "--seconds_of='share_mlp, 2,048 wide'",
      "share_mlp, 512 wide": "--share_mlp",
      "one MLP, of the last block, 2,048 wide": "--n_mlp=-1,-1,-1,2048", "qk_scale": "--qk_scale",
      **{f"logit_decay = {w}": f"--logit_decay={w}" for w in (0.001, 0.01)},
-     "loss_skip = 4": "--loss_skip=4", "loss_skip = 16": "--loss_skip=16"},
+     "loss_skip = 4": "--loss_skip=4", "loss_skip = 16": "--loss_skip=16",
+     **{f"{o}, weight_decay = {w}": f"--optimizer={o} --weight_decay={w}" for o, w in (
+         ("muon", 0.1), ("muon", 0.3), ("normuon", 0.0), ("normuon", 0.1), ("normuon", 0.3))}},
     MINE)
 
 ENTRIES = ("--layers=AAMA --batch_size=16 --stream=256 --mem_size=2048 --mem_chunk=16 --mem_head=2 "

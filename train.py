@@ -66,7 +66,8 @@ class TrainConfig:
     max_iters: int = 750  # optimizer steps
     batch_size: int = 16  # rows of a micro-step
     gradient_accumulation_steps: int = 1  # times batch_size: rows of a step, over all processes
-    # muon (matrices inside blocks and slots; AdamW for the rest) | normuon (likewise) | adamw
+    # muon (matrices inside blocks and slots; AdamW for the rest) | normuon (its columns or rows of
+    # one length, and cautious weight decay) | adamw
     optimizer: str = "muon"
     learning_rate: float = 4e-3  # of AdamW
     value_lr: float = 2.0  # of the values of featural memories, times learning_rate
@@ -593,10 +594,10 @@ class Muon(torch.optim.Optimizer):
     row counts) each on its own, and a matrix that has more rows than columns is transposed first.
     If `shared`, processes divide the iterations: all must hold the same gradients.
 
-    If `normed`, the columns of an update that is longer than wide get one length, its mean (of a
-    tall one the rows, each a neuron's: NorMuon, Li et al. 2025, arXiv:2510.05491, who divide by a
-    running mean of lengths), and weights decay only where the update makes them smaller too
-    (cautious weight decay, Chen et al. 2025, arXiv:2510.12402).
+    If `normed`, the columns of an update get one length (the rows, which are neurons, where there
+    are more rows than columns: NorMuon, Li et al. 2025, arXiv:2510.05491, who divide by running
+    means), and weights decay only where the update makes them smaller (cautious weight decay, Chen
+    et al. 2025, arXiv:2510.12402).
     """
     QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -662,12 +663,12 @@ class Muon(torch.optim.Optimizer):
                 updates = torch.stack([update for _, update, _ in matrices])
                 updates = shared_out(updates, do) if self.shared else do(updates)
                 if self.normed:
-                    lengths = torch.linalg.vector_norm(updates, dim=1, keepdim=True)
-                    mean = lengths.square().mean(2, keepdim=True).sqrt()
-                    updates = updates * (mean / lengths.clamp(min=1e-7))
+                    squares = updates.square().mean(1, keepdim=True)
+                    mean = squares.mean(2, keepdim=True)
+                    updates = updates * (mean / squares.clamp(min=1e-7)).sqrt()
                 for (target, _, scale), update in zip(matrices, updates):
                     if decay and self.normed:
-                        target.mul_(1 - decay * (target * update > 0))
+                        target.sub_(target * (target * update > 0), alpha=decay)
                     target.add_(update, alpha=-group["lr"] * scale)
 
 
