@@ -66,9 +66,8 @@ class TrainConfig:
     max_iters: int = 750  # optimizer steps
     batch_size: int = 16  # rows of a micro-step
     gradient_accumulation_steps: int = 1  # times batch_size: rows of a step, over all processes
-    # muon (matrices inside blocks and slots; AdamW for the rest) | normuon (its columns or rows of
-    # one length, and cautious weight decay) | adamw
-    optimizer: str = "muon"
+    optimizer: str = "muon"  # muon (matrices inside blocks and slots; AdamW for the rest) | adamw |
+        # normuon (muon, with updates of columns or rows of one length and cautious weight decay)
     learning_rate: float = 4e-3  # of AdamW
     value_lr: float = 2.0  # of the values of featural memories, times learning_rate
     muon_lr: float = 0.02  # of Muon
