@@ -1,4 +1,4 @@
-"""The lowest loss on Shakespeare within 15 minutes on two cores: three models of one shape, each
+"""The lowest loss on Shakespeare in 15 to 30 minutes on two cores: three models of one shape, each
 the student of the one before it. The average of the last two is better still:
 
     python train.py config/shakespeare_chain.py
