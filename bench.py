@@ -1654,7 +1654,7 @@ CLAIMS["a100"] = Trial(
 
 AS_LONG = "config/shakespeare.py --max_iters=5200 --eval_interval=650"
 CLAIMS["best"] = Trial(
-    "the lowest loss within 15 minutes: config/shakespeare_chain.py, beside as many steps of one "
+    "the lowest loss within half an hour: config/shakespeare_chain.py, beside as many steps of one "
     "model, and of one with smoothed labels", "the lowest loss",
     {"born again twice": "config/shakespeare_chain.py --after=generations",
      "the same by plain Muon": "config/shakespeare_chain.py --after=generations --optimizer=muon "

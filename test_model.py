@@ -2311,13 +2311,13 @@ def test_muon_is_torchs(monkeypatch):
 
 
 @pytest.mark.parametrize("rows, columns", [(24, 40), (40, 24), (24, 24)])
-def test_normuon_is_muon_with_neurons_of_one_length(rows, columns):
-    """Each comes as far as Muon's do in the mean, none without a gradient; weights decay where the
-    step makes them smaller."""
+def test_normuon_is_muon_with_columns_of_one_length(rows, columns):
+    """Columns (rows, if there are more of them) move as far as Muon's do in the mean, one without a
+    gradient stays, and weights decay only where the step makes them smaller."""
     g = seeded()
     start, grad = torch.randn(2, rows, columns, generator=g)
-    long = (slice(None), 3) if columns >= rows else 3
-    grad[long] = 0
+    across = 0 if columns >= rows else 1
+    grad.select(1 - across, 3).zero_()
 
     def stepped(decay, normed):
         p = nn.Parameter(start.clone())
@@ -2325,10 +2325,9 @@ def test_normuon_is_muon_with_neurons_of_one_length(rows, columns):
         train.Muon([p], 0.02, 0.95, decay, 5, torch.float32, normed=normed).step()
         return p.detach() - start
     plain, normed, decayed = stepped(0, False), stepped(0, True), stepped(0.3, True)
-    neurons = 0 if columns >= rows else 1
-    mean = plain.norm(dim=neurons).square().mean().sqrt().repeat(max(rows, columns))
+    mean = plain.norm(dim=across).square().mean().sqrt().repeat(max(rows, columns))
     mean[3] = 0
-    agree(normed.norm(dim=neurons), mean)
+    agree(normed.norm(dim=across), mean)
     agree(decayed, normed - 0.02 * 0.3 * start * (normed * start < 0))
 
 
@@ -5591,12 +5590,13 @@ config.run(train.main)
     assert a["step"] == b["step"] == 6 and same(a["model"], b["model"])
 
 
-def test_shards_of_optimizers_are_the_whole(tmp_path):
+@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
+def test_shards_of_optimizers_are_the_whole(optimizer, tmp_path):
     """Two processes with half of the optimizers' state each, resumed once, then one process, end
     with the checkpoint of two that keep all."""
     argv = lambda out, steps, *more: small_run(
         tmp_path / out, "--eval_interval=99", "--layers=R(A)A", "--lr_decay_iters=12",
-        f"--max_iters={steps}", "--optimizer=normuon", "--weight_decay=0.1", *more)
+        f"--max_iters={steps}", f"--optimizer={optimizer}", "--weight_decay=0.1", *more)
     torchrun(2, *argv("a", 12))
     torchrun(2, *argv("b", 4, "--shard_optimizer=True"))
     torchrun(2, *argv("b", 8, "--shard_optimizer=True", "--init_from=resume"))
